@@ -1,0 +1,158 @@
+"""Where images come from: each source is a sized collection that gives a batch of uint8 (N,H,W,C) arrays and labels.
+
+A data set is one YAML file that names one of these as `_target_`; see conf/data/ for examples.
+"""
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class MissingData(FileNotFoundError):
+    """Data or weights that are not on this machine; the message says what to get and how."""
+
+
+class Source(Protocol):
+    def __len__(self) -> int: ...
+
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 images (N,H,W,C) and int64 labels (N,), -1 where the source has none."""
+        ...
+
+
+def data_root() -> Path:
+    """$SECATEUR_DATA, by default ~/.cache/secateur: where local copies of public data and weights are looked for."""
+    return Path(os.environ.get("SECATEUR_DATA", "~/.cache/secateur")).expanduser()
+
+
+class Arrays:
+    """Images held in memory: the common end of every source small enough for it."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray | None = None) -> None:
+        self.images = images
+        self.labels = np.full(len(images), -1, np.int64) if labels is None else labels.astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.images[indices], self.labels[indices]
+
+
+class Npz(Arrays):
+    """An .npz file with one uint8 array (N,H,W,C) of images and, optionally, one of labels.
+
+    A relative `path` is looked up in $SECATEUR_DATA. Raises MissingData where the file is not, ValueError where a
+    key is not in it.
+    """
+
+    def __init__(self, path: str, images: str, labels: str | None = None) -> None:
+        file = Path(path).expanduser() if Path(path).expanduser().is_absolute() else data_root() / path
+        if not file.exists():
+            raise MissingData(f"{file} does not exist: put the file there, or set $SECATEUR_DATA to the folder it is in")
+        with np.load(file, allow_pickle=False) as archive:
+            for key in filter(None, (images, labels)):
+                if key not in archive:
+                    raise ValueError(f"{file} has no array {key!r}; it has: {', '.join(archive.files)}")
+            super().__init__(archive[images], archive[labels] if labels else None)
+
+
+class Tiles(Arrays):
+    """One lossless picture cut into square tiles, row by row, with labels in a text file of digits beside it.
+
+    The embedded sample of CIFAR-10 is kept like this: a few megabytes, and a person can open it.
+    """
+
+    def __init__(self, path: str, tile: int, start: int = 0, stop: int | None = None) -> None:
+        if not Path(path).exists():
+            raise MissingData(f"{path} does not exist; it comes with the repository (assets/)")
+        sheet = np.asarray(Image.open(path).convert("RGB"))
+        rows, columns = sheet.shape[0] // tile, sheet.shape[1] // tile
+        tiles = sheet.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)
+        digits = Path(path).with_suffix(".labels.txt").read_text().strip()
+        super().__init__(tiles[start:stop], np.array([int(digit) for digit in digits], np.int64)[start:stop])
+
+
+class Folder:
+    """Every picture below a folder, in sorted order, decoded when asked for, centre-cropped and resized to `size`.
+
+    The label is the index of the picture's folder among its siblings. Raises MissingData where the folder is not.
+    """
+
+    def __init__(self, path: str, size: int, mode: str = "RGB", start: int = 0, stop: int | None = None) -> None:
+        root = Path(path).expanduser()
+        if not root.is_dir():
+            raise MissingData(f"{root} is not a folder: `path` names the folder that holds the pictures")
+        self.files = sorted(file for file in root.rglob("*") if file.suffix.lower() in EXTENSIONS)[start:stop]
+        self.size, self.mode = size, mode
+        parents = sorted({file.parent for file in self.files})
+        self.labels = np.array([parents.index(file.parent) for file in self.files], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images = [square(Image.open(self.files[index]), self.size, self.mode) for index in indices]
+        return np.stack(images), self.labels[indices]
+
+
+class HuggingFace:
+    """A split of a data set on the Hugging Face hub (or of a local copy), decoded when asked for.
+
+    Needs the extra `secateur[hf]`. Raises ValueError for an unknown column, listing those there are, and
+    MissingData where neither a network nor a cached copy is at hand.
+    """
+
+    def __init__(self, path: str, split: str, image: str, label: str | None, size: int, mode: str = "RGB") -> None:
+        try:
+            import datasets  # noqa: PLC0415  an optional extra
+        except ImportError as error:
+            raise MissingData(f"data set {path!r} needs the Hugging Face reader: pip install -e '.[hf]'") from error
+        try:
+            self.table = datasets.load_dataset(path, split=split)
+        except Exception as error:
+            if isinstance(error, ValueError) and "split" in str(error).lower():
+                raise
+            raise MissingData(
+                f"data set {path!r} ({split}) could be read neither from the hub nor from a cache "
+                f"({type(error).__name__}: {error}); download it where there is a network, or point `path` at a local copy"
+            ) from error
+        for column in filter(None, (image, label)):
+            if column not in self.table.column_names:
+                raise ValueError(f"{path} has no column {column!r}; it has: {', '.join(self.table.column_names)}")
+        self.image, self.label, self.size, self.mode = image, label, size, mode
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows = self.table[[int(index) for index in indices]]
+        labels = np.array(rows[self.label], np.int64) if self.label else np.full(len(indices), -1, np.int64)
+        return np.stack([square(image, self.size, self.mode) for image in rows[self.image]]), labels
+
+
+def square(image: Image.Image, size: int, mode: str) -> np.ndarray:
+    """Centre crop to a square, resize with an antialiasing filter: uint8 (size,size,C)."""
+    image = image.convert(mode)
+    if image.size != (size, size):
+        edge = min(image.size)
+        left, top = (image.width - edge) // 2, (image.height - edge) // 2
+        image = image.crop((left, top, left + edge, top + edge)).resize((size, size), Image.Resampling.LANCZOS)
+    array = np.asarray(image)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def first_available(**sources: object) -> Source:
+    """The first of several places that has the data (`_partial_: true` on each); else one error naming them all."""
+    tried = []
+    for name, make in sources.items():
+        try:
+            return make()  # type: ignore[operator]
+        except MissingData as error:
+            tried.append(f"  {name}: {error}")
+    raise MissingData("the data are in none of these places:\n" + "\n".join(tried))

@@ -1,0 +1,168 @@
+"""A run: its identity, its directory, its lock, and artefacts that are complete or absent."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from conf.schema import ROOT
+
+RESULT_VERSION = 1
+"""Goes up when the same configuration would give another result."""
+
+NO_EFFECT = {
+    "": ("name", "label", "force", "logger", "paths"),
+    "trainer": ("accelerator", "devices", "num_nodes", "strategy", "resume", "checkpoint_every", "log_every_n_steps"),
+    "data": ("num_workers",),
+    "evaluation": ("batch_size", "latency_batch", "latency_repeats"),
+}
+"""What cannot change a result, and so is not part of a run's identity."""
+
+
+class RunBusy(RuntimeError):
+    """Another process works on the same run."""
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file that is complete or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with open(handle, "w") as file:
+        json.dump(content, file, indent=1, allow_nan=False)
+        file.write("\n")
+    os.chmod(partial, 0o644)
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a damaged one is named."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON ({error}); delete it to have it made again") from error
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield partial
+        if path.exists():
+            shutil.rmtree(path)
+        os.chmod(partial, 0o755)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def digest(content: Any) -> str:
+    """sha256 of anything JSON can hold, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def portable(content: Any) -> Any:
+    """A configuration without the place where this repository lies."""
+    if isinstance(content, dict):
+        return {key: portable(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [portable(value) for value in content]
+    return content.replace(str(ROOT), "ROOT") if isinstance(content, str) else content
+
+
+def effective(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration without what cannot change a result."""
+    content: dict[str, Any] = portable(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    for group, names in NO_EFFECT.items():
+        for name in names:
+            (content[group] if group else content).pop(name, None)
+    return content
+
+
+def fingerprint(files: list[Path], cache: Path) -> str:
+    """sha256 over the contents of some files; each file's own is remembered by (path, size, mtime)."""
+    total = hashlib.sha256()
+    for file in sorted(files):
+        stat = file.stat()
+        note = cache / "fingerprints" / f"{digest([str(file.resolve()), stat.st_size, stat.st_mtime_ns])[:16]}.json"
+        if not note.exists():
+            with open(file, "rb") as stream:
+                write_json(note, hashlib.file_digest(stream, "sha256").hexdigest())
+        total.update(f"{file.name}:{read_json(note)}\n".encode())
+    return total.hexdigest()
+
+
+def is_rank_zero() -> bool:
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
+def cached(folder: Path, key: Any, compute: Callable[[], Any]) -> Any:
+    """A JSON result under the hash of `key`: computed once, also by processes that ask at the same time.
+
+    What is stored carries its key, so that a file can be told from a stranger's.
+    """
+    path = folder / f"{digest(key)}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    # The other ranks of one job compute together with rank 0, which holds the lock for all of them.
+    lock = FileLock(path.with_suffix(".lock")) if is_rank_zero() else contextlib.nullcontext()
+    with lock:
+        if path.exists():
+            return read_json(path)["result"]
+        result = compute()
+        if is_rank_zero():
+            write_json(path, {"key": key, "result": result})
+        return result
+
+
+class Run:
+    """The directory `paths.runs/name/label-id8`, a function of the configuration and the teacher's fingerprint."""
+
+    def __init__(self, cfg: DictConfig, teacher: str) -> None:
+        self.cfg = cfg
+        self.id = digest({"config": effective(cfg), "teacher": teacher, "version": RESULT_VERSION})[:16]
+        self.cache = Path(cfg.paths.cache)
+        self.folder = Path(cfg.paths.runs) / cfg.name / f"{cfg.label}-{self.id[:8]}"
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    @property
+    def finished(self) -> bool:
+        return (self / "finished.json").exists()
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Make the directory and hold its lock; raises RunBusy naming the process that has it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not is_rank_zero():
+                yield
+                return
+            lock = FileLock(self / ".lock", timeout=0)
+            with lock:
+                write_json(self / ".holder.json", {"pid": os.getpid(), "host": socket.gethostname()})
+                for leftover in self.folder.glob(".*.*"):  # what a killed process was writing
+                    if leftover.is_dir():
+                        shutil.rmtree(leftover)
+                    elif leftover.name not in (".lock", ".holder.json"):
+                        leftover.unlink()
+                config = OmegaConf.create(portable(OmegaConf.to_container(self.cfg, resolve=True)))
+                (self / "config.yaml").write_text(f"# run {self.id}; ROOT is the folder of secateur\n{OmegaConf.to_yaml(config)}")
+                yield
+        except Timeout as error:
+            holder = read_json(self / ".holder.json") if (self / ".holder.json").exists() else {"pid": "?", "host": "?"}
+            raise RunBusy(
+                f"run {self.folder} is being made by process {holder['pid']} on {holder['host']}; wait for it or stop it"
+            ) from error
+        except PermissionError as error:
+            raise PermissionError(f"cannot write to {error.filename}: choose another folder with paths.runs=...") from error

@@ -1,0 +1,69 @@
+"""What every trained module shares: noise as a function of position, and no step taken on a loss that is not finite."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from datamodules.seeding import derive
+
+Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Schedule = Callable[[torch.optim.Optimizer], Any]
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A loss or gradient is NaN or infinite; no optimiser step was taken with it."""
+
+
+class TrainedModule(pl.LightningModule):
+    """A module that is trained on the batches of a datamodule; subclasses give `losses(batch)`.
+
+    Before every batch the global generators are seeded from (seed, rank, batch counter), so that resuming needs no
+    generator state; micro-batches of one accumulated step differ.
+    """
+
+    def __init__(self, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path) -> None:
+        super().__init__()
+        self.make_optimizer, self.make_schedule, self.seed, self.dump = optimizer, lr_scheduler, seed, dump
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars to log; "loss" is the one that is minimised."""
+        raise NotImplementedError
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        counter = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        torch.manual_seed(derive(self.seed, "noise", self.global_rank, counter))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        losses = self.losses(batch)
+        if not torch.isfinite(losses["loss"]):
+            self.stop_on_non_finite("loss", batch, losses)
+        self.log("loss", losses["loss"], prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in losses.items()})
+        return losses["loss"]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                self.stop_on_non_finite(f"gradient of {name}", {}, {})
+
+    def stop_on_non_finite(self, what: str, batch: dict[str, Tensor], losses: dict[str, Tensor]) -> None:
+        """Save what is needed to look at it, then raise NonFiniteLoss."""
+        self.dump.mkdir(parents=True, exist_ok=True)
+        tensors = batch | {f"losses/{name}": value.detach().reshape(1) for name, value in losses.items()}
+        tensors["step"] = torch.tensor([self.global_step])
+        path = self.dump / f"non_finite_rank{self.global_rank}.safetensors"
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path)
+        values = ", ".join(f"{name}={float(value):.4g}" for name, value in losses.items())
+        raise NonFiniteLoss(
+            f"the {what} is not finite at optimiser step {self.global_step} ({values}); no step was taken with it. "
+            f"The batch is in {path}; a lower optimizer.lr or trainer.precision=32-true usually mends it"
+        )
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_schedule(optimizer), "interval": "step"}}

@@ -1,0 +1,37 @@
+"""Training an image classifier: it makes the feature extractor of `frechet_resnet20`."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_modules.backbones.resnet_cifar import CifarResNet
+from lightning_modules.base import TrainedModule
+
+
+class Classifier(TrainedModule):
+    """Cross-entropy training of a CIFAR ResNet; `test_step` measures the accuracy on the held-out images."""
+
+    def __init__(self, blocks: int, **training: Any) -> None:
+        super().__init__(**training)
+        self.network = CifarResNet(blocks).to(memory_format=torch.channels_last)  # twice as fast on a CPU
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        logits = self.network(batch["image"].contiguous(memory_format=torch.channels_last))
+        accuracy = (logits.argmax(1) == batch["label"]).float().mean()
+        return {"loss": F.cross_entropy(logits, batch["label"]), "accuracy": accuracy}
+
+    def on_test_start(self) -> None:
+        self.correct = self.seen = 0
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.correct += int((self.network(batch["image"]).argmax(1) == batch["label"]).sum())
+        self.seen += len(batch["label"])
+
+    def on_test_epoch_end(self) -> None:
+        counts = self.all_gather(torch.tensor([self.correct, self.seen])).reshape(-1, 2).sum(0)
+        self.metrics = {"test_accuracy": float(counts[0] / counts[1]), "test_images": int(counts[1])}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}

@@ -1,0 +1,31 @@
+"""Prune, distil, evaluate and export a network: `python train.py` with no arguments shows it on an embedded model.
+
+    python train.py selection.ratio=0.3 criterion=magnitude       # any field or group of conf/ on the command line
+    python train.py -m criterion=output_loss,magnitude,random selection.ratio=0.3,0.5,0.7
+    python train.py experiment=pretrain_cifar10                    # a recipe of conf/experiment/
+    python train.py --cfg job                                      # show the configuration and stop
+
+The same command again resumes what was interrupted and does nothing where the run is finished.
+"""
+
+import os
+
+# Bit-exact results on a GPU need a fixed workspace; it must be set before CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import hydra
+from omegaconf import DictConfig
+
+from conf import schema
+
+schema.register()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    schema.check(cfg)
+    schema.build(cfg.pipeline, _partial_=True)(cfg)
+
+
+if __name__ == "__main__":
+    main()
