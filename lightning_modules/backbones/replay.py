@@ -1,0 +1,78 @@
+"""Prefix reuse: run a network again from some module on, with what came before it read back instead of computed."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+
+class Replay:
+    """Records the outputs of a network's parts in one pass and reads them back in the next.
+
+    The parts are the largest modules that contain no unit, and the units themselves; what lies between them (skip
+    connections, concatenations) is cheap and runs again every time. Parts are told apart by the order of their
+    calls, so a part that is called twice is recorded twice. The same values go in, so the same bits come out.
+    """
+
+    def __init__(self, network: nn.Module, units: Sequence[nn.Module]) -> None:
+        self.parts = list(parts(network, set(units)))
+        self.record: list[tuple[nn.Module, Any]] = []
+
+    def first_call(self, unit: nn.Module) -> int:
+        """The place of a unit's first call in the recorded pass."""
+        return next(place for place, (part, _) in enumerate(self.record) if part is unit)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Run the network once inside; its parts' outputs are kept."""
+        self.record = []
+
+        def run(part: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            self.record.append((part, output))
+            return output
+
+        with self._patched(run):
+            yield
+
+    @contextlib.contextmanager
+    def reusing(self, upto: int) -> Iterator[None]:
+        """Run the network once inside; the first `upto` calls of parts return what was recorded."""
+        place = 0
+
+        def run(part: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal place
+            place += 1
+            if place > upto:
+                return forward(*args, **kwargs)
+            recorded, output = self.record[place - 1]
+            assert recorded is part, "the network's parts were not called in the recorded order"
+            return output
+
+        with self._patched(run):
+            yield
+
+    @contextlib.contextmanager
+    def _patched(self, run: Callable[..., Any]) -> Iterator[None]:
+        try:
+            for part in self.parts:
+                part.forward = _bound(run, part, part.forward)  # type: ignore[method-assign]
+            yield
+        finally:
+            for part in self.parts:
+                part.__dict__.pop("forward", None)
+
+
+def _bound(run: Callable[..., Any], part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: run(part, forward, *args, **kwargs)
+
+
+def parts(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]:
+    """The units, and the largest modules that have none inside."""
+    if module in units or units.isdisjoint(module.modules()):
+        if not isinstance(module, nn.ModuleList):  # a list is not called
+            yield module
+            return
+    for child in module.children():
+        yield from parts(child, units)

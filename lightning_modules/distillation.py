@@ -1,0 +1,106 @@
+"""Distilling an unpruned teacher into its pruned student."""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_modules.backbones.pruned_unet import Bypass, removable
+from lightning_modules.backbones.unet import UNetBackbone
+from lightning_modules.base import TrainedModule
+from lightning_modules.losses import LevelWeights, features
+
+
+class Reference:
+    """Holds a network that is neither trained, nor saved, nor copied with the module that uses it."""
+
+    def __init__(self, network: UNetBackbone) -> None:
+        self.network = network.eval().requires_grad_(False)
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+
+class Distillation(TrainedModule):
+    """L = w_task * L_task + w_out * mean((eps_S - eps_T)^2) + w_feat * sum_l alpha_l * mean((f_S_l - f_T_l)^2).
+
+    `taps` says which feature maps are compared: `stages` (the outputs of down, middle and up blocks), `units` (the
+    outputs of the units that survive), or a list of module paths. With `skip_emptied` a stage that lost every unit
+    it had is not compared: nothing is left in it that could follow the teacher. Every term is logged by level,
+    before and after its weight alpha_l (see LevelWeights).
+
+    The three terms are BK-SDM's (arXiv 2305.15798), the weights alpha_l follow LAPTOP-Diff (arXiv 2404.11098); the
+    weights of the terms in the latter are not known, the defaults are ours.
+    """
+
+    def __init__(
+        self,
+        student: UNetBackbone,
+        teacher: UNetBackbone,
+        w_task: float = 1.0,
+        w_out: float = 1.0,
+        w_feat: float = 1.0,
+        normalization: str = "teacher_energy",
+        taps: Any = "stages",
+        skip_emptied: bool = True,
+        **training: Any,
+    ) -> None:
+        super().__init__(**training)
+        self.student, self.reference = student.train(), Reference(teacher)
+        self.w_task, self.w_out, self.w_feat = w_task, w_out, w_feat
+        self.levels = tap_names(student, taps, skip_emptied) if w_feat else []
+        self.weights = LevelWeights(normalization, len(self.levels))
+
+    @property
+    def teacher(self) -> UNetBackbone:
+        return self.reference.network
+
+    def on_fit_start(self) -> None:
+        self.teacher.to(self.device)
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs = self.student.training_inputs(batch)
+        needs_teacher = bool(self.w_out or self.levels)
+        with features(modules_at(self.student, self.levels)) as features_s:
+            eps_s = self.student.predict(inputs).float()
+        losses = {"task": F.mse_loss(eps_s, inputs["target"].float())}
+        total = self.w_task * losses["task"]
+        if needs_teacher:
+            with torch.no_grad(), features(modules_at(self.teacher, self.levels)) as features_t:
+                eps_t = self.teacher.predict(inputs).float()
+            losses["output"] = F.mse_loss(eps_s, eps_t)
+            total = total + self.w_out * losses["output"]
+            for level, name in enumerate(self.levels):
+                raw = F.mse_loss(features_s[name].float(), features_t[name].float())
+                weighted = self.weights(level, features_t[name].float()) * raw
+                losses[f"feature/{name}"], losses[f"weighted_feature/{name}"] = raw.detach(), weighted.detach()
+                total = total + self.w_feat * weighted
+        return {"loss": total} | losses
+
+
+def tap_names(student: UNetBackbone, taps: Any, skip_emptied: bool) -> list[str]:
+    """The module paths whose outputs are compared; raises ValueError for a path that is not there."""
+    units = removable(student.unet)
+    survivors = [name for name, module in units.items() if not isinstance(module, Bypass)]
+    if taps == "units":
+        return survivors
+    stages = list(student.stages())
+    if isinstance(taps, str) and taps != "stages":
+        raise ValueError(f"distillation.taps={taps!r} is unknown; choose stages, units, or a list of module paths")
+    names = stages if taps == "stages" else list(taps)
+    there = dict(student.unet.named_modules())
+    for name in names:
+        if name not in there:
+            raise ValueError(f"distillation.taps: {name!r} is not a module of this network; stages are: {', '.join(stages)}")
+
+    def has_lost_all(name: str) -> bool:
+        inside = [unit for unit in units if unit == name or unit.startswith(name + ".")]
+        return bool(inside) and not any(unit in survivors for unit in inside)
+
+    return [name for name in names if not (skip_emptied and has_lost_all(name))]
+
+
+def modules_at(backbone: UNetBackbone, names: Sequence[str]) -> dict[str, nn.Module]:
+    return {name: backbone.unet.get_submodule(name) for name in names}

@@ -1,0 +1,65 @@
+"""Feature distillation: the levels that are compared, and how much each of them counts."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NORMALIZATIONS = ("teacher_energy", "teacher_norm", "running", "none")
+
+
+class LevelWeights(nn.Module):
+    """alpha_l of  sum_l alpha_l * mean((f_S_l - f_T_l)^2),  from the teacher's feature maps f_T_l.
+
+    `none`: 1, which is BK-SDM's loss (arXiv 2305.15798); the few largest feature maps dominate it.
+    `teacher_energy`: 1 / mean(f_T_l^2) over the batch; each term is then a relative squared error.
+    `running`: the same with the energy averaged over batches (momentum 0.99), so that one batch moves it little.
+    `teacher_norm`: 1 / mean over samples of ||f_T_l||_2.
+
+    LAPTOP-Diff (arXiv 2404.11098) re-weights "based on the L2-norms of the teacher's feature maps, ensuring that all
+    feature loss terms are treated equally"; its exact form is not known, so the choice and the default are ours.
+    """
+
+    def __init__(self, normalization: str, levels: int, momentum: float = 0.99) -> None:
+        super().__init__()
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(f"distillation.normalization={normalization!r} is unknown; choose one of: {', '.join(NORMALIZATIONS)}")
+        self.normalization, self.momentum = normalization, momentum
+        self.energy: Tensor
+        self.register_buffer("energy", torch.zeros(levels))
+
+    def forward(self, level: int, teacher: Tensor) -> Tensor:
+        if self.normalization == "none":
+            return torch.ones((), device=teacher.device)
+        if self.normalization == "teacher_norm":
+            return 1 / teacher.flatten(1).norm(dim=1).mean()
+        energy = teacher.square().mean()
+        if self.normalization == "running":
+            before = self.energy[level]
+            energy = torch.where(before == 0, energy, self.momentum * before + (1 - self.momentum) * energy)
+            self.energy[level] = energy.detach()
+        return 1 / energy
+
+
+@contextlib.contextmanager
+def features(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """The outputs of some modules during the forward passes inside (the first entry where a module gives several).
+
+    Modules are held by reference: their names may change under DDP, the references do not.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            found[name] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

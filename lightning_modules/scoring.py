@@ -1,0 +1,56 @@
+"""Driving a criterion under a Lightning Trainer: the same devices, precision and ranks as training."""
+
+from collections.abc import Sequence
+
+import pytorch_lightning as pl
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from criteria.base import Criterion, Unit
+
+
+class Scoring(pl.LightningModule):
+    """Feeds calibration batches to a criterion and sums its states over ranks; `scores` holds the result."""
+
+    def __init__(self, criterion: Criterion, backbone: nn.Module, units: Sequence[Unit], seed: int) -> None:
+        super().__init__()
+        self.criterion, self.backbone, self.units, self.calibration_seed = criterion, backbone, units, seed
+        self.scores: dict[str, dict[str, float]] = {}
+
+    def on_test_start(self) -> None:
+        self.criterion.start(self.backbone, self.units, self.calibration_seed)  # type: ignore[arg-type]
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if batch_idx % self.trainer.world_size == self.global_rank:  # batches go round the ranks
+            self.criterion.update(batch)
+
+    def on_test_epoch_end(self) -> None:
+        if self.trainer.world_size > 1:
+            states = self.criterion.states
+            self.criterion.states = {
+                name: self.all_gather(value.to(self.device)).sum(0).cpu() for name, value in states.items()
+            }
+        self.scores = self.criterion.finish()
+
+
+def score(
+    criterion: Criterion,
+    backbone: nn.Module,
+    units: Sequence[Unit],
+    batches: DataLoader,
+    trainer: pl.Trainer,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """{unit: {"score": ...}} under `trainer`; the network's mode and gradients are as before afterwards."""
+    if not criterion.needs_data:
+        criterion.start(backbone, units, seed)  # type: ignore[arg-type]
+        return criterion.finish()
+    modes = {module: module.training for module in backbone.modules()}
+    backbone.eval()
+    module = Scoring(criterion, backbone, units, seed)
+    trainer.test(module, batches, verbose=False)
+    for part, mode in modes.items():
+        part.training = mode
+    return module.scores
+
+
