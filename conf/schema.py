@@ -52,6 +52,8 @@ class Calibration:
     samples: int = 128
     batch_size: int = 16
     seed: int = 0
+    """which samples, their noise and timesteps"""
+    precision: str = "32-true"
 
 
 @dataclass
@@ -62,8 +64,10 @@ class Evaluation:
     samples: int = 256
     batch_size: int = 32
     seed: int = 0
+    """of the samples, and of the noise under which the joint output loss is measured"""
+    precision: str = "32-true"
     loss_samples: int = 128
-    """held-out samples on which the joint output loss is measured"""
+    """held-out samples on which losses are measured (and, of a classifier, the accuracy)"""
     latency_batch: int = 16
     latency_repeats: int = 10
 
@@ -198,6 +202,13 @@ def is_plain(hint: Any) -> bool:
     return len(arguments) == 2 and type(None) in arguments and arguments[0] in (int, float, bool, str)
 
 
-def build(node: Any, **extra: Any) -> Any:
-    """Instantiate a `_target_` node; its `name` is only for people and tables."""
-    return hydra.utils.instantiate({key: value for key, value in node.items() if key != "name"}, **extra)
+def build(node: DictConfig, **extra: Any) -> Any:
+    """Instantiate a `_target_` node, and those inside it, with plain Python values."""
+    return hydra.utils.instantiate(without_names(OmegaConf.to_container(node, resolve=True)), _convert_="all", **extra)
+
+
+def without_names(content: Any) -> Any:
+    """The `name` beside a `_target_` is for people and tables, not a parameter."""
+    if isinstance(content, dict):
+        return {key: without_names(value) for key, value in content.items() if key != "name" or "_target_" not in content}
+    return [without_names(value) for value in content] if isinstance(content, list) else content

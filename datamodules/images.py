@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from datamodules.seeding import numpy_rng, torch_rng
-from datamodules.sources import Source
+from datamodules.sources import Folder, Source
 
 
 class ImageSet(Dataset):
@@ -64,7 +64,8 @@ class Stream(Sampler[int]):
 class Images(pl.LightningDataModule):
     """Images for every stage: a `train` source and a `holdout` source that training never sees.
 
-    `batch_size` is the global one, over all ranks. The sources are made when they are first needed.
+    `batch_size` is the global one, over all ranks. The sources are made when they are first needed. `statistics` names
+    files with reference statistics of the training images, by the name of the Frechet distance they are for.
     """
 
     def __init__(
@@ -76,10 +77,12 @@ class Images(pl.LightningDataModule):
         flip: bool = True,
         crop: int = 0,
         num_workers: int = 0,
+        statistics: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.make = {"train": train, "holdout": holdout}
         self.batch_size, self.seed, self.flip, self.crop, self.num_workers = batch_size, seed, flip, crop, num_workers
+        self.statistics = dict(statistics or {})
         self.sources: dict[str, Source] = {}
 
     def source(self, split: str) -> Source:
@@ -143,3 +146,12 @@ class Numbered(Dataset):
 def collated(batch: Any) -> Any:
     """Batches come whole from `__getitems__`."""
     return batch
+
+
+def folder(path: str, size: int, holdout_images: int, mode: str = "RGB", **options: Any) -> Images:
+    """One folder of pictures, of which the first `holdout_images` are held out; `options` are those of Images."""
+    return Images(
+        train=lambda: Folder(path, size, mode, start=holdout_images),
+        holdout=lambda: Folder(path, size, mode, stop=holdout_images),
+        **options,
+    )

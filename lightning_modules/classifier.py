@@ -1,9 +1,11 @@
 """Training an image classifier: it makes the feature extractor of `frechet_resnet20`."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_modules.backbones.resnet_cifar import CifarResNet
@@ -33,5 +35,13 @@ class Classifier(TrainedModule):
         counts = self.all_gather(torch.tensor([self.correct, self.seen])).reshape(-1, 2).sum(0)
         self.metrics = {"test_accuracy": float(counts[0] / counts[1]), "test_images": int(counts[1])}
 
-    def weights(self) -> dict[str, Tensor]:
-        return {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
+    def save(self, folder: Path) -> None:
+        """model.safetensors in half precision."""
+        half = {name: t.half() if t.is_floating_point() else t for name, t in self.network.state_dict().items()}
+        save_file({name: tensor.contiguous() for name, tensor in half.items()}, folder / "model.safetensors")
+
+
+def from_blocks(blocks: int, seed: int, **training: Any) -> Classifier:
+    """A Classifier with fresh weights, drawn from `seed`."""
+    torch.manual_seed(seed)
+    return Classifier(blocks, seed=seed, **training)

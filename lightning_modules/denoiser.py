@@ -1,10 +1,12 @@
 """Training a diffusion model from nothing: the task loss alone. It makes the embedded teacher."""
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_modules.backbones.unet import UNetBackbone
+from lightning_modules.backbones.unet import CLASSES, UNetBackbone
 from lightning_modules.base import TrainedModule
 
 
@@ -17,3 +19,26 @@ class Denoiser(TrainedModule):
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"loss": self.backbone.loss(self.backbone.training_inputs(batch))}
+
+    def on_test_start(self) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if batch_idx % self.trainer.world_size == self.global_rank:
+            loss = self.backbone.loss(self.backbone.calibration_inputs(batch, seed=0))
+            self.sums += len(batch["image"]) * torch.tensor([float(loss), 1.0], dtype=torch.float64)
+
+    def on_test_epoch_end(self) -> None:
+        total = self.all_gather(self.sums).reshape(-1, 2).sum(0)
+        self.metrics = {"test_task_loss": float(total[0] / total[1]), "test_images": int(total[1])}
+
+    def save(self, folder: Path) -> None:
+        """What `teacher.path` takes: config.json and half-precision safetensors."""
+        self.backbone.half().save(folder)
+
+
+def from_config(unet: dict[str, Any], noise_scheduler: Any, seed: int, **training: Any) -> Denoiser:
+    """A Denoiser around a network with fresh weights, drawn from `seed`."""
+    torch.manual_seed(seed)
+    network = CLASSES[unet["_class_name"]].from_config(dict(unet))
+    return Denoiser(UNetBackbone(network, noise_scheduler), seed=seed, **training)
