@@ -32,6 +32,10 @@ class RunBusy(RuntimeError):
     """Another process works on the same run."""
 
 
+class UnwritableDirectory(OSError):
+    """The folder for runs cannot be made or written to."""
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that is complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,24 +149,43 @@ class Run:
         """Make the directory and hold its lock; raises RunBusy naming the process that has it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not is_rank_zero():
-                yield
-                return
-            lock = FileLock(self / ".lock", timeout=0)
-            with lock:
-                write_json(self / ".holder.json", {"pid": os.getpid(), "host": socket.gethostname()})
-                for leftover in self.folder.glob(".*.*"):  # what a killed process was writing
-                    if leftover.is_dir():
-                        shutil.rmtree(leftover)
-                    elif leftover.name not in (".lock", ".holder.json"):
-                        leftover.unlink()
-                config = OmegaConf.create(portable(OmegaConf.to_container(self.cfg, resolve=True)))
-                (self / "config.yaml").write_text(f"# run {self.id}; ROOT is the folder of secateur\n{OmegaConf.to_yaml(config)}")
-                yield
+            self.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UnwritableDirectory(
+                f"{error.filename} cannot be made ({error.strerror}); choose a folder you can write to with paths.runs=..."
+            ) from error
+        if not is_rank_zero():
+            yield
+            return
+        lock = FileLock(self / ".lock", timeout=0)
+        try:
+            lock.acquire()
         except Timeout as error:
             holder = read_json(self / ".holder.json") if (self / ".holder.json").exists() else {"pid": "?", "host": "?"}
             raise RunBusy(
                 f"run {self.folder} is being made by process {holder['pid']} on {holder['host']}; wait for it or stop it"
             ) from error
-        except PermissionError as error:
-            raise PermissionError(f"cannot write to {error.filename}: choose another folder with paths.runs=...") from error
+        except OSError as error:
+            raise UnwritableDirectory(
+                f"{self.folder} cannot be written to ({error.strerror}); choose another folder with paths.runs=..."
+            ) from error
+        with lock:
+            lock.release()  # `with` took it a second time
+            write_json(self / ".holder.json", {"pid": os.getpid(), "host": socket.gethostname()})
+            self.clean()
+            config = OmegaConf.create(portable(OmegaConf.to_container(self.cfg, resolve=True)))
+            text = f"# run {self.id}; ROOT is the folder of secateur\n{OmegaConf.to_yaml(config)}"
+            (self / "config.yaml").write_text(text)
+            yield
+
+    def clean(self) -> None:
+        """Remove what a killed process was writing; with `force=true`, everything a finished run had made."""
+        keep = (".lock", ".holder.json")
+        again = self.cfg.force and self.finished
+        for entry in list(self.folder.iterdir()):
+            if entry.name in keep or not (again or entry.name.startswith(".")):
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()

@@ -1,0 +1,90 @@
+"""The pictures of one run and of a comparison of runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen; before pyplot is imported
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+KEPT, REMOVED = "#4c78a8", "#e45756"
+
+
+def unit_scores(scores: dict[str, dict[str, float]], removed: Sequence[str], criterion: str, path: Path) -> None:
+    """A bar a unit, in the order of the forward pass; removed ones in red; standard errors where there are any."""
+    names, values = list(scores), np.array([entry["score"] for entry in scores.values()])
+    errors = np.array([entry.get("standard_error", 0.0) for entry in scores.values()])
+    figure, axis = plt.subplots(figsize=(8, 0.22 * len(names) + 1.2))
+    colours = [REMOVED if name in removed else KEPT for name in names]
+    axis.barh(names, values, color=colours, xerr=errors if errors.any() else None, error_kw={"lw": 0.8})
+    if (values > 0).all() and values.max() > 50 * values.min():
+        axis.set_xscale("log")
+    axis.invert_yaxis()
+    axis.tick_params(labelsize=7)
+    axis.set_xlabel(f"{criterion}: harm if removed")
+    axis.set_title(f"{len(removed)} of {len(names)} units removed (red)", fontsize=10)
+    save(figure, path)
+
+
+def loss_curves(history: pd.DataFrame, path: Path) -> None:
+    """The loss and its terms over the steps, and each feature level before and after its weight."""
+    series = {name.removeprefix("train/"): part for name, part in history.groupby("name") if name.startswith("train/")}
+    panels = {
+        "loss": [name for name in ("loss", "task", "output") if name in series],
+        "feature loss by level, as it is": sorted(name for name in series if name.startswith("feature/")),
+        "feature loss by level, weighted": sorted(name for name in series if name.startswith("weighted_feature/")),
+    }
+    panels = {title: names for title, names in panels.items() if names}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
+    for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
+        for name in names:
+            axis.plot(series[name]["step"], series[name]["value"], lw=1, label=name.split("/")[-1])
+        axis.set_yscale("log")
+        axis.set_xlabel("optimiser step")
+        axis.set_title(title, fontsize=10)
+        axis.legend(fontsize=7)
+    save(figure, path)
+
+
+def sample_grids(images: dict[str, np.ndarray], path: Path, side: int = 8) -> None:
+    """Grids of each network's samples from the same seeds, side by side."""
+    figure, axes = plt.subplots(1, len(images), figsize=(4.2 * len(images), 4.5), squeeze=False)
+    for axis, (name, batch) in zip(axes[0], images.items(), strict=True):
+        axis.imshow(grid(batch, side).squeeze(), cmap="gray", interpolation="nearest")
+        axis.set_title(name)
+        axis.axis("off")
+    save(figure, path, dpi=150)
+
+
+def grid(images_NHWC: np.ndarray, side: int) -> np.ndarray:
+    """The first side x side images as one (H,W,C) picture, black where there are fewer."""
+    count, height, width, channels = images_NHWC.shape
+    shown = np.zeros((side * side, height, width, channels), np.uint8)
+    shown[: min(count, side * side)] = images_NHWC[: side * side]
+    return shown.reshape(side, side, height, width, channels).swapaxes(1, 2).reshape(side * height, side * width, channels)
+
+
+def curves(groups: pd.DataFrame, x: str, y: str, labels: tuple[str, str], path: Path, level: float | None = None) -> None:
+    """y over x with a colour a method; bars are the spread over seeds; `level` is the teacher's."""
+    figure, axis = plt.subplots(figsize=(6, 4.2))
+    for method, rows in groups.groupby("method"):
+        ordered = rows.sort_values(x)
+        axis.errorbar(ordered[x], ordered[y], yerr=ordered[f"{y} std"].fillna(0), marker="o", capsize=3, label=method)
+    if level is not None:
+        axis.axhline(level, color="black", ls=":", lw=1, label="teacher")
+    axis.set_xlabel(labels[0])
+    axis.set_ylabel(labels[1])
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path, dpi: int = 120) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
