@@ -1,0 +1,112 @@
+"""A tiny teacher, tiny data and tiny jobs: everything the pipeline does, in seconds, without a network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+
+from conf import schema
+from lightning_modules.backbones.unet import UNetBackbone, load_unet
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(
+    sample_size=8,
+    in_channels=3,
+    out_channels=3,
+    layers_per_block=1,
+    block_out_channels=(8, 16),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    norm_num_groups=4,
+    attention_head_dim=8,
+)
+"""11 units: 8 ResNet blocks, 4 of them with a 1x1 shortcut to keep, and attentions; some 60,000 parameters."""
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny U-Net of random weights, saved as diffusers saves it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("teacher")
+    UNet2DModel(**TINY).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def teacher(teacher_folder: Path) -> UNetBackbone:
+    return load_unet(str(teacher_folder), DDPMScheduler())
+
+
+@pytest.fixture(scope="session")
+def images_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 training and 16 held-out images of 8x8 in one npz."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    images = rng.integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
+    np.savez(path, x_train=images[:48], x_test=images[48:], y_train=np.arange(48) % 3, y_test=np.arange(16) % 3)
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory, images_file: Path) -> Path:
+    """A configuration directory outside the repository with one YAML file: the data set `tiny`."""
+    folder = tmp_path_factory.mktemp("confdir")
+    (folder / "data").mkdir()
+    (folder / "data" / "tiny.yaml").write_text(
+        f"""name: tiny
+_target_: datamodules.images.Images
+train: {{_target_: datamodules.sources.Npz, _partial_: true, path: "{images_file}", images: x_train, labels: y_train}}
+holdout: {{_target_: datamodules.sources.Npz, _partial_: true, path: "{images_file}", images: x_test, labels: y_test}}
+batch_size: 4
+seed: ${{seed}}
+flip: true
+"""
+    )
+    return folder
+
+
+@pytest.fixture
+def overrides(teacher_folder: Path, tmp_path: Path) -> list[str]:
+    """A job of a second on the tiny teacher and data, without samples; run directories are below tmp_path/runs."""
+    return [
+        "debug=tiny", "data=tiny", "evaluation=none", "trainer=cpu", f"teacher.path={teacher_folder}", f"paths.runs={tmp_path}/runs",
+        "data.batch_size=4", "selection.tolerance=0.1",
+    ]
+
+
+@pytest.fixture
+def configure(data_folder: Path):
+    """compose(overrides) -> the configuration train.py would get, checked."""
+
+    def make(*given: str) -> DictConfig:
+        schema.register()
+        with initialize_config_module("conf", version_base="1.3"):
+            cfg = compose("train", [f"hydra.searchpath=[file://{data_folder}]", *given])
+        schema.check(cfg)
+        return cfg
+
+    return make
+
+
+def train(*arguments: str, check: bool = True, config_dir: Path | None = None, **options: object) -> subprocess.CompletedProcess:
+    """Run train.py as a user does, in a process of its own."""
+    command = [sys.executable, str(ROOT / "train.py")]
+    if config_dir:
+        command += ["--config-dir", str(config_dir)]
+    process = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
+    if check and process.returncode:
+        raise AssertionError(process.stdout[-2000:] + process.stderr[-4000:])
+    return process
