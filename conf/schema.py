@@ -155,19 +155,19 @@ def positive(cfg: DictConfig) -> Iterator[tuple[str, float, str]]:
                 yield f"{group}.{name}", cfg[group][name], "a whole number of 1 or more"
 
 
-def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+def targets(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every node with a `_target_`, and where it is."""
     if isinstance(node, DictConfig):
         if "_target_" in node:
             yield path, node
         for key in node:
-            yield from targets(node[key], f"{path}.{key}" if path else str(key))
+            yield from targets(node[key], f"{path}.{key!s}" if path else str(key))
     elif isinstance(node, ListConfig):
         for index, item in enumerate(node):
             yield from targets(item, f"{path}.{index}")
 
 
-def check_target(path: str, node: DictConfig) -> None:
+def check_target(path: str, node: Any) -> None:
     """The keys of a node are parameters of its `_target_`, with values of the annotated types."""
     try:
         target = hydra.utils.get_object(node._target_)
@@ -181,9 +181,13 @@ def check_target(path: str, node: DictConfig) -> None:
         if key not in parameters and not open_ended:
             close = difflib.get_close_matches(str(key), parameters, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ConfigError(f"{path}.{key} is not a parameter of {node._target_}; {hint}it has: {', '.join(parameters)}")
+            raise ConfigError(
+                f"{path}.{key} is not a parameter of {node._target_}; {hint}it has: {', '.join(parameters)}"
+            )
     plain = {str(key): hints[str(key)] for key in given if is_plain(hints.get(str(key)))}
-    typed = dataclasses.make_dataclass("Parameters", [(key, hint, field(default=MISSING)) for key, hint in plain.items()])
+    typed = dataclasses.make_dataclass(
+        "Parameters", [(key, hint, field(default=MISSING)) for key, hint in plain.items()]
+    )
     for key in plain:
         try:
             OmegaConf.merge(OmegaConf.structured(typed), {key: given[key]})
@@ -210,5 +214,7 @@ def build(node: DictConfig, **extra: Any) -> Any:
 def without_names(content: Any) -> Any:
     """The `name` beside a `_target_` is for people and tables, not a parameter."""
     if isinstance(content, dict):
-        return {key: without_names(value) for key, value in content.items() if key != "name" or "_target_" not in content}
+        return {
+            key: without_names(value) for key, value in content.items() if key != "name" or "_target_" not in content
+        }
     return [without_names(value) for value in content] if isinstance(content, list) else content

@@ -87,12 +87,16 @@ class Criterion:
         assert set(scores) == {unit.name for unit in self.units} and len(scores) == len(self.units)
         for name, entry in scores.items():
             if not math.isfinite(entry["score"]):
-                raise ValueError(f"the score of unit {name!r} is {entry['score']}: the network's output is not finite without it")
+                raise ValueError(
+                    f"the score of unit {name!r} is {entry['score']}: the network's output is not finite without it"
+                )
         return scores
 
     def table(self, **columns: Tensor) -> dict[str, dict[str, float]]:
         """Columns of one value a unit, as {unit: {column: value}}."""
-        return {unit.name: {key: float(column[i]) for key, column in columns.items()} for i, unit in enumerate(self.units)}
+        return {
+            unit.name: {key: float(column[i]) for key, column in columns.items()} for i, unit in enumerate(self.units)
+        }
 
 
 def zeros(count: int) -> Tensor:
@@ -104,4 +108,6 @@ def check_scores(stored: dict[str, Any], units: Sequence[Unit]) -> None:
     """Raise ValueError where stored scores do not name exactly these units."""
     missing, unknown = {u.name for u in units} - set(stored), set(stored) - {u.name for u in units}
     if missing or unknown:
-        raise ValueError(f"scores do not fit this network: missing {sorted(missing)[:5]}, unknown {sorted(unknown)[:5]}")
+        raise ValueError(
+            f"scores do not fit this network: missing {sorted(missing)[:5]}, unknown {sorted(unknown)[:5]}"
+        )

@@ -151,7 +151,9 @@ def known(names: Iterable[str], units: Sequence[Unit], field_name: str) -> None:
     for name in names:
         if name not in there:
             near = difflib.get_close_matches(name, there, n=3, cutoff=0.3) or there[:3]
-            raise ValueError(f"{field_name}: {name!r} is not a unit of this network; the nearest are: {', '.join(near)}")
+            raise ValueError(
+                f"{field_name}: {name!r} is not a unit of this network; the nearest are: {', '.join(near)}"
+            )
 
 
 def harm(scores: Sequence[float], chosen: Sequence[int]) -> float:

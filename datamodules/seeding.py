@@ -1,4 +1,4 @@
-"""Randomness as a function of (seed, position), never of history: what makes resuming and re-batching change nothing."""
+"""Randomness as a function of (seed, position), never of history: resuming and re-batching then change nothing."""
 
 import hashlib
 

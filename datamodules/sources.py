@@ -54,7 +54,9 @@ class Npz(Arrays):
     def __init__(self, path: str, images: str, labels: str | None = None) -> None:
         file = Path(path).expanduser() if Path(path).expanduser().is_absolute() else data_root() / path
         if not file.exists():
-            raise MissingData(f"{file} does not exist: put the file there, or set $SECATEUR_DATA to the folder it is in")
+            raise MissingData(
+                f"{file} does not exist: put the file there, or set $SECATEUR_DATA to the folder it is in"
+            )
         with np.load(file, allow_pickle=False) as archive:
             for key in filter(None, (images, labels)):
                 if key not in archive:
@@ -120,7 +122,7 @@ class HuggingFace:
                 raise
             raise MissingData(
                 f"data set {path!r} ({split}) could be read neither from the hub nor from a cache "
-                f"({type(error).__name__}: {error}); download it where there is a network, or point `path` at a local copy"
+                f"({type(error).__name__}: {error}); download it where there is a network, or give a local copy"
             ) from error
         for column in filter(None, (image, label)):
             if column not in self.table.column_names:

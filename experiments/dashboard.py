@@ -26,11 +26,19 @@ class Dashboard:
     def __enter__(self) -> Self:
         logger = self.cfg.logger
         if logger.wandb and is_rank_zero():
-            mode = logger.mode if logger.mode != "auto" else "online" if has_key() else "offline"
+            mode: Any = logger.mode if logger.mode != "auto" else "online" if has_key() else "offline"
             self.wandb = wandb.init(
-                project=logger.project, entity=logger.entity, id=self.run.id, name=self.run.folder.name, group=self.cfg.name,
-                dir=self.run.folder, config=flat(effective(self.cfg)), mode=mode, resume="allow" if mode == "online" else None,
-                settings=wandb.Settings(console="off", silent=mode == "offline"), reinit="finish_previous",
+                project=logger.project,
+                entity=logger.entity,
+                id=self.run.id,
+                name=self.run.folder.name,
+                group=self.cfg.name,
+                dir=self.run.folder,
+                config=flat(effective(self.cfg)),
+                mode=mode,
+                resume="allow" if mode == "online" else None,
+                settings=wandb.Settings(console="off", silent=mode == "offline"),
+                reinit="finish_previous",
             )
             self.loggers = [WandbLogger(experiment=self.wandb)]
         return self
@@ -40,9 +48,13 @@ class Dashboard:
         if self.wandb is None:
             return
         self.wandb.summary.update(flat({**metrics, **measured}))
-        self.wandb.log({picture.stem: wandb.Image(str(picture)) for picture in sorted((self.run / "figures").glob("*.png"))})
+        self.wandb.log(
+            {picture.stem: wandb.Image(str(picture)) for picture in sorted((self.run / "figures").glob("*.png"))}
+        )
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.wandb is not None:
             self.wandb.finish(exit_code=1 if kind else 0)
 

@@ -66,10 +66,14 @@ def grid(images_NHWC: np.ndarray, side: int) -> np.ndarray:
     count, height, width, channels = images_NHWC.shape
     shown = np.zeros((side * side, height, width, channels), np.uint8)
     shown[: min(count, side * side)] = images_NHWC[: side * side]
-    return shown.reshape(side, side, height, width, channels).swapaxes(1, 2).reshape(side * height, side * width, channels)
+    return (
+        shown.reshape(side, side, height, width, channels).swapaxes(1, 2).reshape(side * height, side * width, channels)
+    )
 
 
-def curves(groups: pd.DataFrame, x: str, y: str, labels: tuple[str, str], path: Path, level: float | None = None) -> None:
+def curves(
+    groups: pd.DataFrame, x: str, y: str, labels: tuple[str, str], path: Path, level: float | None = None
+) -> None:
     """y over x with a colour a method; bars are the spread over seeds; `level` is the teacher's."""
     figure, axis = plt.subplots(figsize=(6, 4.2))
     for method, rows in groups.groupby("method"):

@@ -31,7 +31,9 @@ def main() -> None:
     features = ResNet20(str(schema.ROOT / "assets/resnet20/model.safetensors"))
     images, _ = source.take(np.arange(len(source)))
     statistics = Statistics.of(features(images), features.name)
-    statistics.save(folder / "frechet_resnet20.safetensors", features=features.fingerprint(), transform=features.transform)
+    statistics.save(
+        folder / "frechet_resnet20.safetensors", features=features.fingerprint(), transform=features.transform
+    )
     print(f"{folder}: {SAMPLE} images, statistics of {statistics.count}")
 
 

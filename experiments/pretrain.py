@@ -16,7 +16,11 @@ def pretrain(cfg: DictConfig) -> None:
     with run.opened():
         data = build(cfg.data)
         module = build(
-            cfg.pretrain, optimizer=build(cfg.optimizer), lr_scheduler=build(cfg.lr_scheduler), seed=cfg.seed, dump=run / "failure"
+            cfg.pretrain,
+            optimizer=build(cfg.optimizer),
+            lr_scheduler=build(cfg.lr_scheduler),
+            seed=cfg.seed,
+            dump=run / "failure",
         )()
         callbacks = [WarmedUpEMA(cfg.ema_decay)] if cfg.ema_decay is not None else []
         fit(module, data, cfg.trainer, run.folder, "train", callbacks=callbacks)

@@ -1,6 +1,6 @@
 """Reports: one page for a run, and one for any set of runs.
 
-    python -m experiments.report runs/prune        # table (CSV, Markdown), curves and a page in runs/prune/report/
+python -m experiments.report runs/prune        # table (CSV, Markdown), curves and a page in runs/prune/report/
 """
 
 import argparse
@@ -17,7 +17,9 @@ from omegaconf import OmegaConf
 from experiments import figures
 from experiments.run import read_json
 
-PAGES = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined)
+PAGES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
+)
 NETWORKS = ("teacher", "pruned", "distilled")
 SAME = ["teacher", "criterion", "selection", "distillation", "ratio", "budget", "steps", "protocol"]
 """Runs that agree in these differ in seeds only, and are averaged."""
@@ -36,14 +38,22 @@ def report_run(folder: Path) -> str:
     images = {name: folder / "samples" / name / "images.npy" for name in NETWORKS}
     images = {name: path for name, path in images.items() if path.exists()}
     if images:
-        figures.sample_grids({name: np.load(path, allow_pickle=False) for name, path in images.items()}, folder / "figures" / "samples.png")
+        figures.sample_grids(
+            {name: np.load(path, allow_pickle=False) for name, path in images.items()},
+            folder / "figures" / "samples.png",
+        )
 
     summary = summarise(folder, metrics, measured)
     measures = sorted({key.split("/")[1] for key in metrics if key.startswith("pruned/")})
     page = PAGES.get_template("run.html.j2").render(
         quality={key: [metrics.get(f"{name}/{key}") for name in NETWORKS] for key in measures},
-        title=folder.name, summary=summary, metrics=metrics, measured=measured, removed=removed,
-        units=scores["scores"], config=OmegaConf.to_yaml(config),
+        title=folder.name,
+        summary=summary,
+        metrics=metrics,
+        measured=measured,
+        removed=removed,
+        units=scores["scores"],
+        config=OmegaConf.to_yaml(config),
         pictures={path.stem: inline(path) for path in sorted((folder / "figures").glob("*.png"))},
     )
     (folder / "report.html").write_text(page)
@@ -55,21 +65,51 @@ def summarise(folder: Path, metrics: dict[str, Any], measured: dict[str, Any]) -
     metric = metrics.get("protocol", {}).get("metric")
     requested = metrics["plan/requested_ratio"]
     lines = [
-        ("removed", f"{metrics['plan/achieved_ratio']:.4f} of {metrics['plan/budget']} ({'asked for ' + str(requested) if requested else 'units given'}), "
-                    f"{metrics['plan/removed_units']} units"),
+        (
+            "removed",
+            f"{metrics['plan/achieved_ratio']:.4f} of {metrics['plan/budget']} "
+            f"({f'asked for {requested}' if requested else 'units given'}), {metrics['plan/removed_units']} units",
+        ),
         ("parameters", f"{metrics['teacher/params']:,} -> {metrics['student/params']:,}"),
         ("MACs, conv + linear", f"{metrics['teacher/macs'] / 1e9:.3f} G -> {metrics['student/macs'] / 1e9:.3f} G"),
-        ("MACs, with attention", f"{with_attention(metrics, 'teacher'):.3f} G -> {with_attention(metrics, 'student'):.3f} G"),
-        ("latency", f"{measured['teacher/latency_ms']:.1f} ms -> {measured['student/latency_ms']:.1f} ms "
-                    f"(x{measured['latency_ratio']:.2f}; batch {measured['latency_batch']}, {measured['device']})"),
+        (
+            "MACs, with attention",
+            f"{with_attention(metrics, 'teacher'):.3f} G -> {with_attention(metrics, 'student'):.3f} G",
+        ),
+        (
+            "latency",
+            f"{measured['teacher/latency_ms']:.1f} ms -> {measured['student/latency_ms']:.1f} ms "
+            f"(x{measured['latency_ratio']:.2f}; batch {measured['latency_batch']}, {measured['device']})",
+        ),
         ("peak memory of the job", f"{measured['peak_memory_bytes'] / 2**30:.2f} GiB"),
-        ("output loss", " -> ".join(f"{metrics[f'{name}/output_loss']:.5f} {name}" for name in NETWORKS[1:] if f"{name}/output_loss" in metrics)),
+        (
+            "output loss",
+            " -> ".join(
+                f"{metrics[f'{name}/output_loss']:.5f} {name}"
+                for name in NETWORKS[1:]
+                if f"{name}/output_loss" in metrics
+            ),
+        ),
     ]
     if metric:
-        values = [f"{metrics[f'{name}/{metric}']:.2f} {name}" for name in ("pruned", "distilled", "teacher") if f"{name}/{metric}" in metrics]
+        values = [
+            f"{metrics[f'{name}/{metric}']:.2f} {name}"
+            for name in ("pruned", "distilled", "teacher")
+            if f"{name}/{metric}" in metrics
+        ]
         protocol = metrics["protocol"]
-        lines.append((metric, f"{', '.join(values)} ({protocol['samples']} samples, {protocol['sampler']}, {protocol['steps']} steps)"))
-    lines += [("report", folder / "report.html"), ("exported network", folder / "export"), ("everything", folder)]
+        lines.append(
+            (
+                metric,
+                f"{', '.join(values)} "
+                f"({protocol['samples']} samples, {protocol['sampler']}, {protocol['steps']} steps)",
+            )
+        )
+    lines += [
+        ("report", str(folder / "report.html")),
+        ("exported network", str(folder / "export")),
+        ("everything", str(folder)),
+    ]
     return "\n".join(f"{name + ':':<24}{value}" for name, value in lines)
 
 
@@ -97,14 +137,25 @@ def collect(root: Path) -> pd.DataFrame:
         protocol = metrics.get("protocol", {})
         metric = protocol.get("metric")
         row = {
-            "run": folder.name, "teacher": cfg.teacher.name, "criterion": cfg.criterion.name, "selection": cfg.selection.name,
-            "distillation": cfg.distillation.name, "steps": cfg.trainer.steps if "_target_" in cfg.distillation else 0,
-            "budget": metrics["plan/budget"], "ratio": metrics["plan/requested_ratio"], "seed": cfg.seed,
-            "criterion_seed": cfg.criterion.get("seed"), "achieved": metrics["plan/achieved_ratio"],
-            "params": metrics["student/params"], "macs": metrics["student/macs"],
-            "latency_ratio": measured["latency_ratio"], "latency_ms": measured["student/latency_ms"],
-            "output_loss_pruned": metrics["pruned/output_loss"], "output_loss": metrics["eval/output_loss"],
-            "metric": metric, "protocol": ", ".join(f"{key}={value}" for key, value in protocol.items() if key != "features"),
+            "run": folder.name,
+            "teacher": cfg.teacher.name,
+            "criterion": cfg.criterion.name,
+            "selection": cfg.selection.name,
+            "distillation": cfg.distillation.name,
+            "steps": cfg.trainer.steps if "_target_" in cfg.distillation else 0,
+            "budget": metrics["plan/budget"],
+            "ratio": metrics["plan/requested_ratio"],
+            "seed": cfg.seed,
+            "criterion_seed": cfg.criterion.get("seed"),
+            "achieved": metrics["plan/achieved_ratio"],
+            "params": metrics["student/params"],
+            "macs": metrics["student/macs"],
+            "latency_ratio": measured["latency_ratio"],
+            "latency_ms": measured["student/latency_ms"],
+            "output_loss_pruned": metrics["pruned/output_loss"],
+            "output_loss": metrics["eval/output_loss"],
+            "metric": metric,
+            "protocol": ", ".join(f"{key}={value}" for key, value in protocol.items() if key != "features"),
         }
         if row["ratio"] is None:  # units that were given: their own ratio
             row["ratio"] = round(row["achieved"], 4)
@@ -113,17 +164,37 @@ def collect(root: Path) -> pd.DataFrame:
         rows.append(row)
     if not rows:
         raise ValueError(f"{root} has no finished run below it (looked for finished.json beside plan.json)")
-    return pd.DataFrame(rows).sort_values(["criterion", "selection", "distillation", "ratio", "seed", "run"], ignore_index=True)
+    return pd.DataFrame(rows).sort_values(
+        ["criterion", "selection", "distillation", "ratio", "seed", "run"], ignore_index=True
+    )
 
 
 def averaged(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs that differ in seeds only, as mean and standard deviation; `method` names what a curve is of."""
-    values = ["achieved", "params", "macs", "latency_ratio", "output_loss_pruned", "output_loss", "quality_pruned", "quality", "quality_teacher"]
+    values = [
+        "achieved",
+        "params",
+        "macs",
+        "latency_ratio",
+        "output_loss_pruned",
+        "output_loss",
+        "quality_pruned",
+        "quality",
+        "quality_teacher",
+    ]
     runs = runs.assign(**{name: pd.to_numeric(runs[name]) for name in values})
     grouped = runs.groupby(SAME, dropna=False)
-    table = grouped[values].mean().join(grouped[values].std().add_suffix(" std")).join(grouped.size().rename("runs")).reset_index()
+    table = (
+        grouped[values]
+        .mean()
+        .join(grouped[values].std().add_suffix(" std"))
+        .join(grouped.size().rename("runs"))
+        .reset_index()
+    )
     varying = [name for name in ("selection", "distillation", "steps") if table[name].nunique() > 1]
-    table["method"] = [", ".join([row.criterion, *(f"{name} {getattr(row, name)}" for name in varying)]) for row in table.itertuples()]
+    table["method"] = [
+        ", ".join([row.criterion, *(f"{name} {getattr(row, name)}" for name in varying)]) for row in table.itertuples()
+    ]
     return table
 
 
@@ -136,15 +207,23 @@ def markdown(table: pd.DataFrame, metric: str) -> str:
             return ""
         return f"{value:.{digits}f}" + (f" ± {std:.{digits}f}" if not pd.isna(std) and std > 0 else "")
 
-    lines = [
-        f"| criterion | selection | distillation (steps) | ratio | achieved | parameters | MACs | latency | output loss, pruned | {metric}, pruned | {metric} | runs |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    heads = ["criterion", "selection", "distillation (steps)", "ratio", "achieved", "parameters", "MACs", "latency"]
+    heads += ["output loss, pruned", f"{metric}, pruned", metric, "runs"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for _, row in table.iterrows():
         cells = [
-            row["criterion"], row["selection"], f"{row['distillation']} ({row['steps']})", f"{row['ratio']:g}", spread(row, "achieved", 3),
-            f"{row['params'] / 1e6:.2f} M", f"{row['macs'] / 1e9:.3f} G", "x" + spread(row, "latency_ratio", 2),
-            spread(row, "output_loss_pruned", 4), spread(row, "quality_pruned", 2), spread(row, "quality", 2), str(row["runs"]),
+            row["criterion"],
+            row["selection"],
+            f"{row['distillation']} ({row['steps']})",
+            f"{row['ratio']:g}",
+            spread(row, "achieved", 3),
+            f"{row['params'] / 1e6:.2f} M",
+            f"{row['macs'] / 1e9:.3f} G",
+            "x" + spread(row, "latency_ratio", 2),
+            spread(row, "output_loss_pruned", 4),
+            spread(row, "quality_pruned", 2),
+            spread(row, "quality", 2),
+            str(row["runs"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -155,7 +234,11 @@ def report_set(root: Path) -> Path:
     runs = collect(root)
     table = averaged(runs)
     if table["protocol"].nunique() > 1:
-        print("these runs were evaluated under different protocols; their rows are not comparable:", *table["protocol"].unique(), sep="\n  ")
+        print(
+            "these runs were evaluated under different protocols; their rows are not comparable:",
+            *table["protocol"].unique(),
+            sep="\n  ",
+        )
     metric = ", ".join(sorted({str(name) for name in runs["metric"].dropna()})) or "output loss"
     folder = root / "report"
     folder.mkdir(exist_ok=True)
@@ -163,20 +246,48 @@ def report_set(root: Path) -> Path:
     (folder / "table.md").write_text(markdown(table, metric))
     level = float(runs["quality_teacher"].mean()) if runs["quality_teacher"].notna().any() else None
     for x, label in (("ratio", "fraction removed"), ("latency_ratio", "latency, student / teacher")):
-        figures.curves(table, x, "quality", (label, f"{metric} (lower is better)"), folder / f"quality_over_{x}.png", level)
-    figures.curves(table, "ratio", "output_loss_pruned", ("fraction removed", "joint output loss right after pruning"), folder / "output_loss_over_ratio.png")
+        figures.curves(
+            table, x, "quality", (label, f"{metric} (lower is better)"), folder / f"quality_over_{x}.png", level
+        )
+    figures.curves(
+        table,
+        "ratio",
+        "output_loss_pruned",
+        ("fraction removed", "joint output loss right after pruning"),
+        folder / "output_loss_over_ratio.png",
+    )
     waiting = sorted(p.parent.name for p in root.rglob("config.yaml") if not (p.parent / "finished.json").exists())
-    shown = ["criterion", "selection", "distillation", "steps", "ratio", "achieved", "latency_ratio", "output_loss_pruned", "quality_pruned", "quality", "runs"]
+    shown = [
+        "criterion",
+        "selection",
+        "distillation",
+        "steps",
+        "ratio",
+        "achieved",
+        "latency_ratio",
+        "output_loss_pruned",
+        "quality_pruned",
+        "quality",
+        "runs",
+    ]
     page = PAGES.get_template("set.html.j2").render(
-        title=root.name, metric=metric, rows=table[shown].to_dict("records"), columns=shown, runs=runs.to_dict("records"), waiting=waiting,
-        protocols=sorted(table["protocol"].unique()), pictures={path.stem: inline(path) for path in sorted(folder.glob("*.png"))},
+        title=root.name,
+        metric=metric,
+        rows=table[shown].to_dict("records"),
+        columns=shown,
+        runs=runs.to_dict("records"),
+        waiting=waiting,
+        protocols=sorted(table["protocol"].unique()),
+        pictures={path.stem: inline(path) for path in sorted(folder.glob("*.png"))},
     )
     (folder / "index.html").write_text(page)
     return folder / "index.html"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description="Compare all finished runs below a folder.")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report", description="Compare all finished runs below a folder."
+    )
     parser.add_argument("folder", type=Path)
     root = parser.parse_args().folder
     try:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
@@ -86,7 +87,7 @@ def portable(content: Any) -> Any:
 
 def effective(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration without what cannot change a result."""
-    content: dict[str, Any] = portable(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    content: dict[str, Any] = portable(OmegaConf.to_container(cfg, resolve=True))
     for group, names in NO_EFFECT.items():
         for name in names:
             (content[group] if group else content).pop(name, None)
@@ -108,6 +109,12 @@ def fingerprint(files: list[Path], cache: Path) -> str:
 
 def is_rank_zero() -> bool:
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
+def barrier() -> None:
+    """Wait for the other ranks, where there are any."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def cached(folder: Path, key: Any, compute: Callable[[], Any]) -> Any:
@@ -140,6 +147,12 @@ class Run:
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
 
+    def write(self, name: str, content: Any) -> None:
+        """Write one of the run's JSON artefacts, once for all ranks."""
+        if is_rank_zero():
+            write_json(self / name, content)
+        barrier()
+
     @property
     def finished(self) -> bool:
         return (self / "finished.json").exists()
@@ -152,7 +165,7 @@ class Run:
             self.cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UnwritableDirectory(
-                f"{error.filename} cannot be made ({error.strerror}); choose a folder you can write to with paths.runs=..."
+                f"{error.filename} cannot be made ({error.strerror}); choose a folder that can, with paths.runs=..."
             ) from error
         if not is_rank_zero():
             yield
@@ -163,7 +176,8 @@ class Run:
         except Timeout as error:
             holder = read_json(self / ".holder.json") if (self / ".holder.json").exists() else {"pid": "?", "host": "?"}
             raise RunBusy(
-                f"run {self.folder} is being made by process {holder['pid']} on {holder['host']}; wait for it or stop it"
+                f"run {self.folder} is being made by process {holder['pid']} on {holder['host']}; "
+                "wait for it or stop it"
             ) from error
         except OSError as error:
             raise UnwritableDirectory(

@@ -15,6 +15,14 @@ Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Schedule = Callable[[torch.optim.Optimizer], Any]
 
 
+def sum_over_ranks(module: pl.LightningModule, value: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, on the CPU."""
+    if module.trainer.world_size == 1:
+        return value
+    gathered: Any = module.all_gather(value.to(module.device))
+    return gathered.sum(0).cpu()
+
+
 class NonFiniteLoss(FloatingPointError):
     """A loss or gradient is NaN or infinite; no optimiser step was taken with it."""
 
@@ -64,6 +72,9 @@ class TrainedModule(pl.LightningModule):
             f"The batch is in {path}; a lower optimizer.lr or trainer.precision=32-true usually mends it"
         )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_schedule(optimizer), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_schedule(optimizer), "interval": "step"},
+        }

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_modules.backbones.resnet_cifar import CifarResNet
-from lightning_modules.base import TrainedModule
+from lightning_modules.base import TrainedModule, sum_over_ranks
 
 
 class Classifier(TrainedModule):
@@ -25,15 +25,16 @@ class Classifier(TrainedModule):
         return {"loss": F.cross_entropy(logits, batch["label"]), "accuracy": accuracy}
 
     def on_test_start(self) -> None:
-        self.correct = self.seen = 0
+        self.counts = torch.zeros(2, dtype=torch.float64)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.correct += int((self.network(batch["image"]).argmax(1) == batch["label"]).sum())
-        self.seen += len(batch["label"])
+        if batch_idx % self.trainer.world_size == self.global_rank:
+            correct = (self.network(batch["image"]).argmax(1) == batch["label"]).sum()
+            self.counts += torch.tensor([float(correct), len(batch["label"])], dtype=torch.float64)
 
     def on_test_epoch_end(self) -> None:
-        counts = self.all_gather(torch.tensor([self.correct, self.seen])).reshape(-1, 2).sum(0)
-        self.metrics = {"test_accuracy": float(counts[0] / counts[1]), "test_images": int(counts[1])}
+        correct, count = sum_over_ranks(self, self.counts).tolist()
+        self.metrics = {"test_accuracy": correct / count, "test_images": int(count)}
 
     def save(self, folder: Path) -> None:
         """model.safetensors in half precision."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbones.unet import CLASSES, UNetBackbone
-from lightning_modules.base import TrainedModule
+from lightning_modules.base import TrainedModule, sum_over_ranks
 
 
 class Denoiser(TrainedModule):
@@ -29,7 +29,7 @@ class Denoiser(TrainedModule):
             self.sums += len(batch["image"]) * torch.tensor([float(loss), 1.0], dtype=torch.float64)
 
     def on_test_epoch_end(self) -> None:
-        total = self.all_gather(self.sums).reshape(-1, 2).sum(0)
+        total = sum_over_ranks(self, self.sums)
         self.metrics = {"test_task_loss": float(total[0] / total[1]), "test_images": int(total[1])}
 
     def save(self, folder: Path) -> None:

@@ -93,7 +93,9 @@ def tap_names(student: UNetBackbone, taps: Any, skip_emptied: bool) -> list[str]
     there = dict(student.unet.named_modules())
     for name in names:
         if name not in there:
-            raise ValueError(f"distillation.taps: {name!r} is not a module of this network; stages are: {', '.join(stages)}")
+            raise ValueError(
+                f"distillation.taps: {name!r} is not a module of this network; stages are: {', '.join(stages)}"
+            )
 
     def has_lost_all(name: str) -> bool:
         inside = [unit for unit in units if unit == name or unit.startswith(name + ".")]

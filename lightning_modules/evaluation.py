@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.backbones.unet import UNetBackbone
+from lightning_modules.base import sum_over_ranks
 from lightning_modules.distillation import Reference
 
 
@@ -26,7 +27,9 @@ class Generation(pl.LightningModule):
 
     def test_step(self, seeds: Tensor, batch_idx: int) -> None:
         if batch_idx % self.trainer.world_size == self.global_rank:
-            self.found.update(zip(seeds.tolist(), self.backbone.generate(seeds.cpu(), self.sampler, self.steps), strict=True))
+            self.found.update(
+                zip(seeds.tolist(), self.backbone.generate(seeds.cpu(), self.sampler, self.steps), strict=True)
+            )
 
     def on_test_epoch_end(self) -> None:
         if self.trainer.world_size > 1:
@@ -57,7 +60,5 @@ class JointLoss(pl.LightningModule):
         self.sums += len(eps_s) * torch.tensor([*means, 1.0], dtype=torch.float64)
 
     def on_test_epoch_end(self) -> None:
-        if self.trainer.world_size > 1:
-            self.sums = self.all_gather(self.sums.to(self.device)).sum(0).cpu()
-        joint, task, teacher, count = self.sums.tolist()
+        joint, task, teacher, count = sum_over_ranks(self, self.sums).tolist()
         self.metrics = {"output_loss": joint / count, "task_loss": task / count, "teacher_task_loss": teacher / count}

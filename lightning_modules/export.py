@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDPMPipeline
@@ -44,7 +45,8 @@ def export(student: UNetBackbone, folder: Path) -> None:
     `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens it where only diffusers is installed;
     without `trust_remote_code` it is refused, rather than opened as a stock network with untrained parts.
     """
-    DDPMPipeline(student.unet, student.noise_scheduler).save_pretrained(folder, safe_serialization=True)
+    pipeline: Any = DDPMPipeline(student.unet, student.noise_scheduler)
+    pipeline.save_pretrained(folder, safe_serialization=True)
     index = folder / "model_index.json"
     content = json.loads(index.read_text())
     content["unet"] = ["pruned_unet", type(student.unet).__name__]
@@ -66,21 +68,33 @@ def verify(student: UNetBackbone, folder: Path) -> float:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         save_file(inputs, work / "inputs.safetensors")
-        arguments = [folder.resolve(), work / "inputs.safetensors", work / "output.safetensors", torch.get_num_threads()]
+        arguments = [
+            folder.resolve(),
+            work / "inputs.safetensors",
+            work / "output.safetensors",
+            torch.get_num_threads(),
+        ]
         process = subprocess.run(
             [sys.executable, "-c", CLEAN_LOAD, *map(str, arguments)],
-            cwd=work, capture_output=True, text=True, env=clean_environment(work),
+            cwd=work,
+            capture_output=True,
+            text=True,
+            env=clean_environment(work),
         )
         if process.returncode:
             raise ExportMismatch(f"{folder} does not load in a clean process:\n{process.stderr[-2000:]}")
         found = load_file(work / "output.safetensors")["output"]
     difference = float((found - expected).abs().max())
     if not difference <= 1e-5 * float(expected.abs().max()):
-        raise ExportMismatch(f"{folder} reloads, but its output differs by {difference:.3g} from the network that was exported")
+        raise ExportMismatch(
+            f"{folder} reloads, but its output differs by {difference:.3g} from the network that was exported"
+        )
     return difference
 
 
 def clean_environment(work: Path) -> dict[str, str]:
     """This process's environment, without what would make the project importable, and with a cache of its own."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "LOCAL_RANK", "RANK", "WORLD_SIZE")}
+    kept = {
+        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "LOCAL_RANK", "RANK", "WORLD_SIZE")
+    }
     return kept | {"HF_MODULES_CACHE": str(work / "modules"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -25,7 +25,9 @@ class LevelWeights(nn.Module):
     def __init__(self, normalization: str, levels: int, momentum: float = 0.99) -> None:
         super().__init__()
         if normalization not in NORMALIZATIONS:
-            raise ValueError(f"distillation.normalization={normalization!r} is unknown; choose one of: {', '.join(NORMALIZATIONS)}")
+            raise ValueError(
+                f"distillation.normalization={normalization!r} is unknown; choose one of: {', '.join(NORMALIZATIONS)}"
+            )
         self.normalization, self.momentum = normalization, momentum
         self.energy: Tensor
         self.register_buffer("energy", torch.zeros(levels))

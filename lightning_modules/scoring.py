@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from criteria.base import Criterion, Unit
+from lightning_modules.base import sum_over_ranks
 
 
 class Scoring(pl.LightningModule):
@@ -25,11 +26,8 @@ class Scoring(pl.LightningModule):
             self.criterion.update(batch)
 
     def on_test_epoch_end(self) -> None:
-        if self.trainer.world_size > 1:
-            states = self.criterion.states
-            self.criterion.states = {
-                name: self.all_gather(value.to(self.device)).sum(0).cpu() for name, value in states.items()
-            }
+        states = self.criterion.states
+        self.criterion.states = {name: sum_over_ranks(self, value) for name, value in states.items()}
         self.scores = self.criterion.finish()
 
 
@@ -52,5 +50,3 @@ def score(
     for part, mode in modes.items():
         part.training = mode
     return module.scores
-
-

@@ -1,7 +1,9 @@
-"""The Lightning Trainer of every stage: devices, precision, progress, checkpoints, and which checkpoint to resume from."""
+"""The Lightning Trainer of every stage: devices, precision, progress, checkpoints, and what to resume from."""
 
 import csv
+import logging
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +11,21 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar, WeightAveraging
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, WeightAveraging
 from pytorch_lightning.loggers import Logger
+from tqdm import tqdm
 
 HISTORY_FIELDS = ("step", "name", "value")
+
+# Lightning's announcements, and deprecations that its and torchdata's users can do nothing about.
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+for message in (
+    ".*set_vital.*",
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*does not have many workers.*",
+    ".*exists and is not empty.*",
+):
+    warnings.filterwarnings("ignore", message=message)
 
 
 class CorruptCheckpoint(RuntimeError):
@@ -20,7 +33,7 @@ class CorruptCheckpoint(RuntimeError):
 
 
 def accelerator_of(name: str) -> str:
-    """"cuda" or "cpu" for `trainer.accelerator`; raises ValueError for a GPU that is not there."""
+    """ "cuda" or "cpu" for `trainer.accelerator`; raises ValueError for a GPU that is not there."""
     if name not in ("auto", "cpu", "gpu"):
         raise ValueError(f"trainer.accelerator={name!r} is unknown; choose one of: auto, cpu, gpu")
     if name == "gpu" and not torch.cuda.is_available():
@@ -41,57 +54,75 @@ def make_trainer(conf: Any, stage: str, precision: str, **options: Any) -> pl.Tr
     torch.backends.cuda.matmul.allow_tf32 = False  # scores and metrics on a GPU are to equal those on a CPU
     torch.backends.cudnn.allow_tf32 = False
     callbacks = [StageBar(stage), *options.pop("callbacks", [])]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not used.*")
-        return pl.Trainer(
-            accelerator=device,
-            devices=conf.devices,
-            num_nodes=conf.num_nodes,
-            strategy=conf.strategy,
-            precision=precision_of(precision, device),
-            deterministic="warn",
-            callbacks=callbacks,
-            logger=options.pop("logger", False),
-            enable_model_summary=False,
-            enable_checkpointing=options.pop("enable_checkpointing", False),
-            use_distributed_sampler=options.pop("use_distributed_sampler", False),
-            **options,
-        )
+    return pl.Trainer(
+        accelerator=device,
+        devices=conf.devices,
+        num_nodes=conf.num_nodes,
+        strategy=conf.strategy,
+        precision=precision_of(precision, device),  # type: ignore[arg-type]
+        deterministic="warn",
+        callbacks=callbacks,
+        logger=options.pop("logger", False),
+        enable_model_summary=False,
+        enable_checkpointing=options.pop("enable_checkpointing", False),
+        use_distributed_sampler=False,  # the streams and the steps share the data out themselves
+        **options,
+    )
 
 
-class StageBar(TQDMProgressBar):
-    """One bar a stage, named for what goes on; it shows the time that is left and the losses."""
+class StageBar(ProgressBar):
+    """One bar a stage, named for what goes on, with the time that is left; it goes on where a resumed run goes on.
+
+    Where nobody watches (a log file) it writes a line now and then instead of many a second.
+    """
 
     def __init__(self, stage: str) -> None:
-        super().__init__(refresh_rate=1, leave=True)
+        super().__init__()
         self.stage = stage
+        self.enabled = True
 
-    def init_train_tqdm(self) -> Any:
-        return self._named(super().init_train_tqdm())
+    def disable(self) -> None:
+        self.enabled = False
 
-    def init_test_tqdm(self) -> Any:
-        return self._named(super().init_test_tqdm())
+    def open(self, total: float, done: int = 0) -> None:
+        wait = 0.2 if sys.stderr.isatty() else 10.0
+        self.bar = tqdm(
+            desc=f"{self.stage:<20}",
+            total=int(total),
+            initial=done,
+            disable=not self.enabled,
+            mininterval=wait,
+            maxinterval=wait,
+            dynamic_ncols=True,
+            leave=True,
+        )
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description(self.stage)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.open(trainer.num_training_batches, trainer.fit_loop.epoch_loop.total_batch_idx + 1)
 
-    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        super().on_test_batch_start(*args, **kwargs)
-        self.test_progress_bar.set_description(self.stage)
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.bar.set_postfix_str(f"loss={trainer.progress_bar_metrics.get('loss', float('nan')):.4g}", refresh=False)
+        self.bar.update()
 
-    def get_metrics(self, trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, model)
-        metrics.pop("v_num", None)
-        return metrics
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar.close()
 
-    def _named(self, bar: Any) -> Any:
-        bar.set_description(self.stage)
-        return bar
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.open(sum(trainer.num_test_batches))
+
+    def on_test_batch_end(self, *args: Any) -> None:
+        self.bar.update()
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
 
 
 class WarmedUpEMA(WeightAveraging):
-    """Exponential moving average of the weights that warms up: decay_k = min(decay, (1 + k) / (10 + k)) after k updates.
+    """Exponential moving average of the weights that warms up: decay_k = min(decay, (1 + k) / (10 + k)).
 
     Without the warm-up a short run would evaluate its initial weights. Buffers (batch norm statistics) are copied.
     """
@@ -153,7 +184,10 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
         try:
             return path, int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
         except Exception as error:
-            warnings.warn(f"checkpoint {path} cannot be read ({type(error).__name__}: {error}); trying the one before", stacklevel=2)
+            warnings.warn(
+                f"checkpoint {path} cannot be read ({type(error).__name__}: {error}); trying the one before",
+                stacklevel=2,
+            )
     if found:
         raise CorruptCheckpoint(
             f"none of the checkpoints in {folder} can be read ({', '.join(path.name for path in found)}); "
@@ -170,7 +204,7 @@ def fit(
     stage: str,
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
-) -> pl.Trainer:
+) -> None:
     """Train for `conf.steps` optimiser steps, resuming from `folder`/checkpoints when there is something to resume.
 
     A resumed run ends in the same bits as an undisturbed one on the same devices: batch order and noise are
@@ -180,23 +214,40 @@ def fit(
     checkpoints.mkdir(parents=True, exist_ok=True)
     resume = newest_checkpoint(checkpoints)
     if resume is None and conf.resume == "required":
-        raise ValueError(f"trainer.resume='required', but there is no checkpoint in {checkpoints}; choose trainer.resume=auto")
+        raise ValueError(
+            f"trainer.resume='required', but there is no checkpoint in {checkpoints}; choose trainer.resume=auto"
+        )
     history = History(folder / "metrics.csv")
     history.rewind(resume[1] if resume else 0)
     saver = ModelCheckpoint(
-        dirpath=checkpoints, filename="{step:07d}", monitor="step", mode="max", save_top_k=2,
-        every_n_train_steps=conf.checkpoint_every, save_on_train_epoch_end=False, enable_version_counter=False,
+        dirpath=checkpoints,
+        filename="{step:07d}",
+        monitor="step",
+        mode="max",
+        save_top_k=2,
+        every_n_train_steps=conf.checkpoint_every,
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
     )
     trainer = make_trainer(
-        conf, stage, conf.precision,
-        callbacks=[saver, *callbacks], logger=[history, *loggers], enable_checkpointing=True,
-        max_epochs=1, max_steps=conf.steps, limit_train_batches=conf.steps * conf.accumulate_grad_batches,
-        accumulate_grad_batches=conf.accumulate_grad_batches, gradient_clip_val=conf.gradient_clip_val,
-        log_every_n_steps=conf.log_every_n_steps, num_sanity_val_steps=0, limit_val_batches=0,
+        conf,
+        stage,
+        conf.precision,
+        callbacks=[saver, *callbacks],
+        logger=[history, *loggers],
+        enable_checkpointing=True,
+        max_epochs=1,
+        max_steps=conf.steps,
+        limit_train_batches=conf.steps * conf.accumulate_grad_batches,
+        accumulate_grad_batches=conf.accumulate_grad_batches,
+        gradient_clip_val=conf.gradient_clip_val,
+        log_every_n_steps=conf.log_every_n_steps,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
     )
+    if resume and resume[1] >= conf.steps:  # killed between the last step and what follows
+        module.load_state_dict(torch.load(resume[0], map_location="cpu", weights_only=True)["state_dict"])
+        return
     if resume:
         print(f"{stage}: resuming from step {resume[1]} of {conf.steps} ({resume[0].name})", flush=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*exists and is not empty.*")
-        trainer.fit(module, datamodule=data, ckpt_path=resume[0] if resume else None, weights_only=True)
-    return trainer
+    trainer.fit(module, datamodule=data, ckpt_path=resume[0] if resume else None, weights_only=True)

@@ -57,7 +57,7 @@ class Replay:
     def _patched(self, run: Callable[..., Any]) -> Iterator[None]:
         try:
             for part in self.parts:
-                part.forward = _bound(run, part, part.forward)  # type: ignore[method-assign]
+                part.forward = _bound(run, part, part.forward)
             yield
         finally:
             for part in self.parts:
@@ -70,9 +70,9 @@ def _bound(run: Callable[..., Any], part: nn.Module, forward: Callable[..., Any]
 
 def parts(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]:
     """The units, and the largest modules that have none inside."""
-    if module in units or units.isdisjoint(module.modules()):
-        if not isinstance(module, nn.ModuleList):  # a list is not called
-            yield module
-            return
+    is_whole = module in units or units.isdisjoint(module.modules())
+    if is_whole and not isinstance(module, nn.ModuleList):  # a list is not called
+        yield module
+        return
     for child in module.children():
         yield from parts(child, units)

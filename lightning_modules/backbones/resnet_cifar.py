@@ -66,9 +66,7 @@ class CifarResNet(nn.Module):
 def load_resnet(path: str | Path, blocks: int) -> CifarResNet:
     """A trained network, frozen and in eval mode, from safetensors (half precision on disk is widened)."""
     network = CifarResNet(blocks)
-    network.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()})
+    network.load_state_dict(
+        {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()}
+    )
     return network.eval().requires_grad_(False)
-
-
-
-

@@ -31,13 +31,17 @@ from lightning_modules.backbones.pruned_unet import (
 from lightning_modules.backbones.replay import Replay
 from lightning_modules.metrics.cost import Macs, count_macs
 
-CLASSES = {cls.__name__: cls for cls in (UNet2DModel, UNet2DConditionModel, PrunedUNet2DModel, PrunedUNet2DConditionModel)}
+CLASSES = {
+    cls.__name__: cls for cls in (UNet2DModel, UNet2DConditionModel, PrunedUNet2DModel, PrunedUNet2DConditionModel)
+}
 CONDITIONS = ("encoder_hidden_states", "class_labels", "added_cond_kwargs")
 """Entries of a batch that are handed to the network as they are."""
 
 
 class UNetBackbone(nn.Module):
     """A U-Net that predicts noise (or velocity, or the sample), with the noise schedule it was trained under."""
+
+    unet: Any  # of one of CLASSES; their mix-ins are not typed
 
     def __init__(self, unet: nn.Module, noise_scheduler: Any) -> None:
         super().__init__()
@@ -54,7 +58,8 @@ class UNetBackbone(nn.Module):
                 name=name,
                 kind=kinds.get(type(module), "transformer"),
                 params=sum(p.numel() for p in self.freed_weights(name)),
-                macs=macs.of(name) - (macs.of(f"{name}.conv_shortcut") if getattr(module, "conv_shortcut", None) else 0),
+                macs=macs.of(name)
+                - (macs.of(f"{name}.conv_shortcut") if getattr(module, "conv_shortcut", None) else 0),
             )
             for name, module in removable(self.unet).items()
             if not isinstance(module, Bypass)
@@ -62,7 +67,11 @@ class UNetBackbone(nn.Module):
 
     def freed_weights(self, name: str) -> list[Tensor]:
         module = removable(self.unet)[name]
-        return [p for key, p in module.named_parameters() if not (isinstance(module, ResnetBlock2D) and key.startswith("conv_shortcut."))]
+        return [
+            p
+            for key, p in module.named_parameters()
+            if not (isinstance(module, ResnetBlock2D) and key.startswith("conv_shortcut."))
+        ]
 
     @contextlib.contextmanager
     def without(self, names: Iterable[str]) -> Iterator[None]:
@@ -75,9 +84,9 @@ class UNetBackbone(nn.Module):
     def pruned(self, names: Sequence[str]) -> Self:
         """A student of its own: the same weights without these units."""
         known(names, self.units(), "plan.units")
-        removed = [*self.unet.config.get("removed_units", ()), *names]  # type: ignore[union-attr]
+        removed = [*self.unet.config.get("removed_units", ()), *names]
         cls = CLASSES["Pruned" + type(self.unet).__name__.removeprefix("Pruned")]
-        student = cls.from_config({**self.unet.config, "removed_units": removed})  # type: ignore[dict-item]
+        student = cls.from_config({**self.unet.config, "removed_units": removed})
         with self.without(names):
             student.load_state_dict(copy.deepcopy(self.unet.state_dict()))
         return type(self)(student.to(next(self.unet.parameters()).device).eval(), self.noise_scheduler)
@@ -113,7 +122,11 @@ class UNetBackbone(nn.Module):
             target = self.noise_scheduler.get_velocity(image, noise, timesteps)
         else:
             target = image
-        inputs = {"sample": self.noise_scheduler.add_noise(image, noise, timesteps), "timestep": timesteps, "target": target}
+        inputs = {
+            "sample": self.noise_scheduler.add_noise(image, noise, timesteps),
+            "timestep": timesteps,
+            "target": target,
+        }
         return inputs | {key: batch[key] for key in CONDITIONS if key in batch}
 
     # The network
@@ -147,11 +160,11 @@ class UNetBackbone(nn.Module):
 
         `sampler(noise schedule's config)` makes a diffusers scheduler.
         """
-        config = self.unet.config
-        size = config.sample_size  # type: ignore[union-attr]
-        shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))  # type: ignore[union-attr]
+        shape = self.data_shape()
         device = next(self.unet.parameters()).device
-        sample = torch.stack([torch.randn(shape, generator=torch_rng("sample", int(seed))) for seed in seeds]).to(device)
+        sample = torch.stack([torch.randn(shape, generator=torch_rng("sample", int(seed))) for seed in seeds]).to(
+            device
+        )
         scheduler = sampler(self.noise_scheduler.config)
         scheduler.set_timesteps(steps, device=device)
         rng = torch_rng("sampler", *[int(seed) for seed in seeds])
@@ -166,23 +179,22 @@ class UNetBackbone(nn.Module):
 
     def stages(self) -> dict[str, nn.Module]:
         """The stages whose outputs can be compared between teacher and student, in the order of the forward pass."""
-        unet: Any = self.unet
-        found = {f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)}
-        if unet.mid_block is not None:
-            found["mid_block"] = unet.mid_block
-        return found | {f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)}
+        found = {f"down_blocks.{i}": block for i, block in enumerate(self.unet.down_blocks)}
+        if self.unet.mid_block is not None:
+            found["mid_block"] = self.unet.mid_block
+        return found | {f"up_blocks.{i}": block for i, block in enumerate(self.unet.up_blocks)}
 
     # Shapes, costs, files
 
     def data_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the samples the network takes."""
-        config: Any = self.unet.config
+        config = self.unet.config
         size = config.sample_size
         return (config.in_channels, *((size, size) if isinstance(size, int) else tuple(size)))
 
     def example_inputs(self, batch: int, device: torch.device | str) -> Batch:
         """Inputs of the right shape, zeros: for counting and timing."""
-        config: Any = self.unet.config
+        config = self.unet.config
         inputs = {
             "sample": torch.zeros(batch, *self.data_shape(), device=device),
             "timestep": torch.zeros(batch, dtype=torch.long, device=device),
@@ -194,7 +206,7 @@ class UNetBackbone(nn.Module):
     def macs(self) -> Macs:
         """Multiply-accumulates of one forward at batch 1, counted on the meta device."""
         with torch.device("meta"):
-            twin = UNetBackbone(type(self.unet).from_config(dict(self.unet.config)), self.noise_scheduler)  # type: ignore[attr-defined,call-overload]
+            twin = UNetBackbone(type(self.unet).from_config(dict(self.unet.config)), self.noise_scheduler)
         inputs = twin.example_inputs(1, "meta")
         return count_macs(twin.unet, lambda: twin.predict(inputs))
 
@@ -203,7 +215,7 @@ class UNetBackbone(nn.Module):
 
     def save(self, folder: Path) -> None:
         """config.json and safetensors weights, as diffusers writes them."""
-        self.unet.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+        self.unet.save_pretrained(folder, safe_serialization=True)
 
 
 def find_weights(path: str) -> Path:
@@ -214,21 +226,28 @@ def find_weights(path: str) -> Path:
     local = Path(path).expanduser()
     if not local.exists():
         if local.is_absolute() or path.count("/") != 1:
-            raise MissingData(f"teacher.path={path!r} does not exist: it names a folder with config.json and *.safetensors, or a hub id")
+            raise MissingData(
+                f"teacher.path={path!r} does not exist: it names a folder with config.json and *.safetensors, "
+                "or a hub id"
+            )
         patterns = ["*.json", "*.safetensors", "unet/*.json", "unet/*.safetensors"]
         try:
             local = Path(snapshot_download(path, allow_patterns=patterns))
         except Exception as error:
             raise MissingData(
-                f"teacher.path={path!r} is not a folder here, and could not be downloaded ({type(error).__name__}); where there is "
-                f"a network, run `hf download {path}` and copy the folder, then set teacher.path to it"
+                f"teacher.path={path!r} is not a folder here, and could not be downloaded ({type(error).__name__}); "
+                f"where there is a network, run `hf download {path}` and copy the folder, then set teacher.path to it"
             ) from error
     for folder in (local, local / "unet"):
         if (folder / "config.json").exists():
             if not any(folder.glob("*.safetensors")):
-                raise MissingData(f"{folder} has a config.json but no *.safetensors weights (pickled weights are not read)")
+                raise MissingData(
+                    f"{folder} has a config.json but no *.safetensors weights (pickled weights are not read)"
+                )
             return folder
-    raise MissingData(f"{local} has no config.json (nor has its folder unet/): teacher.path names a folder saved by diffusers")
+    raise MissingData(
+        f"{local} has no config.json (nor has its folder unet/): teacher.path names a folder saved by diffusers"
+    )
 
 
 def weight_files(path: str) -> list[Path]:
@@ -253,7 +272,11 @@ def load_unet(path: str, noise_scheduler: Any) -> UNetBackbone:
         )
     except (SafetensorError, OSError) as error:
         raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
-    wrong = [f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]]
+    wrong = [
+        f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[kind]
+    ]
     if wrong:
         raise ValueError(f"the weights in {folder} do not fit its config.json ({'; '.join(wrong)})")
     for key, tensor in unet.state_dict().items():

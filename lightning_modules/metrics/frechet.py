@@ -49,7 +49,9 @@ class ResNet20:
     def __init__(self, path: str) -> None:
         self.path = path
         if not Path(path).exists():
-            raise MissingData(f"evaluation.metric.path={path!r} does not exist: python train.py experiment=pretrain_resnet20 makes it")
+            raise MissingData(
+                f"evaluation.metric.path={path!r} does not exist: python train.py experiment=pretrain_resnet20 makes it"
+            )
 
     def fingerprint(self) -> str:
         return hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
@@ -57,7 +59,9 @@ class ResNet20:
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
         if images.shape[1:] != (32, 32, 3):
-            raise ValueError(f"frechet_resnet20 takes images of (32, 32, 3), these are {images.shape[1:]}; choose evaluation=fid")
+            raise ValueError(
+                f"frechet_resnet20 takes images of (32, 32, 3), these are {images.shape[1:]}; choose evaluation=fid"
+            )
         network = load_resnet(self.path, blocks=3)
         tensor_NCHW = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
         return torch.cat([network.features(part) for part in tensor_NCHW.split(250)]).double().numpy()
@@ -75,7 +79,9 @@ class Inception:
     def __init__(self, path: str | None = None) -> None:
         local = Path(path).expanduser() if path else data_root() / "inception-2015-12-05.pt"
         if path and not local.exists():
-            raise MissingData(f"evaluation.metric.path={path!r} does not exist: it names the TorchScript Inception-v3 (2015-12-05)")
+            raise MissingData(
+                f"evaluation.metric.path={path!r} does not exist: it names the TorchScript Inception-v3 (2015-12-05)"
+            )
         self.path = local if local.exists() else None
 
     def fingerprint(self) -> str:
@@ -88,8 +94,9 @@ class Inception:
                 return build_feature_extractor("clean", torch.device("cpu"), use_dataparallel=False)
             except Exception as error:
                 raise MissingData(
-                    f"the Inception-v3 behind fid could not be downloaded ({type(error).__name__}); put inception-2015-12-05.pt into "
-                    "$SECATEUR_DATA, or set evaluation.metric.path, or choose evaluation=frechet_resnet20"
+                    f"the Inception-v3 behind fid could not be downloaded ({type(error).__name__}); "
+                    "put inception-2015-12-05.pt into $SECATEUR_DATA, or set evaluation.metric.path, "
+                    "or choose evaluation=frechet_resnet20"
                 ) from error
         net = torch.jit.load(self.path, map_location="cpu").eval()
         return lambda x: net((x - 128) / 128).view(len(x), 2048)
@@ -135,9 +142,13 @@ class Statistics:
             metadata = file.metadata()
             for key, value in origin.items():
                 if metadata.get(key) != value:
-                    raise ValueError(f"{path} was made with {key}={metadata.get(key)}, this run has {value}; make it again")
+                    raise ValueError(
+                        f"{path} was made with {key}={metadata.get(key)}, this run has {value}; make it again"
+                    )
             return cls(file.get_tensor("mean"), file.get_tensor("covariance"), int(metadata["count"]))
 
     def distance(self, other: "Statistics") -> float:
         """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))."""
-        return float(frechet_distance(self.mean, self.covariance, other.mean, other.covariance))
+        with warnings.catch_warnings():  # clean-fid calls scipy's sqrtm as it was before 1.18
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return float(frechet_distance(self.mean, self.covariance, other.mean, other.covariance))

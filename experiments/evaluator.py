@@ -1,0 +1,169 @@
+"""The evaluation stage: one protocol for teacher, pruned and distilled network."""
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader
+
+from conf.schema import build
+from experiments.run import Run, barrier, digest, effective, is_rank_zero, read_json, staged
+from experiments.stages import Stages
+from lightning_modules.backbones.unet import UNetBackbone
+from lightning_modules.evaluation import Generation, JointLoss
+from lightning_modules.metrics.cost import latencies, peak_memory
+from lightning_modules.metrics.frechet import Features, Statistics
+from lightning_modules.training import make_trainer
+
+
+class Evaluator:
+    """Measures networks against the teacher and the training images, as `cfg.evaluation` says."""
+
+    def __init__(
+        self, cfg: DictConfig, run: Run, data: Any, teacher: UNetBackbone, teacher_id: str, stages: Stages
+    ) -> None:
+        self.cfg, self.run, self.data, self.stages = cfg, run, data, stages
+        self.teacher, self.teacher_id = teacher, teacher_id
+
+    def metrics(self, plan: dict[str, Any], networks: dict[str, UNetBackbone]) -> dict[str, Any]:
+        """Quality of teacher, pruned and distilled network; counts; nothing that depends on time."""
+        cfg, path = self.cfg, self.run / "metrics.json"
+        if path.exists():
+            return read_json(path)
+        final = "distilled" if "distilled" in networks else "pruned"
+        metrics: dict[str, Any] = {
+            "run_id": self.run.id,
+            "plan/requested_ratio": cfg.selection.get("ratio"),
+            "plan/budget": cfg.selection.budget,
+            "plan/removed_units": len(plan["changes"]),
+            "plan/predicted_harm": plan["predicted_harm"],
+        }
+        for name, network in (("teacher", self.teacher), ("student", networks["pruned"])):
+            macs = network.macs()
+            metrics |= {
+                f"{name}/params": network.params(),
+                f"{name}/macs": macs.linear,
+                f"{name}/macs_attention": macs.attention,
+            }
+        measure = cfg.selection.budget
+        metrics["plan/achieved_ratio"] = 1 - metrics[f"student/{measure}"] / metrics[f"teacher/{measure}"]
+        metrics["eval/weights"] = ("ema" if cfg.ema_decay is not None else "last") if final == "distilled" else "pruned"
+
+        held_out = self.data.subset(
+            "holdout", cfg.evaluation.loss_samples, cfg.evaluation.seed, cfg.evaluation.batch_size
+        )
+        for name, network in networks.items():
+            if name == "teacher":
+                continue
+            with self.stages("measure losses"):
+                module = JointLoss(network, self.teacher, cfg.evaluation.seed)
+                make_trainer(cfg.trainer, f"loss of {name}", cfg.evaluation.precision).test(
+                    module, held_out, verbose=False
+                )
+                metrics |= {
+                    f"{name}/{key}": value for key, value in module.metrics.items() if key != "teacher_task_loss"
+                }
+                metrics["teacher/task_loss"] = module.metrics["teacher_task_loss"]
+        if cfg.evaluation.metric is not None:
+            metrics |= self.frechet({name: self.samples(name, network) for name, network in networks.items()})
+        # "eval/..." is what the run delivers: one name for dashboards, whether it was distilled or not.
+        metrics |= {f"eval/{key.split('/')[1]}": value for key, value in metrics.items() if key.startswith(f"{final}/")}
+        self.run.write("metrics.json", metrics)
+        return metrics
+
+    def samples(self, name: str, network: UNetBackbone) -> np.ndarray:
+        """Images of one network from the evaluation's seeds, uint8 (N,H,W,C); the teacher's are shared by all runs."""
+        cfg, evaluation = self.cfg, self.cfg.evaluation
+        protocol = {key: effective(cfg)[key] for key in ("sampler", "noise_scheduler")}
+        protocol |= {"samples": evaluation.samples, "seed": evaluation.seed, "precision": evaluation.precision}
+        folder = self.run / "samples" / name
+        if name == "teacher":
+            folder = self.run.cache / "samples" / digest({"teacher": self.teacher_id, **protocol})[:16]
+        if not (folder / "images.npy").exists():
+            with self.stages("generate"):
+                seeds = evaluation.seed * 10_000_019 + torch.arange(evaluation.samples)
+                batches = DataLoader(seeds, batch_size=evaluation.batch_size)
+                module = Generation(network, build(cfg.sampler.scheduler), cfg.sampler.steps)
+                make_trainer(cfg.trainer, f"samples of {name}", evaluation.precision).test(
+                    module, batches, verbose=False
+                )
+                if is_rank_zero():
+                    with staged(folder) as partial:
+                        np.save(partial / "images.npy", module.images, allow_pickle=False)
+                barrier()
+        shown = self.run / "samples" / name
+        if is_rank_zero() and not shown.exists():
+            with staged(shown) as partial:
+                shutil.copyfile(folder / "images.npy", partial / "images.npy")
+        return np.load(folder / "images.npy", allow_pickle=False)
+
+    def frechet(self, samples: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The Frechet distance of each set of samples from the training images, with its protocol."""
+        cfg = self.cfg
+        features: Features = build(cfg.evaluation.metric)
+        with self.stages("compare distributions"):
+            reference = self.reference(features)
+            metrics: dict[str, Any] = {
+                f"{name}/{features.name}": Statistics.of(features(images), f"samples of {name}").distance(reference)
+                for name, images in samples.items()
+            }
+        metrics["protocol"] = {
+            "metric": features.name,
+            "features": features.fingerprint(),
+            "transform": features.transform,
+            "samples": cfg.evaluation.samples,
+            "reference_images": reference.count,
+            "sampler": cfg.sampler.name,
+            "steps": cfg.sampler.steps,
+        }
+        return metrics
+
+    def reference(self, features: Features) -> Statistics:
+        """Statistics of the training images: the data set's own file, else computed once and kept."""
+        origin = {"features": features.fingerprint(), "transform": features.transform}
+        if features.name in self.data.statistics:
+            return Statistics.load(self.data.statistics[features.name], **origin)
+        source = self.data.source("train")
+        key = {
+            "data": effective(self.cfg)["data"]["train"] if "train" in self.cfg.data else effective(self.cfg)["data"],
+            "size": len(source),
+            **origin,
+        }
+        path = self.run.cache / "statistics" / f"{digest(key)[:16]}.safetensors"
+        if not path.exists():
+            print(f"statistics of {len(source)} training images for {features.name} ...", flush=True)
+            parts = np.array_split(np.arange(len(source)), max(1, len(source) // 500))
+            found = Statistics.of(
+                np.concatenate([features(source.take(part)[0]) for part in parts]), "reference images"
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{os.getpid()}.{path.name}")
+            found.save(partial, **origin)
+            os.replace(partial, path)
+        return Statistics.load(path, **origin)
+
+    def measured(self, student: UNetBackbone, device: torch.device) -> dict[str, Any]:
+        """Latency of teacher and student, taken in turns, and the job's time and peak memory."""
+        batch, repeats = self.cfg.evaluation.latency_batch, self.cfg.evaluation.latency_repeats
+        with self.stages("time"):
+            calls: dict[str, Callable[[], Any]] = {}
+            for name, network in (("teacher", self.teacher), ("student", student)):
+                inputs = network.to(device).eval().example_inputs(batch, device)
+                calls[name] = functools.partial(network.predict, inputs)
+            times = latencies(calls, repeats, device)
+        measured: dict[str, Any] = {f"{name}/latency_ms": value for name, value in times.items()}
+        measured |= {
+            "latency_ratio": times["student"] / times["teacher"],
+            "latency_batch": batch,
+            "device": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"cpu, {torch.get_num_threads()} threads",
+            "torch": str(torch.__version__),
+            "peak_memory_bytes": peak_memory(device),
+        }
+        return measured
