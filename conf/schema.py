@@ -171,12 +171,15 @@ def check_target(path: str, node: Any) -> None:
     """The keys of a node are parameters of its `_target_`, with values of the annotated types."""
     try:
         target = hydra.utils.get_object(node._target_)
-        parameters = inspect.signature(target).parameters
+        parameters = dict(inspect.signature(target).parameters)
     except Exception as error:
         raise ConfigError(f"{path}._target_={node._target_!r} cannot be imported: {error}") from error
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     given = {key: value for key, value in node.items() if key != "name" and not str(key).startswith("_")}
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if open_ended and inspect.isclass(getattr(target, "__self__", None)):  # Scheduler.from_config(config, **fields)
+        parameters |= inspect.signature(target.__self__).parameters
+        open_ended = False
     for key in given:
         if key not in parameters and not open_ended:
             close = difflib.get_close_matches(str(key), parameters, n=1)

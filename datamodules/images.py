@@ -148,10 +148,24 @@ def collated(batch: Any) -> Any:
     return batch
 
 
-def folder(path: str, size: int, holdout_images: int, mode: str = "RGB", **options: Any) -> Images:
-    """One folder of pictures, of which the first `holdout_images` are held out; `options` are those of Images."""
+def folder(
+    path: str,
+    size: int,
+    holdout_images: int,
+    batch_size: int,
+    mode: str = "RGB",
+    seed: int = 0,
+    flip: bool = True,
+    crop: int = 0,
+    num_workers: int = 0,
+) -> Images:
+    """One folder of pictures, of which the first `holdout_images` are held out."""
     return Images(
         train=lambda: Folder(path, size, mode, start=holdout_images),
         holdout=lambda: Folder(path, size, mode, stop=holdout_images),
-        **options,
+        batch_size=batch_size,
+        seed=seed,
+        flip=flip,
+        crop=crop,
+        num_workers=num_workers,
     )

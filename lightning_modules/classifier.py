@@ -1,7 +1,6 @@
 """Training an image classifier: it makes the feature extractor of `frechet_resnet20`."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +8,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_modules.backbones.resnet_cifar import CifarResNet
-from lightning_modules.base import TrainedModule, sum_over_ranks
+from lightning_modules.base import Optimizer, Schedule, TrainedModule, sum_over_ranks
 
 
 class Classifier(TrainedModule):
     """Cross-entropy training of a CIFAR ResNet; `test_step` measures the accuracy on the held-out images."""
 
-    def __init__(self, blocks: int, **training: Any) -> None:
-        super().__init__(**training)
+    def __init__(self, blocks: int, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path) -> None:
+        super().__init__(optimizer, lr_scheduler, seed, dump)
         self.network = CifarResNet(blocks).to(memory_format=torch.channels_last)  # twice as fast on a CPU
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -42,7 +41,7 @@ class Classifier(TrainedModule):
         save_file({name: tensor.contiguous() for name, tensor in half.items()}, folder / "model.safetensors")
 
 
-def from_blocks(blocks: int, seed: int, **training: Any) -> Classifier:
+def from_blocks(blocks: int, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path) -> Classifier:
     """A Classifier with fresh weights, drawn from `seed`."""
     torch.manual_seed(seed)
-    return Classifier(blocks, seed=seed, **training)
+    return Classifier(blocks, optimizer, lr_scheduler, seed, dump)

@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbones.unet import CLASSES, UNetBackbone
-from lightning_modules.base import TrainedModule, sum_over_ranks
+from lightning_modules.base import Optimizer, Schedule, TrainedModule, sum_over_ranks
 
 
 class Denoiser(TrainedModule):
     """Mean squared error to the noise that was added (Ho et al. 2020, arXiv 2006.11239, equation 14)."""
 
-    def __init__(self, backbone: UNetBackbone, **training: Any) -> None:
-        super().__init__(**training)
+    def __init__(
+        self, backbone: UNetBackbone, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, seed, dump)
         self.backbone = backbone.train()
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -37,8 +39,10 @@ class Denoiser(TrainedModule):
         self.backbone.half().save(folder)
 
 
-def from_config(unet: dict[str, Any], noise_scheduler: Any, seed: int, **training: Any) -> Denoiser:
+def from_config(
+    unet: dict[str, Any], noise_scheduler: Any, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path
+) -> Denoiser:
     """A Denoiser around a network with fresh weights, drawn from `seed`."""
     torch.manual_seed(seed)
     network = CLASSES[unet["_class_name"]].from_config(dict(unet))
-    return Denoiser(UNetBackbone(network, noise_scheduler), seed=seed, **training)
+    return Denoiser(UNetBackbone(network, noise_scheduler), optimizer, lr_scheduler, seed, dump)

@@ -1,6 +1,7 @@
 """Distilling an unpruned teacher into its pruned student."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_modules.backbones.pruned_unet import Bypass, removable
 from lightning_modules.backbones.unet import UNetBackbone
-from lightning_modules.base import TrainedModule
+from lightning_modules.base import Optimizer, Schedule, TrainedModule
 from lightning_modules.losses import LevelWeights, features
 
 
@@ -45,9 +46,13 @@ class Distillation(TrainedModule):
         normalization: str = "teacher_energy",
         taps: Any = "stages",
         skip_emptied: bool = True,
-        **training: Any,
+        *,
+        optimizer: Optimizer,
+        lr_scheduler: Schedule,
+        seed: int,
+        dump: Path,
     ) -> None:
-        super().__init__(**training)
+        super().__init__(optimizer, lr_scheduler, seed, dump)
         self.student, self.reference = student.train(), Reference(teacher)
         self.w_task, self.w_out, self.w_feat = w_task, w_out, w_feat
         self.levels = tap_names(student, taps, skip_emptied) if w_feat else []

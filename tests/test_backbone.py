@@ -95,7 +95,9 @@ def test_a_pruned_network_can_be_pruned_again(backbone, inputs, tmp_path):
     assert torch.equal(twice.predict(inputs), together.predict(inputs))
     twice.save(tmp_path / "twice")
     assert torch.equal(load_unet(str(tmp_path / "twice"), DDPMScheduler()).predict(inputs), twice.predict(inputs))
-    with pytest.raises(ValueError, match=rf"plan\.units: '{TWO_UNITS[0]}' is not a unit of this network; the nearest are"):
+    with pytest.raises(
+        ValueError, match=rf"plan\.units: '{TWO_UNITS[0]}' is not a unit of this network; the nearest are"
+    ):
         once.pruned(TWO_UNITS[:1])
 
 

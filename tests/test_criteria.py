@@ -53,7 +53,9 @@ def bare(criterion: Criterion, backbone: UNetBackbone, size: int = 2, seed: int 
     return criterion.finish()
 
 
-def under_trainer(criterion: Criterion, backbone: UNetBackbone, size: int = 2, seed: int = 0) -> dict[str, dict[str, float]]:
+def under_trainer(
+    criterion: Criterion, backbone: UNetBackbone, size: int = 2, seed: int = 0
+) -> dict[str, dict[str, float]]:
     trainer = make_trainer(CPU, "score units", "32-true", inference_mode=not criterion.needs_grad)
     loader = DataLoader(batches(backbone, size), batch_size=None)
     return score(criterion, backbone, units(backbone), loader, trainer, seed)
@@ -205,7 +207,11 @@ def test_magnitude_is_that_of_the_weights_that_go(configure, backbone, reduction
     for unit in units(backbone):
         module = backbone.unet.get_submodule(unit.name)
         gone = torch.cat(
-            [w.detach().double().flatten() for key, w in module.state_dict().items() if not key.startswith("conv_shortcut")]
+            [
+                w.detach().double().flatten()
+                for key, w in module.state_dict().items()
+                if not key.startswith("conv_shortcut")
+            ]
         )
         assert len(gone) == unit.params
         expected = float(gone.abs().sum()) if reduction == "sum" else float(gone.abs().mean())
