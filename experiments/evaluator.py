@@ -109,7 +109,9 @@ class Evaluator:
         with self.stages("compare distributions"):
             reference = self.reference(features)
             metrics: dict[str, Any] = {
-                f"{name}/{features.name}": Statistics.of(features(images), f"samples of {name}").distance(reference)
+                f"{name}/{features.name}": Statistics.of(
+                    features(images, self.stages.device), f"samples of {name}"
+                ).distance(reference)
                 for name, images in samples.items()
             }
         metrics["protocol"] = {
@@ -139,7 +141,8 @@ class Evaluator:
             print(f"statistics of {len(source)} training images for {features.name} ...", flush=True)
             parts = np.array_split(np.arange(len(source)), max(1, len(source) // 500))
             found = Statistics.of(
-                np.concatenate([features(source.take(part)[0]) for part in parts]), "reference images"
+                np.concatenate([features(source.take(part)[0], self.stages.device) for part in parts]),
+                "reference images",
             )
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{os.getpid()}.{path.name}")
@@ -147,8 +150,9 @@ class Evaluator:
             os.replace(partial, path)
         return Statistics.load(path, **origin)
 
-    def measured(self, student: UNetBackbone, device: torch.device) -> dict[str, Any]:
+    def measured(self, student: UNetBackbone) -> dict[str, Any]:
         """Latency of teacher and student, taken in turns, and the job's time and peak memory."""
+        device = self.stages.device
         batch, repeats = self.cfg.evaluation.latency_batch, self.cfg.evaluation.latency_repeats
         with self.stages("time"):
             calls: dict[str, Callable[[], Any]] = {}

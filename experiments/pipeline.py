@@ -48,7 +48,7 @@ class Job:
     """The stages of one run, and what they share."""
 
     def __init__(self, cfg: DictConfig, run: Run, teacher_id: str, device: torch.device, dashboard: Dashboard) -> None:
-        self.cfg, self.run, self.teacher_id, self.device, self.dashboard = cfg, run, teacher_id, device, dashboard
+        self.cfg, self.run, self.teacher_id, self.dashboard = cfg, run, teacher_id, dashboard
         self.stages = Stages(cfg, device)
         self.data = build(cfg.data)
         self.noise_scheduler = build(cfg.noise_scheduler)
@@ -66,7 +66,7 @@ class Job:
         evaluator = Evaluator(self.cfg, self.run, self.data, self.teacher, self.teacher_id, self.stages)
         networks = {"teacher": self.teacher, "pruned": pruned} | ({"distilled": distilled} if self.distils else {})
         metrics = evaluator.metrics(plan, networks)
-        self.export(distilled, metrics, evaluator.measured(distilled, self.device))
+        self.export(distilled, metrics, evaluator.measured(distilled))
 
     def check_data(self) -> None:
         """Raise ValueError where the images are not what the teacher takes."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -232,7 +232,7 @@ def find_weights(path: str) -> Path:
             )
         patterns = ["*.json", "*.safetensors", "unet/*.json", "unet/*.safetensors"]
         try:
-            local = Path(snapshot_download(path, allow_patterns=patterns))
+            local = Path(snapshot_download(path, allow_patterns=patterns, local_files_only=not on_the_hub(path)))
         except Exception as error:
             raise MissingData(
                 f"teacher.path={path!r} is not a folder here, and could not be downloaded ({type(error).__name__}); "
@@ -248,6 +248,15 @@ def find_weights(path: str) -> Path:
     raise MissingData(
         f"{local} has no config.json (nor has its folder unet/): teacher.path names a folder saved by diffusers"
     )
+
+
+def on_the_hub(path: str) -> bool:
+    """Can the hub be asked for this model? Says so in seconds, where a download would try for half a minute."""
+    try:
+        HfApi().model_info(path, timeout=5)
+    except Exception:
+        return False
+    return True
 
 
 def weight_files(path: str) -> list[Path]:

@@ -23,6 +23,9 @@ from datamodules.sources import MissingData, data_root
 from lightning_modules.backbones.resnet_cifar import load_resnet
 
 
+CPU = torch.device("cpu")
+
+
 class Features(Protocol):
     """Turns images into the vectors between whose distributions the distance is taken."""
 
@@ -36,7 +39,7 @@ class Features(Protocol):
         """Of the network's weights."""
         ...
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
+    def __call__(self, images: np.ndarray, device: torch.device) -> np.ndarray:
         """uint8 (N,H,W,C) -> float64 (N, dimension)."""
         ...
 
@@ -57,14 +60,14 @@ class ResNet20:
         return hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
 
     @torch.inference_mode()
-    def __call__(self, images: np.ndarray) -> np.ndarray:
+    def __call__(self, images: np.ndarray, device: torch.device = CPU) -> np.ndarray:
         if images.shape[1:] != (32, 32, 3):
             raise ValueError(
                 f"frechet_resnet20 takes images of (32, 32, 3), these are {images.shape[1:]}; choose evaluation=fid"
             )
-        network = load_resnet(self.path, blocks=3)
+        network = load_resnet(self.path, blocks=3).to(device)
         tensor_NCHW = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return torch.cat([network.features(part) for part in tensor_NCHW.split(250)]).double().numpy()
+        return torch.cat([network.features(part.to(device)).cpu() for part in tensor_NCHW.split(250)]).double().numpy()
 
 
 class Inception:
@@ -87,27 +90,27 @@ class Inception:
     def fingerprint(self) -> str:
         return "inception-2015-12-05"  # one published network, whichever copy of it is read
 
-    def network(self) -> Callable[[torch.Tensor], torch.Tensor]:
+    def network(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
         """(N,3,299,299) in 0..255 -> (N,2048)."""
         if self.path is None:
             try:
-                return build_feature_extractor("clean", torch.device("cpu"), use_dataparallel=False)
+                return build_feature_extractor("clean", device, use_dataparallel=False)
             except Exception as error:
                 raise MissingData(
                     f"the Inception-v3 behind fid could not be downloaded ({type(error).__name__}); "
                     "put inception-2015-12-05.pt into $SECATEUR_DATA, or set evaluation.metric.path, "
                     "or choose evaluation=frechet_resnet20"
                 ) from error
-        net = torch.jit.load(self.path, map_location="cpu").eval()
+        net = torch.jit.load(self.path, map_location=device).eval()
         return lambda x: net((x - 128) / 128).view(len(x), 2048)
 
     @torch.inference_mode()
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        network, resize = self.network(), build_resizer("clean")
+    def __call__(self, images: np.ndarray, device: torch.device = CPU) -> np.ndarray:
+        network, resize = self.network(device), build_resizer("clean")
         found = []
         for start in range(0, len(images), 32):
             resized = np.stack([resize(image) for image in images[start : start + 32]])
-            found.append(network(torch.from_numpy(resized).permute(0, 3, 1, 2).float()).double())
+            found.append(network(torch.from_numpy(resized).permute(0, 3, 1, 2).float().to(device)).double().cpu())
         return torch.cat(found).numpy()
 
 

@@ -1,0 +1,261 @@
+"""The same command again goes on where the last one stopped, and ends in the same bits."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from helpers_jobs import differences, files, results, sampling, the_run, trained_state, unverified  # noqa: F401
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from conf.schema import ROOT
+from experiments import pipeline
+from experiments.pipeline import prune
+from experiments.run import read_json
+from lightning_modules import training
+from lightning_modules.training import CorruptCheckpoint
+
+pytestmark = pytest.mark.usefixtures("unverified")
+
+
+def moved(overrides: list[str], runs: Path) -> list[str]:
+    """The same job below another folder."""
+    return [*(override for override in overrides if not override.startswith("paths.runs=")), f"paths.runs={runs}"]
+
+
+# A process that is killed
+
+
+def kill_when(condition: Callable[[], bool], command: list[str], log: Path, seconds: float = 100) -> str:
+    """Start a process, kill it (SIGKILL) as soon as the condition holds; returns what it had printed."""
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    give_up = time.monotonic() + seconds
+    try:
+        while not condition():
+            assert process.poll() is None, f"the job ended before it could be killed:\n{log.read_text()}"
+            assert time.monotonic() < give_up, f"the job never got there:\n{log.read_text()}"
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
+    return log.read_text()
+
+
+def test_a_job_killed_while_scoring_training_and_evaluating_ends_in_the_bits_of_an_undisturbed_one(
+    configure,
+    sampling,
+    data_folder,
+    tmp_path,  # noqa: F811
+):
+    job = [
+        *sampling,
+        "calibration.samples=48",
+        "calibration.batch_size=1",
+        "trainer.steps=60",
+        "trainer.checkpoint_every=5",
+        "sampler.steps=40",
+        "evaluation.batch_size=1",
+    ]
+    prune(configure(*moved(job, tmp_path / "undisturbed")))
+    undisturbed = the_run(tmp_path / "undisturbed")
+
+    runs = tmp_path / "killed"
+    run, cache = runs / "debug" / undisturbed.name, runs / ".cache"
+    command = [sys.executable, str(ROOT / "train.py"), "--config-dir", str(data_folder), *moved(job, runs)]
+
+    kill_when(lambda: any(cache.glob("scores/*.lock")), command, tmp_path / "scoring.log")
+    assert not list(cache.glob("scores/*.json")) and not (run / "scores.json").exists(), "killed too late"
+
+    kill_when(lambda: any(run.glob("checkpoints/*.ckpt")), command, tmp_path / "training.log")
+    assert (run / "student").exists() and not (run / "distilled").exists(), "killed too late"
+
+    printed = kill_when(lambda: (run / "samples" / "pruned").exists(), command, tmp_path / "evaluating.log")
+    assert re.search(r"distil: resuming from step \d+ of 60 \(step=\d+\.ckpt\)", printed)
+    assert not (run / "samples" / "distilled").exists() and not (run / "metrics.json").exists(), "killed too late"
+    (run / "samples" / ".distilled.partial").mkdir()  # what it may have been writing
+
+    prune(configure(*moved(job, runs)))
+    assert the_run(runs) == run
+    assert differences(results(run), results(undisturbed)) == []
+    assert files(run) == files(undisturbed)
+    assert not list(run.rglob(".*.*")) or {path.name for path in run.rglob(".*.*")} == {".holder.json"}
+    history = pd.read_csv(run / "metrics.csv")
+    assert not history.duplicated(["step", "name"]).any()
+
+
+# In one process
+
+
+class Stopped(BaseException):
+    """As if the process had ended here."""
+
+
+def test_a_job_stopped_after_each_of_its_artefacts_ends_in_the_same_bits(configure, sampling, tmp_path, monkeypatch):  # noqa: F811
+    prune(configure(*moved(sampling, tmp_path / "undisturbed")))
+    runs, replace, stopped_at = tmp_path / "stopped", os.replace, []
+
+    def replace_and_stop(source: Any, target: Any) -> None:
+        replace(source, target)
+        if Path(target).is_relative_to(runs) and str(target) not in stopped_at:
+            stopped_at.append(str(target))
+            raise Stopped
+
+    monkeypatch.setattr(os, "replace", replace_and_stop)
+    cfg = configure(*moved(sampling, runs))
+    for _ in range(40):
+        try:
+            prune(cfg)
+            break
+        except Stopped:
+            pass
+    run, undisturbed = the_run(runs), the_run(tmp_path / "undisturbed")
+    artefacts = "scores.json plan.json student distilled metrics.json samples/teacher samples/pruned samples/distilled"
+    artefacts += " export measured.json finished.json metrics.csv .holder.json"
+    inside = {Path(path).relative_to(run).as_posix() for path in stopped_at if Path(path).is_relative_to(run)}
+    assert inside == set(artefacts.split())
+    assert differences(results(run), results(undisturbed)) == []
+    assert files(run) == files(undisturbed)
+    assert files(runs / ".cache") == files(tmp_path / "undisturbed" / ".cache")
+
+
+@pytest.fixture
+def trained(configure, overrides, tmp_path, monkeypatch):
+    """trained(*more) -> (overrides, run): a finished run of 5 steps that kept the checkpoint of every step."""
+
+    def make(*more: str) -> tuple[list[str], Path]:
+        job = [*overrides, "trainer.steps=5", "trainer.checkpoint_every=1", *more]
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "ModelCheckpoint", lambda **o: ModelCheckpoint(**{**o, "save_top_k": -1}))
+            prune(configure(*job))
+        run = the_run(tmp_path / "runs")
+        assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
+            f"step={step:07d}.ckpt" for step in range(1, 6)
+        ]
+        return job, run
+
+    return make
+
+
+def interrupted(run: Path, runs: Path, steps: list[int]) -> Path:
+    """The state of a run of which only these checkpoints were there yet; returns the folder of the checkpoints."""
+    folder = runs / "debug" / run.name
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("scores.json", "plan.json", "metrics.csv"):
+        shutil.copy(run / name, folder / name)
+    shutil.copytree(run / "student", folder / "student")
+    for step in steps:
+        shutil.copy(run / "checkpoints" / f"step={step:07d}.ckpt", folder / "checkpoints")
+    return folder / "checkpoints"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["trainer.accumulate_grad_batches=2", "data.num_workers=1", "distillation.normalization=running"],
+        ["ema_decay=null"],
+    ],
+    ids=["plain", "accumulated", "without_ema"],
+)
+def test_resuming_from_every_checkpoint_ends_in_the_same_bits(configure, tmp_path, trained, capsys, more):
+    job, run = trained(*more)
+    for step in range(1, 6):
+        runs = tmp_path / f"from{step}"
+        interrupted(run, runs, [step])
+        capsys.readouterr()
+        prune(configure(*moved(job, runs)))
+        assert ("resuming from step" in capsys.readouterr().out) == (step < 5)
+        assert differences(results(the_run(runs)), results(run)) == [], f"from step {step}"
+        assert (the_run(runs) / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+
+
+@pytest.mark.parametrize("kept", [0, 0.5, 0.99])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(configure, tmp_path, trained, capsys, kept):
+    job, run = trained()
+    damaged = interrupted(run, tmp_path / "damaged", [2, 3]) / "step=0000003.ckpt"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: int(kept * len(content))])
+    with pytest.warns(UserWarning, match=re.escape(f"checkpoint {damaged} cannot be read")):
+        prune(configure(*moved(job, tmp_path / "damaged")))
+    assert "resuming from step 2 of 5 (step=0000002.ckpt)" in capsys.readouterr().out
+    assert differences(results(the_run(tmp_path / "damaged")), results(run)) == []
+
+
+def test_checkpoints_of_which_none_can_be_read_are_an_error_naming_them(configure, tmp_path, trained):
+    job, run = trained()
+    folder = interrupted(run, tmp_path / "damaged", [2, 3])
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[:1000])
+    with warnings.catch_warnings(), pytest.raises(CorruptCheckpoint) as caught:
+        warnings.simplefilter("ignore")
+        prune(configure(*moved(job, tmp_path / "damaged")))
+    for part in (str(folder), "step=0000002.ckpt", "step=0000003.ckpt", "delete them"):
+        assert part in str(caught.value)
+    assert files(folder) == {"step=0000002.ckpt", "step=0000003.ckpt"}  # nothing was thrown away
+
+
+def test_resume_required_fails_without_a_checkpoint_and_goes_on_with_one(configure, overrides, tmp_path, trained):
+    job, run = trained()
+    required = moved([*job, "trainer.resume=required"], tmp_path / "required")
+    with pytest.raises(ValueError, match=r"trainer\.resume='required', but there is no checkpoint in ") as caught:
+        prune(configure(*required))
+    assert str(the_run(tmp_path / "required") / "checkpoints") in str(caught.value)
+    assert "trainer.resume=auto" in str(caught.value)
+    shutil.rmtree(tmp_path / "required")
+    interrupted(run, tmp_path / "required", [2])
+    prune(configure(*required))
+    assert differences(results(the_run(tmp_path / "required")), results(run)) == []
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(configure, sampling, tmp_path):  # noqa: F811
+    found = {}
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        torch.rand(5)  # the global generator plays no part
+        prune(configure(*moved(sampling, tmp_path / name), f"seed={seed}"))
+        found[name] = results(the_run(tmp_path / name))
+    assert differences(found["again"], found["first"]) == []
+    for name in (
+        "scores.json",
+        "plan.json",
+        "student/diffusion_pytorch_model.safetensors",
+        "samples/pruned/images.npy",
+    ):
+        assert found["other"][name] == found["first"][name], f"the training seed has changed {name}"
+    first, other = (read_json(the_run(tmp_path / name) / "metrics.json") for name in ("first", "other"))
+    changed = {key for key in first if first[key] != other[key]}
+    assert changed == {
+        "run_id",
+        *(
+            key
+            for key in first
+            if key.startswith("distilled/") or key in ("eval/output_loss", "eval/task_loss", "eval/frechet_channels")
+        ),
+    }
+
+
+def test_only_the_last_two_checkpoints_are_kept(configure, overrides, tmp_path):
+    prune(configure(*overrides, "trainer.steps=6", "trainer.checkpoint_every=1"))
+    assert files(the_run(tmp_path / "runs") / "checkpoints") == {"step=0000005.ckpt", "step=0000006.ckpt"}
+
+
+def test_a_finished_stage_is_not_run_again(configure, overrides, tmp_path, monkeypatch):
+    """A job that stopped after its training reads the distilled network and does not train."""
+    prune(configure(*overrides))
+    run = the_run(tmp_path / "runs")
+    (run / "finished.json").unlink()
+    before = trained_state(max((run / "checkpoints").iterdir()))
+    for name in ("fit", "score"):
+        monkeypatch.setattr(pipeline, name, lambda *_, **__: pytest.fail("a finished stage was run again"))
+    prune(configure(*overrides))
+    assert (run / "finished.json").exists()
+    assert differences(trained_state(max((run / "checkpoints").iterdir())), before) == []
