@@ -168,9 +168,9 @@ def reachable(costs: Sequence[int], window: tuple[int, int]) -> bool:
 def solve(costs: Sequence[int], scores: Sequence[float], window: tuple[int, int]) -> list[int] | None:
     """The subset of least summed score whose cost lies in [low, high] (whole numbers), or None where there is none.
 
-    HiGHS keeps constraints and gap to absolute tolerances of 1e-6. Costs are scaled so that this is below half a
-    unit, and the objective is solved again with the scores rescaled to what is left to decide, until nothing better
-    is found: so the answer is exact over the whole range of scores.
+    HiGHS keeps constraints and gap to absolute tolerances of 1e-6. So what it finds is checked in whole numbers, and
+    the objective is solved again with the scores rescaled to what is left to decide, until nothing better is found:
+    the answer is exact over the whole range of scores. Where some are negative, it is exact to 1e-9 of the largest.
     """
     low, high = max(window[0], 0), min(window[1], sum(costs))
     if low > high:
@@ -179,7 +179,7 @@ def solve(costs: Sequence[int], scores: Sequence[float], window: tuple[int, int]
         return []
     count = len(costs)
     scale = max(1.0, max(costs) / 1e5)
-    budget = LinearConstraint(np.array([costs]) / scale, (low - 0.25) / scale, (high + 0.25) / scale)
+    rows = [LinearConstraint(np.array([costs]) / scale, (low - 0.25) / scale, (high + 0.25) / scale)]
     best: list[int] | None = None
     allowed = np.ones(count)
     unit = max((abs(score) for score in scores), default=0.0) or 1.0
@@ -188,14 +188,17 @@ def solve(costs: Sequence[int], scores: Sequence[float], window: tuple[int, int]
             np.array(scores, float) / unit * 1e3,
             integrality=np.ones(count),
             bounds=Bounds(0, allowed),
-            constraints=budget,
+            constraints=rows,
             options={"mip_rel_gap": 0},
         )
         if result.x is None:
             return best
         found = [i for i in range(count) if result.x[i] > 0.5]
-        if not low <= sum(costs[i] for i in found) <= high:
-            return best
+        if not low <= sum(costs[i] for i in found) <= high:  # within HiGHS' tolerance only: exclude this one set
+            signs = np.ones(count)
+            signs[found] = -1
+            rows.append(LinearConstraint(signs, lb=1 - len(found)))
+            continue
         if best is not None and harm(scores, found) >= harm(scores, best):
             return best
         best = found

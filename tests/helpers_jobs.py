@@ -84,8 +84,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 def results(run: Path) -> dict[str, Any]:
     """All that must not depend on interruptions: scores, plan, metrics, weights, samples and the last checkpoint."""
-    kept = {name for name in files(run) if name.split("/")[0] in ("student", "distilled", "samples", "export")}
-    found: dict[str, Any] = {name: (run / name).read_bytes() for name in kept}
-    found |= {name: (run / name).read_bytes() for name in ("scores.json", "plan.json", "metrics.json")}
+    kept = {name for name in files(run) if name.endswith((".safetensors", ".npy"))}
+    kept |= {"scores.json", "plan.json", "metrics.json"}
     newest = max((run / "checkpoints").iterdir())
-    return found | {"checkpoint": newest.name} | trained_state(newest)
+    return {name: (run / name).read_bytes() for name in kept} | {"checkpoint": newest.name} | trained_state(newest)

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from helpers_jobs import differences, files, results, sampling, the_run, trained_state, unverified  # noqa: F401
+from helpers_jobs import differences, files, results, the_run, trained_state
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from conf.schema import ROOT
@@ -24,6 +24,7 @@ from experiments.run import read_json
 from lightning_modules import training
 from lightning_modules.training import CorruptCheckpoint
 
+pytest_plugins = ["helpers_jobs"]
 pytestmark = pytest.mark.usefixtures("unverified")
 
 
@@ -55,7 +56,7 @@ def test_a_job_killed_while_scoring_training_and_evaluating_ends_in_the_bits_of_
     configure,
     sampling,
     data_folder,
-    tmp_path,  # noqa: F811
+    tmp_path,
 ):
     job = [
         *sampling,
@@ -100,7 +101,7 @@ class Stopped(BaseException):
     """As if the process had ended here."""
 
 
-def test_a_job_stopped_after_each_of_its_artefacts_ends_in_the_same_bits(configure, sampling, tmp_path, monkeypatch):  # noqa: F811
+def test_a_job_stopped_after_each_of_its_artefacts_ends_in_the_same_bits(configure, sampling, tmp_path, monkeypatch):
     prune(configure(*moved(sampling, tmp_path / "undisturbed")))
     runs, replace, stopped_at = tmp_path / "stopped", os.replace, []
 
@@ -128,20 +129,24 @@ def test_a_job_stopped_after_each_of_its_artefacts_ends_in_the_same_bits(configu
     assert files(runs / ".cache") == files(tmp_path / "undisturbed" / ".cache")
 
 
+BASES: dict[tuple[str, ...], Path] = {}
+"""Finished runs, by what was asked for beyond the usual: made once for all tests."""
+
+
 @pytest.fixture
-def trained(configure, overrides, tmp_path, monkeypatch):
+def trained(configure, overrides, tmp_path_factory, monkeypatch):
     """trained(*more) -> (overrides, run): a finished run of 5 steps that kept the checkpoint of every step."""
 
     def make(*more: str) -> tuple[list[str], Path]:
         job = [*overrides, "trainer.steps=5", "trainer.checkpoint_every=1", *more]
-        with monkeypatch.context() as patch:
-            patch.setattr(training, "ModelCheckpoint", lambda **o: ModelCheckpoint(**{**o, "save_top_k": -1}))
-            prune(configure(*job))
-        run = the_run(tmp_path / "runs")
-        assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
-            f"step={step:07d}.ckpt" for step in range(1, 6)
-        ]
-        return job, run
+        if more not in BASES:
+            runs = tmp_path_factory.mktemp("base")
+            with monkeypatch.context() as patch:
+                patch.setattr(training, "ModelCheckpoint", lambda **o: ModelCheckpoint(**{**o, "save_top_k": -1}))
+                prune(configure(*moved(job, runs)))
+            BASES[more] = the_run(runs)
+        assert files(BASES[more] / "checkpoints") == {f"step={step:07d}.ckpt" for step in range(1, 6)}
+        return job, BASES[more]
 
     return make
 
@@ -162,7 +167,7 @@ def interrupted(run: Path, runs: Path, steps: list[int]) -> Path:
     "more",
     [
         [],
-        ["trainer.accumulate_grad_batches=2", "data.num_workers=1", "distillation.normalization=running"],
+        ["trainer.accumulate_grad_batches=2", "+data.num_workers=1", "distillation.normalization=running"],
         ["ema_decay=null"],
     ],
     ids=["plain", "accumulated", "without_ema"],
@@ -217,7 +222,7 @@ def test_resume_required_fails_without_a_checkpoint_and_goes_on_with_one(configu
     assert differences(results(the_run(tmp_path / "required")), results(run)) == []
 
 
-def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(configure, sampling, tmp_path):  # noqa: F811
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(configure, sampling, tmp_path):
     found = {}
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         torch.rand(5)  # the global generator plays no part

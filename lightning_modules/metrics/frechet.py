@@ -22,7 +22,6 @@ from safetensors.numpy import save_file
 from datamodules.sources import MissingData, data_root
 from lightning_modules.backbones.resnet_cifar import load_resnet
 
-
 CPU = torch.device("cpu")
 
 
