@@ -81,6 +81,7 @@ class Evaluator:
         cfg, evaluation = self.cfg, self.cfg.evaluation
         protocol = {key: effective(cfg)[key] for key in ("sampler", "noise_scheduler")}
         protocol |= {"samples": evaluation.samples, "seed": evaluation.seed, "precision": evaluation.precision}
+        protocol["batch_size"] = evaluation.batch_size  # can move the last bit
         folder = self.run / "samples" / name
         if name == "teacher":
             folder = self.run.cache / "samples" / digest({"teacher": self.teacher_id, **protocol})[:16]

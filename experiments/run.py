@@ -24,7 +24,7 @@ NO_EFFECT = {
     "": ("name", "label", "force", "logger", "paths"),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "resume", "checkpoint_every", "log_every_n_steps"),
     "data": ("num_workers",),
-    "evaluation": ("batch_size", "latency_batch", "latency_repeats"),
+    "evaluation": ("latency_batch", "latency_repeats"),
 }
 """What cannot change a result, and so is not part of a run's identity."""
 

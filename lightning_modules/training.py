@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, WeightAveraging
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 
 HISTORY_FIELDS = ("step", "name", "value")
@@ -155,12 +156,15 @@ class History(Logger):
     def version(self) -> str:
         return ""
 
+    @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
 
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         with open(self.path, "a", newline="") as file:
             csv.writer(file).writerows([step, name, repr(float(value))] for name, value in sorted(metrics.items()))
 
+    @rank_zero_only
     def rewind(self, step: int) -> None:
         """Keep what was logged before optimiser step `step`; a line cut off by a crash goes too."""
         rows = []

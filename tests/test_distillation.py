@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_jobs import the_run
 from helpers_networks import FAMILIES, same_tensors, tiny_backbone, tiny_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from conf import schema
 from conf.schema import ROOT
-from experiments import pipeline
+from experiments.pipeline import prune
 from experiments.run import read_json
 from lightning_modules.backbones.pruned_unet import removable
 from lightning_modules.backbones.unet import UNetBackbone
@@ -26,6 +27,7 @@ from lightning_modules.distillation import Distillation
 from lightning_modules.losses import NORMALIZATIONS, LevelWeights, features
 from lightning_modules.training import WarmedUpEMA, fit
 
+pytest_plugins = ["helpers_jobs"]
 REMOVED = ["down_blocks.0.resnets.0", "mid_block.resnets.1", "up_blocks.0.resnets.0"]  # one stage is emptied
 STAGES = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
 UNITS = list(removable(tiny_backbone("UNet2DModel").unet))
@@ -341,12 +343,12 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_optimiser_steps(
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "distillation").glob("*.yaml")))
-def test_every_choice_of_distillation_makes_a_job(configure, overrides, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(pipeline, "verify", lambda *_: 0.0)
+@pytest.mark.usefixtures("quick_end")
+def test_every_choice_of_distillation_makes_a_job(configure, overrides, tmp_path, name):
     cfg = configure(*overrides, f"distillation={name}")
     assert cfg.distillation.name == name
-    pipeline.prune(cfg)
-    (run,) = (tmp_path / "runs" / "debug").iterdir()
+    prune(cfg)
+    run = the_run(tmp_path / "runs")
     metrics = read_json(run / "metrics.json")
     trains = name != "none"
     assert metrics["eval/weights"] == ("ema" if trains else "pruned")
