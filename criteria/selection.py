@@ -41,22 +41,33 @@ class Selection:
         if self.budget not in ("params", "macs"):
             raise ValueError(f"selection.budget={self.budget!r} is unknown; choose one of: params, macs")
 
-    def select(self, units: Sequence[Unit], scores: Mapping[str, float], total: int) -> list[str]:
-        """The names of the units to remove, in the order of the forward pass.
+    def check(self, units: Sequence[Unit], total: int) -> None:
+        """Can this budget be met by these units at all? Needs no scores, so it is asked before they are made.
 
         `total` is the backbone's cost in the same measure as the budget. Raises InfeasibleBudget, and ValueError for
         an unknown protected unit, naming the nearest.
         """
         known(self.protected, units, "selection.protected")
-        free = [unit for unit in units if unit.name not in self.protected]
+        costs = [getattr(unit, self.budget) for unit in self.free(units)]
+        if not reachable(costs, self.window(total)):
+            raise InfeasibleBudget(self.explain(costs, self.window(total), total))
+
+    def select(self, units: Sequence[Unit], scores: Mapping[str, float], total: int) -> list[str]:
+        """The names of the units to remove, in the order of the forward pass; raises what `check` raises."""
+        self.check(units, total)
+        free, window = self.free(units), self.window(total)
         costs = [getattr(unit, self.budget) for unit in free]
-        window = (math.ceil(self.ratio * total), math.floor((self.ratio + self.tolerance) * total))
-        if not reachable(costs, window):
-            raise InfeasibleBudget(self.explain(costs, window, total))
-        chosen = self.choose(costs, [scores[unit.name] for unit in free], window)
-        removed = [free[i].name for i in sorted(chosen)]
+        chosen = sorted(self.choose(costs, [scores[unit.name] for unit in free], window))
         assert window[0] <= sum(costs[i] for i in chosen) <= window[1]
-        return removed
+        return [free[i].name for i in chosen]
+
+    def free(self, units: Sequence[Unit]) -> list[Unit]:
+        """The units that may go."""
+        return [unit for unit in units if unit.name not in self.protected]
+
+    def window(self, total: int) -> tuple[int, int]:
+        """The least and the greatest cost to remove, in whole parameters or MACs."""
+        return math.ceil(self.ratio * total), math.floor((self.ratio + self.tolerance) * total)
 
     def choose(self, costs: Sequence[int], scores: Sequence[float], window: tuple[int, int]) -> list[int]:
         raise NotImplementedError
@@ -138,10 +149,15 @@ class Given:
     units: list[str]
     budget: str = "params"
 
-    def select(self, units: Sequence[Unit], scores: Mapping[str, float], total: int) -> list[str]:
+    def check(self, units: Sequence[Unit], total: int) -> None:
+        """Raises ValueError for an empty list and for an unknown unit, naming the nearest."""
         if not self.units:
             raise ValueError("selection.units is empty; list at least one unit to remove")
         known(self.units, units, "selection.units")
+
+    def select(self, units: Sequence[Unit], scores: Mapping[str, float], total: int) -> list[str]:
+        """The listed units in the order of the forward pass."""
+        self.check(units, total)
         return [unit.name for unit in units if unit.name in self.units]
 
 

@@ -29,6 +29,14 @@ class Evaluator:
     ) -> None:
         self.cfg, self.run, self.data, self.stages = cfg, run, data, stages
         self.teacher, self.teacher_id = teacher, teacher_id
+        self.features: Features | None = build(cfg.evaluation.metric) if cfg.evaluation.metric is not None else None
+        if self.features is not None:
+            self.features.check(teacher.data_shape())
+
+    def held_out(self) -> DataLoader:
+        """The samples on which losses are measured."""
+        evaluation = self.cfg.evaluation
+        return self.data.subset("holdout", evaluation.loss_samples, evaluation.seed, evaluation.batch_size)
 
     def metrics(self, plan: dict[str, Any], networks: dict[str, UNetBackbone]) -> dict[str, Any]:
         """Quality of teacher, pruned and distilled network; counts; nothing that depends on time."""
@@ -54,23 +62,22 @@ class Evaluator:
         metrics["plan/achieved_ratio"] = 1 - metrics[f"student/{measure}"] / metrics[f"teacher/{measure}"]
         metrics["eval/weights"] = ("ema" if cfg.ema_decay is not None else "last") if final == "distilled" else "pruned"
 
-        held_out = self.data.subset(
-            "holdout", cfg.evaluation.loss_samples, cfg.evaluation.seed, cfg.evaluation.batch_size
-        )
         for name, network in networks.items():
             if name == "teacher":
                 continue
             with self.stages("measure losses"):
                 module = JointLoss(network, self.teacher, cfg.evaluation.seed)
                 make_trainer(cfg.trainer, f"loss of {name}", cfg.evaluation.precision).test(
-                    module, held_out, verbose=False
+                    module, self.held_out(), verbose=False
                 )
                 metrics |= {
                     f"{name}/{key}": value for key, value in module.metrics.items() if key != "teacher_task_loss"
                 }
                 metrics["teacher/task_loss"] = module.metrics["teacher_task_loss"]
-        if cfg.evaluation.metric is not None:
-            metrics |= self.frechet({name: self.samples(name, network) for name, network in networks.items()})
+        if self.features is not None:
+            metrics |= self.frechet(
+                self.features, {name: self.samples(name, network) for name, network in networks.items()}
+            )
         # "eval/..." is what the run delivers: one name for dashboards, whether it was distilled or not.
         metrics |= {f"eval/{key.split('/')[1]}": value for key, value in metrics.items() if key.startswith(f"{final}/")}
         self.run.write("metrics.json", metrics)
@@ -103,10 +110,9 @@ class Evaluator:
                 shutil.copyfile(folder / "images.npy", partial / "images.npy")
         return np.load(folder / "images.npy", allow_pickle=False)
 
-    def frechet(self, samples: dict[str, np.ndarray]) -> dict[str, Any]:
+    def frechet(self, features: Features, samples: dict[str, np.ndarray]) -> dict[str, Any]:
         """The Frechet distance of each set of samples from the training images, with its protocol."""
         cfg = self.cfg
-        features: Features = build(cfg.evaluation.metric)
         with self.stages("compare distributions"):
             reference = self.reference(features)
             metrics: dict[str, Any] = {

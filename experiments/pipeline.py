@@ -21,6 +21,7 @@ from experiments.report import report_run
 from experiments.run import Run, barrier, cached, digest, effective, fingerprint, is_rank_zero, read_json, staged
 from experiments.stages import Stages
 from lightning_modules.backbones.unet import UNetBackbone, load_unet, weight_files
+from lightning_modules.distillation import check_levels
 from lightning_modules.export import export, verify
 from lightning_modules.scoring import score
 from lightning_modules.training import WarmedUpEMA, accelerator_of, fit, make_trainer
@@ -32,7 +33,7 @@ class StaleArtefact(ValueError):
 
 def prune(cfg: DictConfig) -> None:
     """Run every stage of one job that is not there yet, and print its summary."""
-    build(cfg.selection)  # what a user can get wrong fails here, before anything is read
+    build(cfg.selection)  # a ratio out of range fails before anything is read
     device = torch.device(accelerator_of(cfg.trainer.accelerator))
     teacher_id = fingerprint(weight_files(cfg.teacher.path), Path(cfg.paths.cache))
     run = Run(cfg, teacher_id)
@@ -51,40 +52,52 @@ class Job:
         self.cfg, self.run, self.teacher_id, self.dashboard = cfg, run, teacher_id, dashboard
         self.stages = Stages(cfg, device)
         self.data = build(cfg.data)
+        self.criterion, self.selection = build(cfg.criterion), build(cfg.selection)
         self.noise_scheduler = build(cfg.noise_scheduler)
         with self.stages("load the teacher"):
             self.teacher: UNetBackbone = build(cfg.teacher, noise_scheduler=self.noise_scheduler)
             self.units = self.teacher.units()
-        self.check_data()
+            self.totals = {"params": self.teacher.params(), "macs": self.teacher.macs().linear}
+        self.evaluator = Evaluator(cfg, run, self.data, self.teacher, teacher_id, self.stages)
         self.distils = "_target_" in cfg.distillation
+        self.check()
 
     def go(self) -> None:
         scores = self.scores()
         plan = self.plan(scores)
         pruned = self.student(plan)
         distilled = self.distil(pruned) if self.distils else pruned
-        evaluator = Evaluator(self.cfg, self.run, self.data, self.teacher, self.teacher_id, self.stages)
         networks = {"teacher": self.teacher, "pruned": pruned} | ({"distilled": distilled} if self.distils else {})
-        metrics = evaluator.metrics(plan, networks)
-        self.export(distilled, metrics, evaluator.measured(distilled))
+        metrics = self.evaluator.metrics(plan, networks)
+        self.export(distilled, metrics, self.evaluator.measured(distilled))
 
-    def check_data(self) -> None:
-        """Raise ValueError where the images are not what the teacher takes."""
+    def check(self) -> None:
+        """Raise ValueError for whatever would fail later, after the expensive parts."""
+        cfg = self.cfg
         found, wanted = self.data.image_shape(), self.teacher.data_shape()
         if found != wanted:
             raise ValueError(
-                f"data={self.cfg.data.get('name', '?')} has images of (channels, height, width) {found}, but the "
+                f"data={cfg.data.get('name', '?')} has images of (channels, height, width) {found}, but the "
                 f"teacher takes {wanted}; resize or convert them in the data's configuration (size, mode), or choose "
                 "another teacher"
             )
+        self.calibration_batches()
+        self.evaluator.held_out()
+        self.selection.check(self.units, self.totals[self.selection.budget])
+        if self.distils:
+            self.data.train_dataloader()
+            check_levels(self.teacher, **{key: cfg.distillation.get(key) for key in ("normalization", "taps")})
+
+    def calibration_batches(self) -> DataLoader:
+        calibration = self.cfg.calibration
+        return self.data.subset("train", calibration.samples, calibration.seed, calibration.batch_size)
 
     # Scores and plan
 
     def scores(self) -> dict[str, dict[str, float]]:
         """Scores of all units; computed once per teacher, criterion and calibration, whatever the ratio or seed."""
         cfg, calibration = self.cfg, self.cfg.calibration
-        criterion = build(cfg.criterion)
-        batches = self.data.subset("train", calibration.samples, calibration.seed, calibration.batch_size)
+        criterion, batches = self.criterion, self.calibration_batches()
         key = {
             "teacher": self.teacher_id,
             "criterion": effective(cfg)["criterion"],
@@ -118,7 +131,7 @@ class Job:
 
     def plan(self, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
         """Which units go, and how."""
-        path, selection = self.run / "plan.json", build(self.cfg.selection)
+        path = self.run / "plan.json"
         scores_key = digest(scores)
         if path.exists():
             plan = read_json(path)
@@ -127,9 +140,8 @@ class Job:
             known([change["unit"] for change in plan["changes"]], self.units, str(path))
             return plan
         with self.stages("select units"):
-            totals = {"params": self.teacher.params(), "macs": self.teacher.macs().linear}
             flat = {name: entry["score"] for name, entry in scores.items()}
-            removed = selection.select(self.units, flat, totals[selection.budget])
+            removed = self.selection.select(self.units, flat, self.totals[self.selection.budget])
         plan = {
             "teacher": self.teacher_id,
             "scores": scores_key,

@@ -85,6 +85,14 @@ class Distillation(TrainedModule):
         return {"loss": total} | losses
 
 
+def check_levels(teacher: UNetBackbone, normalization: str | None, taps: Any) -> None:
+    """Raise ValueError for a normalisation or a tap that is not there, before any work is done; None is not checked."""
+    if normalization is not None:
+        LevelWeights(normalization, 0)
+    if taps is not None:
+        tap_names(teacher, taps, skip_emptied=False)
+
+
 def tap_names(student: UNetBackbone, taps: Any, skip_emptied: bool) -> list[str]:
     """The module paths whose outputs are compared; raises ValueError for a path that is not there."""
     units = removable(student.unet)

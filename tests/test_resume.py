@@ -83,8 +83,6 @@ def test_a_job_killed_while_scoring_training_and_evaluating_ends_in_the_bits_of_
     printed = kill_when(lambda: (run / "samples" / "pruned").exists(), command, tmp_path / "evaluating.log")
     assert re.search(r"distil: resuming from step \d+ of 60 \(step=\d+\.ckpt\)", printed)
     assert not (run / "samples" / "distilled").exists() and not (run / "metrics.json").exists(), "killed too late"
-    (run / "samples" / ".distilled.partial").mkdir()  # what it may have been writing
-    (run / "samples" / ".distilled.partial" / "images.npy").touch()
 
     prune(configure(*moved(job, runs)))
     assert the_run(runs) == run
@@ -92,6 +90,19 @@ def test_a_job_killed_while_scoring_training_and_evaluating_ends_in_the_bits_of_
     assert files(run) == files(undisturbed)
     history = pd.read_csv(run / "metrics.csv")
     assert not history.duplicated(["step", "name"]).any()
+
+
+def test_what_a_killed_process_was_writing_is_removed(configure, overrides, tmp_path):
+    cfg = configure(*overrides)
+    prune(cfg)
+    run = the_run(tmp_path / "runs")
+    (run / "finished.json").unlink()
+    complete = files(run) | {"finished.json"}
+    for name in (".student.x1", "samples/.pruned.x2", ".metrics.json.x3"):
+        (run / name).mkdir(parents=True)
+        (run / name / "part").touch()
+    prune(cfg)
+    assert files(run) == complete
 
 
 # In one process
@@ -164,17 +175,20 @@ def interrupted(run: Path, runs: Path, steps: list[int]) -> Path:
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("steps", "more"),
     [
-        [],
-        ["trainer.accumulate_grad_batches=2", "+data.num_workers=1", "distillation.normalization=running"],
-        ["ema_decay=null"],
+        ([1, 2, 3, 4, 5], []),
+        (
+            [1, 2, 3, 4, 5],
+            ["trainer.accumulate_grad_batches=2", "+data.num_workers=1", "distillation.normalization=running"],
+        ),
+        ([3, 5], ["ema_decay=null"]),
     ],
-    ids=["plain", "accumulated", "without_ema"],
+    ids=["plain", "accumulated", "without_average"],
 )
-def test_resuming_from_every_checkpoint_ends_in_the_same_bits(configure, tmp_path, trained, capsys, more):
+def test_resuming_from_every_checkpoint_ends_in_the_same_bits(configure, tmp_path, trained, capsys, steps, more):
     job, run = trained(*more)
-    for step in range(1, 6):
+    for step in steps:
         runs = tmp_path / f"from{step}"
         interrupted(run, runs, [step])
         capsys.readouterr()

@@ -34,6 +34,10 @@ class Features(Protocol):
     transform: str
     """what is done to an image before the network sees it"""
 
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """Raise ValueError where images of (channels, height, width) are none these features are made for."""
+        ...
+
     def fingerprint(self) -> str:
         """Of the network's weights."""
         ...
@@ -55,15 +59,17 @@ class ResNet20:
                 f"evaluation.metric.path={path!r} does not exist: python train.py experiment=pretrain_resnet20 makes it"
             )
 
+    def check(self, shape: tuple[int, int, int]) -> None:
+        if tuple(shape) != (3, 32, 32):
+            raise ValueError(f"frechet_resnet20 takes images of (3, 32, 32), these are {shape}; choose evaluation=fid")
+
     def fingerprint(self) -> str:
         return hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, device: torch.device = CPU) -> np.ndarray:
-        if images.shape[1:] != (32, 32, 3):
-            raise ValueError(
-                f"frechet_resnet20 takes images of (32, 32, 3), these are {images.shape[1:]}; choose evaluation=fid"
-            )
+        height, width, channels = images.shape[1:]
+        self.check((channels, height, width))
         network = load_resnet(self.path, blocks=3).to(device)
         tensor_NCHW = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
         return torch.cat([network.features(part.to(device)).cpu() for part in tensor_NCHW.split(250)]).double().numpy()
@@ -85,6 +91,12 @@ class Inception:
                 f"evaluation.metric.path={path!r} does not exist: it names the TorchScript Inception-v3 (2015-12-05)"
             )
         self.path = local if local.exists() else None
+        if self.path is None:
+            self.network(CPU)  # the download fails now or not at all
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        if shape[0] != 3:
+            raise ValueError(f"fid takes images of 3 channels, these are {shape}; choose evaluation=none")
 
     def fingerprint(self) -> str:
         return "inception-2015-12-05"  # one published network, whichever copy of it is read
