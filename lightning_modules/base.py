@@ -50,7 +50,7 @@ class TrainedModule(pl.LightningModule):
         losses = self.losses(batch)
         if not torch.isfinite(losses["loss"]):
             self.stop_on_non_finite("loss", batch, losses)
-        self.log("loss", losses["loss"], prog_bar=True)
+        self.log("loss", losses["loss"], prog_bar=True, logger=False)
         self.log_dict({f"train/{name}": value for name, value in losses.items()})
         return losses["loss"]
 
