@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_jobs import the_run
 from helpers_networks import FAMILIES, same_tensors, tiny_backbone, tiny_batch
+from helpers_results import the_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_lightning.callbacks import Callback

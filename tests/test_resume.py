@@ -14,14 +14,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from helpers_jobs import differences, files, results, the_run, trained_state
-from pytorch_lightning.callbacks import ModelCheckpoint
+from helpers_results import differences, files, results, the_run, trained_state
+from pytorch_lightning import Trainer
 
 from conf.schema import ROOT
 from experiments import pipeline
 from experiments.pipeline import prune
 from experiments.run import read_json
-from lightning_modules import training
 from lightning_modules.training import CorruptCheckpoint
 
 pytest_plugins = ["helpers_jobs"]
@@ -60,11 +59,11 @@ def test_a_job_killed_while_scoring_training_and_evaluating_ends_in_the_bits_of_
 ):
     job = [
         *sampling,
-        "calibration.samples=48",
+        "calibration.samples=24",
         "calibration.batch_size=1",
         "trainer.steps=60",
         "trainer.checkpoint_every=5",
-        "sampler.steps=40",
+        "sampler.steps=30",
         "evaluation.batch_size=1",
     ]
     prune(configure(*moved(job, tmp_path / "undisturbed")))
@@ -87,7 +86,9 @@ def test_a_job_killed_while_scoring_training_and_evaluating_ends_in_the_bits_of_
     prune(configure(*moved(job, runs)))
     assert the_run(runs) == run
     assert differences(results(run), results(undisturbed)) == []
-    assert files(run) == files(undisturbed)
+    assert {name for name in files(run) if not name.startswith("checkpoints/")} == {
+        name for name in files(undisturbed) if not name.startswith("checkpoints/")
+    }
     history = pd.read_csv(run / "metrics.csv")
     assert not history.duplicated(["step", "name"]).any()
 
@@ -146,17 +147,23 @@ BASES: dict[tuple[str, ...], Path] = {}
 
 @pytest.fixture
 def trained(configure, overrides, tmp_path_factory, monkeypatch):
-    """trained(*more) -> (overrides, run): a finished run of 5 steps that kept the checkpoint of every step."""
+    """trained(*more) -> (overrides, run): a finished run of 5 steps, with a copy of each step's checkpoint beside it."""
 
     def make(*more: str) -> tuple[list[str], Path]:
         job = [*overrides, "trainer.steps=5", "trainer.checkpoint_every=1", *more]
         if more not in BASES:
-            runs = tmp_path_factory.mktemp("base")
+            runs, save = tmp_path_factory.mktemp("base"), Trainer.save_checkpoint
+            (runs / "every_step").mkdir()
+
+            def save_and_copy(trainer: Trainer, path: Any, *args: Any, **options: Any) -> None:
+                save(trainer, path, *args, **options)
+                shutil.copy(path, runs / "every_step")
+
             with monkeypatch.context() as patch:
-                patch.setattr(training, "ModelCheckpoint", lambda **o: ModelCheckpoint(**{**o, "save_top_k": -1}))
+                patch.setattr(Trainer, "save_checkpoint", save_and_copy)
                 prune(configure(*moved(job, runs)))
             BASES[more] = the_run(runs)
-        assert files(BASES[more] / "checkpoints") == {f"step={step:07d}.ckpt" for step in range(1, 6)}
+            assert files(runs / "every_step") == {f"step={step:07d}.ckpt" for step in range(1, 6)}
         return job, BASES[more]
 
     return make
@@ -170,7 +177,7 @@ def interrupted(run: Path, runs: Path, steps: list[int]) -> Path:
         shutil.copy(run / name, folder / name)
     shutil.copytree(run / "student", folder / "student")
     for step in steps:
-        shutil.copy(run / "checkpoints" / f"step={step:07d}.ckpt", folder / "checkpoints")
+        shutil.copy(run.parent.parent / "every_step" / f"step={step:07d}.ckpt", folder / "checkpoints")
     return folder / "checkpoints"
 
 
@@ -179,7 +186,7 @@ def interrupted(run: Path, runs: Path, steps: list[int]) -> Path:
     [
         ([1, 2, 3, 4, 5], []),
         (
-            [1, 2, 3, 4, 5],
+            [1, 3, 5],
             ["trainer.accumulate_grad_batches=2", "+data.num_workers=1", "distillation.normalization=running"],
         ),
         ([3, 5], ["ema_decay=null"]),
@@ -265,6 +272,13 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(configure,
 def test_only_the_last_two_checkpoints_are_kept(configure, overrides, tmp_path):
     prune(configure(*overrides, "trainer.steps=6", "trainer.checkpoint_every=1"))
     assert files(the_run(tmp_path / "runs") / "checkpoints") == {"step=0000005.ckpt", "step=0000006.ckpt"}
+
+
+def test_only_the_last_two_checkpoints_are_kept_by_a_resumed_run_too(configure, tmp_path, trained):
+    job, run = trained()
+    folder = interrupted(run, tmp_path / "resumed", [1, 2])
+    prune(configure(*moved(job, tmp_path / "resumed")))
+    assert files(folder) == {"step=0000004.ckpt", "step=0000005.ckpt"}
 
 
 def test_a_finished_stage_is_not_run_again(configure, overrides, tmp_path, monkeypatch):

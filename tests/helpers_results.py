@@ -1,0 +1,51 @@
+"""What a job leaves behind, in a form that two jobs can be compared in."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def the_run(runs: Path) -> Path:
+    """The folder of the only run below `runs`."""
+    (folder,) = (path for path in (runs / "debug").iterdir() if path.is_dir())
+    return folder
+
+
+def files(folder: Path) -> set[str]:
+    """The paths of all files below a folder."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def leaves(content: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested structure as {path: value}."""
+    if isinstance(content, dict | list | tuple):
+        pairs = content.items() if isinstance(content, dict) else enumerate(content)
+        return {path: leaf for key, value in pairs for path, leaf in leaves(value, f"{prefix}/{key}").items()}
+    return {prefix: content}
+
+
+TRAINED = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "global_step")
+
+
+def trained_state(checkpoint: Path) -> dict[str, Any]:
+    """Weights, their moving average, optimiser and schedule of a checkpoint, as {path: value}."""
+    content = torch.load(checkpoint, weights_only=True)
+    return leaves({name: content[name] for name in TRAINED if name in content})
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """The names under which two sets of values are not the same, bit for bit."""
+
+    def same(x: Any, y: Any) -> bool:
+        return torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, torch.Tensor) else x == y
+
+    return sorted(name for name in a.keys() | b.keys() if name not in a or name not in b or not same(a[name], b[name]))
+
+
+def results(run: Path) -> dict[str, Any]:
+    """All that must not depend on interruptions: scores, plan, metrics, weights, samples and the last checkpoint."""
+    kept = {name for name in files(run) if name.endswith((".safetensors", ".npy"))}
+    kept |= {"scores.json", "plan.json", "metrics.json"}
+    newest = max((run / "checkpoints").iterdir())
+    return {name: (run / name).read_bytes() for name in kept} | {"checkpoint": newest.name} | trained_state(newest)
