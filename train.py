@@ -9,6 +9,8 @@ The same command again resumes what was interrupted and does nothing where the r
 """
 
 import os
+import signal
+import sys
 
 # Bit-exact results on a GPU need a fixed workspace; it must be set before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -23,6 +25,7 @@ schema.register()
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is open (a W&B run, a lock) is closed
     schema.check(cfg)
     schema.build(cfg.pipeline, _partial_=True)(cfg)
 

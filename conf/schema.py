@@ -8,8 +8,9 @@ import dataclasses
 import difflib
 import inspect
 import math
+import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+"""Of computing; the weights themselves stay float32 throughout (a `-true` half precision would round the teacher's)."""
 
 
 class ConfigError(ValueError):
@@ -35,7 +40,7 @@ class Trainer:
     strategy: str = "auto"
     """a strategy of Lightning's: auto, ddp, fsdp"""
     precision: str = "auto"
-    """auto is bf16-mixed on a GPU that has it, else 32-true; or any precision of Lightning's"""
+    """auto is bf16-mixed on a GPU that has it, else 32-true; or one of PRECISIONS"""
     steps: int = MISSING
     """optimiser steps"""
     accumulate_grad_batches: int = 1
@@ -73,6 +78,19 @@ class Evaluation:
 
 
 @dataclass
+class Sampler:
+    name: str = MISSING
+    scheduler: Any = MISSING
+    """makes a diffusers scheduler from the noise schedule's configuration"""
+    steps: int = MISSING
+
+
+@dataclass
+class Task:
+    name: str = MISSING
+
+
+@dataclass
 class Logger:
     wandb: bool = True
     project: str = "secateur"
@@ -99,7 +117,7 @@ class Config:
     force: bool = False
     """run again what is finished"""
     pipeline: Any = MISSING
-    task: Any = MISSING
+    task: Task = field(default_factory=Task)
     teacher: Any = None
     criterion: Any = None
     calibration: Calibration = field(default_factory=Calibration)
@@ -108,7 +126,7 @@ class Config:
     distillation: Any = None
     pretrain: Any = None
     noise_scheduler: Any = None
-    sampler: Any = None
+    sampler: Sampler = field(default_factory=Sampler)
     optimizer: Any = MISSING
     lr_scheduler: Any = MISSING
     ema_decay: float | None = 0.999
@@ -131,28 +149,73 @@ def check(cfg: DictConfig) -> None:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error)) from error
+    check_keys("", cfg)
+    for group in ("criterion", "selection", "distillation", "data", "teacher"):
+        if isinstance(cfg[group], DictConfig) and "_target_" not in cfg[group]:
+            unknown(group, [key for key in cfg[group] if key != "name"], ["name"])
     for path, node in targets(cfg):
         check_target(path, node)
-    for path, value, valid in positive(cfg):
-        if not value > 0 or not math.isfinite(value):
-            raise ConfigError(f"{path}={value} is out of range; choose {valid}")
-    if cfg.trainer.resume not in ("auto", "required"):
-        raise ConfigError(f"trainer.resume={cfg.trainer.resume!r} is unknown; choose one of: auto, required")
-    if cfg.logger.mode not in ("auto", "online", "offline"):
-        raise ConfigError(f"logger.mode={cfg.logger.mode!r} is unknown; choose one of: auto, online, offline")
-
-
-def positive(cfg: DictConfig) -> Iterator[tuple[str, float, str]]:
-    fields = {
-        "trainer": ("steps", "accumulate_grad_batches", "checkpoint_every", "devices"),
-        "calibration": ("samples", "batch_size"),
-        "evaluation": ("samples", "batch_size", "loss_samples", "latency_batch", "latency_repeats"),
-        "data": ("batch_size",),
+    check_ranges(cfg)
+    choices = {
+        "trainer.accelerator": ("auto", "cpu", "gpu"),
+        "trainer.resume": ("auto", "required"),
+        "trainer.precision": PRECISIONS,
+        "calibration.precision": PRECISIONS,
+        "evaluation.precision": PRECISIONS,
+        "logger.mode": ("auto", "online", "offline"),
     }
-    for group, names in fields.items():
-        for name in names:
-            if name in cfg[group]:
-                yield f"{group}.{name}", cfg[group][name], "a whole number of 1 or more"
+    for path, valid in choices.items():
+        if (value := OmegaConf.select(cfg, path)) not in valid:
+            raise ConfigError(f"{path}={value!r} is unknown; choose one of: {', '.join(valid)}")
+
+
+RANGES: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(
+        (
+            *("trainer.steps", "trainer.accumulate_grad_batches", "trainer.checkpoint_every", "trainer.devices"),
+            *("trainer.num_nodes", "trainer.log_every_n_steps", "calibration.samples", "calibration.batch_size"),
+            *("evaluation.batch_size", "evaluation.loss_samples", "evaluation.latency_batch", "data.batch_size"),
+            *("evaluation.latency_repeats", "sampler.steps"),
+        ),
+        (1, math.inf, "a whole number of 1 or more"),
+    ),
+    "evaluation.samples": (2, math.inf, "a whole number of 2 or more"),
+    "data.num_workers": (0, math.inf, "0 or more"),
+    "ema_decay": (0, math.nextafter(1, 0), "0 <= ema_decay < 1, or null for none"),
+    "trainer.gradient_clip_val": (0, math.inf, "0 or more, or null"),
+    "optimizer.lr": (0, math.inf, "0 or more"),
+    "distillation.w_task": (0, math.inf, "0 or more"),
+    "distillation.w_out": (0, math.inf, "0 or more"),
+    "distillation.w_feat": (0, math.inf, "0 or more"),
+}
+"""Lowest and highest value of a field, and how to say it."""
+
+
+def check_ranges(cfg: DictConfig) -> None:
+    for path, (low, high, valid) in RANGES.items():
+        value = OmegaConf.select(cfg, path)
+        if value is not None and not (low <= value <= high and value < math.inf):
+            raise ConfigError(f"{path}={value} is out of range; choose {valid}")
+
+
+def check_keys(path: str, node: DictConfig) -> None:
+    """A `+` on the command line can put a key into a dataclass node that has no such field."""
+    kind = OmegaConf.get_type(node)
+    if not dataclasses.is_dataclass(kind):
+        return
+    names = [field.name for field in dataclasses.fields(kind)]
+    unknown(path, [key for key in node if key not in names], names)
+    for name in names:
+        if isinstance(node[name], DictConfig):
+            check_keys(f"{path}.{name}" if path else name, node[name])
+
+
+def unknown(path: str, keys: list[Any], there: Iterable[str]) -> None:
+    """Raise ConfigError for the first of some unknown keys, with the nearest that there is."""
+    for key in keys:
+        close = difflib.get_close_matches(str(key), list(there), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigError(f"{f'{path}.' if path else ''}{key} is unknown; {hint}there are: {', '.join(there)}")
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -175,38 +238,39 @@ def check_target(path: str, node: Any) -> None:
     except Exception as error:
         raise ConfigError(f"{path}._target_={node._target_!r} cannot be imported: {error}") from error
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    given = {key: value for key, value in node.items() if key != "name" and not str(key).startswith("_")}
+    given = {str(key): value for key, value in node.items() if key != "name" and not str(key).startswith("_")}
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if open_ended and inspect.isclass(getattr(target, "__self__", None)):  # Scheduler.from_config(config, **fields)
         parameters |= inspect.signature(target.__self__).parameters
         open_ended = False
-    for key in given:
-        if key not in parameters and not open_ended:
-            close = difflib.get_close_matches(str(key), parameters, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ConfigError(
-                f"{path}.{key} is not a parameter of {node._target_}; {hint}it has: {', '.join(parameters)}"
-            )
-    plain = {str(key): hints[str(key)] for key in given if is_plain(hints.get(str(key)))}
-    typed = dataclasses.make_dataclass(
-        "Parameters", [(key, hint, field(default=MISSING)) for key, hint in plain.items()]
-    )
-    for key in plain:
-        try:
-            OmegaConf.merge(OmegaConf.structured(typed), {key: given[key]})
-        except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{path}.{key}={given[key]!r} is of the wrong type: {reason}") from error
+    if not open_ended:
+        unknown(path, [key for key in given if key not in parameters], parameters)
+    for key, value in given.items():
+        hint = hints.get(key, Any)
+        if not fits(value, hint):
+            name = hint.__name__ if inspect.isclass(hint) else str(hint)
+            raise ConfigError(f"{path}.{key}={value!r} is of the wrong type: {node._target_} takes {name}")
 
 
-def is_plain(hint: Any) -> bool:
-    """Types that OmegaConf can check."""
-    if hint in (int, float, bool, str):
-        return True
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is list:
-        return arguments in ((int,), (float,), (str,))
-    return len(arguments) == 2 and type(None) in arguments and arguments[0] in (int, float, bool, str)
+def fits(value: Any, hint: Any) -> bool:
+    """Can a value from a YAML file be an argument annotated like this? Types that YAML has no word for pass."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin in (list, tuple):
+        if not isinstance(value, list | ListConfig) or (
+            origin is tuple and ... not in arguments and len(value) != len(arguments)
+        ):
+            return False
+        each = arguments * len(value) if origin is list else [a for a in arguments if a is not ...] * len(value)
+        return all(fits(item, kind) for item, kind in zip(value, each, strict=False))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    if hint in (bool, str, type(None)):
+        return isinstance(value, hint)
+    return not (inspect.isclass(hint) and hint.__name__ == "Tensor")
 
 
 def build(node: DictConfig, **extra: Any) -> Any:

@@ -84,7 +84,7 @@ class Criterion:
         Raises ValueError naming the unit whose score is not finite.
         """
         scores = self.compute()
-        assert set(scores) == {unit.name for unit in self.units} and len(scores) == len(self.units)
+        check_scores(scores, self.units)
         for name, entry in scores.items():
             if not math.isfinite(entry["score"]):
                 raise ValueError(

@@ -9,6 +9,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -67,7 +68,8 @@ class Selection:
 
     def window(self, total: int) -> tuple[int, int]:
         """The least and the greatest cost to remove, in whole parameters or MACs."""
-        return math.ceil(self.ratio * total), math.floor((self.ratio + self.tolerance) * total)
+        ratio, tolerance = Fraction(str(self.ratio)), Fraction(str(self.tolerance))  # as written, not as rounded
+        return math.ceil(ratio * total), math.floor((ratio + tolerance) * total)
 
     def choose(self, costs: Sequence[int], scores: Sequence[float], window: tuple[int, int]) -> list[int]:
         raise NotImplementedError
@@ -186,7 +188,8 @@ def solve(costs: Sequence[int], scores: Sequence[float], window: tuple[int, int]
 
     HiGHS keeps constraints and gap to absolute tolerances of 1e-6. So what it finds is checked in whole numbers, and
     the objective is solved again with the scores rescaled to what is left to decide, until nothing better is found:
-    the answer is exact over the whole range of scores. Where some are negative, it is exact to 1e-9 of the largest.
+    harms are told apart to 1e-8 of the answer's own, over the whole range of scores (to 1e-9 of the largest score
+    where some are negative).
     """
     low, high = max(window[0], 0), min(window[1], sum(costs))
     if low > high:
@@ -205,10 +208,11 @@ def solve(costs: Sequence[int], scores: Sequence[float], window: tuple[int, int]
             integrality=np.ones(count),
             bounds=Bounds(0, allowed),
             constraints=rows,
-            options={"mip_rel_gap": 0},
+            options={"mip_rel_gap": 0, "presolve": False},  # its presolve was seen to lose the optimum
         )
-        if result.x is None:
+        if result.status == 2:  # infeasible
             return best
+        assert result.x is not None, result.message
         found = [i for i in range(count) if result.x[i] > 0.5]
         if not low <= sum(costs[i] for i in found) <= high:  # within HiGHS' tolerance only: exclude this one set
             signs = np.ones(count)

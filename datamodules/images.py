@@ -1,5 +1,6 @@
 """Images for calibration, training and evaluation, in an order that is a function of (seed, position)."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -159,10 +160,10 @@ def folder(
     crop: int = 0,
     num_workers: int = 0,
 ) -> Images:
-    """One folder of pictures, of which the first `holdout_images` are held out."""
+    """One folder of pictures, of which `holdout_images`, of every subfolder its share, are held out."""
     return Images(
-        train=lambda: Folder(path, size, mode, start=holdout_images),
-        holdout=lambda: Folder(path, size, mode, stop=holdout_images),
+        train=functools.partial(Folder, path, size, mode, start=holdout_images),
+        holdout=functools.partial(Folder, path, size, mode, stop=holdout_images),
         batch_size=batch_size,
         seed=seed,
         flip=flip,

@@ -10,6 +10,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from datamodules.seeding import numpy_rng
+
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -61,7 +63,13 @@ class Npz(Arrays):
             for key in filter(None, (images, labels)):
                 if key not in archive:
                     raise ValueError(f"{file} has no array {key!r}; it has: {', '.join(archive.files)}")
-            super().__init__(archive[images], archive[labels] if labels else None)
+            pixels = archive[images]
+            if pixels.dtype != np.uint8 or pixels.ndim != 4:
+                raise ValueError(
+                    f"{file}: array {images!r} is {pixels.dtype} of shape {pixels.shape}; "
+                    "images are uint8 of (N, H, W, C)"
+                )
+            super().__init__(pixels, archive[labels] if labels else None)
 
 
 class Tiles(Arrays):
@@ -81,19 +89,23 @@ class Tiles(Arrays):
 
 
 class Folder:
-    """Every picture below a folder, in sorted order, decoded when asked for, centre-cropped and resized to `size`.
+    """Every picture below a folder, decoded when asked for, centre-cropped and resized to `size`.
 
-    The label is the index of the picture's folder among its siblings. Raises MissingData where the folder is not.
+    They are shuffled once, as a function of their number alone, so that [start, stop) holds of every subfolder its
+    share. The label is the place of a picture's own folder among all such folders, in alphabetical order. Raises
+    MissingData where the folder is not.
     """
 
     def __init__(self, path: str, size: int, mode: str = "RGB", start: int = 0, stop: int | None = None) -> None:
         root = Path(path).expanduser()
         if not root.is_dir():
             raise MissingData(f"{root} is not a folder: `path` names the folder that holds the pictures")
-        self.files = sorted(file for file in root.rglob("*") if file.suffix.lower() in EXTENSIONS)[start:stop]
-        self.size, self.mode = size, mode
-        parents = sorted({file.parent for file in self.files})
+        files = sorted(file for file in root.rglob("*") if file.suffix.lower() in EXTENSIONS)
+        parents = sorted({file.parent for file in files})
+        order = numpy_rng("folder", len(files)).permutation(len(files))[start:stop]
+        self.files = [files[i] for i in order]
         self.labels = np.array([parents.index(file.parent) for file in self.files], np.int64)
+        self.size, self.mode = size, mode
 
     def __len__(self) -> int:
         return len(self.files)
@@ -140,6 +152,8 @@ class HuggingFace:
 
 def square(image: Image.Image, size: int, mode: str) -> np.ndarray:
     """Centre crop to a square, resize with an antialiasing filter: uint8 (size,size,C)."""
+    if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 8 instead of scaling them
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     image = image.convert(mode)
     if image.size != (size, size):
         edge = min(image.size)

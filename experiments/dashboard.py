@@ -16,7 +16,7 @@ HOST = "api.wandb.ai"
 
 
 class Dashboard:
-    """A context that opens the W&B run whose id is the run's, and finishes it whatever happens inside."""
+    """A context that opens the W&B run whose id is (name, run id), and finishes it whatever happens inside."""
 
     def __init__(self, cfg: DictConfig, run: Run) -> None:
         self.cfg, self.run = cfg, run
@@ -26,11 +26,13 @@ class Dashboard:
     def __enter__(self) -> Self:
         logger = self.cfg.logger
         if logger.wandb and is_rank_zero():
-            mode: Any = logger.mode if logger.mode != "auto" else "online" if has_key() else "offline"
+            mode: Any = logger.mode
+            if mode == "auto":
+                mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
             self.wandb = wandb.init(
                 project=logger.project,
                 entity=logger.entity,
-                id=self.run.id,
+                id=f"{self.cfg.name}-{self.run.id}",
                 name=self.run.folder.name,
                 group=self.cfg.name,
                 dir=self.run.folder,

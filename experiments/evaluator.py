@@ -1,9 +1,11 @@
 """The evaluation stage: one protocol for teacher, pruned and distilled network."""
 
 import functools
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from conf.schema import build
-from experiments.run import Run, barrier, digest, effective, is_rank_zero, read_json, staged
+from experiments.run import RESULT_VERSION, Run, barrier, digest, effective, is_rank_zero, locked, read_json, staged
 from experiments.stages import Stages
 from lightning_modules.backbones.unet import UNetBackbone
 from lightning_modules.evaluation import Generation, JointLoss
@@ -89,26 +91,35 @@ class Evaluator:
         protocol = {key: effective(cfg)[key] for key in ("sampler", "noise_scheduler")}
         protocol |= {"samples": evaluation.samples, "seed": evaluation.seed, "precision": evaluation.precision}
         protocol["batch_size"] = evaluation.batch_size  # can move the last bit
-        folder = self.run / "samples" / name
-        if name == "teacher":
-            folder = self.run.cache / "samples" / digest({"teacher": self.teacher_id, **protocol})[:16]
-        if not (folder / "images.npy").exists():
-            with self.stages("generate"):
-                seeds = evaluation.seed * 10_000_019 + torch.arange(evaluation.samples)
-                batches = DataLoader(seeds, batch_size=evaluation.batch_size)
-                module = Generation(network, build(cfg.sampler.scheduler), cfg.sampler.steps)
-                make_trainer(cfg.trainer, f"samples of {name}", evaluation.precision).test(
-                    module, batches, verbose=False
-                )
-                if is_rank_zero():
-                    with staged(folder) as partial:
-                        np.save(partial / "images.npy", module.images, allow_pickle=False)
-                barrier()
         shown = self.run / "samples" / name
+        if name == "teacher":  # shared by all runs, so made once, under a lock
+            key = digest({"teacher": self.teacher_id, "version": RESULT_VERSION, **protocol})[:16]
+            folder = self.run.cache / "samples" / key
+            with locked(folder):
+                self.generate(name, network, folder)
+        else:
+            folder = shown
+            self.generate(name, network, folder)
         if is_rank_zero() and not shown.exists():
             with staged(shown) as partial:
                 shutil.copyfile(folder / "images.npy", partial / "images.npy")
         return np.load(folder / "images.npy", allow_pickle=False)
+
+    def generate(self, name: str, network: UNetBackbone, folder: Path) -> None:
+        """Write images.npy into `folder`, unless it is there."""
+        cfg, evaluation = self.cfg, self.cfg.evaluation
+        if (folder / "images.npy").exists():
+            return
+        with self.stages("generate"):
+            seeds = evaluation.seed * 10_000_019 + torch.arange(evaluation.samples)
+            batches = DataLoader(seeds, batch_size=evaluation.batch_size)
+            module = Generation(network, build(cfg.sampler.scheduler), cfg.sampler.steps)
+            trainer = make_trainer(cfg.trainer, f"samples of {name}", evaluation.precision)
+            trainer.test(module, batches, verbose=False)
+            if is_rank_zero():
+                with staged(folder) as partial:
+                    np.save(partial / "images.npy", module.images, allow_pickle=False)
+            barrier()
 
     def frechet(self, features: Features, samples: dict[str, np.ndarray]) -> dict[str, Any]:
         """The Frechet distance of each set of samples from the training images, with its protocol."""
@@ -138,11 +149,9 @@ class Evaluator:
         if features.name in self.data.statistics:
             return Statistics.load(self.data.statistics[features.name], **origin)
         source = self.data.source("train")
-        key = {
-            "data": effective(self.cfg)["data"]["train"] if "train" in self.cfg.data else effective(self.cfg)["data"],
-            "size": len(source),
-            **origin,
-        }
+        some = source.take(np.linspace(0, len(source) - 1, min(len(source), 256)).astype(int))[0]
+        content = hashlib.sha256(some.tobytes()).hexdigest()  # tells data apart that stand under the same name
+        key = {"content": content, "size": len(source), "version": RESULT_VERSION, **origin}
         path = self.run.cache / "statistics" / f"{digest(key)[:16]}.safetensors"
         if not path.exists():
             print(f"statistics of {len(source)} training images for {features.name} ...", flush=True)
@@ -171,6 +180,7 @@ class Evaluator:
         measured |= {
             "latency_ratio": times["student"] / times["teacher"],
             "latency_batch": batch,
+            "latency_precision": "float32",
             "device": torch.cuda.get_device_name(device)
             if device.type == "cuda"
             else f"cpu, {torch.get_num_threads()} threads",

@@ -40,6 +40,8 @@ def loss_curves(history: pd.DataFrame, path: Path) -> None:
         "feature loss by level, weighted": sorted(name for name in series if name.startswith("weighted_feature/")),
     }
     panels = {title: names for title, names in panels.items() if names}
+    if not panels:
+        return
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
     for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
         for name in names:

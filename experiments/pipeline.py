@@ -5,6 +5,7 @@ all there is to resuming, but for the training itself, which resumes from its ch
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,24 @@ import torch
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
-from conf.schema import build
+from conf.schema import ConfigError, build
 from criteria.base import SCORING_VERSION, check_scores
 from criteria.selection import known
 from experiments.dashboard import Dashboard
 from experiments.evaluator import Evaluator
 from experiments.report import report_run
-from experiments.run import Run, barrier, cached, digest, effective, fingerprint, is_rank_zero, read_json, staged
+from experiments.run import (
+    Run,
+    barrier,
+    cached,
+    digest,
+    effective,
+    fingerprint,
+    is_rank_zero,
+    read_json,
+    staged,
+    write_json,
+)
 from experiments.stages import Stages
 from lightning_modules.backbones.unet import UNetBackbone, load_unet, weight_files
 from lightning_modules.distillation import check_levels
@@ -50,8 +62,9 @@ class Job:
 
     def __init__(self, cfg: DictConfig, run: Run, teacher_id: str, device: torch.device, dashboard: Dashboard) -> None:
         self.cfg, self.run, self.teacher_id, self.dashboard = cfg, run, teacher_id, dashboard
-        self.stages = Stages(cfg, device)
+        self.stages = Stages(cfg, device, run / "seconds.json")
         self.data = build(cfg.data)
+        self.data.image_shape()  # a wrong path or column is said before any weight is read
         self.criterion, self.selection = build(cfg.criterion), build(cfg.selection)
         self.noise_scheduler = build(cfg.noise_scheduler)
         with self.stages("load the teacher"):
@@ -69,7 +82,9 @@ class Job:
         distilled = self.distil(pruned) if self.distils else pruned
         networks = {"teacher": self.teacher, "pruned": pruned} | ({"distilled": distilled} if self.distils else {})
         metrics = self.evaluator.metrics(plan, networks)
-        self.export(distilled, metrics, self.evaluator.measured(distilled))
+        if is_rank_zero():
+            self.export(distilled, metrics, self.evaluator.measured(distilled))
+        barrier()
 
     def check(self) -> None:
         """Raise ValueError for whatever would fail later, after the expensive parts."""
@@ -83,6 +98,7 @@ class Job:
             )
         self.calibration_batches()
         self.evaluator.held_out()
+        check_parts(cfg, self.noise_scheduler)
         self.selection.check(self.units, self.totals[self.selection.budget])
         if self.distils:
             self.data.train_dataloader()
@@ -196,19 +212,34 @@ class Job:
     # The end
 
     def export(self, network: UNetBackbone, metrics: dict[str, Any], measured: dict[str, Any]) -> None:
-        """Export, prove that it reloads, draw the report, and only then call the run finished."""
-        if not is_rank_zero():
-            return
+        """Export, prove that it reloads, draw the report, and only then call the run finished; rank 0 alone."""
         with self.stages("export"), staged(self.run / "export") as partial:
             export(network, partial)
             measured["export_max_difference"] = verify(network, partial)
-        measured["seconds"] = {name: round(value, 2) for name, value in self.stages.seconds.items()}
-        self.run.write("measured.json", measured)
+        measured["seconds"] = self.stages.seconds
+        write_json(self.run / "measured.json", measured)
         with self.stages("report"):
             summary = report_run(self.run.folder)
         self.dashboard.finish(metrics, measured)
-        self.run.write("finished.json", {"run_id": self.run.id, "summary": summary})
+        write_json(self.run / "finished.json", {"run_id": self.run.id, "summary": summary})
         print(f"\n{summary}")
+
+
+def check_parts(cfg: DictConfig, noise_scheduler: Any) -> None:
+    """Make optimiser, schedule, sampler and trainers once for nothing; raises ConfigError naming the group."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    tries: dict[str, Callable[[], Any]] = {
+        "optimizer and lr_scheduler": lambda: build(cfg.lr_scheduler)(build(cfg.optimizer)([weight])),
+        "sampler": lambda: build(cfg.sampler.scheduler)(noise_scheduler.config).set_timesteps(cfg.sampler.steps),
+        "trainer": lambda: [
+            make_trainer(cfg.trainer, "", p) for p in (cfg.trainer.precision, cfg.evaluation.precision)
+        ],
+    }
+    for group, make in tries.items():
+        try:
+            make()
+        except Exception as error:
+            raise ConfigError(f"{group} cannot be made as configured: {error}") from error
 
 
 def content_hash(batches: DataLoader) -> str:

@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import figures
-from experiments.run import read_json
+from experiments.dashboard import flat
+from experiments.run import digest, effective, read_json
 
 PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
 )
 NETWORKS = ("teacher", "pruned", "distilled")
-SAME = ["teacher", "criterion", "selection", "distillation", "ratio", "budget", "steps", "protocol"]
-"""Runs that agree in these differ in seeds only, and are averaged."""
+SEEDS = ("seed", "criterion.seed", "calibration.seed", "evaluation.seed", "data.seed")
+"""Runs whose configurations agree in all but these are one row of a table, averaged."""
 
 
 def report_run(folder: Path) -> str:
@@ -138,6 +139,8 @@ def collect(root: Path) -> pd.DataFrame:
         metric = protocol.get("metric")
         row = {
             "run": folder.name,
+            "page": str((folder / "report.html").relative_to(root)),
+            "setting": setting(cfg),
             "teacher": cfg.teacher.name,
             "criterion": cfg.criterion.name,
             "selection": cfg.selection.name,
@@ -169,6 +172,12 @@ def collect(root: Path) -> pd.DataFrame:
     )
 
 
+def setting(cfg: DictConfig) -> dict[str, Any]:
+    """A run's configuration as flat fields, without seeds and without what is derived from others."""
+    fields = flat(effective(cfg))
+    return {key: value for key, value in fields.items() if key not in SEEDS and not key.endswith("_target_")}
+
+
 def averaged(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs that differ in seeds only, as mean and standard deviation; `method` names what a curve is of."""
     values = [
@@ -183,19 +192,46 @@ def averaged(runs: pd.DataFrame) -> pd.DataFrame:
         "quality_teacher",
     ]
     runs = runs.assign(**{name: pd.to_numeric(runs[name]) for name in values})
-    grouped = runs.groupby(SAME, dropna=False)
-    table = (
-        grouped[values]
-        .mean()
-        .join(grouped[values].std().add_suffix(" std"))
-        .join(grouped.size().rename("runs"))
-        .reset_index()
-    )
-    varying = [name for name in ("selection", "distillation", "steps") if table[name].nunique() > 1]
-    table["method"] = [
-        ", ".join([row.criterion, *(f"{name} {getattr(row, name)}" for name in varying)]) for row in table.itertuples()
-    ]
+    settings = runs["setting"].map(digest)
+    grouped = runs.groupby(settings)
+    labels = ["teacher", "criterion", "selection", "distillation", "steps", "ratio", "budget", "metric", "protocol"]
+    table = grouped[[*labels, "setting"]].first().join(grouped[values].mean())
+    table = table.join(grouped[values].std().add_suffix(" std")).join(grouped.size().rename("runs"))
+    table = table.sort_values(["criterion", "selection", "distillation", "ratio"]).reset_index(drop=True)
+    table["method"] = methods(table)
     return table
+
+
+def methods(table: pd.DataFrame) -> list[str]:
+    """What tells the rows apart, other than the ratio: the names first, then whatever else varies."""
+    named = ["teacher", "selection", "distillation", "steps", "budget"]
+    known = {
+        "criterion.name",
+        "selection.ratio",
+        "teacher.name",
+        "selection.name",
+        "distillation.name",
+        "trainer.steps",
+    }
+    fields = pd.DataFrame(list(table["setting"])).astype(str)
+    varying = [name for name in named if table[name].nunique() > 1]
+    # A field that one group choice has and another has not is told by that choice's name already.
+    others = [
+        key
+        for key in fields
+        if key not in known
+        and not key.startswith(("evaluation.metric", "criterion."))
+        and any(
+            part[key].nunique() > 1
+            for _, part in fields.groupby(fields["distillation.name"] + fields["selection.name"])
+        )
+    ]
+    return [
+        ", ".join(
+            [table["criterion"][i], *(f"{n} {table[n][i]}" for n in varying), *(f"{k}={fields[k][i]}" for k in others)]
+        )
+        for i in table.index
+    ]
 
 
 def markdown(table: pd.DataFrame, metric: str) -> str:
@@ -229,33 +265,39 @@ def markdown(table: pd.DataFrame, metric: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def warnings_of(table: pd.DataFrame) -> list[str]:
+    """What a reader of the table has to know before comparing its rows."""
+    notes = []
+    if table["protocol"].nunique() > 1:
+        notes.append("These runs were evaluated under different protocols; their qualities are not comparable.")
+    selections = table.groupby("criterion")["selection"].agg(set)
+    if len(selections) > 1 and any(chosen != selections.iloc[0] for chosen in selections):
+        notes.append("The criteria were not all used with the same selection; compare rows of one selection only.")
+    return notes
+
+
 def report_set(root: Path) -> Path:
     """Write report/ below `root`: results.csv, table.md, curves and index.html; returns the page."""
     runs = collect(root)
     table = averaged(runs)
-    if table["protocol"].nunique() > 1:
-        print(
-            "these runs were evaluated under different protocols; their rows are not comparable:",
-            *table["protocol"].unique(),
-            sep="\n  ",
-        )
+    notes = warnings_of(table)
+    print(*notes, sep="\n")
     metric = ", ".join(sorted({str(name) for name in runs["metric"].dropna()})) or "output loss"
     folder = root / "report"
     folder.mkdir(exist_ok=True)
-    runs.to_csv(folder / "results.csv", index=False)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    runs.drop(columns=["setting", "page"]).to_csv(folder / "results.csv", index=False)
     (folder / "table.md").write_text(markdown(table, metric))
-    level = float(runs["quality_teacher"].mean()) if runs["quality_teacher"].notna().any() else None
-    for x, label in (("ratio", "fraction removed"), ("latency_ratio", "latency, student / teacher")):
-        figures.curves(
-            table, x, "quality", (label, f"{metric} (lower is better)"), folder / f"quality_over_{x}.png", level
-        )
-    figures.curves(
-        table,
-        "ratio",
-        "output_loss_pruned",
-        ("fraction removed", "joint output loss right after pruning"),
-        folder / "output_loss_over_ratio.png",
-    )
+    for number, (_, part) in enumerate(table.groupby(["teacher", "protocol"])):  # what may share one pair of axes
+        suffix = f"_{number + 1}" if number else ""
+        name, level = part["metric"].iloc[0] or "output loss", part["quality_teacher"].mean()
+        for x, label in (("ratio", "fraction removed"), ("latency_ratio", "latency, student / teacher")):
+            labels = (label, f"{name} (lower is better)")
+            path = folder / f"quality_over_{x}{suffix}.png"
+            figures.curves(part, x, "quality", labels, path, None if pd.isna(level) else level)
+        labels = ("fraction removed", "joint output loss right after pruning")
+        figures.curves(part, "ratio", "output_loss_pruned", labels, folder / f"output_loss_over_ratio{suffix}.png")
     waiting = sorted(p.parent.name for p in root.rglob("config.yaml") if not (p.parent / "finished.json").exists())
     shown = [
         "criterion",
@@ -278,6 +320,7 @@ def report_set(root: Path) -> Path:
         runs=runs.to_dict("records"),
         waiting=waiting,
         protocols=sorted(table["protocol"].unique()),
+        notes=notes,
         pictures={path.stem: inline(path) for path in sorted(folder.glob("*.png"))},
     )
     (folder / "index.html").write_text(page)

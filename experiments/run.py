@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
 
 from conf.schema import ROOT
 
@@ -26,7 +27,7 @@ NO_EFFECT = {
     "data": ("num_workers",),
     "evaluation": ("latency_batch", "latency_repeats"),
 }
-"""What cannot change a result, and so is not part of a run's identity."""
+"""What is not part of a run's identity: it cannot change a result, or (devices) only within noise."""
 
 
 class RunBusy(RuntimeError):
@@ -108,7 +109,8 @@ def fingerprint(files: list[Path], cache: Path) -> str:
 
 
 def is_rank_zero() -> bool:
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    """Is this the process that writes? Lightning reads the rank from torchrun, Slurm or its own launcher."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def barrier() -> None:
@@ -117,16 +119,21 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time makes what is shared at `path`. The ranks of one job enter together with rank 0."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")) if is_rank_zero() else contextlib.nullcontext():
+        yield
+
+
 def cached(folder: Path, key: Any, compute: Callable[[], Any]) -> Any:
     """A JSON result under the hash of `key`: computed once, also by processes that ask at the same time.
 
     What is stored carries its key, so that a file can be told from a stranger's.
     """
     path = folder / f"{digest(key)}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    # The other ranks of one job compute together with rank 0, which holds the lock for all of them.
-    lock = FileLock(path.with_suffix(".lock")) if is_rank_zero() else contextlib.nullcontext()
-    with lock:
+    with locked(path):
         if path.exists():
             return read_json(path)["result"]
         result = compute()
@@ -193,11 +200,14 @@ class Run:
             yield
 
     def clean(self) -> None:
-        """Remove what a killed process was writing; with `force=true`, everything a finished run had made."""
-        keep = (".lock", ".holder.json")
-        again = self.cfg.force and self.finished
-        for entry in list(self.folder.iterdir()):
-            if entry.name in keep or not (again or entry.name.startswith(".")):
+        """Remove what a killed process was writing; with `force=true`, everything there is (but not cached scores)."""
+        if self.cfg.force:
+            (self / "finished.json").unlink(missing_ok=True)  # first: a run that is cut off here is not finished
+        entries = [*self.folder.iterdir(), *(self / "samples").glob(".*")]
+        for entry in entries:
+            if entry.name in (".lock", ".holder.json") or not (self.cfg.force or entry.name.startswith(".")):
+                continue
+            if not entry.exists():  # went with its folder
                 continue
             if entry.is_dir():
                 shutil.rmtree(entry)

@@ -3,11 +3,13 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 
-from lightning_modules.metrics.cost import peak_memory
+from experiments.run import is_rank_zero, read_json, write_json
+from lightning_modules.metrics.cost import peak_memory, reset_peak_memory
 
 
 class OutOfMemory(RuntimeError):
@@ -15,11 +17,15 @@ class OutOfMemory(RuntimeError):
 
 
 class Stages:
-    """`with stages("distil"): ...` times a stage; `seconds` has the sums."""
+    """`with stages("distil"): ...` times a stage; `seconds` has the sums, over all processes that worked on the run.
 
-    def __init__(self, cfg: DictConfig, device: torch.device) -> None:
-        self.cfg, self.device = cfg, device
-        self.seconds: dict[str, float] = {}
+    A stage that was killed is not counted, as nothing says how long it had worked.
+    """
+
+    def __init__(self, cfg: DictConfig, device: torch.device, note: Path) -> None:
+        self.cfg, self.device, self.note = cfg, device, note
+        self.seconds: dict[str, float] = read_json(note) if note.exists() else {}
+        reset_peak_memory()
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -43,4 +49,6 @@ class Stages:
                 "trainer.accumulate_grad_batches keeps the effective batch, trainer.precision=bf16-mixed halves "
                 "activations"
             ) from error
-        self.seconds[name] = self.seconds.get(name, 0) + time.monotonic() - start
+        self.seconds[name] = round(self.seconds.get(name, 0) + time.monotonic() - start, 2)
+        if is_rank_zero():
+            write_json(self.note, self.seconds)

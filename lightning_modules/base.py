@@ -55,9 +55,12 @@ class TrainedModule(pl.LightningModule):
         return losses["loss"]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for name, parameter in self.named_parameters():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                self.stop_on_non_finite(f"gradient of {name}", {}, {})
+        if self.trainer.precision == "16-mixed":
+            return  # its scaler skips such steps by itself, and needs to see them
+        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+        if not torch.isfinite(nn.utils.get_total_norm(gradients.values())):
+            bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+            self.stop_on_non_finite(f"gradient of {', '.join(bad[:3]) or 'all parameters together'}", {}, {})
 
     def stop_on_non_finite(self, what: str, batch: dict[str, Tensor], losses: dict[str, Tensor]) -> None:
         """Save what is needed to look at it, then raise NonFiniteLoss."""

@@ -1,5 +1,6 @@
 """Measuring a network: images from seeds, and the distance of its output from the teacher's."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,7 @@ class JointLoss(pl.LightningModule):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         if batch_idx % self.trainer.world_size != self.global_rank:
             return
-        inputs = self.student.calibration_inputs(batch, self.noise_seed)
+        inputs = self.student.calibration_inputs(batch, self.noise_seed, "evaluation")
         eps_s, eps_t = self.student.predict(inputs).float(), self.reference.network.predict(inputs).float()
         pairs = ((eps_s, eps_t), (eps_s, inputs["target"]), (eps_t, inputs["target"]))
         means = [float(F.mse_loss(a.double(), b.double())) for a, b in pairs]
@@ -61,4 +62,8 @@ class JointLoss(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         joint, task, teacher, count = sum_over_ranks(self, self.sums).tolist()
+        if not math.isfinite(joint + task + teacher):
+            raise FloatingPointError(
+                f"held-out losses are not finite: student {task / count}, teacher {teacher / count}"
+            )
         self.metrics = {"output_loss": joint / count, "task_loss": task / count, "teacher_task_loss": teacher / count}

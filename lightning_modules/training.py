@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, WeightAveraging
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 
@@ -35,8 +36,6 @@ class CorruptCheckpoint(RuntimeError):
 
 def accelerator_of(name: str) -> str:
     """ "cuda" or "cpu" for `trainer.accelerator`; raises ValueError for a GPU that is not there."""
-    if name not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"trainer.accelerator={name!r} is unknown; choose one of: auto, cpu, gpu")
     if name == "gpu" and not torch.cuda.is_available():
         raise ValueError("trainer.accelerator='gpu', but no CUDA device is visible; choose trainer=cpu or trainer=auto")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
@@ -46,7 +45,7 @@ def precision_of(name: str, device: str) -> str:
     """`auto` is bf16 mixed precision on a GPU that has it, else float32."""
     if name != "auto":
         return name
-    return "bf16-mixed" if device == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+    return "bf16-mixed" if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 def make_trainer(conf: Any, stage: str, precision: str, **options: Any) -> pl.Trainer:
@@ -62,6 +61,7 @@ def make_trainer(conf: Any, stage: str, precision: str, **options: Any) -> pl.Tr
         strategy=conf.strategy,
         precision=precision_of(precision, device),  # type: ignore[arg-type]
         deterministic="warn",
+        plugins=[AtomicCheckpoints()],
         callbacks=callbacks,
         logger=options.pop("logger", False),
         enable_model_summary=False,
@@ -122,6 +122,15 @@ class StageBar(ProgressBar):
             self.bar.close()
 
 
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there, so that it is complete or absent after a kill."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        partial = Path(path).with_suffix(".partial")
+        super().save_checkpoint(checkpoint, partial, storage_options)
+        os.replace(partial, path)
+
+
 class WarmedUpEMA(WeightAveraging):
     """Exponential moving average of the weights that warms up: decay_k = min(decay, (1 + k) / (10 + k)).
 
@@ -129,9 +138,6 @@ class WarmedUpEMA(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema decay={decay} is out of range; choose 0 <= decay < 1")
-
         def average(averaged: torch.Tensor, current: torch.Tensor, updates: torch.Tensor | int) -> torch.Tensor:
             if not averaged.is_floating_point():
                 return current
@@ -139,6 +145,10 @@ class WarmedUpEMA(WeightAveraging):
             return averaged.lerp(current, 1 - min(decay, (1 + k) / (10 + k)))
 
         super().__init__(use_buffers=False, avg_fn=average)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._device = trainer.strategy.root_device  # the module itself is moved there only after this
+        super().setup(trainer, pl_module, stage)
 
 
 class History(Logger):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks gain nothing from more, and two processes do not wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks gain nothing from more threads
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,7 +20,7 @@ from conf import schema
 from lightning_modules.backbones.unet import UNetBackbone, load_unet
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = dict(
+TINY = dict(  # noqa: C408
     sample_size=8,
     in_channels=3,
     out_channels=3,
@@ -82,8 +82,14 @@ flip: true
 def overrides(teacher_folder: Path, tmp_path: Path) -> list[str]:
     """A job of a second on the tiny teacher and data, without samples; run directories are below tmp_path/runs."""
     return [
-        "debug=tiny", "data=tiny", "evaluation=none", "trainer=cpu", f"teacher.path={teacher_folder}", f"paths.runs={tmp_path}/runs",
-        "data.batch_size=4", "selection.tolerance=0.1",
+        "debug=tiny",
+        "data=tiny",
+        "evaluation=none",
+        "trainer=cpu",
+        f"teacher.path={teacher_folder}",
+        f"paths.runs={tmp_path}/runs",
+        "data.batch_size=4",
+        "selection.tolerance=0.1",
     ]
 
 
@@ -101,7 +107,9 @@ def configure(data_folder: Path):
     return make
 
 
-def train(*arguments: str, check: bool = True, config_dir: Path | None = None, **options: object) -> subprocess.CompletedProcess:
+def train(
+    *arguments: str, check: bool = True, config_dir: Path | None = None, **options: object
+) -> subprocess.CompletedProcess:
     """Run train.py as a user does, in a process of its own."""
     command = [sys.executable, str(ROOT / "train.py")]
     if config_dir:

@@ -271,7 +271,7 @@ def wandb_records(file: Path) -> Iterator[Any]:
 
 def test_each_job_is_one_offline_wandb_run_that_is_finished_also_when_the_job_fails(overrides, data_folder, tmp_path):
     job = [*overrides, "logger.wandb=true", "logger.mode=offline", "distillation=none"]
-    assert sweep(data_folder, *job, "selection.ratio=0.5,0.9999").returncode != 0
+    assert sweep(data_folder, *job, "selection.ratio=0.9999,0.5").returncode != 0
     runs = sorted((tmp_path / "runs" / "debug").iterdir())
     assert len(runs) == 2
     for run, ratio, code in zip(runs, (0.5, 0.9999), (0, 1), strict=True):

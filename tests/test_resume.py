@@ -35,7 +35,7 @@ def moved(overrides: list[str], runs: Path) -> list[str]:
 # A process that is killed
 
 
-def kill_when(condition: Callable[[], bool], command: list[str], log: Path, seconds: float = 100) -> str:
+def kill_when(condition: Callable[[], bool], command: list[str], log: Path, seconds: float = 250) -> str:
     """Start a process, kill it (SIGKILL) as soon as the condition holds; returns what it had printed."""
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -147,7 +147,7 @@ BASES: dict[tuple[str, ...], Path] = {}
 
 @pytest.fixture
 def trained(configure, overrides, tmp_path_factory, monkeypatch):
-    """trained(*more) -> (overrides, run): a finished run of 5 steps, with a copy of each step's checkpoint beside it."""
+    """trained(*more) -> (overrides, run): a finished run of 5 steps, and every step's checkpoint beside it."""
 
     def make(*more: str) -> tuple[list[str], Path]:
         job = [*overrides, "trainer.steps=5", "trainer.checkpoint_every=1", *more]

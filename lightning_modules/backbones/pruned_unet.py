@@ -12,6 +12,9 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+VARIANT = "pruned"
+"""diffusion_pytorch_model.pruned.safetensors"""
+
 
 class Bypass(nn.Module):
     """What stays of a removed unit: the identity, or the 1x1 `conv_shortcut` of a ResNet block that changes channels.
@@ -84,6 +87,16 @@ class _Pruned:
         bypass(model, removed)
         model.register_to_config(removed_units=removed)
         return made
+
+    # The weights have a name of their own, so that opening them as the stock class fails instead of filling what is
+    # not there with random numbers.
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(*args, **{**kwargs, "variant": VARIANT})  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().from_pretrained(*args, **{**kwargs, "variant": VARIANT})  # type: ignore[misc]
 
 
 class PrunedUNet2DModel(_Pruned, UNet2DModel):

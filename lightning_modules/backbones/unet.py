@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -93,15 +94,15 @@ class UNetBackbone(nn.Module):
 
     # Batches
 
-    def calibration_inputs(self, batch: Batch, seed: int) -> Batch:
-        """Noised images with noise and timestep a function of (seed, sample number), whatever batch they come in.
+    def calibration_inputs(self, batch: Batch, seed: int, purpose: str = "calibration") -> Batch:
+        """Noised images with noise and timestep a function of (seed, purpose, sample number), in whatever batch.
 
         Timesteps are stratified: sample k of n falls into the k-th of n equal parts of the schedule.
         """
         noise, timesteps = [], []
         steps = self.noise_scheduler.config.num_train_timesteps
         for number, count, image in zip(batch["number"].tolist(), batch["of"].tolist(), batch["image"], strict=True):
-            rng = torch_rng(seed, "calibration", number)
+            rng = torch_rng(seed, purpose, number)
             noise.append(torch.randn(image.shape, generator=rng))
             timesteps.append(int((number + float(torch.rand((), generator=rng))) / count * steps))
         return self.noised(batch, torch.stack(noise), torch.tensor(timesteps))
@@ -167,12 +168,15 @@ class UNetBackbone(nn.Module):
         )
         scheduler = sampler(self.noise_scheduler.config)
         scheduler.set_timesteps(steps, device=device)
-        rng = torch_rng("sampler", *[int(seed) for seed in seeds])
-        options = {"generator": rng} if scheduler.__class__.__name__ in ("DDPMScheduler", "DDIMScheduler") else {}
+        options: dict[str, Any] = {}
+        if "generator" in inspect.signature(scheduler.step).parameters:  # stochastic samplers: a generator an image
+            options["generator"] = [torch_rng("sampler", int(seed)) for seed in seeds]
         sample = sample * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             inputs = {"sample": scheduler.scale_model_input(sample, t), "timestep": t}
             sample = scheduler.step(self.predict(inputs).float(), t, sample, return_dict=False, **options)[0]
+        if not torch.isfinite(sample).all():
+            raise FloatingPointError(f"samples are not finite after {steps} steps of {type(scheduler).__name__}")
         return ((sample.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
     # Taps for distillation

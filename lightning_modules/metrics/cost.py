@@ -1,9 +1,12 @@
 """What a network costs: multiply-accumulates in both countings, latency, peak memory."""
 
+import contextlib
+import re
 import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 ATTENTION = ("bmm", "baddbmm")
-"""Operators that only attention's own matrix products use, once scaled_dot_product_attention is decomposed."""
+"""Operators of attention's own matrix products, once scaled_dot_product_attention is decomposed."""
 
 
 @dataclass
@@ -38,13 +41,21 @@ def count_macs(network: nn.Module, forward: Callable[[], Any]) -> Macs:
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         forward()
     counts = counter.get_flop_counts()
-    attention = {name: sum(n for op, n in ops.items() if op.__name__ in ATTENTION) // 2 for name, ops in counts.items()}
+    root = type(network).__name__
+    products = {name: sum(n for op, n in ops.items() if op.__name__ in ATTENTION) // 2 for name, ops in counts.items()}
+    # A linear layer on strided tokens may run as a batched product, too: that is not attention.
+    linear = [f"{root}.{name}" for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    inside = {name: products.get(name, 0) for name in linear}
+
+    def attention(name: str) -> int:
+        whole = name in ("Global", root)
+        return products[name] - sum(n for at, n in inside.items() if whole or at == name or at.startswith(name + "."))
+
     total = {name: sum(ops.values()) // 2 for name, ops in counts.items()}
-    prefix = type(network).__name__ + "."
     return Macs(
-        linear=total["Global"] - attention["Global"],
-        attention=attention["Global"],
-        by_module={name.removeprefix(prefix): total[name] - attention[name] for name in total},
+        linear=total["Global"] - attention("Global"),
+        attention=attention("Global"),
+        by_module={name.removeprefix(root + "."): total[name] - attention(name) for name in total},
     )
 
 
@@ -65,8 +76,19 @@ def latencies(calls: Mapping[str, Callable[[], Any]], repeats: int, device: torc
     return {name: median(values) for name, values in times.items()}
 
 
+def reset_peak_memory() -> None:
+    """Begin to measure anew: several jobs of a sweep share one process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # Linux only; elsewhere the peak stays that of the process
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the process's largest resident size on a CPU, the allocator's peak on a GPU."""
+    """Bytes since `reset_peak_memory`: the largest resident size on a CPU, the allocator's peak on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024  # type: ignore[index]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

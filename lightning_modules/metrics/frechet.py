@@ -99,7 +99,7 @@ class Inception:
             raise ValueError(f"fid takes images of 3 channels, these are {shape}; choose evaluation=none")
 
     def fingerprint(self) -> str:
-        return "inception-2015-12-05"  # one published network, whichever copy of it is read
+        return hashlib.sha256(self.path.read_bytes()).hexdigest() if self.path else "clean-fid's download"
 
     def network(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
         """(N,3,299,299) in 0..255 -> (N,2048)."""
@@ -113,7 +113,8 @@ class Inception:
                     "or choose evaluation=frechet_resnet20"
                 ) from error
         net = torch.jit.load(self.path, map_location=device).eval()
-        return lambda x: net((x - 128) / 128).view(len(x), 2048)
+        layers = getattr(net, "layers", net)  # clean-fid's own copy keeps the network in `layers`
+        return lambda x: layers((x - 128) / 128).view(len(x), 2048)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, device: torch.device = CPU) -> np.ndarray:
