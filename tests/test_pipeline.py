@@ -35,10 +35,11 @@ from lightning_modules.export import ExportMismatch, export, verify
 
 pytest_plugins = ["helpers_jobs"]
 
-NETWORK = {"config.json", "diffusion_pytorch_model.safetensors"}
+WEIGHTS = "diffusion_pytorch_model.pruned.safetensors"
+NETWORK = {"config.json", WEIGHTS}
 FINISHED = {
     *(".lock", ".holder.json", "config.yaml", "scores.json", "plan.json", "metrics.csv", "metrics.json"),
-    *("measured.json", "report.html", "finished.json", "figures/scores.png", "figures/losses.png"),
+    *("seconds.json", "measured.json", "report.html", "finished.json", "figures/scores.png", "figures/losses.png"),
     *("checkpoints/step=0000002.ckpt", "checkpoints/step=0000004.ckpt"),
     *(f"{folder}/{name}" for folder in ("student", "distilled", "export/unet") for name in NETWORK),
     *("export/model_index.json", "export/scheduler/scheduler_config.json", "export/unet/pruned_unet.py"),
@@ -82,7 +83,7 @@ def test_a_finished_run_is_exactly_these_files_also_below_a_folder_with_spaces_a
     assert files(run) == FINISHED | SAMPLED
     kinds = sorted(re.sub(r"[0-9a-f]{16,}", "ID", name) for name in files(runs / ".cache"))
     assert kinds == [
-        *("fingerprints/ID.json", "fingerprints/ID.json", "samples/ID/images.npy"),
+        *("fingerprints/ID.json", "fingerprints/ID.json", "samples/ID.lock", "samples/ID/images.npy"),
         *("scores/ID.json", "scores/ID.lock", "statistics/ID.safetensors"),
     ]
     assert {path.name for path in runs.iterdir()} == {".cache", "debug"}
@@ -279,7 +280,7 @@ def test_each_job_is_one_offline_wandb_run_that_is_finished_also_when_the_job_fa
         (file,) = offline.glob("run-*.wandb")
         records = list(wandb_records(file))
         (started,) = (record.run for record in records if record.HasField("run"))
-        assert started.run_id[:8] == run.name[-8:] and started.display_name == run.name
+        assert started.run_id.startswith(f"debug-{run.name[-8:]}") and started.display_name == run.name
         config = {item.key: json.loads(item.value_json) for item in started.config.update}
         assert config["selection.ratio"] == ratio and config["criterion.name"] == "output_loss"
         assert [record.exit.exit_code for record in records if record.HasField("exit")] == [code]
@@ -453,14 +454,14 @@ def test_running_out_of_memory_says_in_which_stage_and_what_lowers_it(
 def test_an_infeasible_ratio_fails_before_anything_is_scored(configure, overrides, tmp_path):
     with pytest.raises(InfeasibleBudget, match=r"selection\.ratio=0\.9999 .* the nearest achievable 0\.\d+"):
         prune(configure(*overrides, "selection.ratio=0.9999"))
-    assert files(the_run(tmp_path / "runs")) == {".lock", ".holder.json", "config.yaml"}
+    assert files(the_run(tmp_path / "runs")) == {".lock", ".holder.json", "config.yaml", "seconds.json"}
 
 
 # Export
 
 
 def edit_a_weight(folder: Path) -> None:
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file = folder / "unet" / WEIGHTS
     tensors = load_file(file)
     tensors["conv_out.bias"] += 0.01
     save_file(tensors, file, metadata={"format": "pt"})

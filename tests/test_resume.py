@@ -133,7 +133,8 @@ def test_a_job_stopped_after_each_of_its_artefacts_ends_in_the_same_bits(configu
             pass
     run, undisturbed = the_run(runs), the_run(tmp_path / "undisturbed")
     artefacts = "scores.json plan.json student distilled metrics.json samples/teacher samples/pruned samples/distilled"
-    artefacts += " export measured.json finished.json metrics.csv .holder.json"
+    artefacts += " checkpoints/step=0000002.ckpt checkpoints/step=0000004.ckpt export measured.json finished.json"
+    artefacts += " metrics.csv seconds.json .holder.json"
     inside = {Path(path).relative_to(run).as_posix() for path in stopped_at if Path(path).is_relative_to(run)}
     assert inside == set(artefacts.split())
     assert differences(results(run), results(undisturbed)) == []
@@ -253,7 +254,7 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(configure,
     for name in (
         "scores.json",
         "plan.json",
-        "student/diffusion_pytorch_model.safetensors",
+        "student/diffusion_pytorch_model.pruned.safetensors",
         "samples/pruned/images.npy",
     ):
         assert found["other"][name] == found["first"][name], f"the training seed has changed {name}"
