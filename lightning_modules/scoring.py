@@ -44,9 +44,12 @@ def score(
         criterion.start(backbone, units, seed)  # type: ignore[arg-type]
         return criterion.finish()
     modes = {module: module.training for module in backbone.modules()}
+    gradients = {parameter: parameter.grad for parameter in backbone.parameters()}  # a Trainer drops them
     backbone.eval()
     module = Scoring(criterion, backbone, units, seed)
     trainer.test(module, batches, verbose=False)
     for part, mode in modes.items():
         part.training = mode
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient
     return module.scores

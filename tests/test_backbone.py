@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import re
 import shutil
 from pathlib import Path
 
@@ -227,7 +226,7 @@ def test_a_network_in_the_unet_folder_of_a_pipeline_is_found(teacher_folder, tmp
 def test_opening_a_pruned_network_as_a_stock_one_is_refused(teacher, tmp_path):
     """And not filled with random numbers where units are missing."""
     teacher.pruned(TWO_UNITS).save(tmp_path)
-    with pytest.raises(OSError, match=re.escape(WEIGHTS)):
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
         UNet2DModel.from_pretrained(tmp_path, low_cpu_mem_usage=False)
 
 

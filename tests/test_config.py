@@ -166,7 +166,7 @@ def test_a_mistake_in_a_recipe_outside_the_repository_names_file_and_key(configu
 def test_a_typo_beside_a_target_names_the_key_and_the_nearest_parameter(configure_with, text, key, nearest):
     with pytest.raises(ConfigError) as caught:
         configure_with(*recipe(text), "experiment=mine", "criterion=magnitude")
-    assert f"{key} is not a parameter of" in str(caught.value) and f"did you mean {nearest!r}?" in str(caught.value)
+    assert f"{key} is unknown" in str(caught.value) and f"did you mean {nearest!r}?" in str(caught.value)
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=IDS)

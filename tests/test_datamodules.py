@@ -336,25 +336,30 @@ def constant(found: np.ndarray) -> list[int]:
     return list(colour)
 
 
-def test_a_folder_is_sorted_and_labelled_by_the_folders_inside(tmp_path):
+def test_a_folder_is_labelled_by_the_folders_inside_in_an_order_of_its_own(tmp_path):
     for place, name in enumerate(["b/2.png", "a/9.PNG", "b/1.webp", "a/10.jpeg", "c/deep/x.bmp"]):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4), (place, 0, 0)).save(tmp_path / name)
     (tmp_path / "a" / "notes.txt").write_text("not a picture")
     found = Folder(str(tmp_path), 4)
     names = [file.relative_to(tmp_path).as_posix() for file in found.files]
-    assert names == ["a/10.jpeg", "a/9.PNG", "b/1.webp", "b/2.png", "c/deep/x.bmp"]
-    assert found.take(np.arange(5))[1].tolist() == [0, 0, 1, 1, 2]
-    assert [constant(image)[0] for image in found.take(np.array([1, 3, 4]))[0]] == [1, 0, 4]
+    assert sorted(names) == ["a/10.jpeg", "a/9.PNG", "b/1.webp", "b/2.png", "c/deep/x.bmp"]
+    assert found.take(np.arange(5))[1].tolist() == ["abc".index(name[0]) for name in names]
+    assert Folder(str(tmp_path), 4).files == found.files
 
 
-def test_a_folder_is_split_into_what_is_held_out_and_the_rest(tmp_path):
-    for place in range(6):
-        Image.new("RGB", (4, 4), (place, 0, 0)).save(tmp_path / f"{place}.png")
-    data = folder(str(tmp_path), size=4, holdout_images=2, batch_size=2)
-    found = {split: data.source(split).take(np.arange(len(data.source(split))))[0] for split in ("train", "holdout")}
-    assert [constant(image)[0] for image in found["holdout"]] == [0, 1]
-    assert [constant(image)[0] for image in found["train"]] == [2, 3, 4, 5]
+def test_a_folder_is_split_so_that_every_class_is_held_out_and_trained_on(tmp_path):
+    for place in range(40):
+        (tmp_path / "ab"[place // 20]).mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4), (place, 0, 0)).save(tmp_path / "ab"[place // 20] / f"{place:02}.png")
+    data = folder(str(tmp_path), size=4, holdout_images=16, batch_size=2)
+    seen = []
+    for split, count in (("holdout", 16), ("train", 24)):
+        images, labels = data.source(split).take(np.arange(len(data.source(split))))
+        assert len(images) == count and set(labels.tolist()) == {0, 1}
+        assert [constant(image)[0] // 20 for image in images] == labels.tolist()
+        seen += [constant(image)[0] for image in images]
+    assert sorted(seen) == list(range(40))
 
 
 def test_a_picture_is_cropped_at_its_centre(tmp_path):

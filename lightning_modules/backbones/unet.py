@@ -150,7 +150,8 @@ class UNetBackbone(nn.Module):
         for name in names:
             # The bypass stands where the unit stood, so the units and parts before it answer from the record.
             with replay.reusing(replay.first_call(units[name])), self.without([name]):
-                yield name, self.predict(inputs)
+                output = self.predict(inputs)
+            yield name, output
 
     def loss(self, inputs: Batch) -> Tensor:
         """The task loss: mean squared error to the target (noise, velocity or sample)."""
@@ -276,14 +277,17 @@ def load_unet(path: str, noise_scheduler: Any) -> UNetBackbone:
     finite, naming the tensor.
     """
     folder = find_weights(path)
-    name = json.loads((folder / "config.json").read_text()).get("_class_name")
+    try:
+        name = json.loads((folder / "config.json").read_text()).get("_class_name")
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json is not readable JSON ({error})") from error
     if name not in CLASSES:
         raise ValueError(f"{folder}/config.json says _class_name={name!r}; choose one of: {', '.join(CLASSES)}")
     try:
         unet, info = CLASSES[name].from_pretrained(
             folder, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
         )
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # damaged, cut off, of another shape
         raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
     wrong = [
         f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}"

@@ -44,7 +44,7 @@ def count_macs(network: nn.Module, forward: Callable[[], Any]) -> Macs:
     root = type(network).__name__
     products = {name: sum(n for op, n in ops.items() if op.__name__ in ATTENTION) // 2 for name, ops in counts.items()}
     # A linear layer on strided tokens may run as a batched product, too: that is not attention.
-    linear = [f"{root}.{name}" for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    linear = [f"{root}.{name}".rstrip(".") for name, part in network.named_modules() if isinstance(part, nn.Linear)]
     inside = {name: products.get(name, 0) for name in linear}
 
     def attention(name: str) -> int:
