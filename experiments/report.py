@@ -244,7 +244,10 @@ def markdown(table: pd.DataFrame, metric: str) -> str:
         return f"{value:.{digits}f}" + (f" ± {std:.{digits}f}" if not pd.isna(std) and std > 0 else "")
 
     heads = ["criterion", "selection", "distillation (steps)", "ratio", "achieved", "parameters", "MACs", "latency"]
-    heads += ["output loss, pruned", f"{metric}, pruned", metric, "runs"]
+    judged = [("output_loss_pruned", "output loss, pruned", 4), ("output_loss", "output loss", 4)]
+    if metric != "output loss":
+        judged += [("quality_pruned", f"{metric}, pruned", 2), ("quality", metric, 2)]
+    heads += [*(head for _, head, _ in judged), "runs"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for _, row in table.iterrows():
         cells = [
@@ -256,9 +259,7 @@ def markdown(table: pd.DataFrame, metric: str) -> str:
             f"{row['params'] / 1e6:.2f} M",
             f"{row['macs'] / 1e9:.3f} G",
             "x" + spread(row, "latency_ratio", 2),
-            spread(row, "output_loss_pruned", 4),
-            spread(row, "quality_pruned", 2),
-            spread(row, "quality", 2),
+            *(spread(row, name, digits) for name, _, digits in judged),
             str(row["runs"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -97,6 +97,7 @@ def effective(cfg: DictConfig) -> dict[str, Any]:
 
 def fingerprint(files: list[Path], cache: Path) -> str:
     """sha256 over the contents of some files; each file's own is remembered by (path, size, mtime)."""
+    make_folder(cache / "fingerprints")
     total = hashlib.sha256()
     for file in sorted(files):
         stat = file.stat()
@@ -106,6 +107,16 @@ def fingerprint(files: list[Path], cache: Path) -> str:
                 write_json(note, hashlib.file_digest(stream, "sha256").hexdigest())
         total.update(f"{file.name}:{read_json(note)}\n".encode())
     return total.hexdigest()
+
+
+def make_folder(path: Path) -> None:
+    """Raises UnwritableDirectory, saying what to choose, where that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnwritableDirectory(
+            f"{error.filename} cannot be made ({error.strerror}); choose a folder that can, with paths.runs=..."
+        ) from error
 
 
 def is_rank_zero() -> bool:
@@ -167,13 +178,7 @@ class Run:
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
         """Make the directory and hold its lock; raises RunBusy naming the process that has it."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UnwritableDirectory(
-                f"{error.filename} cannot be made ({error.strerror}); choose a folder that can, with paths.runs=..."
-            ) from error
+        make_folder(self.folder)
         if not is_rank_zero():
             yield
             return
