@@ -265,3 +265,6 @@ def fit(
     if resume:
         print(f"{stage}: resuming from step {resume[1]} of {conf.steps} ({resume[0].name})", flush=True)
     trainer.fit(module, datamodule=data, ckpt_path=resume[0] if resume else None, weights_only=True)
+    if trainer.is_global_zero:  # Lightning forgets those from before a kill
+        for old in sorted(checkpoints.glob("step=*.ckpt"))[:-2]:
+            old.unlink()
