@@ -19,7 +19,8 @@ VARIANT = "pruned"
 class Bypass(nn.Module):
     """What stays of a removed unit: the identity, or the 1x1 `conv_shortcut` of a ResNet block that changes channels.
 
-    Equal, bit for bit, to the unit with its last layer (`conv2`, `to_out`, `proj_out`) zeroed.
+    Equal, bit for bit, to the unit with its last layer (`conv2`, `to_out`, `proj_out`) zeroed. (An attention's output
+    has other strides than its input, after which a convolution may round otherwise; the bypass keeps the input's.)
     """
 
     def __init__(self, unit: nn.Module) -> None:

@@ -47,6 +47,7 @@ class UNetBackbone(nn.Module):
     def __init__(self, unet: nn.Module, noise_scheduler: Any) -> None:
         super().__init__()
         self.unet, self.noise_scheduler = unet, noise_scheduler
+        self.counted: Macs | None = None
 
     # Units and their removal
 
@@ -209,11 +210,14 @@ class UNetBackbone(nn.Module):
         return inputs
 
     def macs(self) -> Macs:
-        """Multiply-accumulates of one forward at batch 1, counted on the meta device."""
+        """Multiply-accumulates of one forward at batch 1, counted once on the meta device."""
+        if self.counted is not None:
+            return self.counted
         with torch.device("meta"):
             twin = UNetBackbone(type(self.unet).from_config(dict(self.unet.config)), self.noise_scheduler)
         inputs = twin.example_inputs(1, "meta")
-        return count_macs(twin.unet, lambda: twin.predict(inputs))
+        self.counted = count_macs(twin.unet, lambda: twin.predict(inputs))
+        return self.counted
 
     def params(self) -> int:
         return sum(p.numel() for p in self.unet.parameters())
@@ -299,4 +303,5 @@ def load_unet(path: str, noise_scheduler: Any) -> UNetBackbone:
     for key, tensor in unet.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"the weights in {folder} are not finite: {key}")
+    unet.register_to_config(_name_or_path="")  # where it lay here is nobody's business in an export
     return UNetBackbone(unet.eval(), noise_scheduler)
