@@ -19,17 +19,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from conf.schema import ROOT
+from lightning_modules.backbones.pruned_unet import removable
+from lightning_modules.backbones.replay import Replay
 from lightning_modules.backbones.unet import UNetBackbone, load_unet
 
 
 def bound(backbone: UNetBackbone) -> float:
-    """The largest speed-up there can be: all forwards, over the MACs at and behind each unit plus one dense pass."""
-    units, total = backbone.units(), backbone.macs().linear
-    ahead, behind = 0, 0
-    for unit in units:  # in the order of the forward pass; what lies between units is cheap here and left out
-        ahead += unit.macs
-        behind += sum(u.macs for u in units) - ahead
-    return len(units) * total / (total + behind)
+    """The largest speed-up there can be by MACs: all forwards, over one dense pass and what is behind each unit."""
+    macs, names = backbone.macs(), {module: name for name, module in backbone.unet.named_modules()}
+    units = removable(backbone.unet)
+    replay = Replay(backbone.unet, list(units.values()))
+    with torch.inference_mode(), replay.recording():
+        backbone.predict(backbone.example_inputs(1, "cpu"))
+    costs = [macs.of(names[part]) for part, _ in replay.record]
+    behind = 0
+    for name, unit in units.items():
+        behind += sum(costs[replay.first_call(unit) + 1 :]) + macs.of(f"{name}.conv_shortcut")
+    return (len(units) + 1) * macs.linear / (macs.linear + behind)
 
 
 @torch.inference_mode()
