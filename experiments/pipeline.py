@@ -32,11 +32,12 @@ from experiments.run import (
     write_json,
 )
 from experiments.stages import Stages
+from experiments.train_stage import train
 from lightning_modules.backbones.unet import UNetBackbone, load_unet, weight_files
 from lightning_modules.distillation import check_levels
 from lightning_modules.export import export, verify
 from lightning_modules.scoring import score
-from lightning_modules.training import WarmedUpEMA, accelerator_of, fit, make_trainer
+from lightning_modules.training import accelerator_of, make_trainer
 
 
 class StaleArtefact(ValueError):
@@ -79,7 +80,7 @@ class Job:
         scores = self.scores()
         plan = self.plan(scores)
         pruned = self.student(plan)
-        distilled = self.distil(pruned) if self.distils else pruned
+        distilled = self.distil() if self.distils else pruned
         networks = {"teacher": self.teacher, "pruned": pruned} | ({"distilled": distilled} if self.distils else {})
         metrics = self.evaluator.metrics(plan, networks)
         if is_rank_zero():
@@ -113,14 +114,14 @@ class Job:
     def scores(self) -> dict[str, dict[str, float]]:
         """Scores of all units; computed once per teacher, criterion and calibration, whatever the ratio or seed."""
         cfg, calibration = self.cfg, self.cfg.calibration
-        criterion, batches = self.criterion, self.calibration_batches()
+        criterion, batches, fields = self.criterion, self.calibration_batches(), effective(cfg)
         key = {
             "teacher": self.teacher_id,
-            "criterion": effective(cfg)["criterion"],
+            "criterion": fields["criterion"],
             "units": [unit.name for unit in self.units],
-            "calibration": effective(cfg)["calibration"],
+            "calibration": fields["calibration"],
             "data": content_hash(batches) if criterion.needs_data else None,
-            "noise_scheduler": effective(cfg)["noise_scheduler"],
+            "noise_scheduler": fields["noise_scheduler"],
             "version": SCORING_VERSION,
         }
         path = self.run / "scores.json"
@@ -183,23 +184,14 @@ class Job:
             self.save_network(pruned, self.run / "student")
         return pruned
 
-    def distil(self, pruned: UNetBackbone) -> UNetBackbone:
+    def distil(self) -> UNetBackbone:
         """The student after distillation; its weights are the moving average's where that is on."""
         cfg, folder = self.cfg, self.run / "distilled"
         if not folder.exists():
             with self.stages("distil"):
                 student = load_unet(str(self.run / "student"), self.noise_scheduler)
-                module = build(
-                    cfg.distillation,
-                    student=student,
-                    teacher=self.teacher,
-                    optimizer=build(cfg.optimizer),
-                    lr_scheduler=build(cfg.lr_scheduler),
-                    seed=cfg.seed,
-                    dump=self.run / "failure",
-                )()
-                callbacks = [WarmedUpEMA(cfg.ema_decay)] if cfg.ema_decay is not None else []
-                fit(module, self.data, cfg.trainer, self.run.folder, "distil", self.dashboard.loggers, callbacks)
+                networks = {"student": student, "teacher": self.teacher}
+                train(cfg, cfg.distillation, self.run, self.data, "distil", self.dashboard, **networks)
                 self.save_network(student, folder)
         return load_unet(str(folder), self.noise_scheduler)
 

@@ -7,8 +7,9 @@ from conf.schema import build
 from experiments.dashboard import Dashboard
 from experiments.run import Run, barrier, is_rank_zero, staged, write_json
 from experiments.stages import Stages
+from experiments.train_stage import train
 from lightning_modules.metrics.cost import peak_memory
-from lightning_modules.training import WarmedUpEMA, accelerator_of, fit, make_trainer
+from lightning_modules.training import accelerator_of, make_trainer
 
 
 def pretrain(cfg: DictConfig) -> None:
@@ -22,16 +23,8 @@ def pretrain(cfg: DictConfig) -> None:
         data = build(cfg.data)
         evaluation = cfg.evaluation
         holdout = data.subset("holdout", evaluation.loss_samples, evaluation.seed, evaluation.batch_size)
-        module = build(
-            cfg.pretrain,
-            optimizer=build(cfg.optimizer),
-            lr_scheduler=build(cfg.lr_scheduler),
-            seed=cfg.seed,
-            dump=run / "failure",
-        )()
-        callbacks = [WarmedUpEMA(cfg.ema_decay)] if cfg.ema_decay is not None else []
         with stages("train"):
-            fit(module, data, cfg.trainer, run.folder, "train", dashboard.loggers, callbacks)
+            module = train(cfg, cfg.pretrain, run, data, "train", dashboard)
         with stages("test"):
             make_trainer(cfg.trainer, "test", evaluation.precision).test(module, holdout, verbose=False)
         if is_rank_zero():
