@@ -288,7 +288,7 @@ def test_a_finished_stage_is_not_run_again(configure, overrides, tmp_path, monke
     run = the_run(tmp_path / "runs")
     (run / "finished.json").unlink()
     before = trained_state(max((run / "checkpoints").iterdir()))
-    for name in ("fit", "score"):
+    for name in ("train", "score"):
         monkeypatch.setattr(pipeline, name, lambda *_, **__: pytest.fail("a finished stage was run again"))
     prune(configure(*overrides))
     assert (run / "finished.json").exists()
