@@ -1,7 +1,7 @@
 """What a criterion sees of a network, and what it owes: one finite score for every unit."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,10 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 """Goes up when the same criterion would give other scores; part of the key under which scores are cached."""
 
-Batch = dict[str, Tensor]
+LEVELS = ("depth", "operator")
+"""Pools of units: whole blocks (ResNet blocks, attentions, transformer blocks), or LD-Pruner's single operators."""
+
+Batch = dict[str, Any]
+"""Tensors and lists of one entry a sample; `conditions` is a dictionary of its own."""
 
 
 @dataclass(frozen=True)
@@ -22,21 +26,39 @@ class Unit:
     name: str
     """module path"""
     kind: str
-    """resnet | attention | transformer"""
+    """resnet | attention | transformer | block, or conv | attention | norm at the level of operators"""
     params: int
     macs: int
     """multiply-accumulates of one forward at batch 1, convolutions and linear layers"""
+    change: str = "bypass"
+    """what removing it is in a plan: bypass | replace"""
+    inside: str | None = None
+    """the unit that contains this one, where there is one: only one of the two can be removed"""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A part that is in no unit and goes only when all of some units go: a Transformer2D's projections and norm."""
+
+    name: str
+    units: tuple[str, ...]
+    params: int
+    macs: int
 
 
 class Backbone(Protocol):
     """The part of a network that a criterion works with."""
 
-    def units(self) -> list[Unit]:
-        """The removable units in the order of the forward pass."""
+    def units(self, level: str = "depth") -> list[Unit]:
+        """The removable units of one of LEVELS in the order of the forward pass; ValueError where it has none."""
         ...
 
     def without(self, names: Iterable[str]) -> AbstractContextManager[None]:
-        """Bypass some units while the context lasts; the network is restored bit for bit, also after an error."""
+        """Remove some units while the context lasts; the network is restored bit for bit, also after an error."""
+        ...
+
+    def watching(self, names: Sequence[str]) -> AbstractContextManager[dict[str, tuple[Tensor, Tensor]]]:
+        """Each unit's output, and what its bypass would give for the same input, of the forward pass inside."""
         ...
 
     def calibration_inputs(self, batch: Batch, seed: int) -> Batch:
@@ -48,23 +70,48 @@ class Backbone(Protocol):
         ...
 
     def predict_without_each(self, inputs: Batch, names: Sequence[str]) -> Iterator[tuple[str | None, Tensor]]:
-        """(None, dense output), then (name, output with only that unit bypassed), in any order."""
+        """(None, dense output), then (name, output with only that unit removed), in any order."""
+        ...
+
+    def losses(self, output: Tensor, inputs: Batch) -> Tensor:
+        """The task loss of an output, one value a sample: (N,)."""
         ...
 
     def freed_weights(self, name: str) -> list[Tensor]:
         """The parameters that go when a unit is removed."""
         ...
 
+    @property
+    def takes_text(self) -> bool:
+        """Is the network conditioned on captions?"""
+        ...
+
+    def generate(self, batch: Batch, sampler: Callable[..., Any], steps: int, guidance: float = 1.0) -> Tensor:
+        """Samples in the network's own space (N,C,H,W), each from its entry of batch["seed"] (and of its conditions)."""
+        ...
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """Images of generated samples: uint8 (N,H,W,C)."""
+        ...
+
 
 class Criterion:
     """A running measurement of how much harm the removal of each unit does, in the manner of a torchmetrics metric.
 
-    Subclasses give `update` (or set `needs_data = False`) and `compute`. Values in `states` are summed over ranks
+    Subclasses give `update` (or say `needs = "nothing"`) and `compute`. Values in `states` are summed over ranks
     before `compute` is called. Nothing here may change the network.
     """
 
-    needs_data = True
+    needs = "data"
+    """what a batch holds: data (calibration samples) | seeds (of `seeds` images to generate) | nothing"""
     needs_grad = False
+    level = "depth"
+    """one of LEVELS: the pool of units that is scored"""
+    seeds = 0
+
+    def supports(self, backbone: Backbone) -> str | None:
+        """None, or the reason why this criterion cannot score this network."""
+        return None
 
     def start(self, backbone: Backbone, units: Sequence[Unit], seed: int) -> None:
         """Begin: `seed` is `calibration.seed`."""
@@ -73,6 +120,10 @@ class Criterion:
 
     def update(self, batch: Batch) -> None:
         """Take one calibration batch into account."""
+
+    def settled(self) -> bool:
+        """Need no further batch be looked at? (One process; several ranks look at all.)"""
+        return False
 
     def compute(self) -> dict[str, dict[str, float]]:
         """{unit: {"score": harm, ...}}, from `states` alone."""
@@ -102,6 +153,13 @@ class Criterion:
 def zeros(count: int) -> Tensor:
     """A state to sum into: float64, one value a unit."""
     return torch.zeros(count, dtype=torch.float64)
+
+
+def check_level(level: str) -> str:
+    """`criterion.level`; raises ValueError where it is none of LEVELS."""
+    if level not in LEVELS:
+        raise ValueError(f"criterion.level={level!r} is unknown; choose one of: {', '.join(LEVELS)}")
+    return level
 
 
 def check_scores(stored: dict[str, Any], units: Sequence[Unit]) -> None:
