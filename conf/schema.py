@@ -83,6 +83,16 @@ class Sampler:
     scheduler: Any = MISSING
     """makes a diffusers scheduler from the noise schedule's configuration"""
     steps: int = MISSING
+    guidance: float = 1.0
+    """scale of classifier-free guidance; 1 is none"""
+
+
+@dataclass
+class Export:
+    dense_twin: bool = False
+    """also write the stock shape with zeros where units were bypassed"""
+    push_to_hub: str | None = None
+    """an id on the Hugging Face hub to push the export to; null pushes nothing"""
 
 
 @dataclass
@@ -132,6 +142,7 @@ class Config:
     ema_decay: float | None = 0.999
     """null switches the moving average of the weights off"""
     evaluation: Evaluation = field(default_factory=Evaluation)
+    export: Export = field(default_factory=Export)
     trainer: Trainer = field(default_factory=Trainer)
     logger: Logger = field(default_factory=Logger)
     paths: Paths = field(default_factory=Paths)
@@ -150,7 +161,7 @@ def check(cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error)) from error
     check_keys("", cfg)
-    for group in ("criterion", "selection", "distillation", "data", "teacher"):
+    for group in ("criterion", "selection", "distillation", "data", "teacher", "noise_scheduler"):
         if isinstance(cfg[group], DictConfig) and "_target_" not in cfg[group]:
             unknown(group, [key for key in cfg[group] if key != "name"], ["name"])
     for path, node in targets(cfg):
@@ -179,6 +190,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
         ),
         (1, math.inf, "a whole number of 1 or more"),
     ),
+    "sampler.guidance": (0, math.inf, "0 or more"),
     "evaluation.samples": (2, math.inf, "a whole number of 2 or more"),
     "data.num_workers": (0, math.inf, "0 or more"),
     "ema_decay": (0, math.nextafter(1, 0), "0 <= ema_decay < 1, or null for none"),

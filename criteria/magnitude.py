@@ -9,7 +9,7 @@ class Magnitude(Criterion):
     Shortened LLaMA sums over all weight matrices of a block; the reduction LAPTOP-Diff compares with is not known.
     """
 
-    needs_data = False
+    needs = "nothing"
 
     def __init__(self, reduction: str = "sum") -> None:
         if reduction not in ("sum", "mean"):

@@ -12,7 +12,7 @@ class Random(Criterion):
     A report averages over several seeds: criterion.seed=0,1,2.
     """
 
-    needs_data = False
+    needs = "nothing"
 
     def __init__(self, seed: int = 0) -> None:
         self.order_seed = seed

@@ -1,31 +1,98 @@
 """An exact choice of the units to remove under a budget.
 
-The budget is the fraction of a cost (parameters or MACs) to remove; what is achieved lies in [ratio, ratio +
-tolerance]. That is a constraint of the program, not a stopping rule: scores may be negative, and minimal harm alone
-would then remove without limit.
+The budget is the fraction of a cost (parameters, MACs or measured latency) to remove; what is achieved lies in
+[ratio, ratio + tolerance]. That is a constraint of the program, not a stopping rule: scores may be negative, and
+minimal harm alone would then remove without limit.
 """
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+from criteria.base import Shared, Unit
+from criteria.solver import Program, greatest_cost, harm, least_cost, reachable, solve
 
-from criteria.base import Unit
+BUDGETS = ("params", "macs", "latency")
+
+Measure = Callable[[Sequence[str]], float]
+"""The measured loss of the network without a set of units: their joint harm, not the sum of their scores."""
 
 
 class InfeasibleBudget(ValueError):
     """No set of units fits the budget; the message names the nearest ratios that can be had, and the largest."""
 
 
-@dataclass
-class Selection:
-    """What every way of choosing shares; subclasses order or solve.
+@dataclass(frozen=True)
+class Pool:
+    """What there is to choose from, and what it costs."""
 
-    `ratio`: fraction of the backbone's `budget` (params | macs) to remove. `protected`: units that stay.
+    units: Sequence[Unit]
+    """in the order of the forward pass"""
+    totals: Mapping[str, int]
+    """{budget: the whole backbone's cost}: params, macs and, where it was measured, latency in microseconds"""
+    shared: Sequence[Shared] = ()
+    savings: Mapping[str, int] | None = None
+    """{unit, or shared part: microseconds that its removal alone saves}; measured, and so perhaps below zero"""
+    cost: Callable[[Sequence[str], str], int] | None = None
+    """cost(names, budget): what a set of units frees, where that is not the sum over units (channels)"""
+
+    def total(self, budget: str) -> int:
+        """The whole backbone's cost; ValueError where it was not measured."""
+        if budget not in self.totals:
+            raise ValueError(
+                f"selection.budget={budget!r} has no total in this pool; choose one of: {', '.join(self.totals)}"
+            )
+        return self.totals[budget]
+
+    def program(self, budget: str) -> Program:
+        """The costs of sets of these units; ValueError for the budget latency where savings were not measured."""
+        place = {unit.name: i for i, unit in enumerate(self.units)}
+        if budget == "latency" and not place.keys() <= (self.savings or {}).keys():
+            raise ValueError(
+                "selection.budget='latency' needs a measured saving of every unit, and this pool has "
+                f"{'some' if self.savings else 'none'}; measure them, or choose one of: params, macs"
+            )
+        shared = [part for part in self.shared if set(part.units) <= place.keys()]
+        return Program(
+            [self.freed(unit, budget) for unit in self.units],
+            [(frozenset(place[name] for name in part.units), self.freed(part, budget)) for part in shared],
+            [(place[unit.inside], i) for i, unit in enumerate(self.units) if unit.inside in place],
+        )
+
+    def freed(self, part: Unit | Shared, budget: str) -> int:
+        """What one part frees; a removal that was measured to save nothing, or less, frees 0."""
+        if budget == "latency":
+            return max((self.savings or {}).get(part.name, 0), 0)
+        return part.params if budget == "params" else part.macs
+
+
+class Selection:
+    """A way to choose what is removed, and how."""
+
+    needs_scores = True
+
+    def check(self, pool: Pool) -> None:
+        """Raise ValueError for what cannot be had from this pool; needs no scores, so it is asked before those."""
+        raise NotImplementedError
+
+    def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
+        """The names of the units to remove, in the order of the forward pass; raises what `check` raises."""
+        raise NotImplementedError
+
+    def changes(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[dict[str, str]]:
+        """The changes of a plan: {"unit": name, "kind": how it is removed} of each unit that goes."""
+        kinds = {unit.name: unit.change for unit in pool.units}
+        return [{"unit": name, "kind": kinds[name]} for name in self.select(pool, scores, measure)]
+
+
+@dataclass
+class Budgeted(Selection):
+    """What every way of meeting a budget shares; subclasses give `choose`, or a `check` and `select` of their own.
+
+    `ratio`: fraction of the backbone's `budget` (params | macs | latency) to remove. `protected`: units that stay.
     """
 
     ratio: float
@@ -39,93 +106,96 @@ class Selection:
             raise ValueError(f"selection.ratio={self.ratio} is out of range; choose 0 < ratio < 1{percent}")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"selection.tolerance={self.tolerance} is out of range; choose 0 <= tolerance < 1")
-        if self.budget not in ("params", "macs"):
-            raise ValueError(f"selection.budget={self.budget!r} is unknown; choose one of: params, macs")
+        if self.budget not in BUDGETS:
+            raise ValueError(f"selection.budget={self.budget!r} is unknown; choose one of: {', '.join(BUDGETS)}")
 
-    def check(self, units: Sequence[Unit], total: int) -> None:
-        """Can this budget be met by these units at all? Needs no scores, so it is asked before they are made.
+    def check(self, pool: Pool) -> None:
+        """Raises InfeasibleBudget, and ValueError for an unknown protected unit, naming the nearest."""
+        known(self.protected, pool.units, "selection.protected")
+        program, window = self.program(pool), self.window(pool)
+        if not reachable(program, window):
+            largest = greatest_cost(program, sum(program.every))
+            below, above = greatest_cost(program, window[0] - 1), least_cost(program, window[1] + 1)
+            raise self.infeasible(pool, largest, below, above)
 
-        `total` is the backbone's cost in the same measure as the budget. Raises InfeasibleBudget, and ValueError for
-        an unknown protected unit, naming the nearest.
-        """
-        known(self.protected, units, "selection.protected")
-        costs = [getattr(unit, self.budget) for unit in self.free(units)]
-        if not reachable(costs, self.window(total)):
-            raise InfeasibleBudget(self.explain(costs, self.window(total), total))
-
-    def select(self, units: Sequence[Unit], scores: Mapping[str, float], total: int) -> list[str]:
-        """The names of the units to remove, in the order of the forward pass; raises what `check` raises."""
-        self.check(units, total)
-        free, window = self.free(units), self.window(total)
-        costs = [getattr(unit, self.budget) for unit in free]
-        chosen = sorted(self.choose(costs, [scores[unit.name] for unit in free], window))
-        assert window[0] <= sum(costs[i] for i in chosen) <= window[1]
+    def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
+        self.check(pool)
+        free, program, window = self.free(pool), self.program(pool), self.window(pool)
+        chosen = sorted(self.choose(program, [scores[unit.name] for unit in free], window))
+        assert window[0] <= program.cost(chosen) <= window[1]
         return [free[i].name for i in chosen]
 
-    def free(self, units: Sequence[Unit]) -> list[Unit]:
-        """The units that may go."""
-        return [unit for unit in units if unit.name not in self.protected]
-
-    def window(self, total: int) -> tuple[int, int]:
-        """The least and the greatest cost to remove, in whole parameters or MACs."""
-        ratio, tolerance = Fraction(str(self.ratio)), Fraction(str(self.tolerance))  # as written, not as rounded
-        return math.ceil(ratio * total), math.floor((ratio + tolerance) * total)
-
-    def choose(self, costs: Sequence[int], scores: Sequence[float], window: tuple[int, int]) -> list[int]:
+    def choose(self, program: Program, scores: Sequence[float], window: tuple[int, int]) -> list[int]:
+        """The places, among the units that may go, of those that do."""
         raise NotImplementedError
 
-    def explain(self, costs: Sequence[int], window: tuple[int, int], total: int) -> str:
-        largest = sum(costs)
-        near = []
-        below = solve(costs, [-cost for cost in costs], (0, window[0] - 1))
-        above = solve(costs, costs, (window[1] + 1, largest))
-        for found in (below, above):
-            if found:
-                near.append(f"{sum(costs[i] for i in found) / total:.4f}")
-        return (
+    def free(self, pool: Pool) -> list[Unit]:
+        """The units that may go."""
+        return [unit for unit in pool.units if unit.name not in self.protected]
+
+    def program(self, pool: Pool) -> Program:
+        """The costs of sets of the units that may go."""
+        free = [i for i, unit in enumerate(pool.units) if unit.name not in self.protected]
+        return pool.program(self.budget).after(set(), free)
+
+    def window(self, pool: Pool) -> tuple[int, int]:
+        """The least and the greatest cost to remove, in whole parameters, MACs or microseconds."""
+        ratio, tolerance = Fraction(str(self.ratio)), Fraction(str(self.tolerance))  # as written, not as rounded
+        total = pool.total(self.budget)
+        return math.ceil(ratio * total), math.floor((ratio + tolerance) * total)
+
+    def infeasible(self, pool: Pool, largest: int, below: int, above: int | None) -> InfeasibleBudget:
+        """The error that names the largest cost that can be had, and the nearest below and above the window."""
+        total = pool.total(self.budget)
+        near = " and ".join(f"{cost / total:.4f}" for cost in (below, above) if cost)
+        return InfeasibleBudget(
             f"selection.ratio={self.ratio} (tolerance {self.tolerance}) of {self.budget} cannot be had: the largest "
-            f"achievable ratio is {largest / total:.3f}, the nearest achievable {' and '.join(near) or 'none'}"
+            f"achievable ratio is {largest / total:.3f}, the nearest achievable {near or 'none'}"
             + (f", with {len(self.protected)} units protected" if self.protected else "")
         )
 
 
 @dataclass
-class Knapsack(Selection):
+class Knapsack(Budgeted):
     """Minimal summed harm within the budget, exactly; ties go to less overshoot.
 
     The 0-1 knapsack of LAPTOP-Diff in its covering form, by branch and bound (HiGHS) with no gap left.
     """
 
-    def choose(self, costs: Sequence[int], scores: Sequence[float], window: tuple[int, int]) -> list[int]:
-        best = solve(costs, scores, window)
+    def choose(self, program: Program, scores: Sequence[float], window: tuple[int, int]) -> list[int]:
+        best = solve(program, scores, window)
         assert best is not None
         # Closer to the lower bound at the same harm: shrink the window from above while the harm does not grow.
         while True:
-            spent = sum(costs[i] for i in best)
-            cheaper = solve(costs, scores, (window[0], spent - 1)) if spent > window[0] else None
+            closer = (window[0], program.cost(best) - 1)
+            if not reachable(program, closer):
+                return best
+            cheaper = solve(program, scores, closer, limit=harm(scores, best))
             if cheaper is None or harm(scores, cheaper) > harm(scores, best):
                 return best
             best = cheaper
 
 
 @dataclass
-class InOrder(Selection):
+class InOrder(Budgeted):
     """Units in a given order, each taken unless the budget could then no longer be met exactly."""
 
     def order(self, costs: Sequence[int], scores: Sequence[float]) -> list[int]:
         raise NotImplementedError
 
-    def choose(self, costs: Sequence[int], scores: Sequence[float], window: tuple[int, int]) -> list[int]:
-        taken: list[int] = []
-        order = self.order(costs, scores)
+    def choose(self, program: Program, scores: Sequence[float], window: tuple[int, int]) -> list[int]:
+        taken: set[int] = set()
+        spent = 0
+        order = self.order(program.costs, scores)
         for place, i in enumerate(order):
-            spent = sum(costs[j] for j in taken)
             if spent >= window[0]:
                 break
-            left = spent + costs[i]
-            if reachable([costs[j] for j in order[place + 1 :]], (window[0] - left, window[1] - left)):
-                taken.append(i)
-        return taken
+            more = spent + program.added(i, taken)
+            rest = program.after(taken | {i}, order[place + 1 :])
+            if program.allows(i, taken) and reachable(rest, (window[0] - more, window[1] - more)):
+                taken.add(i)
+                spent = more
+        return list(taken)
 
 
 @dataclass
@@ -145,22 +215,80 @@ class Greedy(InOrder):
 
 
 @dataclass
-class Given:
+class Threshold(Budgeted):
+    """Channels by one global threshold: every unit of this score or less goes (AutoBot, arXiv 2111.09635).
+
+    A group is what stands before the ':' of a unit's name, and its unit of the highest score stays (the last one
+    where several have it). What a set frees is not the sum over its units, so the threshold is bisected over the
+    scores that there are with the pool's exact `cost`. Where the scores that lie at one threshold jump over the
+    budget, they go one by one in the order of the forward pass (our choice; AutoBot stops near the target instead).
+    """
+
+    def check(self, pool: Pool) -> None:
+        """Raises ValueError for a pool that is not of channels, and for an unknown protected unit."""
+        known(self.protected, pool.units, "selection.protected")
+        pool.total(self.budget)
+        if pool.cost is None:
+            raise ValueError(
+                "selection.name='threshold' is for channels; for blocks and operators choose one of: knapsack, "
+                "refined, greedy, ranked, given"
+            )
+
+    def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
+        self.check(pool)
+        order, (low, high), cost = self.order(pool, scores), self.window(pool), pool.cost
+        assert cost is not None
+
+        def freed(count: int) -> int:
+            return cost(order[:count], self.budget) if count else 0
+
+        # Where a threshold can lie: behind the last unit of each score.
+        ends = [i for i in range(1, len(order) + 1) if i == len(order) or scores[order[i]] > scores[order[i - 1]]]
+        tie = bisect_left(ends, low, key=freed)
+        if tie == len(ends):
+            largest = freed(len(order))
+            raise self.infeasible(pool, largest, largest, None)
+        count = ends[tie]
+        if freed(count) > high:
+            start = ends[tie - 1] if tie else 0
+            count = bisect_left(range(count), low, lo=start, key=freed)
+        if freed(count) > high:
+            raise self.infeasible(pool, freed(len(order)), freed(count - 1), freed(count))
+        return [unit.name for unit in pool.units if unit.name in set(order[:count])]
+
+    def order(self, pool: Pool, scores: Mapping[str, float]) -> list[str]:
+        """The units that may go, the lowest score first, then in the order of the forward pass."""
+        protected = set(self.protected)
+        staying = {group(name) for name in protected}
+        names = sorted((unit.name for unit in pool.units), key=scores.__getitem__)
+        last = {group(name): name for name in names}  # of each group, the one of the highest score
+        return [n for n in names if n not in protected and (last[group(n)] != n or group(n) in staying)]
+
+
+@dataclass
+class Given(Selection):
     """Exactly the units that are listed, at whatever ratio they come to."""
 
     units: list[str]
     budget: str = "params"
 
-    def check(self, units: Sequence[Unit], total: int) -> None:
-        """Raises ValueError for an empty list and for an unknown unit, naming the nearest."""
+    def check(self, pool: Pool) -> None:
+        """Raises ValueError for an empty list, for an unknown unit (naming the nearest) and for one inside another."""
         if not self.units:
             raise ValueError("selection.units is empty; list at least one unit to remove")
-        known(self.units, units, "selection.units")
+        known(self.units, pool.units, "selection.units")
+        for unit in pool.units:
+            if unit.name in self.units and unit.inside in self.units:
+                raise ValueError(f"selection.units: {unit.name!r} is inside {unit.inside!r}; list only one of the two")
 
-    def select(self, units: Sequence[Unit], scores: Mapping[str, float], total: int) -> list[str]:
-        """The listed units in the order of the forward pass."""
-        self.check(units, total)
-        return [unit.name for unit in units if unit.name in self.units]
+    def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
+        self.check(pool)
+        return [unit.name for unit in pool.units if unit.name in self.units]
+
+
+def group(name: str) -> str:
+    """The group of channels that a unit belongs to."""
+    return name.partition(":")[0]
 
 
 def known(names: Iterable[str], units: Sequence[Unit], field_name: str) -> None:
@@ -172,59 +300,3 @@ def known(names: Iterable[str], units: Sequence[Unit], field_name: str) -> None:
             raise ValueError(
                 f"{field_name}: {name!r} is not a unit of this network; the nearest are: {', '.join(near)}"
             )
-
-
-def harm(scores: Sequence[float], chosen: Sequence[int]) -> float:
-    return math.fsum(scores[i] for i in chosen)
-
-
-def reachable(costs: Sequence[int], window: tuple[int, int]) -> bool:
-    """Is there a subset whose summed cost lies in the window?"""
-    return solve(costs, [0.0] * len(costs), window) is not None
-
-
-def solve(costs: Sequence[int], scores: Sequence[float], window: tuple[int, int]) -> list[int] | None:
-    """The subset of least summed score whose cost lies in [low, high] (whole numbers), or None where there is none.
-
-    HiGHS keeps constraints and gap to absolute tolerances of 1e-6. So what it finds is checked in whole numbers, and
-    the objective is solved again with the scores rescaled to what is left to decide, until nothing better is found:
-    harms are told apart to 1e-8 of the answer's own, over the whole range of scores (to 1e-9 of the largest score
-    where some are negative).
-    """
-    low, high = max(window[0], 0), min(window[1], sum(costs))
-    if low > high:
-        return None
-    if low <= 0 and all(score >= 0 for score in scores):
-        return []
-    count = len(costs)
-    scale = max(1.0, max(costs) / 1e5)
-    rows = [LinearConstraint(np.array([costs]) / scale, (low - 0.25) / scale, (high + 0.25) / scale)]
-    best: list[int] | None = None
-    allowed = np.ones(count)
-    unit = max((abs(score) for score in scores), default=0.0) or 1.0
-    while True:
-        result = milp(
-            np.array(scores, float) / unit * 1e3,
-            integrality=np.ones(count),
-            bounds=Bounds(0, allowed),
-            constraints=rows,
-            options={"mip_rel_gap": 0, "presolve": False},  # its presolve was seen to lose the optimum
-        )
-        if result.status == 2:  # infeasible
-            return best
-        assert result.x is not None, result.message
-        found = [i for i in range(count) if result.x[i] > 0.5]
-        if not low <= sum(costs[i] for i in found) <= high:  # within HiGHS' tolerance only: exclude this one set
-            signs = np.ones(count)
-            signs[found] = -1
-            rows.append(LinearConstraint(signs, lb=1 - len(found)))
-            continue
-        if best is not None and harm(scores, found) >= harm(scores, best):
-            return best
-        best = found
-        bound = harm(scores, best)
-        if min(scores) < 0 or bound <= 0 or bound > unit / 10:
-            return best
-        # No unit that is worse alone than this whole set can be in a better one: leave those out, look closer.
-        allowed = np.array([float(score <= bound) for score in scores])
-        unit = bound

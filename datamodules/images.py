@@ -15,7 +15,7 @@ from datamodules.sources import Folder, Source
 
 
 class ImageSet(Dataset):
-    """Batches of a source as {"image": float (N,C,H,W) in [-1,1], "label": (N,), "index": (N,)}.
+    """Batches of a source as {"image": float (N,C,H,W) in [-1,1], "label": (N,), "index": (N,)}, and what else it has.
 
     A position `p` is sample `p % len(source)` of pass `p // len(source)`, so that an augmentation can depend on the
     pass without any state.
@@ -27,13 +27,15 @@ class ImageSet(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, positions: list[int]) -> dict[str, Any]:
         indices = np.asarray(positions) % len(self.source)
-        images, labels = self.source.take(indices)
+        record = self.source.take(indices)
+        images = record.pop("image")
         if self.flip or self.crop:
             images = np.stack([self.augment(image, p) for image, p in zip(images, positions, strict=True)])
         tensor = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).contiguous().float()
-        return {"image": tensor / 127.5 - 1, "label": torch.from_numpy(labels), "index": torch.from_numpy(indices)}
+        rest = {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in record.items()}
+        return {"image": tensor / 127.5 - 1, "index": torch.from_numpy(indices), **rest}
 
     def augment(self, image: np.ndarray, position: int) -> np.ndarray:
         rng = numpy_rng(self.seed, "augment", position)
@@ -96,7 +98,7 @@ class Images(pl.LightningDataModule):
 
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the first training image."""
-        height, width, channels = self.source("train").take(np.array([0]))[0].shape[1:]
+        height, width, channels = self.source("train").take(np.array([0]))["image"].shape[1:]
         return channels, height, width
 
     def train_dataloader(self) -> StatefulDataLoader:
@@ -139,7 +141,7 @@ class Numbered(Dataset):
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitems__(self, numbers: list[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, numbers: list[int]) -> dict[str, Any]:
         batch = self.images.__getitems__([self.positions[number] for number in numbers])
         return batch | {"number": torch.tensor(numbers), "of": torch.full((len(numbers),), len(self))}
 
@@ -159,11 +161,12 @@ def folder(
     flip: bool = True,
     crop: int = 0,
     num_workers: int = 0,
+    captions: str | None = None,
 ) -> Images:
     """One folder of pictures, of which `holdout_images`, of every subfolder its share, are held out."""
     return Images(
-        train=functools.partial(Folder, path, size, mode, start=holdout_images),
-        holdout=functools.partial(Folder, path, size, mode, stop=holdout_images),
+        train=functools.partial(Folder, path, size, mode, start=holdout_images, captions=captions),
+        holdout=functools.partial(Folder, path, size, mode, stop=holdout_images, captions=captions),
         batch_size=batch_size,
         seed=seed,
         flip=flip,

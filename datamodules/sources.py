@@ -3,9 +3,10 @@
 A data set is one YAML file that names one of these as `_target_`; see conf/data/ for examples.
 """
 
+import json
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -19,11 +20,19 @@ class MissingData(FileNotFoundError):
     """Data or weights that are not on this machine; the message says what to get and how."""
 
 
+Record = dict[str, Any]
+"""uint8 "image" (N,H,W,C) and int64 "label" (N,), -1 where there is none; where known also "caption" (a list), and
+"original_size" (height, width) and "crop" (top, left, in pixels of the resized picture), int64 (N,2)."""
+
+
 class Source(Protocol):
+    captions: list[str] | None
+    """of all samples, where the source has captions"""
+
     def __len__(self) -> int: ...
 
-    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 images (N,H,W,C) and int64 labels (N,), -1 where the source has none."""
+    def take(self, indices: np.ndarray) -> Record:
+        """Some samples, in this order."""
         ...
 
 
@@ -35,6 +44,8 @@ def data_root() -> Path:
 class Arrays:
     """Images held in memory: the common end of every source small enough for it."""
 
+    captions = None
+
     def __init__(self, images: np.ndarray, labels: np.ndarray | None = None) -> None:
         self.images = images
         self.labels = np.full(len(images), -1, np.int64) if labels is None else labels.astype(np.int64)
@@ -42,8 +53,8 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.images)
 
-    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.images[indices], self.labels[indices]
+    def take(self, indices: np.ndarray) -> Record:
+        return {"image": self.images[indices], "label": self.labels[indices]}
 
 
 class Npz(Arrays):
@@ -92,11 +103,21 @@ class Folder:
     """Every picture below a folder, decoded when asked for, centre-cropped and resized to `size`.
 
     They are shuffled once, as a function of their number alone, so that [start, stop) holds of every subfolder its
-    share. The label is the place of a picture's own folder among all such folders, in alphabetical order. Raises
-    MissingData where the folder is not.
+    share. The label is the place of a picture's own folder among all such folders, in alphabetical order. `captions`
+    is `txt` (a file of the same name beside each picture) or the name of a .jsonl file in the folder, with one
+    {"file_name": ..., "text": ...} a line. Raises MissingData where the folder is not, and ValueError naming a picture
+    without a caption.
     """
 
-    def __init__(self, path: str, size: int, mode: str = "RGB", start: int = 0, stop: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        size: int,
+        mode: str = "RGB",
+        start: int = 0,
+        stop: int | None = None,
+        captions: str | None = None,
+    ) -> None:
         root = Path(path).expanduser()
         if not root.is_dir():
             raise MissingData(f"{root} is not a folder: `path` names the folder that holds the pictures")
@@ -106,13 +127,34 @@ class Folder:
         self.files = [files[i] for i in order]
         self.labels = np.array([parents.index(file.parent) for file in self.files], np.int64)
         self.size, self.mode = size, mode
+        self.captions = None if captions is None else captions_of(root, self.files, captions)
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        images = [square(Image.open(self.files[index]), self.size, self.mode) for index in indices]
-        return np.stack(images), self.labels[indices]
+    def take(self, indices: np.ndarray) -> Record:
+        record = squares([Image.open(self.files[index]) for index in indices], self.size, self.mode)
+        record["label"] = self.labels[indices]
+        return record if self.captions is None else record | {"caption": [self.captions[i] for i in indices]}
+
+
+def captions_of(root: Path, files: list[Path], captions: str) -> list[str]:
+    """The caption of each picture; see Folder."""
+    if captions == "txt":
+        texts = {file: file.with_suffix(".txt") for file in files}
+        found = {file: text.read_text().strip() for file, text in texts.items() if text.exists()}
+    else:
+        if not (root / captions).exists():
+            raise MissingData(f"data.captions={captions!r}: {root / captions} does not exist; choose txt or a .jsonl file")
+        lines = [json.loads(line) for line in (root / captions).read_text().splitlines() if line.strip()]
+        for line in lines[:1]:
+            if not {"file_name", "text"} <= line.keys():
+                raise ValueError(f"{root / captions} has no keys file_name and text; it has: {', '.join(line)}")
+        found = {root / line["file_name"]: line["text"] for line in lines}
+    for file in files:
+        if file not in found:
+            raise ValueError(f"{file} has no caption (data.captions={captions!r})")
+    return [found[file] for file in files]
 
 
 class HuggingFace:
@@ -122,7 +164,16 @@ class HuggingFace:
     MissingData where neither a network nor a cached copy is at hand.
     """
 
-    def __init__(self, path: str, split: str, image: str, label: str | None, size: int, mode: str = "RGB") -> None:
+    def __init__(
+        self,
+        path: str,
+        split: str,
+        image: str,
+        label: str | None,
+        size: int,
+        mode: str = "RGB",
+        caption: str | None = None,
+    ) -> None:
         try:
             import datasets  # noqa: PLC0415  an optional extra
         except ImportError as error:
@@ -136,18 +187,31 @@ class HuggingFace:
                 f"data set {path!r} ({split}) could be read neither from the hub nor from a cache "
                 f"({type(error).__name__}: {error}); download it where there is a network, or give a local copy"
             ) from error
-        for column in filter(None, (image, label)):
+        for column in filter(None, (image, label, caption)):
             if column not in self.table.column_names:
                 raise ValueError(f"{path} has no column {column!r}; it has: {', '.join(self.table.column_names)}")
         self.image, self.label, self.size, self.mode = image, label, size, mode
+        self.captions = None if caption is None else list(self.table[caption])
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def take(self, indices: np.ndarray) -> Record:
         rows = self.table[[int(index) for index in indices]]
-        labels = np.array(rows[self.label], np.int64) if self.label else np.full(len(indices), -1, np.int64)
-        return np.stack([square(image, self.size, self.mode) for image in rows[self.image]]), labels
+        record = squares(rows[self.image], self.size, self.mode)
+        record["label"] = np.array(rows[self.label], np.int64) if self.label else np.full(len(indices), -1, np.int64)
+        return record if self.captions is None else record | {"caption": [self.captions[int(i)] for i in indices]}
+
+
+def squares(images: list[Image.Image], size: int, mode: str) -> Record:
+    """Pictures as `square` makes them, with the sizes they had and where they were cut."""
+    sizes = np.array([(image.height, image.width) for image in images], np.int64)
+    corners = (sizes - sizes.min(1, keepdims=True)) // 2 * size // sizes.min(1, keepdims=True)
+    return {
+        "image": np.stack([square(image, size, mode) for image in images]),
+        "original_size": sizes,
+        "crop": corners,
+    }
 
 
 def square(image: Image.Image, size: int, mode: str) -> np.ndarray:

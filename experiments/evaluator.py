@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from conf.schema import build
 from experiments.run import RESULT_VERSION, Run, barrier, digest, effective, is_rank_zero, locked, read_json, staged
 from experiments.stages import Stages
-from lightning_modules.backbones.unet import UNetBackbone
-from lightning_modules.evaluation import Generation, JointLoss
+from lightning_modules.backbones.diffusion import DiffusionBackbone
+from lightning_modules.evaluation import Generation, JointLoss, seeds
 from lightning_modules.metrics.cost import latencies, peak_memory
 from lightning_modules.metrics.frechet import Features, Statistics
 from lightning_modules.training import make_trainer
@@ -27,20 +27,24 @@ class Evaluator:
     """Measures networks against the teacher and the training images, as `cfg.evaluation` says."""
 
     def __init__(
-        self, cfg: DictConfig, run: Run, data: Any, teacher: UNetBackbone, teacher_id: str, stages: Stages
+        self, cfg: DictConfig, run: Run, data: Any, teacher: DiffusionBackbone, teacher_id: str, stages: Stages
     ) -> None:
         self.cfg, self.run, self.data, self.stages = cfg, run, data, stages
         self.teacher, self.teacher_id = teacher, teacher_id
         self.features: Features | None = build(cfg.evaluation.metric) if cfg.evaluation.metric is not None else None
         if self.features is not None:
-            self.features.check(teacher.data_shape())
+            self.features.check(teacher.image_shape())
 
     def held_out(self) -> DataLoader:
         """The samples on which losses are measured."""
         evaluation = self.cfg.evaluation
         return self.data.subset("holdout", evaluation.loss_samples, evaluation.seed, evaluation.batch_size)
 
-    def metrics(self, plan: dict[str, Any], networks: dict[str, UNetBackbone]) -> dict[str, Any]:
+    def prompts(self) -> list[str] | None:
+        """The held-out captions, for networks that take text."""
+        return self.data.source("holdout").captions if self.teacher.takes_text else None
+
+    def metrics(self, plan: dict[str, Any], networks: dict[str, DiffusionBackbone]) -> dict[str, Any]:
         """Quality of teacher, pruned and distilled network; counts; nothing that depends on time."""
         cfg, path = self.cfg, self.run / "metrics.json"
         if path.exists():
@@ -50,7 +54,7 @@ class Evaluator:
             "run_id": self.run.id,
             "plan/requested_ratio": cfg.selection.get("ratio"),
             "plan/budget": cfg.selection.budget,
-            "plan/removed_units": len(plan["changes"]),
+            "plan/removed_units": sum("unit" in change for change in plan["changes"]),
             "plan/predicted_harm": plan["predicted_harm"],
         }
         for name, network in (("teacher", self.teacher), ("student", networks["pruned"])):
@@ -61,6 +65,8 @@ class Evaluator:
                 f"{name}/macs_attention": macs.attention,
             }
         measure = cfg.selection.budget
+        if measure == "latency":  # measured, so the built student's stands in measured.json
+            measure = "params"
         metrics["plan/achieved_ratio"] = 1 - metrics[f"student/{measure}"] / metrics[f"teacher/{measure}"]
         metrics["eval/weights"] = ("ema" if cfg.ema_decay is not None else "last") if final == "distilled" else "pruned"
 
@@ -85,12 +91,13 @@ class Evaluator:
         self.run.write("metrics.json", metrics)
         return metrics
 
-    def samples(self, name: str, network: UNetBackbone) -> np.ndarray:
+    def samples(self, name: str, network: DiffusionBackbone) -> np.ndarray:
         """Images of one network from the evaluation's seeds, uint8 (N,H,W,C); the teacher's are shared by all runs."""
         cfg, evaluation = self.cfg, self.cfg.evaluation
         protocol = {key: effective(cfg)[key] for key in ("sampler", "noise_scheduler")}
         protocol |= {"samples": evaluation.samples, "seed": evaluation.seed, "precision": evaluation.precision}
         protocol["batch_size"] = evaluation.batch_size  # can move the last bit
+        protocol["prompts"] = digest(self.prompts())
         shown = self.run / "samples" / name
         if name == "teacher":  # shared by all runs, so made once, under a lock
             key = digest({"teacher": self.teacher_id, "version": RESULT_VERSION, **protocol})[:16]
@@ -105,15 +112,16 @@ class Evaluator:
                 shutil.copyfile(folder / "images.npy", partial / "images.npy")
         return np.load(folder / "images.npy", allow_pickle=False)
 
-    def generate(self, name: str, network: UNetBackbone, folder: Path) -> None:
+    def generate(self, name: str, network: DiffusionBackbone, folder: Path) -> None:
         """Write images.npy into `folder`, unless it is there."""
         cfg, evaluation = self.cfg, self.cfg.evaluation
         if (folder / "images.npy").exists():
             return
         with self.stages("generate"):
-            seeds = evaluation.seed * 10_000_019 + torch.arange(evaluation.samples)
-            batches = DataLoader(seeds, batch_size=evaluation.batch_size)
-            module = Generation(network, build(cfg.sampler.scheduler), cfg.sampler.steps)
+            batches = seeds(
+                evaluation.seed * 10_000_019, evaluation.samples, evaluation.batch_size, self.prompts()
+            )
+            module = Generation(network, build(cfg.sampler.scheduler), cfg.sampler.steps, cfg.sampler.guidance)
             trainer = make_trainer(cfg.trainer, f"samples of {name}", evaluation.precision)
             trainer.test(module, batches, verbose=False)
             if is_rank_zero():
@@ -140,6 +148,7 @@ class Evaluator:
             "reference_images": reference.count,
             "sampler": cfg.sampler.name,
             "steps": cfg.sampler.steps,
+            "guidance": cfg.sampler.guidance,
         }
         return metrics
 
@@ -149,7 +158,7 @@ class Evaluator:
         if features.name in self.data.statistics:
             return Statistics.load(self.data.statistics[features.name], **origin)
         source = self.data.source("train")
-        some = source.take(np.linspace(0, len(source) - 1, min(len(source), 256)).astype(int))[0]
+        some = source.take(np.linspace(0, len(source) - 1, min(len(source), 256)).astype(int))["image"]
         content = hashlib.sha256(some.tobytes()).hexdigest()  # tells data apart that stand under the same name
         key = {"content": content, "size": len(source), "version": RESULT_VERSION, **origin}
         path = self.run.cache / "statistics" / f"{digest(key)[:16]}.safetensors"
@@ -157,7 +166,7 @@ class Evaluator:
             print(f"statistics of {len(source)} training images for {features.name} ...", flush=True)
             parts = np.array_split(np.arange(len(source)), max(1, len(source) // 500))
             found = Statistics.of(
-                np.concatenate([features(source.take(part)[0], self.stages.device) for part in parts]),
+                np.concatenate([features(source.take(part)["image"], self.stages.device) for part in parts]),
                 "reference images",
             )
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +175,7 @@ class Evaluator:
             os.replace(partial, path)
         return Statistics.load(path, **origin)
 
-    def measured(self, student: UNetBackbone) -> dict[str, Any]:
+    def measured(self, student: DiffusionBackbone) -> dict[str, Any]:
         """Latency of teacher and student, taken in turns, and the job's time and peak memory."""
         device = self.stages.device
         batch, repeats = self.cfg.evaluation.latency_batch, self.cfg.evaluation.latency_repeats
@@ -176,6 +185,8 @@ class Evaluator:
                 inputs = network.to(device).eval().example_inputs(batch, device)
                 calls[name] = functools.partial(network.predict, inputs)
             times = latencies(calls, repeats, device)
+        if self.cfg.selection.budget == "latency":
+            times |= {"achieved_ratio": 1 - times["student"] / times["teacher"]}
         measured: dict[str, Any] = {f"{name}/latency_ms": value for name, value in times.items()}
         measured |= {
             "latency_ratio": times["student"] / times["teacher"],

@@ -23,13 +23,14 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     chosen = numpy_rng("cifar10_sample").permutation(len(source))[:SAMPLE]
-    tiles, labels = source.take(chosen)
+    chosen_record = source.take(chosen)
+    tiles, labels = chosen_record["image"], chosen_record["label"]
     sheet = tiles.reshape(SAMPLE // COLUMNS, COLUMNS, 32, 32, 3).swapaxes(1, 2).reshape(-1, COLUMNS * 32, 3)
     Image.fromarray(sheet).save(folder / "images.webp", lossless=True, quality=100, method=6)
     (folder / "images.labels.txt").write_text("".join(map(str, labels)) + "\n")
 
     features = ResNet20(str(schema.ROOT / "assets/resnet20/model.safetensors"))
-    images, _ = source.take(np.arange(len(source)))
+    images = source.take(np.arange(len(source)))["image"]
     statistics = Statistics.of(features(images), features.name)
     statistics.save(
         folder / "frechet_resnet20.safetensors", features=features.fingerprint(), transform=features.transform

@@ -4,8 +4,9 @@ Each stage writes one artefact, complete or absent, and is passed over where its
 all there is to resuming, but for the training itself, which resumes from its checkpoints.
 """
 
+import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from conf.schema import ConfigError, build
 from criteria.base import SCORING_VERSION, check_scores
-from criteria.selection import known
+from criteria.selection import Pool, known
+from experiments.card import model_card
 from experiments.dashboard import Dashboard
 from experiments.evaluator import Evaluator
 from experiments.report import report_run
@@ -33,9 +35,11 @@ from experiments.run import (
 )
 from experiments.stages import Stages
 from experiments.train_stage import train
-from lightning_modules.backbones.unet import UNetBackbone, load_unet, weight_files
+from lightning_modules.backbones.diffusion import DiffusionBackbone
+from lightning_modules.backbones.files import load_network, weight_files
 from lightning_modules.distillation import check_levels
-from lightning_modules.export import export, verify
+from lightning_modules.evaluation import JointMeasure, seeds, unit_savings
+from lightning_modules.export import dense_twin, export, push, verify
 from lightning_modules.scoring import score
 from lightning_modules.training import accelerator_of, make_trainer
 
@@ -67,40 +71,48 @@ class Job:
         self.data = build(cfg.data)
         self.data.image_shape()  # a wrong path or column is said before any weight is read
         self.criterion, self.selection = build(cfg.criterion), build(cfg.selection)
-        self.noise_scheduler = build(cfg.noise_scheduler)
+        schedule = build(cfg.noise_scheduler) if "_target_" in cfg.noise_scheduler else None
         with self.stages("load the teacher"):
-            self.teacher: UNetBackbone = build(cfg.teacher, noise_scheduler=self.noise_scheduler)
-            self.units = self.teacher.units()
-            self.totals = {"params": self.teacher.params(), "macs": self.teacher.macs().linear}
+            self.teacher: DiffusionBackbone = build(cfg.teacher, noise_scheduler=schedule)
+        self.check_criterion()
+        self.units = self.teacher.units(self.criterion.level)
         self.evaluator = Evaluator(cfg, run, self.data, self.teacher, teacher_id, self.stages)
         self.distils = "_target_" in cfg.distillation
         self.check()
 
     def go(self) -> None:
-        scores = self.scores()
+        scores = self.scores() if self.selection.needs_scores else {}
         plan = self.plan(scores)
         pruned = self.student(plan)
-        distilled = self.distil() if self.distils else pruned
+        distilled = self.distil(plan) if self.distils else pruned
         networks = {"teacher": self.teacher, "pruned": pruned} | ({"distilled": distilled} if self.distils else {})
         metrics = self.evaluator.metrics(plan, networks)
         if is_rank_zero():
-            self.export(distilled, metrics, self.evaluator.measured(distilled))
+            self.export(distilled, plan, metrics, self.evaluator.measured(distilled))
         barrier()
+
+    def check_criterion(self) -> None:
+        if reason := self.criterion.supports(self.teacher):
+            raise ValueError(
+                f"criterion={self.cfg.criterion.name} cannot score teacher={self.cfg.teacher.get('name', '?')}: {reason}"
+            )
 
     def check(self) -> None:
         """Raise ValueError for whatever would fail later, after the expensive parts."""
         cfg = self.cfg
-        found, wanted = self.data.image_shape(), self.teacher.data_shape()
+        found, wanted = self.data.image_shape(), self.teacher.image_shape()
         if found != wanted:
             raise ValueError(
                 f"data={cfg.data.get('name', '?')} has images of (channels, height, width) {found}, but the "
                 f"teacher takes {wanted}; resize or convert them in the data's configuration (size, mode), or choose "
                 "another teacher"
             )
-        self.calibration_batches()
+        calibration = next(iter(self.calibration_batches()))
+        self.teacher.conditions(calibration, torch.device("cpu"))
         self.evaluator.held_out()
-        check_parts(cfg, self.noise_scheduler)
-        self.selection.check(self.units, self.totals[self.selection.budget])
+        check_parts(cfg, self.teacher.noise_scheduler)
+        if self.selection.budget != "latency":  # measuring it is expensive
+            self.selection.check(self.pool())
         if self.distils:
             self.data.train_dataloader()
             check_levels(self.teacher, **{key: cfg.distillation.get(key) for key in ("normalization", "taps")})
@@ -114,14 +126,20 @@ class Job:
     def scores(self) -> dict[str, dict[str, float]]:
         """Scores of all units; computed once per teacher, criterion and calibration, whatever the ratio or seed."""
         cfg, calibration = self.cfg, self.cfg.calibration
-        criterion, batches, fields = self.criterion, self.calibration_batches(), effective(cfg)
+        criterion, fields = self.criterion, effective(cfg)
+        batches = self.calibration_batches()
+        if criterion.needs == "seeds":
+            captions = self.data.source("train").captions if self.teacher.takes_text else None
+            batches = seeds(calibration.seed * 10_000_019, criterion.seeds, calibration.batch_size, captions)
         key = {
             "teacher": self.teacher_id,
+            "options": {k: v for k, v in fields["teacher"].items() if k not in ("name", "path")},
             "criterion": fields["criterion"],
             "units": [unit.name for unit in self.units],
             "calibration": fields["calibration"],
-            "data": content_hash(batches) if criterion.needs_data else None,
+            "data": None if criterion.needs == "nothing" else content_hash(batches),
             "noise_scheduler": fields["noise_scheduler"],
+            "ranks": cfg.trainer.devices * cfg.trainer.num_nodes if fields["criterion"].get("stable_for") else None,
             "version": SCORING_VERSION,
         }
         path = self.run / "scores.json"
@@ -146,6 +164,14 @@ class Job:
         )
         return scores
 
+    def pool(self, savings: dict[str, int] | None = None) -> Pool:
+        """What can be removed, and what everything costs."""
+        teacher = self.teacher
+        totals = {"params": teacher.params(), "macs": teacher.macs().linear}
+        if savings is not None:
+            totals["latency"] = savings.pop("")
+        return Pool(self.units, totals, teacher.shared(self.criterion.level), savings)
+
     def plan(self, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
         """Which units go, and how."""
         path = self.run / "plan.json"
@@ -154,20 +180,31 @@ class Job:
             plan = read_json(path)
             self.check_stale(path, "teacher", plan["teacher"], self.teacher_id)
             self.check_stale(path, "scores", plan["scores"], scores_key)
-            known([change["unit"] for change in plan["changes"]], self.units, str(path))
+            known([change["unit"] for change in plan["changes"] if "unit" in change], self.units, str(path))
             return plan
+        pool = self.pool(self.savings() if self.selection.budget == "latency" else None)
         with self.stages("select units"):
             flat = {name: entry["score"] for name, entry in scores.items()}
-            removed = self.selection.select(self.units, flat, self.totals[self.selection.budget])
+            changes = self.selection.changes(pool, flat, self.joint_loss)
         plan = {
             "teacher": self.teacher_id,
             "scores": scores_key,
             "selection": effective(self.cfg)["selection"],
-            "changes": [{"unit": name, "kind": "bypass"} for name in removed],
-            "predicted_harm": float(sum(flat[name] for name in removed)),
+            "changes": changes,
+            "predicted_harm": float(sum(flat[change["unit"]] for change in changes if "unit" in change)),
         }
         self.run.write(path.name, plan)
         return plan
+
+    def savings(self) -> dict[str, int]:
+        """Measured microseconds that each unit's removal saves; under "" those of the whole network."""
+        with self.stages("time units"):
+            return unit_savings(self.teacher, self.units, self.cfg.evaluation, self.stages.device)
+
+    @functools.cached_property
+    def joint_loss(self) -> Callable[[Sequence[str]], float]:
+        """measure(names): the measured output loss without all of these units, on the calibration samples."""
+        return JointMeasure(self.teacher, self.calibration_batches(), self.cfg.calibration.seed, self.stages.device)
 
     def check_stale(self, path: Path, what: str, stored: str, wanted: str) -> None:
         if stored != wanted:
@@ -177,25 +214,25 @@ class Job:
 
     # Networks
 
-    def student(self, plan: dict[str, Any]) -> UNetBackbone:
+    def student(self, plan: dict[str, Any]) -> DiffusionBackbone:
         """The pruned network before any training."""
         with self.stages("build the student"):
-            pruned = self.teacher.pruned([change["unit"] for change in plan["changes"]])
+            pruned = self.teacher.pruned(plan["changes"])
             self.save_network(pruned, self.run / "student")
         return pruned
 
-    def distil(self) -> UNetBackbone:
+    def distil(self, plan: dict[str, Any]) -> DiffusionBackbone:
         """The student after distillation; its weights are the moving average's where that is on."""
         cfg, folder = self.cfg, self.run / "distilled"
         if not folder.exists():
             with self.stages("distil"):
-                student = load_unet(str(self.run / "student"), self.noise_scheduler)
+                student = self.teacher.adopt(load_network(self.run / "student"), plan["changes"])
                 networks = {"student": student, "teacher": self.teacher}
                 train(cfg, cfg.distillation, self.run, self.data, "distil", self.dashboard, **networks)
                 self.save_network(student, folder)
-        return load_unet(str(folder), self.noise_scheduler)
+        return self.teacher.adopt(load_network(folder), plan["changes"])
 
-    def save_network(self, network: UNetBackbone, folder: Path) -> None:
+    def save_network(self, network: DiffusionBackbone, folder: Path) -> None:
         if is_rank_zero() and not folder.exists():
             with staged(folder) as partial:
                 network.save(partial)
@@ -203,11 +240,18 @@ class Job:
 
     # The end
 
-    def export(self, network: UNetBackbone, metrics: dict[str, Any], measured: dict[str, Any]) -> None:
+    def export(
+        self, network: DiffusionBackbone, plan: dict[str, Any], metrics: dict[str, Any], measured: dict[str, Any]
+    ) -> None:
         """Export, prove that it reloads, draw the report, and only then call the run finished; rank 0 alone."""
+        cfg = self.cfg.export
         with self.stages("export"), staged(self.run / "export") as partial:
-            export(network, partial)
+            export(network, partial, model_card(self.cfg, plan, metrics))
             measured["export_max_difference"] = verify(network, partial)
+            if cfg.dense_twin:
+                dense_twin(self.teacher, network).save_pretrained(partial / "dense_twin")
+        if cfg.push_to_hub is not None:
+            print(f"pushed to {push(self.run / 'export', cfg.push_to_hub)}")
         measured["seconds"] = self.stages.seconds
         write_json(self.run / "measured.json", measured)
         with self.stages("report"):
@@ -222,7 +266,7 @@ def check_parts(cfg: DictConfig, noise_scheduler: Any) -> None:
     weight = torch.nn.Parameter(torch.zeros(1))
     tries: dict[str, Callable[[], Any]] = {
         "optimizer and lr_scheduler": lambda: build(cfg.lr_scheduler)(build(cfg.optimizer)([weight])),
-        "sampler": lambda: build(cfg.sampler.scheduler)(noise_scheduler.config).set_timesteps(cfg.sampler.steps),
+        "sampler": lambda: build(cfg.sampler.scheduler)(noise_scheduler.config),
         "trainer": lambda: [
             make_trainer(cfg.trainer, "", p) for p in (cfg.trainer.precision, cfg.evaluation.precision)
         ],
@@ -235,8 +279,10 @@ def check_parts(cfg: DictConfig, noise_scheduler: Any) -> None:
 
 
 def content_hash(batches: DataLoader) -> str:
-    """sha256 of the images of some batches."""
+    """sha256 of some batches: images, labels, captions, seeds."""
     total = hashlib.sha256()
     for batch in batches:
-        total.update(batch["image"].numpy().tobytes())
+        for name in sorted(batch):
+            value = batch[name]
+            total.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
     return total.hexdigest()

@@ -19,8 +19,9 @@ def sum_over_ranks(module: pl.LightningModule, value: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, on the CPU."""
     if module.trainer.world_size == 1:
         return value
-    gathered: Any = module.all_gather(value.to(module.device))
-    return gathered.sum(0).cpu()
+    total = value.to(module.device, copy=True)
+    torch.distributed.all_reduce(total)
+    return total.cpu()
 
 
 class NonFiniteLoss(FloatingPointError):

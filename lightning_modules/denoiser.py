@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbones.unet import CLASSES, UNetBackbone
+from lightning_modules.backbones.diffusion import DiffusionBackbone
 from lightning_modules.base import Optimizer, Schedule, TrainedModule, sum_over_ranks
 
 
@@ -14,18 +15,18 @@ class Denoiser(TrainedModule):
     """Mean squared error to the noise that was added (Ho et al. 2020, arXiv 2006.11239, equation 14)."""
 
     def __init__(
-        self, backbone: UNetBackbone, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path
+        self, backbone: DiffusionBackbone, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed, dump)
         self.backbone = backbone.train()
 
-    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         return {"loss": self.backbone.loss(self.backbone.training_inputs(batch))}
 
     def on_test_start(self) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if batch_idx % self.trainer.world_size == self.global_rank:
             loss = self.backbone.loss(self.backbone.calibration_inputs(batch, seed=0))
             self.sums += len(batch["image"]) * torch.tensor([float(loss), 1.0], dtype=torch.float64)
@@ -35,8 +36,9 @@ class Denoiser(TrainedModule):
         self.metrics = {"test_task_loss": float(total[0] / total[1]), "test_images": int(total[1])}
 
     def save(self, folder: Path) -> None:
-        """What `teacher.path` takes: config.json and half-precision safetensors."""
+        """What `teacher.path` takes: config.json, half-precision safetensors, and the noise schedule beside them."""
         self.backbone.half().save(folder)
+        self.backbone.noise_scheduler.save_pretrained(folder)
 
 
 def from_config(

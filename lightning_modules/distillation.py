@@ -1,15 +1,14 @@
 """Distilling an unpruned teacher into its pruned student."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_modules.backbones.pruned_unet import Bypass, removable
-from lightning_modules.backbones.unet import UNetBackbone
+from lightning_modules.backbones.diffusion import DiffusionBackbone
 from lightning_modules.base import Optimizer, Schedule, TrainedModule
 from lightning_modules.losses import LevelWeights, features
 
@@ -17,7 +16,7 @@ from lightning_modules.losses import LevelWeights, features
 class Reference:
     """Holds a network that is neither trained, nor saved, nor copied with the module that uses it."""
 
-    def __init__(self, network: UNetBackbone) -> None:
+    def __init__(self, network: DiffusionBackbone) -> None:
         self.network = network.eval().requires_grad_(False)
 
     def __deepcopy__(self, memo: Any) -> Self:
@@ -28,7 +27,7 @@ class Distillation(TrainedModule):
     """L = w_task * L_task + w_out * mean((eps_S - eps_T)^2) + w_feat * sum_l alpha_l * mean((f_S_l - f_T_l)^2).
 
     `taps` says which feature maps are compared: `stages` (the outputs of down, middle and up blocks), `units` (the
-    outputs of the units that survive), or a list of module paths. With `skip_emptied` a stage that lost every unit
+    outputs of the units that survive), a list of module paths, or a mapping {teacher's path: student's}. With `skip_emptied` a stage that lost every unit
     it had is not compared: nothing is left in it that could follow the teacher. Every term is logged by level,
     before and after its weight alpha_l (see LevelWeights).
 
@@ -38,8 +37,8 @@ class Distillation(TrainedModule):
 
     def __init__(
         self,
-        student: UNetBackbone,
-        teacher: UNetBackbone,
+        student: DiffusionBackbone,
+        teacher: DiffusionBackbone,
         w_task: float = 1.0,
         w_out: float = 1.0,
         w_feat: float = 1.0,
@@ -55,11 +54,11 @@ class Distillation(TrainedModule):
         super().__init__(optimizer, lr_scheduler, seed, dump)
         self.student, self.reference = student.train(), Reference(teacher)
         self.w_task, self.w_out, self.w_feat = w_task, w_out, w_feat
-        self.levels = tap_names(student, taps, skip_emptied) if w_feat else []
+        self.levels = tap_pairs(student, teacher, taps, skip_emptied) if w_feat else {}
         self.weights = LevelWeights(normalization, len(self.levels))
 
     @property
-    def teacher(self) -> UNetBackbone:
+    def teacher(self) -> DiffusionBackbone:
         return self.reference.network
 
     def on_fit_start(self) -> None:
@@ -68,12 +67,14 @@ class Distillation(TrainedModule):
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = self.student.training_inputs(batch)
         needs_teacher = bool(self.w_out or self.levels)
-        with features(modules_at(self.student, self.levels)) as features_s:
+        with features({name: self.student.network.get_submodule(at) for name, at in self.levels.items()}) as features_s:
             eps_s = self.student.predict(inputs).float()
-        losses = {"task": F.mse_loss(eps_s, inputs["target"].float())}
+        losses = {"task": self.student.losses(eps_s, inputs).mean()}
         total = self.w_task * losses["task"]
         if needs_teacher:
-            with torch.no_grad(), features(modules_at(self.teacher, self.levels)) as features_t:
+            with torch.no_grad(), features(
+                {name: self.teacher.network.get_submodule(name) for name in self.levels}
+            ) as features_t:
                 eps_t = self.teacher.predict(inputs).float()
             losses["output"] = F.mse_loss(eps_s, eps_t)
             total = total + self.w_out * losses["output"]
@@ -85,37 +86,59 @@ class Distillation(TrainedModule):
         return {"loss": total} | losses
 
 
-def check_levels(teacher: UNetBackbone, normalization: str | None, taps: Any) -> None:
+def check_levels(teacher: DiffusionBackbone, normalization: str | None, taps: Any) -> None:
     """Raise ValueError for a normalisation or a tap that is not there, before any work is done; None is not checked."""
     if normalization is not None:
         LevelWeights(normalization, 0)
     if taps is not None:
-        tap_names(teacher, taps, skip_emptied=False)
+        tap_names(teacher, taps)
 
 
-def tap_names(student: UNetBackbone, taps: Any, skip_emptied: bool) -> list[str]:
-    """The module paths whose outputs are compared; raises ValueError for a path that is not there."""
-    units = removable(student.unet)
-    survivors = [name for name, module in units.items() if not isinstance(module, Bypass)]
-    if taps == "units":
-        return survivors
-    stages = list(student.stages())
-    if isinstance(taps, str) and taps != "stages":
-        raise ValueError(f"distillation.taps={taps!r} is unknown; choose stages, units, or a list of module paths")
-    names = stages if taps == "stages" else list(taps)
-    there = dict(student.unet.named_modules())
-    for name in names:
+def tap_names(teacher: DiffusionBackbone, taps: Any) -> list[str]:
+    """The teacher's module paths whose outputs are compared; raises ValueError for a path that is not there."""
+    stages = list(teacher.stages())
+    if isinstance(taps, str):
+        if taps not in ("stages", "units"):
+            raise ValueError(f"distillation.taps={taps!r} is unknown; choose stages, units, or a list of module paths")
+        return stages if taps == "stages" else teacher.survivors()
+    there = dict(teacher.network.named_modules())
+    for name in taps:
         if name not in there:
             raise ValueError(
                 f"distillation.taps: {name!r} is not a module of this network; stages are: {', '.join(stages)}"
             )
+    return list(taps)
+
+
+def tap_pairs(student: DiffusionBackbone, teacher: DiffusionBackbone, taps: Any, skip_emptied: bool) -> dict[str, str]:
+    """{module path of the teacher: that of the student}, of the taps that the student has.
+
+    Raises ValueError for a path in a mapping that the student has not.
+    """
+    names, units, kept = tap_names(teacher, taps), teacher.survivors(), student.kept()
+    there = dict(student.network.named_modules())
+    if isinstance(taps, Mapping):
+        for name in taps.values():
+            if name not in there:
+                raise ValueError(
+                    f"distillation.taps: {name!r} is not a module of the student; its stages are: "
+                    f"{', '.join(student.stages())}"
+                )
+        return dict(taps)
 
     def has_lost_all(name: str) -> bool:
         inside = [unit for unit in units if unit == name or unit.startswith(name + ".")]
-        return bool(inside) and not any(unit in survivors for unit in inside)
+        return bool(inside) and not any(unit in kept for unit in inside)
 
-    return [name for name in names if not (skip_emptied and has_lost_all(name))]
-
-
-def modules_at(backbone: UNetBackbone, names: Sequence[str]) -> dict[str, nn.Module]:
-    return {name: backbone.unet.get_submodule(name) for name in names}
+    if student.moved and not isinstance(taps, str):
+        raise ValueError(
+            "distillation.taps: the student's modules have other paths than the teacher's, so a list cannot name both; "
+            "choose stages, or a mapping {teacher's path: student's path}"
+        )
+    if taps == "units":
+        names = [name for name in names if name in kept]
+    elif student.moved:
+        names = [name for name in names if name in student.moved]
+    elif skip_emptied:
+        names = [name for name in names if not has_lost_all(name)]
+    return {name: student.moved.get(name, name) for name in names}

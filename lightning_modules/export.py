@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMPipeline
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from lightning_modules.backbones import pruned_unet
-from lightning_modules.backbones.unet import UNetBackbone
+from lightning_modules.backbones.diffusion import DiffusionBackbone, move
 
 CLEAN_LOAD = """
 import sys
@@ -24,13 +25,21 @@ class Absent:  # this project must not be needed
             raise ModuleNotFoundError(f"{name} belongs to the exporting project")
 sys.meta_path.insert(0, Absent())
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from diffusers import DiffusionPipeline
-folder, inputs, output, threads = sys.argv[1:]
+folder, component, trust, inputs, output, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
-unet = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=False).unet.eval()
+pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=trust == "1", low_cpu_mem_usage=False)
+arguments = {}
+for path, value in load_file(inputs).items():
+    *parents, name = path.split("/")
+    place = arguments
+    for parent in parents:
+        place = place.setdefault(parent, {})
+    place[name] = value
 with torch.inference_mode():
-    result = unet(**load_file(inputs), return_dict=False)[0]
+    result = getattr(pipeline, component).eval()(**arguments, return_dict=False)[0]
 save_file({"output": result.contiguous()}, output)
 """
 
@@ -39,43 +48,101 @@ class ExportMismatch(RuntimeError):
     """An export does not load, or does not compute what the network in memory does."""
 
 
-def export(student: UNetBackbone, folder: Path) -> None:
-    """Write a DDPMPipeline: scheduler/, unet/ with safetensors, and the class of the network beside its weights.
+def is_stock(network: nn.Module) -> bool:
+    """Does diffusers itself have the class of this network?"""
+    return type(network).__module__.startswith("diffusers.")
 
-    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens it where only diffusers is installed;
+
+def export(student: DiffusionBackbone, folder: Path, card: str = "") -> None:
+    """Write the teacher's pipeline around the student, in safetensors, with a model card.
+
+    Where the plan allows it the network is a stock one. Else its class lies beside its weights:
+    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens it where only diffusers is installed, and
     without `trust_remote_code` it is refused, rather than opened as a stock network with untrained parts.
     """
-    pipeline: Any = DDPMPipeline(student.unet, student.noise_scheduler)
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    index = folder / "model_index.json"
-    content = json.loads(index.read_text())
-    content["unet"] = ["pruned_unet", type(student.unet).__name__]
-    index.write_text(json.dumps(content, indent=2) + "\n")
-    shutil.copyfile(pruned_unet.__file__, folder / "unet" / "pruned_unet.py")
+    assert student.surroundings is not None, "a teacher is loaded with its pipeline"
+    network = student.network.to("cpu")
+    student.surroundings.to(torch.device("cpu"))
+    student.surroundings.save(network, folder)
+    if not is_stock(network):
+        index = folder / "model_index.json"
+        content = json.loads(index.read_text())
+        content[student.component] = ["pruned_unet", type(network).__name__]
+        index.write_text(json.dumps(content, indent=2) + "\n")
+        shutil.copyfile(pruned_unet.__file__, folder / student.component / "pruned_unet.py")
+    (folder / "README.md").write_text(card)
 
 
-def verify(student: UNetBackbone, folder: Path) -> float:
+def dense_twin(teacher: DiffusionBackbone, student: DiffusionBackbone) -> Any:
+    """The teacher's own class and shape with the student's weights, and zeros where bypassed units were.
+
+    For tools that know only the stock network. Equal to the student, as a block whose last layer is zero does nothing.
+    """
+    state = student.network.state_dict()
+    twin = type(teacher.network).from_config(dict(teacher.network.config))
+    back = {new: old for old, new in student.moved.items()}
+    prefixes = sorted(back, key=len, reverse=True)
+
+    def old_name(key: str) -> str:
+        at = next((prefix for prefix in prefixes if key.startswith(prefix + ".")), None)
+        return key if at is None else back[at] + key[len(at) :]
+
+    kept = {old_name(key): value for key, value in state.items()}
+    filled = {key: kept.get(key, torch.zeros_like(value)) for key, value in twin.state_dict().items()}
+    twin.load_state_dict(filled)
+    return twin.eval()
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload an export to the Hugging Face hub as a private model; returns its address."""
+    api = HfApi()
+    address = api.create_repo(repository, private=True, exist_ok=True)
+    api.upload_folder(folder_path=folder, repo_id=repository)
+    return str(address)
+
+
+def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """A nested dictionary of tensors with its paths joined by slashes."""
+    found: dict[str, Tensor] = {}
+    for key, value in content.items():
+        found |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value.contiguous()}
+    return found
+
+
+def random_arguments(student: DiffusionBackbone) -> dict[str, Any]:
+    """Arguments of the network for two samples, with noise where there are numbers to be had."""
+    rng = torch.Generator().manual_seed(0)
+    inputs = student.example_inputs(2, "cpu")
+    inputs["sample"] = torch.randn(inputs["sample"].shape, generator=rng)
+    inputs["timestep"] = torch.tensor([10, 500])
+    states = inputs["conditions"].get("encoder_hidden_states")
+    if states is not None:
+        inputs["conditions"]["encoder_hidden_states"] = torch.randn(states.shape, generator=rng)
+    return student.arguments(inputs)
+
+
+def verify(student: DiffusionBackbone, folder: Path) -> float:
     """Load an export in a process that cannot import this project; returns the largest difference of its output.
 
     Raises ExportMismatch where it does not load or differs by more than 1e-5 of the output's largest value.
     """
-    network = student.unet.to("cpu").eval()
-    inputs = student.example_inputs(2, "cpu")
-    inputs["sample"] = torch.randn(inputs["sample"].shape, generator=torch.Generator().manual_seed(0))
-    inputs["timestep"] = torch.tensor([10, 500])
+    network = student.network.to("cpu").eval()
+    arguments = move(random_arguments(student), "cpu")
     with torch.inference_mode():
-        expected = network(**inputs, return_dict=False)[0]
+        expected = network(**arguments, return_dict=False)[0]
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        save_file(inputs, work / "inputs.safetensors")
-        arguments = [
+        save_file(flat(arguments), work / "inputs.safetensors")
+        words = [
             folder.resolve(),
+            student.component,
+            int(not is_stock(network)),
             work / "inputs.safetensors",
             work / "output.safetensors",
             torch.get_num_threads(),
         ]
         process = subprocess.run(
-            [sys.executable, "-c", CLEAN_LOAD, *map(str, arguments)],
+            [sys.executable, "-c", CLEAN_LOAD, *map(str, words)],
             cwd=work,
             capture_output=True,
             text=True,

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.backbones.diffusion import hidden
+
 NORMALIZATIONS = ("teacher_energy", "teacher_norm", "running", "none")
 
 
@@ -47,7 +49,7 @@ class LevelWeights(nn.Module):
 
 @contextlib.contextmanager
 def features(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """The outputs of some modules during the forward passes inside (the first entry where a module gives several).
+    """The outputs of some modules during the forward passes inside (the feature map where a module gives several).
 
     Modules are held by reference: their names may change under DDP, the references do not.
     """
@@ -55,7 +57,7 @@ def features(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            found[name] = output if isinstance(output, Tensor) else output[0]
+            found[name] = hidden(output)
 
         return hook
 

@@ -1,9 +1,10 @@
 """Driving a criterion under a Lightning Trainer: the same devices, precision and ranks as training."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytorch_lightning as pl
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from criteria.base import Criterion, Unit
@@ -19,11 +20,18 @@ class Scoring(pl.LightningModule):
         self.scores: dict[str, dict[str, float]] = {}
 
     def on_test_start(self) -> None:
+        if self.trainer.world_size > self.trainer.num_test_batches[0]:
+            raise ValueError(
+                f"calibration has {self.trainer.num_test_batches[0]} batches for {self.trainer.world_size} ranks; "
+                "lower calibration.batch_size or trainer.devices, so that every rank has one"
+            )
         self.criterion.start(self.backbone, self.units, self.calibration_seed)  # type: ignore[arg-type]
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if batch_idx % self.trainer.world_size == self.global_rank:  # batches go round the ranks
             self.criterion.update(batch)
+        if self.trainer.world_size == 1 and self.criterion.settled():
+            self.trainer.should_stop = True
 
     def on_test_epoch_end(self) -> None:
         states = self.criterion.states
@@ -40,7 +48,7 @@ def score(
     seed: int,
 ) -> dict[str, dict[str, float]]:
     """{unit: {"score": ...}} under `trainer`; the network's mode and gradients are as before afterwards."""
-    if not criterion.needs_data:
+    if criterion.needs == "nothing":
         criterion.start(backbone, units, seed)  # type: ignore[arg-type]
         return criterion.finish()
     modes = {module: module.training for module in backbone.modules()}

@@ -17,7 +17,8 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
 from conf import schema
-from lightning_modules.backbones.unet import UNetBackbone, load_unet
+from lightning_modules.backbones import load_teacher
+from lightning_modules.backbones.unet import UNetBackbone
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(  # noqa: C408
@@ -42,12 +43,13 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("teacher")
     UNet2DModel(**TINY).save_pretrained(folder)
+    DDPMScheduler().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
 def teacher(teacher_folder: Path) -> UNetBackbone:
-    return load_unet(str(teacher_folder), DDPMScheduler())
+    return load_teacher(str(teacher_folder), DDPMScheduler())
 
 
 @pytest.fixture(scope="session")

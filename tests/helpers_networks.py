@@ -40,9 +40,14 @@ def tiny_batch(backbone: UNetBackbone, count: int = 4, of: int | None = None) ->
     rng = torch.Generator().manual_seed(1)
     images = torch.rand(of or count, 3, 8, 8, generator=rng) * 2 - 1
     batch = {"image": images[:count], "number": torch.arange(count), "of": torch.full((count,), of or count)}
-    if isinstance(backbone.unet, UNet2DConditionModel):
-        batch["encoder_hidden_states"] = torch.randn(of or count, 5, 6, generator=rng)[:count]
+    if isinstance(backbone.network, UNet2DConditionModel):
+        batch["conditions"] = {"encoder_hidden_states": torch.randn(of or count, 5, 6, generator=rng)[:count]}
     return batch
+
+
+def bypasses(names: Iterable[str]) -> list[dict[str, str]]:
+    """A plan that bypasses these units."""
+    return [{"unit": name, "kind": "bypass"} for name in names]
 
 
 def last_layer(unit: nn.Module) -> nn.Module:
@@ -58,7 +63,7 @@ def with_zeroed(backbone: UNetBackbone, names: Iterable[str]) -> UNetBackbone:
     """
     zeroed = copy.deepcopy(backbone)
     for name in names:
-        unit = zeroed.unet.get_submodule(name)
+        unit = zeroed.network.get_submodule(name)
         for parameter in last_layer(unit).parameters():
             parameter.zero_()
         if isinstance(unit, Attention):

@@ -37,7 +37,7 @@ def units_of(family: str) -> list[Unit]:
 
 def units(backbone: UNetBackbone) -> list[Unit]:
     """What backbone.units() says, counted once per family."""
-    return units_of(type(backbone.unet).__name__)
+    return units_of(type(backbone.network).__name__)
 
 
 def batches(backbone: UNetBackbone, size: int = 2) -> list[dict[str, Tensor]]:
@@ -92,8 +92,8 @@ def test_scores_are_the_same_bare_and_under_a_trainer(make, backbone):
 
 @pytest.mark.parametrize("drive", [bare, under_trainer])
 def test_a_criterion_leaves_the_network_untouched(make, backbone, drive):
-    backbone.unet.mid_block.train()  # a mixture of modes, to be found again
-    backbone.unet.conv_in.requires_grad_(False)
+    backbone.network.mid_block.train()  # a mixture of modes, to be found again
+    backbone.network.conv_in.requires_grad_(False)
     for parameter in backbone.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     modules = dict(backbone.named_modules())
@@ -167,7 +167,7 @@ def test_a_unit_that_adds_nothing_has_an_output_loss_of_exactly_zero():
     backbone = tiny_backbone("UNet2DConditionModel")
     dead = ["down_blocks.0.resnets.0", "mid_block.attentions.0", "up_blocks.0.resnets.1"]
     for name in dead:
-        for parameter in last_layer(backbone.unet.get_submodule(name)).parameters():
+        for parameter in last_layer(backbone.network.get_submodule(name)).parameters():
             parameter.zero_()
     scores = bare(output_loss(), backbone)
     assert [name for name, entry in scores.items() if entry["score"] == 0] == dead
@@ -180,19 +180,19 @@ class Breaks(UNetBackbone):
 
     def predict(self, inputs):
         output = super().predict(inputs)
-        return output * float("nan") if isinstance(self.unet.mid_block.resnets[1], Bypass) else output
+        return output * float("nan") if isinstance(self.network.mid_block.resnets[1], Bypass) else output
 
 
 @pytest.mark.parametrize("drive", [bare, under_trainer])
 def test_an_output_that_is_not_finite_without_a_unit_is_an_error_naming_the_unit(drive):
-    backbone = Breaks(tiny_backbone("UNet2DModel").unet, DDPMScheduler())
+    backbone = Breaks(tiny_backbone("UNet2DModel").network, DDPMScheduler())
     with pytest.raises(ValueError, match=r"the score of unit 'mid_block\.resnets\.1' is nan: .* not finite without it"):
         drive(output_loss(), backbone)
 
 
 def test_activations_that_are_not_finite_are_an_error(backbone):
     with torch.no_grad():
-        backbone.unet.conv_in.bias[0] = float("nan")
+        backbone.network.conv_in.bias[0] = float("nan")
     first = units(backbone)[0].name
     with pytest.raises(ValueError, match=rf"the score of unit '{first}' is nan"):
         bare(output_loss(), backbone)
@@ -205,7 +205,7 @@ def test_activations_that_are_not_finite_are_an_error(backbone):
 def test_magnitude_is_that_of_the_weights_that_go(configure, backbone, reduction):
     found = bare(schema.build(configure("criterion=magnitude", f"criterion.reduction={reduction}").criterion), backbone)
     for unit in units(backbone):
-        module = backbone.unet.get_submodule(unit.name)
+        module = backbone.network.get_submodule(unit.name)
         gone = torch.cat(
             [
                 w.detach().double().flatten()
@@ -242,7 +242,7 @@ def test_random_is_taken_as_an_order(configure):
 
 def test_the_conditions_of_a_batch_reach_the_network():
     backbone = tiny_backbone("UNet2DConditionModel")
-    assert isinstance(backbone.unet, UNet2DConditionModel)
+    assert isinstance(backbone.network, UNet2DConditionModel)
     batch = tiny_batch(backbone)
     other = batch | {"encoder_hidden_states": batch["encoder_hidden_states"].flip(0)}
     with torch.no_grad():

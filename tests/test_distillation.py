@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_networks import FAMILIES, same_tensors, tiny_backbone, tiny_batch
+from helpers_networks import FAMILIES, bypasses, same_tensors, tiny_backbone, tiny_batch
 from helpers_results import the_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +30,7 @@ from lightning_modules.training import WarmedUpEMA, fit
 pytest_plugins = ["helpers_jobs"]
 REMOVED = ["down_blocks.0.resnets.0", "mid_block.resnets.1", "up_blocks.0.resnets.0"]  # one stage is emptied
 STAGES = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
-UNITS = list(removable(tiny_backbone("UNet2DModel").unet))
+UNITS = list(removable(tiny_backbone("UNet2DModel").network))
 
 
 def distillation(student: UNetBackbone, teacher: UNetBackbone, cls=Distillation, dump=Path("/nowhere"), **options: Any):
@@ -61,7 +61,7 @@ def outputs_of(network: UNetBackbone, names: list[str], batch: dict[str, Tensor]
         def keep(module: Any, given: Any, output: Any, name: str = name) -> None:
             found[name] = output[0] if isinstance(output, tuple) else output
 
-        network.unet.get_submodule(name).register_forward_hook(keep)
+        network.network.get_submodule(name).register_forward_hook(keep)
     found["output"] = network.predict(inputs)
     for module in network.modules():
         module._forward_hooks.clear()
@@ -76,7 +76,7 @@ def outputs_of(network: UNetBackbone, names: list[str], batch: dict[str, Tensor]
 @pytest.mark.parametrize("taps", ["stages", "units"])
 def test_a_student_that_is_the_teacher_has_output_and_feature_losses_of_exactly_zero(family, normalization, taps):
     teacher = tiny_backbone(family)
-    module = distillation(teacher.pruned([]), teacher, normalization=normalization, taps=taps)
+    module = distillation(teacher.pruned(bypasses([])), teacher, normalization=normalization, taps=taps)
     losses = losses_of(module, tiny_batch(teacher))
     assert float(losses["task"].detach()) > 0
     assert torch.equal(losses["loss"], losses["task"])
@@ -88,7 +88,7 @@ def test_a_student_that_is_the_teacher_has_output_and_feature_losses_of_exactly_
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_term_is_what_its_formula_says(family):
     teacher = tiny_backbone(family)
-    student, batch = teacher.pruned(REMOVED), tiny_batch(teacher)
+    student, batch = teacher.pruned(bypasses(REMOVED)), tiny_batch(teacher)
     module = distillation(student, teacher, w_task=0.5, w_out=2.0, w_feat=0.25, skip_emptied=False)
     losses = losses_of(module, batch)
     s, t = outputs_of(student, STAGES, batch), outputs_of(teacher, STAGES, batch)
@@ -109,14 +109,14 @@ def test_every_term_is_what_its_formula_says(family):
 def test_each_term_reaches_the_student_and_a_term_of_weight_zero_costs_no_pass_of_the_teacher():
     teacher = tiny_backbone("UNet2DModel")
     calls = []
-    teacher.unet.register_forward_hook(lambda *_: calls.append(1))
+    teacher.network.register_forward_hook(lambda *_: calls.append(1))
     for weights, passes in (((1, 0, 0), 0), ((0, 1, 0), 1), ((0, 0, 1), 1), ((1, 1, 1), 1)):
         calls.clear()
-        student = teacher.pruned(REMOVED)
+        student = teacher.pruned(bypasses(REMOVED))
         options = dict(zip(("w_task", "w_out", "w_feat"), weights, strict=True))
         losses_of(distillation(student, teacher, **options), tiny_batch(teacher))["loss"].backward()
         assert len(calls) == passes
-        assert float(student.unet.conv_in.weight.grad.abs().sum()) > 0
+        assert float(student.network.conv_in.weight.grad.abs().sum()) > 0
         assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
@@ -165,7 +165,7 @@ def test_an_unknown_normalization_lists_the_choices():
 
 def taps_of(removed: list[str], **options: Any) -> list[str]:
     teacher = tiny_backbone("UNet2DModel")
-    return distillation(teacher.pruned(removed), teacher, **options).levels
+    return distillation(teacher.pruned(bypasses(removed)), teacher, **options).levels
 
 
 def test_taps_are_the_stages_the_surviving_units_or_a_list():
@@ -199,7 +199,7 @@ def test_an_unknown_tap_is_named_with_the_choices():
 def test_features_are_taken_from_the_first_of_several_outputs_and_hooks_are_gone_after_an_error():
     backbone = tiny_backbone("UNet2DConditionModel")
     inputs = backbone.calibration_inputs(tiny_batch(backbone), 0)
-    modules = {name: backbone.unet.get_submodule(name) for name in ("down_blocks.1.attentions.0", "down_blocks.0")}
+    modules = {name: backbone.network.get_submodule(name) for name in ("down_blocks.1.attentions.0", "down_blocks.0")}
     with pytest.raises(ZeroDivisionError), features(modules) as found:
         backbone.predict(inputs)
         assert found["down_blocks.0"].shape == (4, 8, 4, 4)  # the map that goes on, not the skip connections
@@ -228,7 +228,7 @@ def train_tiny(configure, overrides, tmp_path):
     def run(cls=Distillation, callbacks=(), *more: str, **options: Any) -> Distillation:
         cfg = configure(*overrides, "trainer.checkpoint_every=1", *more)
         teacher = tiny_backbone("UNet2DModel")
-        module = distillation(teacher.pruned(REMOVED), teacher, cls, tmp_path / "failure", **options)
+        module = distillation(teacher.pruned(bypasses(REMOVED)), teacher, cls, tmp_path / "failure", **options)
         run.module = module  # for who wants to look at it after an error
         fit(module, schema.build(cfg.data), cfg.trainer, tmp_path, "distil", callbacks=callbacks)
         return module
@@ -306,12 +306,12 @@ class GradientBreaks(Distillation):
 
     def losses(self, batch):
         losses = super().losses(batch)
-        zero = (self.student.unet.conv_in.bias.sum() * 0).sqrt() if self.global_step == 2 else 0
+        zero = (self.student.network.conv_in.bias.sum() * 0).sqrt() if self.global_step == 2 else 0
         return losses | {"loss": losses["loss"] + zero}
 
 
 @pytest.mark.parametrize(
-    ("cls", "what"), [(LossBreaks, "loss"), (GradientBreaks, "gradient of student.unet.conv_in.bias")]
+    ("cls", "what"), [(LossBreaks, "loss"), (GradientBreaks, "gradient of student.network.conv_in.bias")]
 )
 def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_optimiser_steps(train_tiny, tmp_path, cls, what):
     recorder = Recorder()

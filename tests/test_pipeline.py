@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import train
-from helpers_networks import tiny_backbone
+from helpers_networks import bypasses, tiny_backbone
 from helpers_results import files, the_run
 from safetensors.torch import load_file, save_file
 from wandb.proto import wandb_internal_pb2
@@ -30,7 +30,7 @@ from experiments.pipeline import StaleArtefact, prune
 from experiments.report import collect, report_set
 from experiments.run import Run, RunBusy, UnwritableDirectory, fingerprint, read_json
 from experiments.stages import OutOfMemory
-from lightning_modules.backbones.unet import weight_files
+from lightning_modules.backbones.files import weight_files
 from lightning_modules.export import ExportMismatch, export, verify
 
 pytest_plugins = ["helpers_jobs"]
@@ -114,7 +114,7 @@ def test_a_finished_job_is_not_run_again_and_reads_no_weights(finished, monkeypa
     def forbidden(*args: Any, **kwargs: Any) -> None:
         pytest.fail("a finished job did something")
 
-    for name in ("experiments.pipeline.load_unet", "lightning_modules.backbones.unet.load_unet"):
+    for name in ("experiments.pipeline.load_teacher", "lightning_modules.backbones.unet.load_teacher"):
         monkeypatch.setattr(name, forbidden)
     monkeypatch.setattr(hashlib, "file_digest", forbidden)
     monkeypatch.setattr(Images, "source", forbidden)
@@ -480,7 +480,7 @@ def remove_the_class(folder: Path) -> None:
     ids=["edited", "incomplete"],
 )
 def test_an_export_that_was_tampered_with_is_found_out(tmp_path, tamper, found):
-    student = tiny_backbone("UNet2DModel").pruned(["mid_block.resnets.0", "up_blocks.0.attentions.1"])
+    student = tiny_backbone("UNet2DModel").pruned(bypasses(["mid_block.resnets.0", "up_blocks.0.attentions.1"]))
     export(student, tmp_path)
     tamper(tmp_path)
     with pytest.raises(ExportMismatch, match=rf"{re.escape(str(tmp_path))} {found}"):

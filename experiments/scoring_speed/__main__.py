@@ -21,7 +21,8 @@ from tqdm import tqdm
 from conf.schema import ROOT
 from lightning_modules.backbones.pruned_unet import removable
 from lightning_modules.backbones.replay import Replay
-from lightning_modules.backbones.unet import UNetBackbone, load_unet
+from lightning_modules.backbones import load_teacher
+from lightning_modules.backbones.unet import UNetBackbone
 
 
 def bound(backbone: UNetBackbone) -> float:
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.csv")
     options = parser.parse_args()
 
-    backbone = load_unet(options.teacher, DDPMScheduler())
+    backbone = load_teacher(options.teacher, DDPMScheduler())
     plain, reuse, equal = compare(backbone, options.batch, options.repeats)
     row = {
         "units": len(backbone.units()),

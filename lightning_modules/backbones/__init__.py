@@ -1,0 +1,3 @@
+from lightning_modules.backbones.files import load_teacher
+
+__all__ = ["load_teacher"]

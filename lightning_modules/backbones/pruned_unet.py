@@ -1,4 +1,4 @@
-"""Diffusers U-Nets with some ResNet and attention blocks bypassed. This file travels with exported weights.
+"""Diffusers U-Nets with some of their parts removed. This file travels with exported weights.
 
 It needs torch and diffusers only. Loading: `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`, or
 `PrunedUNet2DModel.from_pretrained(folder)` with this file at hand.
@@ -7,13 +7,17 @@ It needs torch and diffusers only. Loading: `DiffusionPipeline.from_pretrained(f
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from diffusers import Transformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 VARIANT = "pruned"
 """diffusion_pytorch_model.pruned.safetensors"""
+
+OPERATORS = (nn.Conv2d, nn.GroupNorm, nn.LayerNorm, Attention)
 
 
 class Bypass(nn.Module):
@@ -41,31 +45,119 @@ class Bypass(nn.Module):
         return (hidden_states,) if self.in_tuple else hidden_states
 
 
-def removable(unet: nn.Module) -> dict[str, nn.Module]:
-    """The depth units of a U-Net by module path, in the order of the forward pass.
+class Nothing(nn.Module):
+    """What stays of an attention whose output is added to a residual stream outside of it: zeros."""
 
-    They are the blocks in the `resnets` and `attentions` lists of its stages; samplers, embeddings and the first and
-    last convolutions are not units.
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution in the place of a larger one: same channels, and each output at its kernel's centre.
+
+    Its weights are the sum of the kernel's taps (`sum`: equal on constant images) or the centre tap (`centre`). The
+    choice of both is ours: LD-Pruner (arXiv 2404.11936) only says that the replacement is a 1x1 convolution.
+    """
+
+    def __init__(self, conv: nn.Conv2d, init: str) -> None:
+        super().__init__()
+        self.conv = nn.utils.skip_init(  # draws no random numbers
+            nn.Conv2d,
+            *(conv.in_channels, conv.out_channels, 1, conv.stride),
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
+        self.offset = [k // 2 - p for k, p in zip(conv.kernel_size, conv.padding, strict=True)]  # type: ignore[operator]
+        self.size, self.padding = conv.kernel_size, conv.padding
+        with torch.no_grad():
+            height, width = conv.kernel_size
+            weight = (
+                conv.weight.sum((2, 3), keepdim=True)
+                if init == "sum"
+                else conv.weight[:, :, height // 2, width // 2, None, None]
+            )
+            self.conv.weight.copy_(weight)
+            if conv.bias is not None:
+                self.conv.bias.copy_(conv.bias)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        top, left = self.offset
+        height, width = (n - k + 1 + 2 * p for n, k, p in zip(x.shape[2:], self.size, self.padding, strict=True))  # type: ignore[operator]
+        return self.conv(x[:, :, top : top + height, left : left + width])
+
+
+def stand_in(module: nn.Module, pointwise: str = "sum") -> nn.Module:
+    """What takes a removed module's place: a bypass for a block, for an operator nothing or a cheaper one."""
+    if isinstance(module, Attention) and not module.residual_connection:
+        return Nothing()
+    if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+        return nn.Identity()
+    if isinstance(module, nn.Conv2d):
+        if module.in_channels == module.out_channels and module.stride == (1, 1):
+            return nn.Identity()
+        return module if module.kernel_size == (1, 1) else Pointwise(module, pointwise)
+    return Bypass(module)
+
+
+def stages(unet: Any) -> dict[str, nn.Module]:
+    """Down, middle and up blocks by module path, in the order of the forward pass."""
+    found = {f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)}
+    if unet.mid_block is not None:
+        found["mid_block"] = unet.mid_block
+    return found | {f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)}
+
+
+def blocks(unet: nn.Module) -> dict[str, nn.Module]:
+    """The ResNet blocks, attentions and Transformer2D modules (or their bypasses), in the order of the forward pass.
+
+    They are the entries of the `resnets` and `attentions` lists of the stages; samplers, embeddings and the first and
+    last convolutions are not among them.
     """
     found = {}
-    stages = [(f"down_blocks.{i}", block, False) for i, block in enumerate(unet.down_blocks)]  # type: ignore[arg-type]
-    stages += [("mid_block", unet.mid_block, True)] if unet.mid_block is not None else []
-    stages += [(f"up_blocks.{i}", block, False) for i, block in enumerate(unet.up_blocks)]  # type: ignore[arg-type]
-    for stage, block, is_mid in stages:
-        resnets, attentions = list(block.resnets), list(getattr(block, "attentions", None) or [])
+    for stage, block in stages(unet).items():
+        resnets, attentions = list(block.resnets), list(getattr(block, "attentions", None) or [])  # type: ignore[call-overload,arg-type]
         pairs = [(f"{stage}.resnets.{i}", unit, 2 * i) for i, unit in enumerate(resnets)]
         # In a middle block the first ResNet block comes alone and each attention precedes its ResNet block.
         pairs += [(f"{stage}.attentions.{i}", unit, 2 * i + 1) for i, unit in enumerate(attentions) if unit is not None]
-        assert not is_mid or len(resnets) == len(attentions) + 1
+        assert stage != "mid_block" or len(resnets) == len(attentions) + 1
         found.update({name: unit for name, unit, _ in sorted(pairs, key=lambda pair: pair[2])})
     return found
 
 
-def bypass(unet: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """Replace units by their Bypass, in place; returns the units that were there, for `restore`."""
-    units = removable(unet)
-    removed = {name: units[name] for name in names}
-    put(unet, {name: Bypass(unit) for name, unit in removed.items()})
+def removable(unet: nn.Module, transformers: str = "block") -> dict[str, nn.Module]:
+    """The depth units of a U-Net (or their bypasses) by module path, in the order of the forward pass.
+
+    A Transformer2D of several basic blocks is that many units (`block`) or one (`module`); with one block it is one.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, unit in blocks(unet).items():
+        inner = list(unit.transformer_blocks) if isinstance(unit, Transformer2DModel) else []
+        if transformers == "block" and len(inner) > 1:
+            found |= {f"{name}.transformer_blocks.{i}": block for i, block in enumerate(inner)}
+        else:
+            found[name] = unit
+    return found
+
+
+def operators(unet: nn.Module) -> dict[str, nn.Module]:
+    """LD-Pruner's operators: every convolution, normalisation and attention, by module path."""
+    return {name: module for name, module in unet.named_modules() if isinstance(module, OPERATORS)}
+
+
+def remove(unet: nn.Module, names: Iterable[str], pointwise: str = "sum") -> dict[str, nn.Module]:
+    """Put stand-ins where units were, in place; returns what was there, for `put`.
+
+    A Transformer2D whose basic blocks are all bypassed is bypassed as a whole.
+    """
+    removed = {name: unet.get_submodule(name) for name in names}
+    put(unet, {name: stand_in(module, pointwise) for name, module in removed.items()})
+    for name in {name.partition(".transformer_blocks.")[0] for name in removed if ".transformer_blocks." in name}:
+        whole = unet.get_submodule(name)
+        if isinstance(whole, Transformer2DModel) and all(isinstance(b, Bypass) for b in whole.transformer_blocks):
+            removed = {name: whole} | removed  # first, so that its blocks are put back into it, not into its bypass
+            put(unet, {name: Bypass(whole)})
     return removed
 
 
@@ -77,7 +169,7 @@ def put(unet: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 class _Pruned:
-    """Builds the stock network, then bypasses the units that its configuration lists as `removed_units`."""
+    """Builds the stock network, then removes what its configuration lists as `removed_units`."""
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -85,7 +177,7 @@ class _Pruned:
         removed = list(config.pop("removed_units", ()))
         made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)  # type: ignore[misc]
         model = made[0] if return_unused_kwargs else made
-        bypass(model, removed)
+        remove(model, removed)
         model.register_to_config(removed_units=removed)
         return made
 
@@ -101,8 +193,8 @@ class _Pruned:
 
 
 class PrunedUNet2DModel(_Pruned, UNet2DModel):
-    """A UNet2DModel with `removed_units` bypassed."""
+    """A UNet2DModel without its `removed_units`."""
 
 
 class PrunedUNet2DConditionModel(_Pruned, UNet2DConditionModel):
-    """A UNet2DConditionModel with `removed_units` bypassed."""
+    """A UNet2DConditionModel without its `removed_units`."""

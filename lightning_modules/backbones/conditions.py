@@ -1,0 +1,177 @@
+"""What surrounds a denoiser in its pipeline: the VAE, the text encoders, and how they are asked."""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+
+REMEMBERED = 8
+"""batches of encoded captions that are kept"""
+
+
+class Surroundings:
+    """A diffusers pipeline around a network: frozen, in eval mode, and not a module, so never trained or saved.
+
+    `empty_text` is what the stock pipeline takes for its unconditional pass.
+    """
+
+    def __init__(self, pipeline: Any, component: str) -> None:
+        self.pipeline, self.component = pipeline, component
+        self.remembered: dict[tuple[str, ...], Any] = {}
+        for part in self.modules():
+            part.eval().requires_grad_(False)
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def modules(self) -> list[nn.Module]:
+        """The networks of the pipeline other than the denoiser."""
+        return [
+            part
+            for name, part in self.pipeline.components.items()
+            if isinstance(part, nn.Module) and name != self.component
+        ]
+
+    def to(self, device: torch.device) -> None:
+        for part in self.modules():
+            part.to(device)
+
+    # Images
+
+    @property
+    def vae(self) -> Any:
+        return getattr(self.pipeline, "vae", None) or getattr(self.pipeline, "vqvae", None)
+
+    @property
+    def encodes(self) -> bool:
+        """Is there a VAE between images and samples?"""
+        return self.vae is not None
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent, along one edge."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def image_channels(self) -> int:
+        return self.vae.config.in_channels
+
+    def encode(self, images: Tensor, rngs: Sequence[torch.Generator] | None) -> Tensor:
+        """Scaled latents of images in [-1,1]: one draw of the posterior, from a generator a sample or the global one."""
+        self.to(images.device)
+        found = self.vae.encode(images.to(self.vae.dtype))
+        if hasattr(found, "latents"):  # of a VQModel: no distribution
+            latents = found.latents
+        else:
+            posterior = found.latent_dist
+            shape = posterior.mean.shape
+            noise = torch.stack([torch.randn(shape[1:], generator=g) for g in rngs]) if rngs else torch.randn(shape)
+            latents = posterior.mean + posterior.std * noise.to(posterior.mean)
+        shift, scale = self.scaling(latents)
+        return (latents - shift) * scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images, about in [-1,1], of scaled latents."""
+        self.to(latents.device)
+        shift, scale = self.scaling(latents)
+        return self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample
+
+    def scaling(self, latents: Tensor) -> tuple[Any, Any]:
+        """What is subtracted from raw latents, and what they are multiplied with."""
+        config = self.vae.config
+        shift, scale = config.get("shift_factor") or 0.0, config.scaling_factor
+        if config.get("latents_mean") and config.get("latents_std"):
+            mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1).to(latents) for key in ("latents_mean", "latents_std"))
+            return mean, scale / std
+        return shift, scale
+
+    # Text
+
+    @property
+    def takes_text(self) -> bool:
+        return hasattr(self.pipeline, "encode_prompt")
+
+    def text(self, captions: Sequence[str], device: torch.device) -> dict[str, Any]:
+        """The network's arguments for some captions."""
+        self.to(device)
+        return self.encoder(list(captions), device)[0]
+
+    def empty_text(self, count: int, device: torch.device) -> dict[str, Any]:
+        """The network's arguments without a caption."""
+        self.to(device)
+        return self.encoder([""] * count, device)[1]
+
+    @torch.no_grad()
+    def encoder(self, captions: list[str], device: torch.device) -> "Arguments":
+        """Both sets of arguments; those of the last few batches are kept, as criteria come back to the same captions."""
+        name = type(self.pipeline).__name__
+        if name not in TEXT:
+            raise ValueError(f"text for a {name} is not known here; pipelines are: {', '.join(TEXT)}")
+        key = (str(device), *captions)
+        if key not in self.remembered:
+            if len(self.remembered) >= REMEMBERED:
+                self.remembered.pop(next(iter(self.remembered)))
+            self.remembered[key] = TEXT[name](self.pipeline, captions, device)
+        return self.remembered[key]
+
+    # Files
+
+    def save(self, network: nn.Module, folder: Path) -> Any:
+        """Write the whole pipeline around another network; returns it."""
+        pipeline = copy.copy(self.pipeline)
+        pipeline.register_modules(**{self.component: network})
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        return pipeline
+
+
+Arguments = tuple[dict[str, Any], dict[str, Any]]
+"""For the captions, and for the unconditional pass."""
+
+
+def clip(pipeline: Any, captions: list[str], device: torch.device) -> Arguments:
+    text, empty = pipeline.encode_prompt(captions, device, 1, True)
+    return {"encoder_hidden_states": text}, {"encoder_hidden_states": empty}
+
+
+def two_clips(pipeline: Any, captions: list[str], device: torch.device) -> Arguments:
+    text, empty, pooled, empty_pooled = pipeline.encode_prompt(captions, device=device)
+    return tuple(  # type: ignore[return-value]
+        {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": one}}
+        for states, one in ((text, pooled), (empty, empty_pooled))
+    )
+
+
+def t5(pipeline: Any, captions: list[str], device: torch.device) -> Arguments:
+    text, mask, empty, empty_mask = pipeline.encode_prompt(captions, device=device)
+    return tuple(  # type: ignore[return-value]
+        {"encoder_hidden_states": states, "encoder_attention_mask": seen}
+        for states, seen in ((text, mask), (empty, empty_mask))
+    )
+
+
+def two_clips_and_t5(pipeline: Any, captions: list[str], device: torch.device) -> Arguments:
+    text, empty, pooled, empty_pooled = pipeline.encode_prompt(captions, None, None, device=device)
+    return tuple(  # type: ignore[return-value]
+        {"encoder_hidden_states": states, "pooled_projections": one}
+        for states, one in ((text, pooled), (empty, empty_pooled))
+    )
+
+
+def clip_and_t5(pipeline: Any, captions: list[str], device: torch.device) -> Arguments:
+    text, pooled, ids = pipeline.encode_prompt(captions, device=device)
+    arguments = {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": ids}
+    return arguments, arguments  # its guidance is an argument of the network: there is no second pass
+
+
+TEXT: dict[str, Callable[[Any, list[str], torch.device], Arguments]] = {
+    "StableDiffusionPipeline": clip,
+    "StableDiffusionXLPipeline": two_clips,
+    "PixArtAlphaPipeline": t5,
+    "StableDiffusion3Pipeline": two_clips_and_t5,
+    "FluxPipeline": clip_and_t5,
+}
+"""How the pipelines encode prompts, as arguments of their networks."""
