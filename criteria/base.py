@@ -1,7 +1,7 @@
 """What a criterion sees of a network, and what it owes: one finite score for every unit."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,8 +12,9 @@ from torch import Tensor
 SCORING_VERSION = 2
 """Goes up when the same criterion would give other scores; part of the key under which scores are cached."""
 
-LEVELS = ("depth", "operator")
-"""Pools of units: whole blocks (ResNet blocks, attentions, transformer blocks), or LD-Pruner's single operators."""
+LEVELS = ("depth", "operator", "channel")
+"""Pools of units: whole blocks (ResNet blocks, attentions, transformer blocks), LD-Pruner's single operators, or blocks
+of channels (width)."""
 
 Batch = dict[str, Any]
 """Tensors and lists of one entry a sample; `conditions` is a dictionary of its own."""
@@ -26,12 +27,12 @@ class Unit:
     name: str
     """module path"""
     kind: str
-    """resnet | attention | transformer | block, or conv | attention | norm at the level of operators"""
+    """resnet | attention | transformer | block; conv | attention | norm for operators; channel for width"""
     params: int
     macs: int
     """multiply-accumulates of one forward at batch 1, convolutions and linear layers"""
     change: str = "bypass"
-    """what removing it is in a plan: bypass | replace"""
+    """what removing it is in a plan: bypass | replace | slice"""
     inside: str | None = None
     """the unit that contains this one, where there is one: only one of the two can be removed"""
 
@@ -77,8 +78,12 @@ class Backbone(Protocol):
         """The task loss of an output, one value a sample: (N,)."""
         ...
 
-    def freed_weights(self, name: str) -> list[Tensor]:
-        """The parameters that go when a unit is removed."""
+    def weights(self) -> dict[str, Tensor]:
+        """The network's parameters by name."""
+        ...
+
+    def freed_weights(self, name: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """What goes with a unit, of tensors with the names and shapes of the weights: themselves, or gradients."""
         ...
 
     @property
@@ -87,7 +92,7 @@ class Backbone(Protocol):
         ...
 
     def generate(self, batch: Batch, sampler: Callable[..., Any], steps: int, guidance: float = 1.0) -> Tensor:
-        """Samples in the network's own space (N,C,H,W), each from its entry of batch["seed"] (and of its conditions)."""
+        """Samples in the network's own space (N,C,H,W), each from its entry of batch["seed"] and its conditions."""
         ...
 
     def decode(self, samples: Tensor) -> Tensor:
@@ -155,10 +160,10 @@ def zeros(count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.float64)
 
 
-def check_level(level: str) -> str:
-    """`criterion.level`; raises ValueError where it is none of LEVELS."""
-    if level not in LEVELS:
-        raise ValueError(f"criterion.level={level!r} is unknown; choose one of: {', '.join(LEVELS)}")
+def check_level(level: str, valid: Sequence[str] = LEVELS) -> str:
+    """`criterion.level`; raises ValueError where it is none of the valid ones."""
+    if level not in valid:
+        raise ValueError(f"criterion.level={level!r} is unknown; choose one of: {', '.join(valid)}")
     return level
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from criteria.base import Criterion
+from criteria.base import Criterion, check_level
 from datamodules.seeding import torch_rng
 
 
@@ -14,8 +14,8 @@ class Random(Criterion):
 
     needs = "nothing"
 
-    def __init__(self, seed: int = 0) -> None:
-        self.order_seed = seed
+    def __init__(self, seed: int = 0, level: str = "depth") -> None:
+        self.order_seed, self.level = seed, check_level(level)
 
     def compute(self) -> dict[str, dict[str, float]]:
         rng = torch_rng(self.order_seed, "random criterion")

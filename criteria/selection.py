@@ -134,7 +134,9 @@ class Budgeted(Selection):
         return [unit for unit in pool.units if unit.name not in self.protected]
 
     def program(self, pool: Pool) -> Program:
-        """The costs of sets of the units that may go."""
+        """The costs of sets of the units that may go; ValueError where they are no sums over the units."""
+        if pool.cost is not None:
+            raise ValueError("these units are channels, whose costs do not add up; choose selection=threshold")
         free = [i for i, unit in enumerate(pool.units) if unit.name not in self.protected]
         return pool.program(self.budget).after(set(), free)
 

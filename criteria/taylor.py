@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from criteria.base import Backbone, Batch, Criterion, Unit, zeros
+from criteria.base import Backbone, Batch, Criterion, Unit, check_level, zeros
 
 
 class Taylor(Criterion):
     """s_i = sum over the weights w of unit i of | mean over samples of dL/dw * w |.
 
     Signed products are summed over the whole calibration set first, the absolute value is taken afterwards (Shortened
-    LLaMA, arXiv 2402.02834). Ours: all parameters that go with a unit count, biases too.
+    LLaMA, arXiv 2402.02834). Ours: all parameters that go with a unit of the `level` count, biases too.
 
     `threshold` is Diff-Pruning's (arXiv 2305.10924; 0.05 there): timesteps whose loss is small beside the largest do
     not count. The paper walks over the timesteps in order and stops at the first with L_t / L_max below the threshold.
@@ -24,11 +24,12 @@ class Taylor(Criterion):
 
     needs_grad = True
 
-    def __init__(self, threshold: float | None = None, buckets: int = 10) -> None:
+    def __init__(self, threshold: float | None = None, buckets: int = 10, level: str = "depth") -> None:
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"criterion.threshold={threshold} is out of range; choose 0 <= threshold <= 1, or null")
         if buckets < 1:
             raise ValueError(f"criterion.buckets={buckets} is out of range; choose a whole number of 1 or more")
+        self.level = check_level(level)
         self.threshold, self.buckets = threshold, buckets if threshold is not None else 1
 
     def supports(self, backbone: Backbone) -> str | None:
@@ -39,29 +40,27 @@ class Taylor(Criterion):
     def start(self, backbone: Backbone, units: Sequence[Unit], seed: int) -> None:
         """States: "loss" and "count" by bucket, and by parameter the summed products (buckets, *its shape)."""
         super().start(backbone, units, seed)
-        freed = {unit.name: backbone.freed_weights(unit.name) for unit in self.units}
-        self.weights = list({id(weight): weight for weights in freed.values() for weight in weights}.values())
-        key = {id(weight): f"weight {i}" for i, weight in enumerate(self.weights)}
-        self.keys = {name: [key[id(weight)] for weight in weights] for name, weights in freed.items()}
+        self.weights = backbone.weights()
         self.states = {"loss": zeros(self.buckets), "count": zeros(self.buckets)} | {
-            key[id(weight)]: torch.zeros(self.buckets, *weight.shape, device=weight.device) for weight in self.weights
+            f"weight {name}": torch.zeros(self.buckets, *weight.shape, device=weight.device)
+            for name, weight in self.weights.items()
         }
 
     def update(self, batch: Batch) -> None:
         inputs = self.backbone.calibration_inputs(batch, self.seed)
-        with torch.enable_grad(), requiring_grad(self.weights):
+        with torch.enable_grad(), requiring_grad([*self.weights.values()]):
             loss_N = self.backbone.losses(self.backbone.predict(inputs), inputs)
             bucket_N = self.bucket_of(inputs, len(loss_N)).to(loss_N.device)
             present = bucket_N.unique().tolist()
             for bucket in present:
                 loss = loss_N[bucket_N == bucket].sum()
                 gradients = torch.autograd.grad(
-                    loss, self.weights, retain_graph=bucket != present[-1], materialize_grads=True
+                    loss, [*self.weights.values()], retain_graph=bucket != present[-1], materialize_grads=True
                 )
                 self.states["loss"][bucket] += loss.detach().cpu()
                 self.states["count"][bucket] += int((bucket_N == bucket).sum())
-                for i, (gradient, weight) in enumerate(zip(gradients, self.weights, strict=True)):
-                    self.states[f"weight {i}"][bucket].addcmul_(gradient, weight.detach())
+                for gradient, (name, weight) in zip(gradients, self.weights.items(), strict=True):
+                    self.states[f"weight {name}"][bucket].addcmul_(gradient, weight.detach())
 
     def bucket_of(self, inputs: Batch, count: int) -> Tensor:
         """The part of the schedule that each sample's timestep is in: (N,)."""
@@ -81,11 +80,12 @@ class Taylor(Criterion):
     def compute(self) -> dict[str, dict[str, float]]:
         kept = self.kept()
         count = self.states["count"][kept].sum()
+        products = {name: self.states[f"weight {name}"] for name in self.weights}
+        sums = {name: product[kept.to(product.device)].sum(0) for name, product in products.items()}
         score = zeros(len(self.units))
         for i, unit in enumerate(self.units):
-            for key in self.keys[unit.name]:
-                products = self.states[key]
-                score[i] += float(products[kept.to(products.device)].sum(0).abs().sum(dtype=torch.float64))
+            for part in self.backbone.freed_weights(unit.name, sums):
+                score[i] += float(part.abs().sum(dtype=torch.float64))
         return self.table(score=score / count)
 
 

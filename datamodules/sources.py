@@ -145,7 +145,9 @@ def captions_of(root: Path, files: list[Path], captions: str) -> list[str]:
         found = {file: text.read_text().strip() for file, text in texts.items() if text.exists()}
     else:
         if not (root / captions).exists():
-            raise MissingData(f"data.captions={captions!r}: {root / captions} does not exist; choose txt or a .jsonl file")
+            raise MissingData(
+                f"data.captions={captions!r}: {root / captions} does not exist; choose txt or a .jsonl file"
+            )
         lines = [json.loads(line) for line in (root / captions).read_text().splitlines() if line.strip()]
         for line in lines[:1]:
             if not {"file_name", "text"} <= line.keys():

@@ -118,9 +118,7 @@ class Evaluator:
         if (folder / "images.npy").exists():
             return
         with self.stages("generate"):
-            batches = seeds(
-                evaluation.seed * 10_000_019, evaluation.samples, evaluation.batch_size, self.prompts()
-            )
+            batches = seeds(evaluation.seed * 10_000_019, evaluation.samples, evaluation.batch_size, self.prompts())
             module = Generation(network, build(cfg.sampler.scheduler), cfg.sampler.steps, cfg.sampler.guidance)
             trainer = make_trainer(cfg.trainer, f"samples of {name}", evaluation.precision)
             trainer.test(module, batches, verbose=False)

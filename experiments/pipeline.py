@@ -92,10 +92,9 @@ class Job:
         barrier()
 
     def check_criterion(self) -> None:
+        names = f"criterion={self.cfg.criterion.name} cannot score teacher={self.cfg.teacher.get('name', '?')}"
         if reason := self.criterion.supports(self.teacher):
-            raise ValueError(
-                f"criterion={self.cfg.criterion.name} cannot score teacher={self.cfg.teacher.get('name', '?')}: {reason}"
-            )
+            raise ValueError(f"{names}: {reason}")
 
     def check(self) -> None:
         """Raise ValueError for whatever would fail later, after the expensive parts."""
@@ -170,7 +169,8 @@ class Job:
         totals = {"params": teacher.params(), "macs": teacher.macs().linear}
         if savings is not None:
             totals["latency"] = savings.pop("")
-        return Pool(self.units, totals, teacher.shared(self.criterion.level), savings)
+        level = self.criterion.level
+        return Pool(self.units, totals, teacher.shared(level), savings, teacher.cost if level == "channel" else None)
 
     def plan(self, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
         """Which units go, and how."""

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.backbones.unet import CLASSES, UNetBackbone
 from lightning_modules.backbones.diffusion import DiffusionBackbone
+from lightning_modules.backbones.unet import CLASSES, UNetBackbone
 from lightning_modules.base import Optimizer, Schedule, TrainedModule, sum_over_ranks
 
 

@@ -26,10 +26,10 @@ class Reference:
 class Distillation(TrainedModule):
     """L = w_task * L_task + w_out * mean((eps_S - eps_T)^2) + w_feat * sum_l alpha_l * mean((f_S_l - f_T_l)^2).
 
-    `taps` says which feature maps are compared: `stages` (the outputs of down, middle and up blocks), `units` (the
-    outputs of the units that survive), a list of module paths, or a mapping {teacher's path: student's}. With `skip_emptied` a stage that lost every unit
-    it had is not compared: nothing is left in it that could follow the teacher. Every term is logged by level,
-    before and after its weight alpha_l (see LevelWeights).
+    `taps` says which feature maps are compared: `stages` (the outputs of down, middle and up blocks; of transformers
+    the blocks), `units` (the outputs of the units that survive), a list of module paths, or a mapping {teacher's path:
+    student's}. With `skip_emptied` a stage that lost every unit it had is not compared: nothing is left in it that
+    could follow the teacher. Every term is logged by level, before and after its weight alpha_l (see LevelWeights).
 
     The three terms are BK-SDM's (arXiv 2305.15798), the weights alpha_l follow LAPTOP-Diff (arXiv 2404.11098); the
     weights of the terms in the latter are not known, the defaults are ours.
@@ -72,9 +72,10 @@ class Distillation(TrainedModule):
         losses = {"task": self.student.losses(eps_s, inputs).mean()}
         total = self.w_task * losses["task"]
         if needs_teacher:
-            with torch.no_grad(), features(
-                {name: self.teacher.network.get_submodule(name) for name in self.levels}
-            ) as features_t:
+            with (
+                torch.no_grad(),
+                features({name: self.teacher.network.get_submodule(name) for name in self.levels}) as features_t,
+            ):
                 eps_t = self.teacher.predict(inputs).float()
             losses["output"] = F.mse_loss(eps_s, eps_t)
             total = total + self.w_out * losses["output"]

@@ -107,8 +107,10 @@ class JointMeasure:
         return total / count
 
 
-def unit_savings(backbone: DiffusionBackbone, units: Sequence[Unit], protocol: Any, device: torch.device) -> dict[str, int]:
-    """Microseconds of one forward that the removal of each unit (and of each shared part's) saves, all of it under "".
+def unit_savings(
+    backbone: DiffusionBackbone, units: Sequence[Unit], protocol: Any, device: torch.device
+) -> dict[str, int]:
+    """Microseconds of one forward that the removal of each unit saves; under "" those of the whole network.
 
     Medians over `protocol.latency_repeats` rounds in which the whole network and every pruned one take their turns.
     """
@@ -121,6 +123,8 @@ def unit_savings(backbone: DiffusionBackbone, units: Sequence[Unit], protocol: A
 
         return call
 
-    times = latencies({name: without(name) for name in ("", *(unit.name for unit in units))}, protocol.latency_repeats, device)
+    times = latencies(
+        {name: without(name) for name in ("", *(unit.name for unit in units))}, protocol.latency_repeats, device
+    )
     whole = times.pop("")
     return {"": round(1000 * whole)} | {name: round(1000 * (whole - time)) for name, time in times.items()}

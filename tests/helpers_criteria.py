@@ -82,8 +82,11 @@ class Fake(nn.Module):
     def losses(self, output, inputs):
         return (output - inputs["target"]).square().mean(1)
 
-    def freed_weights(self, name):
-        return list(getattr(self, name).parameters())
+    def weights(self):
+        return dict(self.named_parameters())
+
+    def freed_weights(self, name, tensors):
+        return [tensors[f"{name}.{key}"] for key, _ in getattr(self, name).named_parameters()]
 
     def generate(self, batch, sampler, steps, guidance=1.0):
         self.generations += 1

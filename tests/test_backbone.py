@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from conf.schema import ROOT
 from datamodules.sources import MissingData
-from lightning_modules.backbones.pruned_unet import Bypass, removable
 from lightning_modules.backbones import load_teacher
 from lightning_modules.backbones.files import weight_files
+from lightning_modules.backbones.pruned_unet import Bypass, removable
 from lightning_modules.backbones.unet import UNetBackbone
 from lightning_modules.export import export
 

@@ -11,7 +11,8 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from helpers_networks import FAMILIES, same_tensors
 from torch import Tensor, nn
 
-from lightning_modules.backbones.channels import Channels, axes, mend, resize, sizes
+from lightning_modules.backbones.channels import Channels
+from lightning_modules.backbones.pruned_unet import axes, mend, resize, sizes
 from lightning_modules.metrics.cost import count_macs
 
 

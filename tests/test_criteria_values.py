@@ -119,7 +119,7 @@ def test_magnitude_looks_at_no_data(reduction):
     assert criterion.needs == "nothing"
     criterion.start(backbone, backbone.units(), 0)
     for unit, score in zip("abc", column(criterion.finish()), strict=True):
-        weights = torch.cat([weight.detach().flatten() for weight in backbone.freed_weights(unit)])
+        weights = torch.cat([weight.detach().flatten() for weight in backbone.freed_weights(unit, backbone.weights())])
         np.testing.assert_allclose(score, float(getattr(weights.abs(), reduction)()), rtol=1e-12)
 
 

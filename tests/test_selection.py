@@ -1,90 +1,25 @@
 """The choice of units under a budget, against enumeration of every subset."""
 
-import itertools
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import replace
 
 import pytest
+from helpers_networks import bypasses, tiny_backbone
+from helpers_problems import Problem, problems, window_holds
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from criteria.base import Unit
-from criteria.selection import Given, Greedy, InfeasibleBudget, Knapsack, Ranked, Selection, solve
+from criteria.base import Shared, Unit
+from criteria.selection import Given, Greedy, InfeasibleBudget, Knapsack, Pool, Ranked, Threshold
 
 WAYS = [Knapsack, Ranked, Greedy]
+NAMES = ["down_blocks.0.resnets.0", "mid_block.attentions.0", "up_blocks.0.resnets.0", "up_blocks.1.resnets.0"]
+UNITS = [Unit(name, "resnet", 10, 10) for name in NAMES]
+SCORES = dict(zip(NAMES, [0.0, 1.0, 2.0, 3.0], strict=True))
+POOL = Pool(UNITS, {"params": 40, "macs": 40})
 thoroughly = settings(derandomize=True, database=None, deadline=None, max_examples=100)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Units by cost and score, and a budget in 64ths, which floating point holds exactly."""
-
-    costs: Sequence[int]
-    scores: Sequence[float]
-    total: int
-    ratio: float
-    tolerance: float
-
-    @property
-    def units(self) -> list[Unit]:
-        return [Unit(f"unit{i}", "resnet", cost, 0) for i, cost in enumerate(self.costs)]
-
-    @property
-    def named_scores(self) -> dict[str, float]:
-        return {f"unit{i}": score for i, score in enumerate(self.scores)}
-
-    def fits(self, spent: int) -> bool:
-        return window_holds(self.ratio, self.tolerance, spent, self.total)
-
-    def subsets(self) -> list[tuple[int, ...]]:
-        """Every subset that fits the budget, as places in order."""
-        places = range(len(self.costs))
-        every = itertools.chain.from_iterable(itertools.combinations(places, n) for n in range(len(self.costs) + 1))
-        return [chosen for chosen in every if self.fits(self.spent(chosen))]
-
-    def spent(self, chosen: Sequence[int]) -> int:
-        return sum(self.costs[i] for i in chosen)
-
-    def harm(self, chosen: Sequence[int]) -> float:
-        return math.fsum(self.scores[i] for i in chosen)
-
-    def solved(self, way: type[Selection], **changed: float) -> tuple[int, ...] | None:
-        """The places of the chosen units, None where the budget was called infeasible."""
-        budget = {"ratio": self.ratio, "tolerance": self.tolerance} | changed
-        try:
-            names = way(**budget).select(self.units, self.named_scores, self.total)
-        except InfeasibleBudget:
-            return None
-        return tuple(int(name.removeprefix("unit")) for name in names)
-
-
-def window_holds(ratio: float, tolerance: float, spent: int, total: int) -> bool:
-    """ratio <= spent / total <= ratio + tolerance, for the decimal numbers that a person wrote."""
-    low, width = Fraction(str(ratio)), Fraction(str(tolerance))
-    return low * total <= spent <= (low + width) * total
-
-
-SIGNED_WHOLE = st.integers(-4, 4).map(float)
-TIES = st.sampled_from([0.0, 1.0, 2.0])
-UNIT = st.floats(-1, 1, allow_subnormal=False)
-DECADES = st.floats(-9, 3).map(lambda power: 10**power)
-SIGNED_DECADES = st.tuples(st.sampled_from([1, -1]), st.floats(-6, 1)).map(lambda pair: pair[0] * 10 ** pair[1])
-ZERO = st.just(0.0)
-
-
-@st.composite
-def problems(draw: st.DrawFn, largest: Sequence[int] = (4, 1_000, 10**7, 10**10), least_ratio: int = 1) -> Problem:
-    count = draw(st.integers(1, 9))
-    cost = st.integers(1, draw(st.sampled_from(largest)))
-    score = draw(st.sampled_from([SIGNED_WHOLE, TIES, UNIT, DECADES, SIGNED_DECADES, ZERO]))
-    costs = draw(st.lists(cost, min_size=count, max_size=count))
-    scores = draw(st.lists(score, min_size=count, max_size=count))
-    total = sum(costs) + draw(st.integers(0, sum(costs)))
-    ratio = draw(st.integers(least_ratio, 63)) / 64
-    return Problem(costs, scores, total, ratio, draw(st.sampled_from([0, 1, 4, 16, 32])) / 64)
 
 
 # The knapsack
@@ -106,12 +41,6 @@ def test_the_knapsack_does_the_least_harm_that_any_set_does(problem):
     subsets = problem.subsets()
     assume(subsets)
     assert problem.harm(problem.solved(Knapsack)) == min(map(problem.harm, subsets))
-
-
-def test_a_set_of_less_harm_is_not_lost_in_the_solvers_simplifications():
-    """HiGHS' presolve gives [1, 2], of harm 6, as the optimum of this program; [0, 3] fits too, and its harm is 2."""
-    costs, scores = [6609880, 3575637, 9346131, 4624044], [4.0, 2.0, 4.0, -2.0]
-    assert solve(costs, scores, (10156967, 13970174)) == [0, 3]
 
 
 @thoroughly
@@ -181,11 +110,11 @@ def test_the_ends_of_the_window_are_those_of_the_decimal_numbers(ratio, toleranc
     """0.55 * 100 is 55.00000000000001 in floating point, (0.5 + 0.08) * 100 is 57.99999999999999."""
     units = [Unit("fits", "resnet", spent, 0), Unit("rest", "resnet", 99, 0)]
     assert window_holds(ratio, tolerance, spent, 100)
-    assert Knapsack(ratio, tolerance).select(units, {"fits": 1.0, "rest": 0.0}, 100) == ["fits"]
+    assert Knapsack(ratio, tolerance).select(Pool(units, {"params": 100}), {"fits": 1.0, "rest": 0.0}) == ["fits"]
 
 
 @pytest.mark.parametrize("way", WAYS)
-@thoroughly
+@settings(thoroughly, max_examples=50)
 @given(
     costs=st.lists(st.integers(1, 40), min_size=1, max_size=7),
     ratio=st.integers(1, 99).map(lambda n: n / 100),
@@ -200,16 +129,59 @@ def test_what_is_removed_lies_in_the_window_in_exact_arithmetic(way, costs, rati
 @pytest.mark.parametrize("way", WAYS)
 def test_names_come_in_the_order_of_the_forward_pass(way):
     units = [Unit(name, "resnet", 10, 0) for name in ("z", "a", "m")]
-    assert way(0.6, 0.1).select(units, {"z": 2.0, "a": 1.0, "m": 0.0}, 30) == ["a", "m"]
-    assert way(0.9, 0.1).select(units, {"z": 2.0, "a": 1.0, "m": 0.0}, 30) == ["z", "a", "m"]
+    pool, scores = Pool(units, {"params": 30}), {"z": 2.0, "a": 1.0, "m": 0.0}
+    assert way(0.6, 0.1).select(pool, scores) == ["a", "m"]
+    assert way(0.9, 0.1).select(pool, scores) == ["z", "a", "m"]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_budget_says_which_cost_counts(way):
     units = [Unit("wide", "resnet", 90, 10), Unit("deep", "resnet", 10, 90)]
+    pool = Pool(units, {"params": 100, "macs": 100, "latency": 1000}, savings={"wide": 100, "deep": 900})
     scores = {"wide": 1.0, "deep": 1.0}
-    assert way(0.85, 0.1, budget="params").select(units, scores, 100) == ["wide"]
-    assert way(0.85, 0.1, budget="macs").select(units, scores, 100) == ["deep"]
+    assert way(0.85, 0.1, budget="params").select(pool, scores) == ["wide"]
+    assert way(0.85, 0.1, budget="macs").select(pool, scores) == ["deep"]
+    assert way(0.85, 0.1, budget="latency").select(pool, scores) == ["deep"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_plan_says_how_each_unit_goes(way):
+    units = [Unit("a", "conv", 10, 0, change="replace"), Unit("b", "resnet", 10, 0), Unit("c", "resnet", 10, 0)]
+    changes = way(0.6, 0.1).changes(Pool(units, {"params": 30}), {"a": 0.0, "b": 1.0, "c": 2.0})
+    assert changes == [{"unit": "a", "kind": "replace"}, {"unit": "b", "kind": "bypass"}]
+
+
+# Latency
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_removal_that_saves_no_time_counts_nothing(way):
+    units = [Unit(name, "resnet", 10, 10) for name in ("slower", "faster", "fast")]
+    savings = {"slower": -500, "faster": 300, "fast": 100}
+    pool, scores = Pool(units, {"latency": 1000}, savings=savings), {"slower": 9.0, "faster": 1.0, "fast": 2.0}
+    assert way(0.25, 0.05, budget="latency").select(pool, scores) == ["faster"]
+    with pytest.raises(InfeasibleBudget, match=r"of latency .* ratio is 0\.400, the nearest achievable 0\.4000"):
+        way(0.45, 0.05, budget="latency").check(pool)
+
+
+def test_a_shared_part_saves_the_time_that_was_measured_for_it():
+    units = [Unit("a", "resnet", 10, 10), Unit("b", "resnet", 10, 10)]
+    shared, savings = [Shared("c", ("a", "b"), 10, 10)], {"a": 100, "b": 100}
+    for measured, ratio in (({}, 0.2), ({"c": 50}, 0.25), ({"c": -50}, 0.2)):
+        pool = Pool(units, {"latency": 1000}, shared, savings | measured)
+        assert Knapsack(ratio, 0.0, "latency").select(pool, {"a": 1.0, "b": 1.0}) == ["a", "b"]
+
+
+@pytest.mark.parametrize("savings", [None, {}, {NAMES[0]: 100}])
+def test_a_latency_budget_needs_the_saving_of_every_unit(savings):
+    with pytest.raises(ValueError, match=r"selection\.budget='latency' needs a measured saving of every unit"):
+        Knapsack(0.5, budget="latency").check(Pool(UNITS, {"latency": 1000}, savings=savings))
+
+
+def test_a_budget_that_was_not_measured_lists_those_that_were():
+    pool = Pool(UNITS, {"params": 40, "macs": 40}, savings=dict.fromkeys(NAMES, 10))
+    with pytest.raises(ValueError, match=r"selection\.budget='latency' has no total .*choose one of: params, macs"):
+        Knapsack(0.5, budget="latency").check(pool)
 
 
 # Ranked and greedy
@@ -250,29 +222,25 @@ def test_ranked_takes_units_of_equal_cost_in_order_of_their_scores(scores, count
 
 # Protected and given units
 
-NAMES = ["down_blocks.0.resnets.0", "mid_block.attentions.0", "up_blocks.0.resnets.0", "up_blocks.1.resnets.0"]
-UNITS = [Unit(name, "resnet", 10, 10) for name in NAMES]
-SCORES = dict(zip(NAMES, [0.0, 1.0, 2.0, 3.0], strict=True))
-
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_protected_unit_stays_even_where_it_is_the_cheapest(way):
-    assert way(0.5, 0.0).select(UNITS, SCORES, 40) == NAMES[:2]
-    assert way(0.5, 0.0, protected=NAMES[:1]).select(UNITS, SCORES, 40) == NAMES[1:3]
-    assert way(0.5, 0.0, protected=NAMES[:2]).select(UNITS, SCORES, 40) == NAMES[2:]
+    assert way(0.5, 0.0).select(POOL, SCORES) == NAMES[:2]
+    assert way(0.5, 0.0, protected=NAMES[:1]).select(POOL, SCORES) == NAMES[1:3]
+    assert way(0.5, 0.0, protected=NAMES[:2]).select(POOL, SCORES) == NAMES[2:]
 
 
 @pytest.mark.parametrize("way", WAYS)
 @settings(thoroughly, max_examples=40)
 @given(problem=problems(), data=st.data())
 def test_choosing_beside_protected_units_is_choosing_among_the_others(way, problem, data):
-    protected = data.draw(st.sets(st.sampled_from([unit.name for unit in problem.units])))
-    others = [unit for unit in problem.units if unit.name not in protected]
+    protected = data.draw(st.sets(st.sampled_from([unit.name for unit in problem.pool.units])))
+    others = [unit for unit in problem.pool.units if unit.name not in protected]
     found = []
-    for units, names in ((problem.units, protected), (others, [])):
+    for pool, names in ((problem.pool, protected), (replace(problem.pool, units=others), [])):
         try:
             budget = way(problem.ratio, problem.tolerance, protected=sorted(names))
-            found.append(budget.select(units, problem.named_scores, problem.total))
+            found.append(budget.select(pool, problem.named_scores))
         except InfeasibleBudget:
             found.append(None)
     assert found[0] == found[1]
@@ -281,24 +249,31 @@ def test_choosing_beside_protected_units_is_choosing_among_the_others(way, probl
 
 def test_a_protected_unit_that_is_not_there_is_named_with_the_nearest():
     with pytest.raises(ValueError, match=re.escape("selection.protected: 'mid_block.attention.0'")) as caught:
-        Knapsack(0.5, 0.0, protected=["mid_block.attention.0"]).select(UNITS, SCORES, 40)
+        Knapsack(0.5, 0.0, protected=["mid_block.attention.0"]).select(POOL, SCORES)
     assert "the nearest are: mid_block.attentions.0" in str(caught.value)
 
 
 def test_given_units_are_taken_whatever_they_come_to():
-    assert Given([NAMES[3], NAMES[0]]).select(UNITS, {}, 40) == [NAMES[0], NAMES[3]]
-    assert Given(NAMES).select(UNITS, {}, 40) == NAMES
+    assert Given([NAMES[3], NAMES[0]]).select(POOL, {}) == [NAMES[0], NAMES[3]]
+    assert Given(NAMES).select(POOL, {}) == NAMES
 
 
 def test_a_given_unit_that_is_not_there_is_named_with_the_nearest():
     with pytest.raises(ValueError, match=re.escape("selection.units: 'up_block.0.resnet.0'")) as caught:
-        Given([NAMES[0], "up_block.0.resnet.0"]).select(UNITS, SCORES, 40)
+        Given([NAMES[0], "up_block.0.resnet.0"]).select(POOL, SCORES)
     assert "the nearest are: up_blocks.0.resnets.0" in str(caught.value)
 
 
 def test_giving_no_unit_at_all_is_an_error():
     with pytest.raises(ValueError, match=r"selection\.units is empty"):
-        Given([]).select(UNITS, SCORES, 40)
+        Given([]).select(POOL, SCORES)
+
+
+def test_two_given_units_of_which_one_is_inside_the_other_are_refused():
+    units = [Unit("outer", "attention", 10, 10), Unit("inner", "conv", 5, 5, inside="outer")]
+    assert Given(["inner"]).select(Pool(units, {}), {}) == ["inner"]
+    with pytest.raises(ValueError, match=r"'inner' is inside 'outer'; list only one of the two"):
+        Given(["inner", "outer"]).check(Pool(units, {}))
 
 
 # Budgets that cannot be met
@@ -313,9 +288,8 @@ def test_giving_no_unit_at_all_is_an_error():
 def test_an_infeasible_budget_names_the_nearest_ratios_and_the_largest(way, problem):
     assume(not problem.subsets())
     with pytest.raises(InfeasibleBudget) as caught:
-        way(problem.ratio, problem.tolerance).select(problem.units, problem.named_scores, problem.total)
-    places = range(len(problem.costs))
-    sums = {problem.spent(s) for n in places for s in itertools.combinations(places, n + 1)}
+        way(problem.ratio, problem.tolerance).select(problem.pool, problem.named_scores)
+    sums = {problem.spent(chosen) for chosen in problem.allowed() if chosen}
     near = [max((s for s in sums if s < problem.ratio * problem.total), default=None)]
     near += [min((s for s in sums if s > (problem.ratio + problem.tolerance) * problem.total), default=None)]
     nearest = " and ".join(f"{s / problem.total:.4f}" for s in near if s is not None)
@@ -326,9 +300,9 @@ def test_an_infeasible_budget_names_the_nearest_ratios_and_the_largest(way, prob
 
 def test_an_infeasible_budget_says_how_many_units_are_protected():
     with pytest.raises(InfeasibleBudget, match=r"largest achievable ratio is 0\.250.*with 3 units protected"):
-        Knapsack(0.5, 0.1, protected=NAMES[1:]).select(UNITS, SCORES, 40)
+        Knapsack(0.5, 0.1, protected=NAMES[1:]).select(POOL, SCORES)
     with pytest.raises(InfeasibleBudget, match=r"largest achievable ratio is 0\.000, the nearest achievable none"):
-        Knapsack(0.5, 0.1, protected=NAMES).select(UNITS, SCORES, 40)
+        Knapsack(0.5, 0.1, protected=NAMES).select(POOL, SCORES)
 
 
 # Values out of range
@@ -355,9 +329,72 @@ def test_a_tolerance_outside_0_to_1_is_refused(tolerance):
 
 @pytest.mark.parametrize("budget", ["flops", "", "Params"])
 def test_an_unknown_budget_lists_those_there_are(budget):
-    message = f"selection.budget={budget!r} is unknown; choose one of: params, macs"
+    message = f"selection.budget={budget!r} is unknown; choose one of: params, macs, latency"
     with pytest.raises(ValueError, match=re.escape(message)):
         Knapsack(0.5, budget=budget)
+
+
+# Thresholds
+
+
+WIDE = Pool(
+    [Unit(name, "channel", 0, 0, change="slice") for name in ("a:0", "a:1", "a:2", "b:0", "b:1", "c:0")],
+    {"params": 30},
+    cost=lambda names, budget: len(names) * (12 - len(names)) // 2,  # 5, 10, 13 of one, two, three: less than the sum
+)
+
+
+def thresholded(ratio: float, scores: Sequence[float], pool: Pool = WIDE, **options: object) -> list[str]:
+    names = [unit.name for unit in pool.units]
+    return Threshold(ratio, **options).select(pool, dict(zip(names, scores, strict=True)))
+
+
+def test_a_threshold_takes_the_lowest_scores_until_the_exact_cost_is_in_the_window():
+    assert thresholded(0.15, [3.0, 1.0, 4.0, 2.0, 5.0, 0.0]) == ["a:1"]
+    assert thresholded(0.3, [3.0, 1.0, 4.0, 2.0, 5.0, 0.0], tolerance=0.05) == ["a:1", "b:0"]
+    assert thresholded(0.4, [3.0, 1.0, 4.0, 2.0, 5.0, 0.0], tolerance=0.05) == ["a:0", "a:1", "b:0"]
+
+
+def test_of_each_group_the_unit_of_the_highest_score_stays():
+    assert thresholded(0.4, [0.0, 2.0, 1.0, 8.0, 9.0, 0.0], tolerance=0.05) == ["a:0", "a:2", "b:0"]
+    assert thresholded(0.4, [0.0] * 6, tolerance=0.05) == ["a:0", "a:1", "b:0"]
+    assert thresholded(0.3, [0.0, 2.0, 1.0, 8.0, 9.0, 0.0], tolerance=0.05, protected=["a:0"]) == ["a:1", "a:2"]
+
+
+def test_all_units_of_one_score_go_where_the_budget_has_room_for_them():
+    assert thresholded(0.15, [9.0, 1.0, 9.0, 1.0, 9.0, 0.0], tolerance=0.2) == ["a:1", "b:0"]
+
+
+def test_within_a_tie_units_go_one_by_one_in_the_order_of_the_forward_pass():
+    assert thresholded(0.15, [1.0, 1.0, 9.0, 1.0, 9.0, 0.0]) == ["a:0"]
+    assert thresholded(0.3, [1.0, 1.0, 9.0, 0.0, 9.0, 0.0], tolerance=0.05) == ["a:0", "b:0"]
+
+
+def test_a_threshold_that_cannot_be_had_names_the_nearest_ratios():
+    with pytest.raises(InfeasibleBudget, match=r"ratio is 0\.433, the nearest achievable 0\.1667 and 0\.3333"):
+        thresholded(0.2, [1.0] * 6)
+    with pytest.raises(InfeasibleBudget, match=r"ratio is 0\.433, the nearest achievable 0\.4333$"):
+        thresholded(0.5, [1.0] * 6)
+    with pytest.raises(InfeasibleBudget, match=r"ratio is 0\.000, the nearest achievable none, with 6 units protected"):
+        thresholded(0.5, [1.0] * 6, protected=[unit.name for unit in WIDE.units])
+
+
+def test_a_threshold_is_bisected():
+    calls = []
+
+    def cost(names: Sequence[str], budget: str) -> int:
+        calls.append(list(names))
+        return len(names)
+
+    units = [Unit(f"a:{i}", "channel", 0, 0) for i in range(1001)]
+    pool = Pool(units, {"macs": 1000}, cost=cost)
+    assert len(thresholded(0.25, [float(i) for i in range(1001)], pool, budget="macs")) == 250
+    assert len(calls) < 20
+
+
+def test_a_threshold_is_for_channels():
+    with pytest.raises(ValueError, match=r"selection\.name='threshold' is for channels; .* choose one of: knapsack"):
+        Threshold(0.5).check(POOL)
 
 
 # On a network
@@ -365,13 +402,15 @@ def test_an_unknown_budget_lists_those_there_are(budget):
 
 @pytest.mark.parametrize("budget", ["params", "macs"])
 @pytest.mark.parametrize("way", WAYS)
-def test_the_student_that_is_built_is_smaller_by_exactly_what_was_chosen(teacher, way, budget):
+def test_the_student_that_is_built_is_smaller_by_exactly_what_was_chosen(way, budget):
     def cost(network) -> int:
         return network.params() if budget == "params" else network.macs().linear
 
+    teacher = tiny_backbone("UNet2DModel")
     units = teacher.units()
     scores = {unit.name: float(i % 4) for i, unit in enumerate(units)}
-    removed = way(0.4, 0.1, budget=budget).select(units, scores, cost(teacher))
-    freed = cost(teacher) - cost(teacher.pruned(removed))
+    pool = Pool(units, {budget: cost(teacher)}, teacher.shared())
+    removed = way(0.4, 0.1, budget=budget).select(pool, scores)
+    freed = cost(teacher) - cost(teacher.pruned(bypasses(removed)))
     assert freed == sum(getattr(unit, budget) for unit in units if unit.name in removed)
     assert window_holds(0.4, 0.1, freed, cost(teacher))

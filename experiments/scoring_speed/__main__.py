@@ -19,17 +19,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from conf.schema import ROOT
-from lightning_modules.backbones.pruned_unet import removable
-from lightning_modules.backbones.replay import Replay
 from lightning_modules.backbones import load_teacher
-from lightning_modules.backbones.unet import UNetBackbone
+from lightning_modules.backbones.diffusion import DiffusionBackbone
+from lightning_modules.backbones.replay import Replay
 
 
-def bound(backbone: UNetBackbone) -> float:
+def bound(backbone: DiffusionBackbone) -> float:
     """The largest speed-up there can be by MACs: all forwards, over one dense pass and what is behind each unit."""
-    macs, names = backbone.macs(), {module: name for name, module in backbone.unet.named_modules()}
-    units = removable(backbone.unet)
-    replay = Replay(backbone.unet, list(units.values()))
+    network = backbone.network
+    macs, names = backbone.macs(), {module: name for name, module in network.named_modules()}
+    units = {unit.name: network.get_submodule(unit.name) for unit in backbone.units()}
+    replay = Replay(network, list(units.values()))
     with torch.inference_mode(), replay.recording():
         backbone.predict(backbone.example_inputs(1, "cpu"))
     costs = [macs.of(names[part]) for part, _ in replay.record]
@@ -40,7 +40,7 @@ def bound(backbone: UNetBackbone) -> float:
 
 
 @torch.inference_mode()
-def compare(backbone: UNetBackbone, batch: int, repeats: int) -> tuple[float, float, bool]:
+def compare(backbone: DiffusionBackbone, batch: int, repeats: int) -> tuple[float, float, bool]:
     """Median seconds of the plain loop and of prefix reuse, and whether every output is equal bit for bit."""
     names = [unit.name for unit in backbone.units()]
     inputs = backbone.example_inputs(batch, "cpu")

@@ -1,8 +1,9 @@
 """Blocks of channels as units of width: found through torch-pruning's dependency graph, sliced out of copies.
 
 The baseline of width is Diff-Pruning (arXiv 2305.10924): channels of diffusion U-Nets scored by Taylor importance and
-removed through torch-pruning. torch-pruning only says here which channels are coupled; the slicing is `resize` below,
-so that a pruned network and its reloaded export are made by the same lines.
+removed through torch-pruning. torch-pruning only says here which channels are coupled; the slicing is done by
+`resize` of the file that travels with exports, so that a pruned network and its reloaded export are made by the same
+lines.
 """
 
 import copy
@@ -12,14 +13,11 @@ from typing import Any
 import torch
 import torch_pruning
 from diffusers.models.attention_processor import Attention
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from criteria.base import Unit
+from lightning_modules.backbones.pruned_unet import axes, depthwise, resize, size, sizes, width_of
 
 Cuts = dict[tuple[str, str], Tensor]
 """{(layer, "out" or "in"): indices of channels}; what has the same channels on both sides, as norms do, has "out"."""
@@ -274,108 +272,3 @@ def parts_of(tensor: Tensor, cuts: list[tuple[int, Tensor]]) -> list[Tensor]:
     (dim, indices), *later = cuts
     part = tensor.index_select(dim, indices.to(tensor.device))
     return [part, *(parts_of(without(tensor, dim, indices), later) if later else [])]
-
-
-# From here to the end of the file: what rebuilds a network of other widths. It needs torch and diffusers only.
-
-SIZE: dict[type, tuple[str, ...]] = {
-    _ConvNd: ("in_channels", "out_channels"),
-    nn.Linear: ("in_features", "out_features"),
-    nn.Embedding: ("num_embeddings", "embedding_dim"),
-    nn.GroupNorm: ("num_channels", "num_groups"),
-    nn.LayerNorm: ("normalized_shape",),
-    _NormBase: ("num_features",),
-}
-"""The attributes that say how large a layer is, by its class."""
-
-
-def size(module: nn.Module) -> list[int]:
-    """A layer's size, in the order of SIZE; empty for a module that has none."""
-    for cls, attributes in SIZE.items():
-        if isinstance(module, cls):
-            values = [getattr(module, attribute) for attribute in attributes]
-            return list(values[0]) if isinstance(module, nn.LayerNorm) else values
-    return []
-
-
-def sizes(network: nn.Module) -> dict[str, list[int]]:
-    """The size of every layer by module path: JSON-able."""
-    return {name: size(module) for name, module in network.named_modules() if size(module)}
-
-
-def resize(network: nn.Module, sizes: Mapping[str, Sequence[int]]) -> None:
-    """Give layers these sizes, in place; tensors whose shape changes are zeros, for `load_state_dict` to fill.
-
-    Raises ValueError for a path that is no layer with so many sizes.
-    """
-    modules = dict(network.named_modules())
-    for name, new in sizes.items():
-        module = modules.get(name, network)
-        old = size(module)
-        if len(old) != len(new) or name not in modules:
-            raise ValueError(f"sizes[{name!r}]={list(new)} fits no layer of this {type(network).__name__}")
-        if old == list(new):
-            continue
-        if isinstance(module, _ConvNd) and depthwise(module):
-            module.groups = new[1]
-        if isinstance(module, nn.LayerNorm):
-            module.normalized_shape = tuple(new)
-        else:
-            attributes = next(attributes for cls, attributes in SIZE.items() if isinstance(module, cls))
-            for attribute, value in zip(attributes, new, strict=True):
-                setattr(module, attribute, value)
-        for side in ("in", "out"):
-            for tensor, dim in axes(module, side):
-                put(module, tensor, dim, width_of(module, side))
-    mend(network)
-
-
-def width_of(module: nn.Module, side: str) -> int:
-    """The extent of a layer's tensors along the dimension that `axes` gives for a side."""
-    if isinstance(module, (nn.GroupNorm, nn.LayerNorm, _NormBase)):
-        return size(module)[0]
-    return size(module)[1] if side == "out" else size(module)[0] // getattr(module, "groups", 1)
-
-
-def axes(module: nn.Module, side: str) -> list[tuple[str, int]]:
-    """(tensor, dimension) of everything in a layer that a channel of one side takes with it."""
-    if isinstance(module, nn.Embedding):
-        return [("weight", 1)] if side == "out" else []
-    if not isinstance(module, (_ConvNd, nn.Linear)):
-        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        return [(name, 0) for name, tensor in tensors if tensor.dim() == 1 and side == "out"]
-    dims = {"out": 0, "in": 1}
-    if getattr(module, "transposed", False) and not depthwise(module):
-        dims = {"out": 1, "in": 0}
-    return [("weight", dims[side])] + ([("bias", 0)] if side == "out" and module.bias is not None else [])
-
-
-def depthwise(module: nn.Module) -> bool:
-    """Is this a convolution whose every channel is a group, so that inputs and outputs are the same channels?"""
-    return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
-
-
-def put(module: nn.Module, name: str, dim: int, extent: int) -> None:
-    """Replace a parameter or buffer by zeros of another extent in one dimension."""
-    old = getattr(module, name)
-    new = old.detach().new_zeros([*old.shape[:dim], extent, *old.shape[dim + 1 :]])
-    setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
-
-
-def mend(network: nn.Module) -> None:
-    """Let the attributes in which diffusers' modules keep channel counts say what their layers have."""
-    for module in network.modules():
-        if isinstance(module, (Downsample2D, Upsample2D)):
-            for conv in [part for part in module.modules() if isinstance(part, _ConvNd)]:
-                module.channels, module.out_channels = conv.in_channels, conv.out_channels
-        elif isinstance(module, ResnetBlock2D):
-            module.in_channels, module.out_channels = module.conv1.in_channels, module.conv2.out_channels
-            for sampler in (module.upsample, module.downsample):
-                if isinstance(sampler, (Downsample2D, Upsample2D)):
-                    sampler.channels = sampler.out_channels = module.in_channels
-        elif isinstance(module, Attention):
-            module.query_dim = module.to_q.in_features
-            if module.to_k is not None:
-                module.cross_attention_dim = module.to_k.in_features
-            if module.to_out is not None:
-                module.out_dim = module.to_out[0].out_features  # type: ignore[assignment]

@@ -8,7 +8,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-
 REMEMBERED = 8
 """batches of encoded captions that are kept"""
 
@@ -61,7 +60,7 @@ class Surroundings:
         return self.vae.config.in_channels
 
     def encode(self, images: Tensor, rngs: Sequence[torch.Generator] | None) -> Tensor:
-        """Scaled latents of images in [-1,1]: one draw of the posterior, from a generator a sample or the global one."""
+        """Scaled latents of images in [-1,1]: a draw of the posterior, from a generator a sample or the global one."""
         self.to(images.device)
         found = self.vae.encode(images.to(self.vae.dtype))
         if hasattr(found, "latents"):  # of a VQModel: no distribution
@@ -85,7 +84,9 @@ class Surroundings:
         config = self.vae.config
         shift, scale = config.get("shift_factor") or 0.0, config.scaling_factor
         if config.get("latents_mean") and config.get("latents_std"):
-            mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1).to(latents) for key in ("latents_mean", "latents_std"))
+            mean, std = (
+                torch.tensor(config[key]).view(1, -1, 1, 1).to(latents) for key in ("latents_mean", "latents_std")
+            )
             return mean, scale / std
         return shift, scale
 
@@ -107,7 +108,7 @@ class Surroundings:
 
     @torch.no_grad()
     def encoder(self, captions: list[str], device: torch.device) -> "Arguments":
-        """Both sets of arguments; those of the last few batches are kept, as criteria come back to the same captions."""
+        """Both sets of arguments; those of the last few batches are kept: criteria come back to the same captions."""
         name = type(self.pipeline).__name__
         if name not in TEXT:
             raise ValueError(f"text for a {name} is not known here; pipelines are: {', '.join(TEXT)}")

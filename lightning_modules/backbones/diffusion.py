@@ -20,7 +20,7 @@ from lightning_modules.backbones.replay import Replay
 from lightning_modules.metrics.cost import Macs, count_macs
 
 Change = Mapping[str, Any]
-"""One entry of a plan: {"unit": name, "kind": "bypass" | "replace" | "slice"} or {"kind": "restage", "variant": ...}."""
+"""An entry of a plan: {"unit": name, "kind": "bypass" | "replace" | "slice"} or {"kind": "restage", "variant": ...}."""
 
 
 class DiffusionBackbone(nn.Module):
@@ -55,8 +55,16 @@ class DiffusionBackbone(nn.Module):
         """Parts outside the units that go when all of some units go."""
         return []
 
-    def freed_weights(self, name: str) -> list[Tensor]:
-        """The parameters that go when a unit is removed."""
+    def weights(self) -> dict[str, Tensor]:
+        """The network's parameters by name."""
+        return dict(self.network.named_parameters())
+
+    def freed_weights(self, name: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """What goes with a unit, of tensors with the names and shapes of the weights: themselves, or gradients."""
+        raise NotImplementedError
+
+    def cost(self, names: Sequence[str], budget: str) -> int:
+        """What a set of units frees together, where that is not a sum (channels)."""
         raise NotImplementedError
 
     def survivors(self) -> list[str]:
@@ -155,9 +163,10 @@ class DiffusionBackbone(nn.Module):
 
     def noised(self, batch: Batch, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Batch:
         """What the network takes, and its target, for clean samples, noise and places in the schedule."""
-        noise, timesteps, schedule = noise.to(sample), timesteps.to(sample.device), self.noise_scheduler
+        schedule: Any = self.noise_scheduler
+        noise, timesteps = noise.to(sample), timesteps.to(sample.device)
         inputs: Batch = {"conditions": self.conditions(batch, sample.device)}
-        if isinstance(schedule, FlowMatchEulerDiscreteScheduler):
+        if is_flow(schedule):
             # Rectified flow (arXiv 2209.03003): x_s = (1 - s) x + s e, and the network predicts e - x.
             sigmas = schedule.sigmas.to(sample)[timesteps].view(-1, 1, 1, 1)
             noisy, target = (1 - sigmas) * sample + sigmas * noise, noise - sample
@@ -169,7 +178,11 @@ class DiffusionBackbone(nn.Module):
             target = schedule.get_velocity(sample, noise, timesteps)
         else:
             target = sample
-        return inputs | {"sample": schedule.add_noise(sample, noise, timesteps), "timestep": timesteps, "target": target}
+        return inputs | {
+            "sample": schedule.add_noise(sample, noise, timesteps),
+            "timestep": timesteps,
+            "target": target,
+        }
 
     # Conditions
 
@@ -304,7 +317,7 @@ class DiffusionBackbone(nn.Module):
     def data_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the samples the network takes."""
         size = self.options.get("sample_size") or self.network.config.sample_size
-        return (self.network.config.in_channels, *((size, size) if isinstance(size, int) else tuple(size)))  # type: ignore[return-value]
+        return (self.network.config.in_channels, *((size, size) if isinstance(size, int) else tuple(size)))
 
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the images that go with such samples."""
@@ -319,9 +332,7 @@ class DiffusionBackbone(nn.Module):
         return {
             "sample": torch.zeros(batch, *self.data_shape(), device=device),
             "timestep": torch.zeros(batch, dtype=torch.long, device=device),
-            "conditions": {
-                key: move(value, device) for key, value in self.example_conditions(batch).items()
-            },
+            "conditions": {key: move(value, device) for key, value in self.example_conditions(batch).items()},
         }
 
     def example_conditions(self, batch: int) -> dict[str, Any]:
@@ -360,6 +371,11 @@ class DiffusionBackbone(nn.Module):
 def hidden(output: Any) -> Tensor:
     """The feature map among a module's outputs: the last tensor (joint blocks give the text stream first)."""
     return output if isinstance(output, Tensor) else [part for part in output if isinstance(part, Tensor)][-1]
+
+
+def is_flow(schedule: Any) -> bool:
+    """Is this the schedule of a flow-matching model?"""
+    return isinstance(schedule, FlowMatchEulerDiscreteScheduler)
 
 
 def move(value: Any, device: Any) -> Any:

@@ -42,8 +42,7 @@ def find_pipeline(path: str) -> Path:
         return local
     if local.is_absolute() or path.count("/") != 1:
         raise MissingData(
-            f"teacher.path={path!r} does not exist: it names a folder with config.json and *.safetensors, "
-            "or a hub id"
+            f"teacher.path={path!r} does not exist: it names a folder with config.json and *.safetensors, or a hub id"
         )
     try:
         return Path(DiffusionPipeline.download(path, safety_checker=None, local_files_only=not on_the_hub(path)))

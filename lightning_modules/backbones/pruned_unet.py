@@ -4,15 +4,18 @@ It needs torch and diffusers only. Loading: `DiffusionPipeline.from_pretrained(f
 `PrunedUNet2DModel.from_pretrained(folder)` with this file at hand.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import Transformer2DModel, UNet2DConditionModel, UNet2DModel
-from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 VARIANT = "pruned"
 """diffusion_pytorch_model.pruned.safetensors"""
@@ -80,7 +83,7 @@ class Pointwise(nn.Module):
             )
             self.conv.weight.copy_(weight)
             if conv.bias is not None:
-                self.conv.bias.copy_(conv.bias)  # type: ignore[union-attr]
+                self.conv.bias.copy_(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         top, left = self.offset
@@ -101,7 +104,7 @@ def stand_in(module: nn.Module, pointwise: str = "sum") -> nn.Module:
     return Bypass(module)
 
 
-def stages(unet: Any) -> dict[str, nn.Module]:
+def stages(unet: Any) -> dict[str, Any]:
     """Down, middle and up blocks by module path, in the order of the forward pass."""
     found = {f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)}
     if unet.mid_block is not None:
@@ -117,7 +120,7 @@ def blocks(unet: nn.Module) -> dict[str, nn.Module]:
     """
     found = {}
     for stage, block in stages(unet).items():
-        resnets, attentions = list(block.resnets), list(getattr(block, "attentions", None) or [])  # type: ignore[call-overload,arg-type]
+        resnets, attentions = list(block.resnets), list(getattr(block, "attentions", None) or [])
         pairs = [(f"{stage}.resnets.{i}", unit, 2 * i) for i, unit in enumerate(resnets)]
         # In a middle block the first ResNet block comes alone and each attention precedes its ResNet block.
         pairs += [(f"{stage}.attentions.{i}", unit, 2 * i + 1) for i, unit in enumerate(attentions) if unit is not None]
@@ -133,12 +136,17 @@ def removable(unet: nn.Module, transformers: str = "block") -> dict[str, nn.Modu
     """
     found: dict[str, nn.Module] = {}
     for name, unit in blocks(unet).items():
-        inner = list(unit.transformer_blocks) if isinstance(unit, Transformer2DModel) else []
+        inner = basic_blocks(unit)
         if transformers == "block" and len(inner) > 1:
             found |= {f"{name}.transformer_blocks.{i}": block for i, block in enumerate(inner)}
         else:
             found[name] = unit
     return found
+
+
+def basic_blocks(unit: nn.Module) -> list[nn.Module]:
+    """The basic blocks of a Transformer2D (or their bypasses); other units have none."""
+    return list(getattr(unit, "transformer_blocks", ())) if isinstance(unit, Transformer2DModel) else []
 
 
 def operators(unet: nn.Module) -> dict[str, nn.Module]:
@@ -155,7 +163,7 @@ def remove(unet: nn.Module, names: Iterable[str], pointwise: str = "sum") -> dic
     put(unet, {name: stand_in(module, pointwise) for name, module in removed.items()})
     for name in {name.partition(".transformer_blocks.")[0] for name in removed if ".transformer_blocks." in name}:
         whole = unet.get_submodule(name)
-        if isinstance(whole, Transformer2DModel) and all(isinstance(b, Bypass) for b in whole.transformer_blocks):
+        if isinstance(whole, Transformer2DModel) and all(isinstance(b, Bypass) for b in basic_blocks(whole)):
             removed = {name: whole} | removed  # first, so that its blocks are put back into it, not into its bypass
             put(unet, {name: Bypass(whole)})
     return removed
@@ -168,17 +176,126 @@ def put(unet: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         setattr(unet.get_submodule(parent), child, module)
 
 
+# Widths
+
+SIZE: dict[type, tuple[str, ...]] = {
+    _ConvNd: ("in_channels", "out_channels"),
+    nn.Linear: ("in_features", "out_features"),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+    nn.GroupNorm: ("num_channels", "num_groups"),
+    nn.LayerNorm: ("normalized_shape",),
+    _NormBase: ("num_features",),
+}
+"""The attributes that say how large a layer is, by its class."""
+
+
+def size(module: nn.Module) -> list[int]:
+    """A layer's size, in the order of SIZE; empty for a module that has none."""
+    for cls, attributes in SIZE.items():
+        if isinstance(module, cls):
+            values = [getattr(module, attribute) for attribute in attributes]
+            return list(values[0]) if isinstance(module, nn.LayerNorm) else values
+    return []
+
+
+def sizes(network: nn.Module) -> dict[str, list[int]]:
+    """The size of every layer by module path: JSON-able."""
+    return {name: size(module) for name, module in network.named_modules() if size(module)}
+
+
+def resize(network: nn.Module, sizes: Mapping[str, Sequence[int]]) -> None:
+    """Give layers these sizes, in place; tensors whose shape changes are zeros, for `load_state_dict` to fill.
+
+    Raises ValueError for a path that is no layer with so many sizes.
+    """
+    modules = dict(network.named_modules())
+    for name, new in sizes.items():
+        module = modules.get(name, network)
+        old = size(module)
+        if len(old) != len(new) or name not in modules:
+            raise ValueError(f"sizes[{name!r}]={list(new)} fits no layer of this {type(network).__name__}")
+        if old == list(new):
+            continue
+        if isinstance(module, _ConvNd) and depthwise(module):
+            module.groups = new[1]
+        if isinstance(module, nn.LayerNorm):
+            module.normalized_shape = tuple(new)
+        else:
+            attributes = next(attributes for cls, attributes in SIZE.items() if isinstance(module, cls))
+            for attribute, value in zip(attributes, new, strict=True):
+                setattr(module, attribute, value)
+        for side in ("in", "out"):
+            for tensor, dim in axes(module, side):
+                refit(module, tensor, dim, width_of(module, side))
+    mend(network)
+
+
+def width_of(module: nn.Module, side: str) -> int:
+    """The extent of a layer's tensors along the dimension that `axes` gives for a side."""
+    if isinstance(module, (nn.GroupNorm, nn.LayerNorm, _NormBase)):
+        return size(module)[0]
+    return size(module)[1] if side == "out" else size(module)[0] // getattr(module, "groups", 1)
+
+
+def axes(module: nn.Module, side: str) -> list[tuple[str, int]]:
+    """(tensor, dimension) of everything in a layer that a channel of one side takes with it."""
+    if isinstance(module, nn.Embedding):
+        return [("weight", 1)] if side == "out" else []
+    if not isinstance(module, (_ConvNd, nn.Linear)):
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        return [(name, 0) for name, tensor in tensors if tensor.dim() == 1 and side == "out"]
+    dims = {"out": 0, "in": 1}
+    if getattr(module, "transposed", False) and not depthwise(module):
+        dims = {"out": 1, "in": 0}
+    return [("weight", dims[side])] + ([("bias", 0)] if side == "out" and module.bias is not None else [])
+
+
+def depthwise(module: nn.Module) -> bool:
+    """Is this a convolution whose every channel is a group, so that inputs and outputs are the same channels?"""
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
+
+
+def refit(module: nn.Module, name: str, dim: int, extent: int) -> None:
+    """Replace a parameter or buffer by zeros of another extent in one dimension."""
+    old = getattr(module, name)
+    new = old.detach().new_zeros([*old.shape[:dim], extent, *old.shape[dim + 1 :]])
+    setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+
+def mend(network: nn.Module) -> None:
+    """Let the attributes in which diffusers' modules keep channel counts say what their layers have."""
+    for module in network.modules():
+        if isinstance(module, (Downsample2D, Upsample2D)):
+            for conv in [part for part in module.modules() if isinstance(part, _ConvNd)]:
+                module.channels, module.out_channels = conv.in_channels, conv.out_channels
+        elif isinstance(module, ResnetBlock2D):
+            module.in_channels, module.out_channels = module.conv1.in_channels, module.conv2.out_channels
+            for sampler in (module.upsample, module.downsample):
+                if isinstance(sampler, (Downsample2D, Upsample2D)):
+                    sampler.channels = sampler.out_channels = module.in_channels
+        elif isinstance(module, Attention):
+            module.query_dim = module.to_q.in_features
+            if module.to_k is not None:
+                module.cross_attention_dim = module.to_k.in_features
+            if module.to_out is not None:
+                module.out_dim = module.to_out[0].out_features  # type: ignore[assignment]
+
+
+# Classes
+
+
 class _Pruned:
-    """Builds the stock network, then removes what its configuration lists as `removed_units`."""
+    """Builds the stock network, gives it the widths in its configuration's `sizes`, removes its `removed_units`."""
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         config = dict(config)
-        removed = list(config.pop("removed_units", ()))
+        removed, other_sizes = list(config.pop("removed_units", ())), dict(config.pop("sizes", {}))
         made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)  # type: ignore[misc]
         model = made[0] if return_unused_kwargs else made
+        resize(model, other_sizes)
         remove(model, removed)
-        model.register_to_config(removed_units=removed)
+        model.register_to_config(removed_units=removed, sizes=other_sizes)
         return made
 
     # The weights have a name of their own, so that opening them as the stock class fails instead of filling what is

@@ -4,7 +4,7 @@ Their units are whole blocks, and a student is the stock class with fewer of the
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -58,10 +58,10 @@ class TransformerBackbone(DiffusionBackbone):
         return set()
 
     def units(self, level: str = "depth") -> list[Unit]:
-        """The blocks; there are no operators to replace here (ValueError for that level)."""
+        """The blocks; ValueError for the other levels."""
         if check_level(level) != "depth":
             raise ValueError(
-                f"criterion.level={level!r}: single operators can be removed from U-Nets only; of a "
+                f"criterion.level={level!r}: operators and channels can be removed from U-Nets only; of a "
                 f"{type(self.network).__name__} choose criterion.level=depth"
             )
         macs = self.macs()
@@ -71,8 +71,8 @@ class TransformerBackbone(DiffusionBackbone):
             if name not in self.needed() and not isinstance(block, Skip)
         ]
 
-    def freed_weights(self, name: str) -> list[Tensor]:
-        return list(self.network.get_submodule(name).parameters())
+    def freed_weights(self, name: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        return [tensors[f"{name}.{key}"] for key, _ in self.network.get_submodule(name).named_parameters()]
 
     def survivors(self) -> list[str]:
         return [name for name, block in self.blocks().items() if not isinstance(block, Skip)]
@@ -91,7 +91,9 @@ class TransformerBackbone(DiffusionBackbone):
     def pruned(self, changes: Sequence[Change]) -> Self:
         kinds = {change["kind"] for change in changes}
         if kinds - {"bypass"}:
-            raise ValueError(f"a {type(self.network).__name__} can only lose whole blocks; the plan says {sorted(kinds)}")
+            raise ValueError(
+                f"a {type(self.network).__name__} can only lose whole blocks; the plan says {sorted(kinds)}"
+            )
         known([change["unit"] for change in changes], self.units(), "plan.units")
         moved = self.renumbered(changes)
         # Notes that begin with an underscore would set fields back to their defaults.
@@ -115,7 +117,7 @@ class TransformerBackbone(DiffusionBackbone):
     def renumbered(self, changes: Sequence[Change]) -> dict[str, str]:
         """{path of a block that stays: its path in the student}."""
         gone = {change["unit"] for change in changes}
-        moved = {}
+        moved: dict[str, str] = {}
         for name in self.counts:
             kept = [block for block in self.blocks() if block.startswith(f"{name}.") and block not in gone]
             moved |= {block: f"{name}.{i}" for i, block in enumerate(kept)}
@@ -231,7 +233,9 @@ class FluxBackbone(TransformerBackbone):
         batch, channels, height, width = sample.shape
         patches = sample.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
         rows, columns = torch.meshgrid(
-            torch.arange(height // 2, device=sample.device), torch.arange(width // 2, device=sample.device), indexing="ij"
+            torch.arange(height // 2, device=sample.device),
+            torch.arange(width // 2, device=sample.device),
+            indexing="ij",
         )
         ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3)
         return {

@@ -1,6 +1,7 @@
-"""Diffusion U-Nets of diffusers (UNet2DModel, UNet2DConditionModel) as backbones: DDPM, LDM, Stable Diffusion 1/2/XL."""
+"""Diffusion U-Nets of diffusers as backbones: DDPM, LDM, Stable Diffusion 1, 2 and XL."""
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -12,15 +13,18 @@ from torch import Tensor, nn
 
 from criteria.base import Batch, Shared, Unit, check_level
 from criteria.selection import known
+from lightning_modules.backbones.channels import Channels
 from lightning_modules.backbones.diffusion import Change, DiffusionBackbone, copied
 from lightning_modules.backbones.pruned_unet import (
     Bypass,
     PrunedUNet2DConditionModel,
     PrunedUNet2DModel,
+    basic_blocks,
     blocks,
     operators,
-    remove,
     removable,
+    remove,
+    sizes,
     stages,
     stand_in,
 )
@@ -51,7 +55,10 @@ class UNetBackbone(DiffusionBackbone):
     # Units and their removal
 
     def units(self, level: str = "depth") -> list[Unit]:
-        """Depth: ResNet blocks, attentions, transformer blocks. Operators: convolutions, attentions, normalisations."""
+        """Depth: ResNet blocks, attentions, transformer blocks. Operators: convolutions, attentions, normalisations.
+        Channels: blocks of coupled channels."""
+        if level == "channel":
+            return self.channels.units()
         if check_level(level) == "depth":
             there = removable(self.network, self.transformers)
             return [self.unit(name, m, "bypass") for name, m in there.items() if not isinstance(m, Bypass)]
@@ -85,26 +92,49 @@ class UNetBackbone(DiffusionBackbone):
             return []
         macs, found = self.macs(), []
         for name, module in blocks(self.network).items():
-            if isinstance(module, Transformer2DModel) and len(module.transformer_blocks) > 1:
+            if len(basic_blocks(module)) > 1:
                 left = {
                     f"{name}.transformer_blocks.{i}": block
-                    for i, block in enumerate(module.transformer_blocks)
+                    for i, block in enumerate(basic_blocks(module))
                     if not isinstance(block, Bypass)
                 }
                 params = [sum(p.numel() for p in part.parameters()) for part in (module, *left.values())]
                 products = [macs.of(name), *(macs.of(block) for block in left)]
-                found.append(
-                    Shared(name, tuple(left), params[0] - sum(params[1:]), products[0] - sum(products[1:]))
-                )
+                found.append(Shared(name, tuple(left), params[0] - sum(params[1:]), products[0] - sum(products[1:])))
         return found
 
-    def freed_weights(self, name: str) -> list[Tensor]:
+    def freed_weights(self, name: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        if ":" in name:
+            return self.channels.weights(name, tensors)
         module = self.network.get_submodule(name)
         return [
-            p
-            for key, p in module.named_parameters()
+            tensors[f"{name}.{key}"]
+            for key, _ in module.named_parameters()
             if not (isinstance(module, ResnetBlock2D) and key.startswith("conv_shortcut."))
         ]
+
+    @functools.cached_property
+    def channels(self) -> Channels:
+        """The groups of coupled channels."""
+        inputs = self.arguments(self.example_inputs(1, next(self.network.parameters()).device))
+        return Channels(self.network, lambda network: network(**inputs, return_dict=False)[0])
+
+    def cost(self, names: Sequence[str], budget: str) -> int:
+        """What a set of blocks of channels frees together, counted on the network without them."""
+        sliced = self.as_pruned(self.channels.sliced(names))
+        if budget == "params":
+            return self.params() - sliced.params()
+        return self.macs().linear - sliced.macs().linear
+
+    def as_pruned(self, sliced: nn.Module) -> Self:
+        """A network whose layers have other widths, as one of a class that says so in its configuration."""
+        config = self.network.config
+        stock = CLASSES[type(self.network).__name__.removeprefix("Pruned")]
+        with torch.device("meta"):
+            full = sizes(stock.from_config({key: value for key, value in config.items() if key != "sizes"}))
+        changed = {name: size for name, size in sizes(sliced).items() if full.get(name) != size}
+        cls = CLASSES["Pruned" + stock.__name__]
+        return self.student(copied(sliced, {"removed_units": [], **config, "sizes": changed}, cls))
 
     def survivors(self) -> list[str]:
         there = removable(self.network, self.transformers)
@@ -121,6 +151,10 @@ class UNetBackbone(DiffusionBackbone):
         if kinds == {"restage"}:
             return self.adopt(restage(self.network, changes[0]["variant"]), changes)
         names = [change["unit"] for change in changes]
+        if kinds == {"slice"}:
+            return self.as_pruned(self.channels.sliced(names))
+        if "slice" in kinds:
+            raise ValueError(f"a plan of {sorted(kinds)}: channels cannot be sliced in the same plan as units go")
         for kind, level in (("bypass", "depth"), ("replace", "operator")):
             if kind in kinds:
                 known([change["unit"] for change in changes if change["kind"] == kind], self.units(level), "plan.units")
@@ -150,9 +184,9 @@ class UNetBackbone(DiffusionBackbone):
         return conditions | {"added_cond_kwargs": conditions["added_cond_kwargs"] | {"time_ids": time_ids}}
 
     def example_conditions(self, batch: int) -> dict[str, Any]:
+        config = self.network.config
         if not isinstance(self.network, UNet2DConditionModel):
             return {}
-        config = self.network.config
         found: dict[str, Any] = {"encoder_hidden_states": torch.zeros(batch, 77, config.cross_attention_dim)}
         if config.addition_embed_type == "text_time":
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
