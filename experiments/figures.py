@@ -16,7 +16,13 @@ KEPT, REMOVED = "#4c78a8", "#e45756"
 
 
 def unit_scores(scores: dict[str, dict[str, float]], removed: Sequence[str], criterion: str, path: Path) -> None:
-    """A bar a unit, in the order of the forward pass; removed ones in red; standard errors where there are any."""
+    """A bar a unit, in the order of the forward pass; removed ones in red; standard errors where there are any.
+
+    Blocks of channels are too many for that: there is a bar a group, the sum of its scores, red as far as it goes.
+    """
+    if any(":" in name for name in scores):
+        channel_groups(scores, set(removed), criterion, path)
+        return
     names, values = list(scores), np.array([entry["score"] for entry in scores.values()])
     errors = np.array([entry.get("standard_error", 0.0) for entry in scores.values()])
     figure, axis = plt.subplots(figsize=(8, 0.22 * len(names) + 1.2))
@@ -28,6 +34,22 @@ def unit_scores(scores: dict[str, dict[str, float]], removed: Sequence[str], cri
     axis.tick_params(labelsize=7)
     axis.set_xlabel(f"{criterion}: harm if removed")
     axis.set_title(f"{len(removed)} of {len(names)} units removed (red)", fontsize=10)
+    save(figure, path)
+
+
+def channel_groups(scores: dict[str, dict[str, float]], removed: set[str], criterion: str, path: Path) -> None:
+    """A bar a group of channels: how many of its blocks stay and go, with its mean score beside the name."""
+    rows = [(name.partition(":")[0], entry["score"], name in removed) for name, entry in scores.items()]
+    table = pd.DataFrame(rows, columns=["group", "score", "removed"]).groupby("group", sort=False)
+    gone, count, mean = table["removed"].sum(), table.size(), table["score"].mean()
+    names = [f"{group}  ({mean[group]:.2g})" for group in count.index]
+    figure, axis = plt.subplots(figsize=(8, 0.22 * len(names) + 1.2))
+    axis.barh(names, gone, color=REMOVED)
+    axis.barh(names, count - gone, left=gone, color=KEPT)
+    axis.invert_yaxis()
+    axis.tick_params(labelsize=7)
+    axis.set_xlabel(f"blocks of channels; in brackets the mean {criterion} of a group")
+    axis.set_title(f"{len(removed)} of {len(rows)} blocks of channels removed (red)", fontsize=10)
     save(figure, path)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from conf.schema import ConfigError, build
 from criteria.base import SCORING_VERSION, check_scores
+from criteria.bk_sdm import BkSdm
 from criteria.selection import Pool, known
 from experiments.card import model_card
 from experiments.dashboard import Dashboard
@@ -37,6 +38,7 @@ from experiments.stages import Stages
 from experiments.train_stage import train
 from lightning_modules.backbones.diffusion import DiffusionBackbone
 from lightning_modules.backbones.files import load_network, weight_files
+from lightning_modules.backbones.restage import student_config
 from lightning_modules.distillation import check_levels
 from lightning_modules.evaluation import JointMeasure, seeds, unit_savings
 from lightning_modules.export import dense_twin, export, push, verify
@@ -110,9 +112,16 @@ class Job:
         self.teacher.conditions(calibration, torch.device("cpu"))
         self.evaluator.held_out()
         check_parts(cfg, self.teacher.noise_scheduler)
-        if self.selection.budget != "latency":  # measuring it is expensive
+        if isinstance(self.selection, BkSdm):
+            student_config(self.teacher.network.config, self.selection.variant)
+        elif self.selection.budget != "latency":  # measuring it is expensive
             self.selection.check(self.pool())
         if self.distils:
+            if self.criterion.level == "channel" and cfg.distillation.get("w_feat"):
+                raise ValueError(
+                    f"distillation.w_feat={cfg.distillation.w_feat}: a student with fewer channels has no feature maps "
+                    "like the teacher's; choose distillation=task_only, output_only or none"
+                )
             self.data.train_dataloader()
             check_levels(self.teacher, **{key: cfg.distillation.get(key) for key in ("normalization", "taps")})
 

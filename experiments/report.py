@@ -29,11 +29,14 @@ SEEDS = ("seed", "criterion.seed", "calibration.seed", "evaluation.seed", "data.
 def report_run(folder: Path) -> str:
     """Draw a run's figures and its report.html; returns the summary that the job prints."""
     metrics, measured = read_json(folder / "metrics.json"), read_json(folder / "measured.json")
-    scores, plan = read_json(folder / "scores.json"), read_json(folder / "plan.json")
+    plan = read_json(folder / "plan.json")
     config = OmegaConf.load(folder / "config.yaml")
-    removed = [change["unit"] for change in plan["changes"]]
-
-    figures.unit_scores(scores["scores"], removed, scores["criterion"], folder / "figures" / "scores.png")
+    removed = [change["unit"] for change in plan["changes"] if "unit" in change]
+    scores: dict[str, Any] = {}
+    if (folder / "scores.json").exists():  # selections with sets of their own need none
+        stored = read_json(folder / "scores.json")
+        scores = stored["scores"]
+        figures.unit_scores(scores, removed, stored["criterion"], folder / "figures" / "scores.png")
     if (folder / "metrics.csv").exists():
         figures.loss_curves(pd.read_csv(folder / "metrics.csv"), folder / "figures" / "losses.png")
     images = {name: folder / "samples" / name / "images.npy" for name in NETWORKS}
@@ -53,7 +56,7 @@ def report_run(folder: Path) -> str:
         metrics=metrics,
         measured=measured,
         removed=removed,
-        units=scores["scores"],
+        units=scores,
         config=OmegaConf.to_yaml(config),
         pictures={path.stem: inline(path) for path in sorted((folder / "figures").glob("*.png"))},
     )
@@ -65,11 +68,12 @@ def summarise(folder: Path, metrics: dict[str, Any], measured: dict[str, Any]) -
     """The block at the end of a job."""
     metric = metrics.get("protocol", {}).get("metric")
     requested = metrics["plan/requested_ratio"]
+    achieved = achieved_ratio(metrics, measured)
     lines = [
         (
             "removed",
-            f"{metrics['plan/achieved_ratio']:.4f} of {metrics['plan/budget']} "
-            f"({f'asked for {requested}' if requested else 'units given'}), {metrics['plan/removed_units']} units",
+            f"{achieved:.4f} of {metrics['plan/budget']} "
+            f"({f'asked for {requested}' if requested else 'a given plan'}), {metrics['plan/removed_units']} units",
         ),
         ("parameters", f"{metrics['teacher/params']:,} -> {metrics['student/params']:,}"),
         ("MACs, conv + linear", f"{metrics['teacher/macs'] / 1e9:.3f} G -> {metrics['student/macs'] / 1e9:.3f} G"),
@@ -114,6 +118,11 @@ def summarise(folder: Path, metrics: dict[str, Any], measured: dict[str, Any]) -
     return "\n".join(f"{name + ':':<24}{value}" for name, value in lines)
 
 
+def achieved_ratio(metrics: dict[str, Any], measured: dict[str, Any]) -> float:
+    """What the built student lacks of the budget: of a latency budget it is measured, and not the units' sum."""
+    return 1 - measured["latency_ratio"] if metrics["plan/budget"] == "latency" else metrics["plan/achieved_ratio"]
+
+
 def with_attention(metrics: dict[str, Any], name: str) -> float:
     return (metrics[f"{name}/macs"] + metrics[f"{name}/macs_attention"]) / 1e9
 
@@ -142,7 +151,7 @@ def collect(root: Path) -> pd.DataFrame:
             "page": str((folder / "report.html").relative_to(root)),
             "setting": setting(cfg),
             "teacher": cfg.teacher.name,
-            "criterion": cfg.criterion.name,
+            "criterion": scored_by(cfg),
             "selection": cfg.selection.name,
             "distillation": cfg.distillation.name,
             "steps": cfg.trainer.steps if "_target_" in cfg.distillation else 0,
@@ -150,7 +159,7 @@ def collect(root: Path) -> pd.DataFrame:
             "ratio": metrics["plan/requested_ratio"],
             "seed": cfg.seed,
             "criterion_seed": cfg.criterion.get("seed"),
-            "achieved": metrics["plan/achieved_ratio"],
+            "achieved": achieved_ratio(metrics, measured),
             "params": metrics["student/params"],
             "macs": metrics["student/macs"],
             "latency_ratio": measured["latency_ratio"],
@@ -170,6 +179,14 @@ def collect(root: Path) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values(
         ["criterion", "selection", "distillation", "ratio", "seed", "run"], ignore_index=True
     )
+
+
+def scored_by(cfg: DictConfig) -> str:
+    """The criterion, with the level of its units where that is not whole blocks; `none` where no score plays a part."""
+    if cfg.selection.name == "bk_sdm":
+        return "none"
+    level = cfg.criterion.get("level", "depth")
+    return cfg.criterion.name if level == "depth" else f"{cfg.criterion.name} ({level}s)"
 
 
 def setting(cfg: DictConfig) -> dict[str, Any]:

@@ -1,48 +1,115 @@
-"""Tiny networks of both U-Net families, and batches that fit them."""
+"""A tiny network of every family, and batches that fit it."""
 
 import copy
+import functools
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from conftest import TINY
 from diffusers import DDPMScheduler, Transformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from helpers_pipelines import LATENT, TEXT, tiny_pipeline
 from torch import Tensor, nn
 
+from lightning_modules.backbones import load_teacher
+from lightning_modules.backbones.diffusion import DiffusionBackbone
 from lightning_modules.backbones.unet import UNetBackbone
 
-FAMILIES = {
-    "UNet2DModel": (UNet2DModel, TINY),
-    "UNet2DConditionModel": (
-        UNet2DConditionModel,
-        TINY
-        | {
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "cross_attention_dim": 6,
-        },
-    ),
+CROSS = TINY | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
 }
-LAST_LAYER = {ResnetBlock2D: "conv2", Attention: "to_out.0", Transformer2DModel: "proj_out"}
+UNETS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "UNet2DModel": (UNet2DModel, TINY),
+    "UNet2DConditionModel": (UNet2DConditionModel, CROSS | {"cross_attention_dim": 6}),
+}
+"""Networks without a pipeline around them: on images, with conditions that a batch brings along."""
+
+LATENTS = CROSS | {"in_channels": 4, "out_channels": 4}
+SMALLER: dict[str, dict[str, Any]] = {
+    "sd": LATENTS | {"cross_attention_dim": TEXT},
+    "sdxl": LATENTS
+    | {
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "cross_attention_dim": 2 * TEXT,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": TEXT,
+        "projection_class_embeddings_input_dim": 7 * TEXT,
+    },
+}
+"""U-Nets of two stages that take the place of those in the tiny pipelines, which have more than a test needs."""
+
+TRANSFORMERS = ("dit", "pixart", "sd3", "flux")
+FAMILIES = (*UNETS, *SMALLER, *TRANSFORMERS)
+CAPTIONS = ("a cat", "the dog at the door", "red", "a boat, 1906")
+
+JOINT = ("attn.to_out.0", "attn.to_add_out", "ff.net.2", "ff_context.net.2")
+LAST_LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
+    ResnetBlock2D: ("conv2",),
+    Attention: ("to_out.0",),
+    Transformer2DModel: ("proj_out",),
+    BasicTransformerBlock: ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2"),
+    JointTransformerBlock: JOINT,
+    FluxTransformerBlock: JOINT,
+    FluxSingleTransformerBlock: ("proj_out",),
+}
+"""What a unit adds to its residual stream (or streams) comes from these; without them it does nothing."""
 
 
-def tiny_backbone(family: str) -> UNetBackbone:
-    """A network of random weights, the same in every call."""
-    cls, config = FAMILIES[family]
+def tiny_backbone(family: str) -> Any:
+    """A backbone of one of FAMILIES, of random weights, the same in every call."""
+    return copy.deepcopy(made(family))
+
+
+@functools.cache
+def made(family: str) -> DiffusionBackbone:
+    backbone: DiffusionBackbone
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return UNetBackbone(cls(**config).eval(), DDPMScheduler())
+        if family in UNETS:
+            cls, config = UNETS[family]
+            backbone = UNetBackbone(cls(**config).eval(), DDPMScheduler())
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                backbone = load_teacher(str(tiny_pipeline(family, Path(folder))), sample_size=LATENT)
+            if family in SMALLER:
+                backbone = backbone.student(UNet2DConditionModel(**SMALLER[family]))
+    backbone.macs()  # counted once for all copies
+    return backbone
 
 
-def tiny_batch(backbone: UNetBackbone, count: int = 4, of: int | None = None) -> dict[str, Tensor]:
-    """The first `count` of `of` samples, as Images.subset gives them, with conditions where the network takes them."""
+def tiny_batch(backbone: DiffusionBackbone, count: int = 4, of: int | None = None) -> dict[str, Any]:
+    """The first `count` of `of` samples, as Images.subset gives them, with captions or conditions where it needs any."""
     rng = torch.Generator().manual_seed(1)
-    images = torch.rand(of or count, 3, 8, 8, generator=rng) * 2 - 1
+    images = torch.rand(of or count, *backbone.image_shape(), generator=rng) * 2 - 1
     batch = {"image": images[:count], "number": torch.arange(count), "of": torch.full((count,), of or count)}
-    if isinstance(backbone.network, UNet2DConditionModel):
+    batch["label"] = batch["number"] % 3
+    if backbone.takes_text:
+        batch["caption"] = captions(count)
+    elif isinstance(backbone.network, UNet2DConditionModel):
         batch["conditions"] = {"encoder_hidden_states": torch.randn(of or count, 5, 6, generator=rng)[:count]}
     return batch
+
+
+def tiny_seeds(backbone: DiffusionBackbone, count: int = 4) -> dict[str, Any]:
+    """As many images to generate."""
+    return {"seed": torch.arange(count)} | ({"caption": captions(count)} if backbone.takes_text else {})
+
+
+def captions(count: int) -> list[str]:
+    return [CAPTIONS[k % len(CAPTIONS)] for k in range(count)]
+
+
+def part(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Some samples of a batch."""
+    return {key: part(v, start, stop) if isinstance(v, dict) else v[start:stop] for key, v in batch.items()}
 
 
 def bypasses(names: Iterable[str]) -> list[dict[str, str]]:
@@ -50,25 +117,40 @@ def bypasses(names: Iterable[str]) -> list[dict[str, str]]:
     return [{"unit": name, "kind": "bypass"} for name in names]
 
 
-def last_layer(unit: nn.Module) -> nn.Module:
-    return unit.get_submodule(LAST_LAYER[type(unit)])
+def replacements(names: Iterable[str]) -> list[dict[str, str]]:
+    """A plan that puts cheaper operators into the place of these units."""
+    return [{"unit": name, "kind": "replace"} for name in names]
+
+
+def last_layers(unit: nn.Module) -> list[nn.Module]:
+    there = dict(unit.named_modules())
+    return [there[name] for name in LAST_LAYERS[type(unit)] if name in there]
 
 
 @torch.no_grad()
-def with_zeroed(backbone: UNetBackbone, names: Iterable[str]) -> UNetBackbone:
-    """A copy in which the last layer of each of these units is zero, weight and bias.
+def with_zeroed(backbone: DiffusionBackbone, names: Iterable[str]) -> DiffusionBackbone:
+    """A copy in which the last layers of each of these units are zero, weight and bias.
 
-    An Attention turns its feature map to channels-last strides, in which later convolutions round differently; here it
-    keeps the strides it was given, so that nothing but the zeros is compared.
+    So is that of a Transformer2D all of whose basic blocks are named. Attentions turn their feature maps to
+    channels-last strides, in which later convolutions round differently; here they keep the strides they were given,
+    so that nothing but the zeros is compared.
     """
-    zeroed = copy.deepcopy(backbone)
+    zeroed, names = copy.deepcopy(backbone), set(names)
+    names |= {part.name for part in backbone.shared() if names.issuperset(part.units)}
     for name in names:
         unit = zeroed.network.get_submodule(name)
-        for parameter in last_layer(unit).parameters():
-            parameter.zero_()
-        if isinstance(unit, Attention):
-            unit.register_forward_hook(lambda module, given, output: torch.empty_like(given[0]).copy_(output))
+        for layer in last_layers(unit):
+            for parameter in layer.parameters():
+                parameter.zero_()
+        if isinstance(unit, Attention | Transformer2DModel):
+            unit.register_forward_hook(keep_strides)
     return zeroed
+
+
+def keep_strides(module: nn.Module, given: tuple[Tensor], output: Any) -> Any:
+    """A forward hook: the output in the strides of the input."""
+    kept = torch.empty_like(given[0]).copy_(output if isinstance(output, Tensor) else output[0])
+    return kept if isinstance(output, Tensor) else (kept,)
 
 
 def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

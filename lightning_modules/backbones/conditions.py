@@ -1,7 +1,8 @@
 """What surrounds a denoiser in its pipeline: the VAE, the text encoders, and how they are asked."""
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,8 +22,11 @@ class Surroundings:
     def __init__(self, pipeline: Any, component: str) -> None:
         self.pipeline, self.component = pipeline, component
         self.remembered: dict[tuple[str, ...], Any] = {}
+        pipeline.register_to_config(_name_or_path="")  # where it lay here is nobody's business in an export
         for part in self.modules():
             part.eval().requires_grad_(False)
+            if hasattr(part, "register_to_config"):
+                part.register_to_config(_name_or_path="")
 
     def __deepcopy__(self, memo: Any) -> Self:
         return self

@@ -175,9 +175,9 @@ def open_pipeline(folder: Path, network: nn.Module, component: str, noise_schedu
     try:
         index = json.loads((folder / "model_index.json").read_text())
         absent = {"safety_checker": None, "feature_extractor": None} if "safety_checker" in index else {}
-        pipeline = DiffusionPipeline.from_pretrained(
-            folder, **{component: network}, **absent, torch_dtype=torch.float32, trust_remote_code=False
-        )
+        # The network comes afterwards: diffusers would look up its class, and does not know that of an export.
+        pipeline = DiffusionPipeline.from_pretrained(folder, **{component: None}, **absent, torch_dtype=torch.float32)
+        pipeline.register_modules(**{component: network})
         mend_scaling(pipeline, folder)
         return pipeline
     except Exception as error:
