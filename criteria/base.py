@@ -115,7 +115,11 @@ class Criterion:
     seeds = 0
 
     def supports(self, backbone: Backbone) -> str | None:
-        """None, or the reason why this criterion cannot score this network."""
+        """None, or the reason why this criterion cannot score this network: here, that it has no units of the level."""
+        try:
+            backbone.units(self.level)
+        except ValueError as error:
+            return str(error)
         return None
 
     def start(self, backbone: Backbone, units: Sequence[Unit], seed: int) -> None:

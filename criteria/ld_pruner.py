@@ -40,7 +40,7 @@ class LDPruner(Criterion):
         self.generation = Generation(sampler, steps, guidance)
 
     def supports(self, backbone: Backbone) -> str | None:
-        return generates(backbone)
+        return generates(backbone) or super().supports(backbone)
 
     def start(self, backbone: Backbone, units: Sequence[Unit], seed: int) -> None:
         """The states "sum" and "square", (1 + units, elements) with the dense network first, begin with a batch."""

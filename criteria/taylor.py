@@ -35,7 +35,7 @@ class Taylor(Criterion):
     def supports(self, backbone: Backbone) -> str | None:
         if self.threshold is not None and not hasattr(backbone, "noise_scheduler"):
             return f"criterion.threshold={self.threshold} is for networks with timesteps; choose null"
-        return None
+        return super().supports(backbone)
 
     def start(self, backbone: Backbone, units: Sequence[Unit], seed: int) -> None:
         """States: "loss" and "count" by bucket, and by parameter the summed products (buckets, *its shape)."""

@@ -63,14 +63,15 @@ class TrainedModule(pl.LightningModule):
             bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
             self.stop_on_non_finite(f"gradient of {', '.join(bad[:3]) or 'all parameters together'}", {}, {})
 
-    def stop_on_non_finite(self, what: str, batch: dict[str, Tensor], losses: dict[str, Tensor]) -> None:
+    def stop_on_non_finite(self, what: str, batch: dict[str, Any], losses: dict[str, Tensor]) -> None:
         """Save what is needed to look at it, then raise NonFiniteLoss."""
         self.dump.mkdir(parents=True, exist_ok=True)
-        tensors = batch | {f"losses/{name}": value.detach().reshape(1) for name, value in losses.items()}
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}  # captions are none
+        tensors |= {f"losses/{name}": value.detach().reshape(1) for name, value in losses.items()}
         tensors["step"] = torch.tensor([self.global_step])
         path = self.dump / f"non_finite_rank{self.global_rank}.safetensors"
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path)
-        values = ", ".join(f"{name}={float(value):.4g}" for name, value in losses.items())
+        values = ", ".join(f"{name}={float(value.detach()):.4g}" for name, value in losses.items())
         raise NonFiniteLoss(
             f"the {what} is not finite at optimiser step {self.global_step} ({values}); no step was taken with it. "
             f"The batch is in {path}; a lower optimizer.lr or trainer.precision=32-true usually mends it"

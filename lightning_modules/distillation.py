@@ -114,32 +114,38 @@ def tap_names(teacher: DiffusionBackbone, taps: Any) -> list[str]:
 def tap_pairs(student: DiffusionBackbone, teacher: DiffusionBackbone, taps: Any, skip_emptied: bool) -> dict[str, str]:
     """{module path of the teacher: that of the student}, of the taps that the student has.
 
-    Raises ValueError for a path in a mapping that the student has not.
+    Raises ValueError for a path that the student has not, and where the student's counterparts of a list or of the
+    units are not known.
     """
     names, units, kept = tap_names(teacher, taps), teacher.survivors(), student.kept()
-    there = dict(student.network.named_modules())
-    if isinstance(taps, Mapping):
-        for name in taps.values():
-            if name not in there:
-                raise ValueError(
-                    f"distillation.taps: {name!r} is not a module of the student; its stages are: "
-                    f"{', '.join(student.stages())}"
-                )
-        return dict(taps)
+    renamed = any(old != new for old, new in student.moved.items())
+    if renamed and not isinstance(taps, str | Mapping):
+        raise ValueError(
+            "distillation.taps: the student's modules have other paths than the teacher's, so a list cannot name both; "
+            "choose stages, or a mapping {teacher's path: student's path}"
+        )
+    if taps == "units" and student.moved and not student.moved.keys() >= set(kept):
+        raise ValueError(
+            "distillation.taps='units': the student's units are not the teacher's; choose stages, or a mapping "
+            "{teacher's path: student's path}"
+        )
 
     def has_lost_all(name: str) -> bool:
         inside = [unit for unit in units if unit == name or unit.startswith(name + ".")]
         return bool(inside) and not any(unit in kept for unit in inside)
 
-    if student.moved and not isinstance(taps, str):
-        raise ValueError(
-            "distillation.taps: the student's modules have other paths than the teacher's, so a list cannot name both; "
-            "choose stages, or a mapping {teacher's path: student's path}"
-        )
     if taps == "units":
         names = [name for name in names if name in kept]
-    elif student.moved:
+    elif taps == "stages" and student.moved:
         names = [name for name in names if name in student.moved]
-    elif skip_emptied:
+    elif skip_emptied and not isinstance(taps, Mapping):
         names = [name for name in names if not has_lost_all(name)]
-    return {name: student.moved.get(name, name) for name in names}
+    pairs = {name: taps[name] if isinstance(taps, Mapping) else student.moved.get(name, name) for name in names}
+    there = dict(student.network.named_modules())
+    for name in pairs.values():
+        if name not in there:
+            raise ValueError(
+                f"distillation.taps: {name!r} is not a module of the student; its stages are: "
+                f"{', '.join(student.stages())}"
+            )
+    return pairs

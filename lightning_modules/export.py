@@ -44,6 +44,10 @@ save_file({"output": result.contiguous()}, output)
 """
 
 
+TOLERANCE = 1e-5
+"""how much an output may differ from another of the same weights, as a share of its largest value"""
+
+
 class ExportMismatch(RuntimeError):
     """An export does not load, or does not compute what the network in memory does."""
 
@@ -77,6 +81,7 @@ def dense_twin(teacher: DiffusionBackbone, student: DiffusionBackbone) -> Any:
     """The teacher's own class and shape with the student's weights, and zeros where bypassed units were.
 
     For tools that know only the stock network. Equal to the student, as a block whose last layer is zero does nothing.
+    Raises ValueError where that does not hold: of operators that were replaced, channels, restaged networks.
     """
     state = student.network.state_dict()
     twin = type(teacher.network).from_config(dict(teacher.network.config))
@@ -88,9 +93,17 @@ def dense_twin(teacher: DiffusionBackbone, student: DiffusionBackbone) -> Any:
         return key if at is None else back[at] + key[len(at) :]
 
     kept = {old_name(key): value for key, value in state.items()}
-    filled = {key: kept.get(key, torch.zeros_like(value)) for key, value in twin.state_dict().items()}
-    twin.load_state_dict(filled)
-    return twin.eval()
+    shapes = {key: value.shape for key, value in twin.state_dict().items()}
+    filled = {key: kept.get(key, torch.zeros(shape)) for key, shape in shapes.items()}
+    if all(filled[key].shape == shape for key, shape in shapes.items()):
+        twin.load_state_dict(filled)
+        arguments = random_arguments(student)
+        if difference(output_of(twin, arguments), output_of(student.network, arguments))[1]:
+            return twin
+    raise ValueError(
+        "export.dense_twin=true: no network of the teacher's shape computes what this student does; only a plan that "
+        "bypasses whole blocks has such a twin"
+    )
 
 
 def push(folder: Path, repository: str) -> str:
@@ -121,15 +134,26 @@ def random_arguments(student: DiffusionBackbone) -> dict[str, Any]:
     return student.arguments(inputs)
 
 
+def output_of(network: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    """What a network makes of its arguments, in eval mode."""
+    with torch.inference_mode():
+        return network.eval()(**arguments, return_dict=False)[0]
+
+
+def difference(found: Tensor, expected: Tensor) -> tuple[float, bool]:
+    """The largest difference of two outputs, and whether it is within TOLERANCE."""
+    largest = float((found - expected).abs().max())
+    return largest, largest <= TOLERANCE * float(expected.abs().max())
+
+
 def verify(student: DiffusionBackbone, folder: Path) -> float:
     """Load an export in a process that cannot import this project; returns the largest difference of its output.
 
-    Raises ExportMismatch where it does not load or differs by more than 1e-5 of the output's largest value.
+    Raises ExportMismatch where it does not load or differs by more than TOLERANCE.
     """
-    network = student.network.to("cpu").eval()
+    network = student.network.to("cpu")
     arguments = move(random_arguments(student), "cpu")
-    with torch.inference_mode():
-        expected = network(**arguments, return_dict=False)[0]
+    expected = output_of(network, arguments)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         save_file(flat(arguments), work / "inputs.safetensors")
@@ -151,12 +175,12 @@ def verify(student: DiffusionBackbone, folder: Path) -> float:
         if process.returncode:
             raise ExportMismatch(f"{folder} does not load in a clean process:\n{process.stderr[-2000:]}")
         found = load_file(work / "output.safetensors")["output"]
-    difference = float((found - expected).abs().max())
-    if not difference <= 1e-5 * float(expected.abs().max()):
+    largest, same = difference(found, expected)
+    if not same:
         raise ExportMismatch(
-            f"{folder} reloads, but its output differs by {difference:.3g} from the network that was exported"
+            f"{folder} reloads, but its output differs by {largest:.3g} from the network that was exported"
         )
-    return difference
+    return largest
 
 
 def clean_environment(work: Path) -> dict[str, str]:

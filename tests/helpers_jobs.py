@@ -1,8 +1,12 @@
 """Fixtures of tiny jobs: with samples, and without what takes long. A test file has them by `pytest_plugins`."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from helpers_pipelines import FACTOR, LATENT, tiny_pipeline
+from PIL import Image
 
 CHANNELS = '''
 import numpy as np
@@ -38,6 +42,32 @@ def sampling(overrides: list[str], data_folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PYTHONPATH", str(data_folder / "python"))
     kept = [override for override in overrides if not override.startswith("evaluation=")]
     return [*kept, "evaluation=channels", "evaluation.samples=8"]
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pictures, 20 pixels high and 16 wide, each with a caption of its own in metadata.jsonl."""
+    folder, rng = tmp_path_factory.mktemp("captioned"), np.random.default_rng(0)
+    for i in range(24):
+        Image.fromarray(rng.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"cat {i}"}) for i in range(24)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline of the shape of Stable Diffusion 1.x: text encoder, VAE, and a U-Net of four stages."""
+    return tiny_pipeline("sd", tmp_path_factory.mktemp("text_teacher"))
+
+
+@pytest.fixture
+def text_job(overrides: list[str], captioned: Path, text_teacher: Path) -> list[str]:
+    """`overrides` for a teacher that takes text, and pictures with captions."""
+    other = ("data=", "teacher.path=", "selection.tolerance=")
+    kept = [override for override in overrides if not override.startswith(other)]
+    data = ["data=captioned_folder", f"data.path={captioned}", f"data.size={LATENT * FACTOR}", "data.holdout_images=8"]
+    return [*kept, *data, f"teacher.path={text_teacher}"]
 
 
 @pytest.fixture

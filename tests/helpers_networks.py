@@ -86,7 +86,7 @@ def made(family: str) -> DiffusionBackbone:
 
 
 def tiny_batch(backbone: DiffusionBackbone, count: int = 4, of: int | None = None) -> dict[str, Any]:
-    """The first `count` of `of` samples, as Images.subset gives them, with captions or conditions where it needs any."""
+    """The first `count` of `of` samples, as Images.subset gives them, with captions or conditions as needed."""
     rng = torch.Generator().manual_seed(1)
     images = torch.rand(of or count, *backbone.image_shape(), generator=rng) * 2 - 1
     batch = {"image": images[:count], "number": torch.arange(count), "of": torch.full((count,), of or count)}

@@ -48,6 +48,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from conf.schema import ROOT
+
 LATENT, FACTOR = 8, 2
 """Size of the latents, and how many pixels one of their positions stands for; the 4 stages of a U-Net need 8."""
 TOKENS = 16
@@ -343,7 +345,7 @@ SAME_SHAPE = {
 
 def published(teacher: str) -> nn.Module:
     """The denoiser of a published teacher at its real size, on the meta device: shapes without weights."""
-    file = Path(__file__).parent / "architectures" / f"{SAME_SHAPE.get(teacher, teacher)}.json"
+    file = ROOT / "assets" / "architectures" / f"{SAME_SHAPE.get(teacher, teacher)}.json"
     config = json.loads(file.read_text())
     with torch.device("meta"):
         return getattr(diffusers, config.pop("_class_name"))(**config)

@@ -1,4 +1,4 @@
-"""U-Nets as backbones: what bypassing a unit means, what it saves, and what is refused."""
+"""Networks in files: what is written and read back, what is refused and how that is said; samples from seeds."""
 
 import json
 import pickle
@@ -7,25 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
-from helpers_networks import FAMILIES, bypasses, same_tensors, tiny_backbone, tiny_batch, with_zeroed
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
+from helpers_networks import UNETS, bypasses, same_tensors, tiny_backbone, tiny_batch
 from safetensors.torch import load_file, save_file
 
-from conf.schema import ROOT
 from datamodules.sources import MissingData
 from lightning_modules.backbones import load_teacher
 from lightning_modules.backbones.files import weight_files
-from lightning_modules.backbones.pruned_unet import Bypass, removable
-from lightning_modules.backbones.unet import UNetBackbone
 from lightning_modules.export import export
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -33,178 +21,14 @@ PRUNED_WEIGHTS = "diffusion_pytorch_model.pruned.safetensors"
 TWO_UNITS = ["down_blocks.1.attentions.0", "up_blocks.0.resnets.0"]
 
 
-@pytest.fixture(params=FAMILIES)
-def backbone(request) -> UNetBackbone:
-    return tiny_backbone(request.param)
-
-
-@pytest.fixture
-def inputs(backbone: UNetBackbone) -> dict:
-    return backbone.calibration_inputs(tiny_batch(backbone), seed=0)
-
-
-def names_of(backbone: UNetBackbone) -> list[str]:
-    return [name for name, module in removable(backbone.network).items() if not isinstance(module, Bypass)]
-
-
-# What a bypass is
-
-
-@torch.no_grad()
-def test_bypassing_any_one_unit_equals_zeroing_its_last_layer(backbone, inputs):
-    dense = backbone.predict(inputs)
-    for name in names_of(backbone):
-        expected = with_zeroed(backbone, [name]).predict(inputs)
-        with backbone.without([name]):
-            found = backbone.predict(inputs)
-        assert torch.equal(found, expected), name
-        assert not torch.equal(found, dense), f"{name} does nothing in this network: the test says nothing about it"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=8, deadline=None, derandomize=True, database=None)
-@given(data=st.data())
-@torch.no_grad()
-def test_bypassing_any_subset_equals_zeroing_the_last_layers_and_equals_the_pruned_network(family, data):
-    backbone = tiny_backbone(family)
-    inputs = backbone.calibration_inputs(tiny_batch(backbone, 2), seed=0)
-    names = data.draw(st.lists(st.sampled_from(names_of(backbone)), unique=True))
-    with backbone.without(names):
-        found = backbone.predict(inputs)
-    assert torch.equal(found, with_zeroed(backbone, names).predict(inputs))
-    assert torch.equal(found, backbone.pruned(bypasses(names)).predict(inputs))
-
-
-@torch.no_grad()
-def test_without_restores_every_bit_also_after_an_error_inside(backbone, inputs):
-    modules, state = dict(backbone.named_modules()), {k: v.clone() for k, v in backbone.state_dict().items()}
-    dense = backbone.predict(inputs)
-    with backbone.without(names_of(backbone)):
-        assert not torch.equal(backbone.predict(inputs), dense)
-    with pytest.raises(ZeroDivisionError), backbone.without(TWO_UNITS), backbone.without(["mid_block.resnets.0"]):
-        raise ZeroDivisionError
-    assert dict(backbone.named_modules()) == modules  # the same objects
-    assert same_tensors(backbone.state_dict(), state)
-    assert torch.equal(backbone.predict(inputs), dense)
-
-
-@torch.no_grad()
-def test_a_pruned_network_can_be_pruned_again(backbone, inputs, tmp_path):
-    once = backbone.pruned(bypasses(TWO_UNITS))
-    twice = once.pruned(bypasses(["mid_block.resnets.1"]))
-    together = backbone.pruned(bypasses([*TWO_UNITS, "mid_block.resnets.1"]))
-    assert names_of(once) == [name for name in names_of(backbone) if name not in TWO_UNITS]
-    assert same_tensors(twice.state_dict(), together.state_dict())
-    assert torch.equal(twice.predict(inputs), together.predict(inputs))
-    twice.save(tmp_path / "twice")
-    assert torch.equal(load_teacher(str(tmp_path / "twice"), DDPMScheduler()).predict(inputs), twice.predict(inputs))
-    with pytest.raises(
-        ValueError, match=rf"plan\.units: '{TWO_UNITS[0]}' is not a unit of this network; the nearest are"
-    ):
-        once.pruned(bypasses(TWO_UNITS[:1]))
-
-
-def test_pruning_copies_the_weights(backbone):
-    before = {key: value.clone() for key, value in backbone.state_dict().items()}
-    student = backbone.pruned(bypasses(TWO_UNITS))
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.add_(1)
-    assert same_tensors(backbone.state_dict(), before)
-
-
-@torch.no_grad()
-def test_prefix_reuse_equals_running_the_network_anew_for_each_unit(backbone, inputs):
-    names = names_of(backbone)
-    expected = {None: backbone.predict(inputs)}
-    for name in names:
-        with backbone.without([name]):
-            expected[name] = backbone.predict(inputs)
-    order = [*reversed(names), names[3]]  # any order, also twice
-    found = list(backbone.predict_without_each(inputs, order))
-    assert [name for name, _ in found] == [None, *order]
-    for name, output in found:
-        assert torch.equal(output, expected[name]), name
-    once = backbone.pruned(bypasses(TWO_UNITS))  # bypasses are parts of a network like any other
-    for name, output in list(once.predict_without_each(inputs, names_of(once))):
-        with once.without([name] if name else []):
-            assert torch.equal(output, once.predict(inputs)), name
-
-
-@torch.no_grad()
-def test_the_network_is_whole_between_two_outputs_of_prefix_reuse(backbone, inputs):
-    dense = backbone.predict(inputs)
-    for _ in backbone.predict_without_each(inputs, TWO_UNITS):
-        assert torch.equal(backbone.predict(inputs), dense)
-
-
-@torch.no_grad()
-def test_prefix_reuse_leaves_the_network_as_it_was_also_when_it_is_given_up(backbone, inputs):
-    modules, dense = dict(backbone.named_modules()), backbone.predict(inputs)
-    for taken in (1, 2, 5):
-        outputs = backbone.predict_without_each(inputs, names_of(backbone))
-        for _ in range(taken):
-            next(outputs)
-        outputs.close()
-        assert dict(backbone.named_modules()) == modules
-        assert not any("forward" in vars(module) for module in backbone.modules())
-        assert torch.equal(backbone.predict(inputs), dense)
-
-
-# What it saves
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=3, deadline=None, derandomize=True, database=None)
-@given(data=st.data())
-def test_removed_units_add_up_to_what_the_student_lacks(family, data):
-    teacher = tiny_backbone(family)
-    units = teacher.units()
-    removed = data.draw(st.lists(st.sampled_from(units), unique=True))
-    student = teacher.pruned(bypasses([unit.name for unit in removed]))
-    assert teacher.params() - sum(unit.params for unit in removed) == student.params()
-    assert teacher.macs().linear - sum(unit.macs for unit in removed) == student.macs().linear
-    assert [unit for unit in units if unit not in removed] == student.units()
-
-
-def test_units_come_in_the_order_of_the_forward_pass(backbone, inputs):
-    called = []
-    units = removable(backbone.network)
-    handles = [
-        module.register_forward_hook(lambda *_, name=name: called.append(name)) for name, module in units.items()
-    ]
-    backbone.predict(inputs)
-    for handle in handles:
-        handle.remove()
-    assert called == list(units) == [unit.name for unit in backbone.units()]
-
-
-def test_sd1_shape_has_the_published_size_and_cost():
-    """Nothing is computed or held in memory: the network lives on the meta device."""
-    with torch.device("meta"):
-        backbone = UNetBackbone(UNet2DConditionModel(sample_size=64, cross_attention_dim=768), DDPMScheduler())
-    units, macs = backbone.units(), backbone.macs()
-    assert [unit.kind for unit in units].count("resnet") == 22
-    assert [unit.kind for unit in units].count("transformer") == 16
-    assert len(units) == 38
-    assert backbone.params() == 859_520_964
-    assert round(macs.linear / 1e9, 2) == 338.61
-    assert round(macs.attention / 1e9, 2) == 63.03
-    assert round(sum(unit.params for unit in units) / backbone.params(), 3) == 0.909
-
-
-def test_the_embedded_teacher_has_the_units_its_configuration_promises():
-    backbone = load_teacher(str(ROOT / "assets" / "teacher"), DDPMScheduler())
-    kinds = [unit.kind for unit in backbone.units()]
-    assert (kinds.count("resnet"), kinds.count("attention"), len(kinds)) == (22, 6, 28)
-    assert backbone.params() == 8_952_067
-
-
 # Files
 
 
+@pytest.mark.parametrize("family", UNETS)
 @torch.no_grad()
-def test_a_saved_network_loads_with_the_same_bits(backbone, inputs, tmp_path):
+def test_a_saved_network_loads_with_the_same_bits(family, tmp_path):
+    backbone = tiny_backbone(family)
+    inputs = backbone.calibration_inputs(tiny_batch(backbone), seed=0)
     for name, weights, network in (
         ("dense", WEIGHTS, backbone),
         ("pruned", PRUNED_WEIGHTS, backbone.pruned(bypasses(TWO_UNITS))),
@@ -221,7 +45,7 @@ def test_a_saved_network_loads_with_the_same_bits(backbone, inputs, tmp_path):
 def test_a_network_in_the_unet_folder_of_a_pipeline_is_found(teacher_folder, tmp_path):
     shutil.copytree(teacher_folder, tmp_path / "pipeline" / "unet")
     assert weight_files(str(tmp_path / "pipeline")) == [
-        tmp_path / "pipeline" / "unet" / name for name in ("config.json", WEIGHTS)
+        tmp_path / "pipeline" / "unet" / name for name in ("config.json", WEIGHTS, "scheduler_config.json")
     ]
 
 

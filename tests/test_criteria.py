@@ -1,126 +1,183 @@
-"""The contract of every criterion in conf/criterion/, and what each of them measures."""
+"""The contract of every criterion in conf/criterion/ on every kind of network, and what some of them measure."""
 
+import contextlib
 import copy
-import functools
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
-from helpers_networks import FAMILIES, last_layer, same_tensors, tiny_backbone, tiny_batch
-from torch import Tensor
+from diffusers import DDPMScheduler
+from helpers_networks import last_layers, part, same_tensors, tiny_backbone, tiny_batch, tiny_seeds
+from helpers_pipelines import tiny_pipeline
+from test_generating_criteria import clip  # noqa: F401  a fixture: the folder of a tiny CLIP
 from torch.utils.data import DataLoader
 
 from conf import schema
 from conf.schema import ROOT
-from criteria.base import Criterion, Unit
+from criteria.base import Criterion
+from criteria.output_loss import OutputLoss
+from experiments.pipeline import prune
 from lightning_modules.backbones.pruned_unet import Bypass
 from lightning_modules.backbones.unet import UNetBackbone
 from lightning_modules.scoring import score
 from lightning_modules.training import make_trainer
 
 CRITERIA = sorted(path.stem for path in (ROOT / "conf" / "criterion").glob("*.yaml"))
-SAMPLES = 5  # no multiple of any batch size below but 1
+OTHER_LEVELS = ("ld_pruner depth", "magnitude channel", "random operator", "taylor operator", "taylor channel")
+FAMILIES = ("UNet2DModel", "sd", "sdxl", "dit")
+NO_TEXT = "it takes no text to compare its images with"
+BLOCKS_ONLY = "operators and channels can be removed from U-Nets only"
+UNSUPPORTED = {
+    ("clip_score", "UNet2DModel"): NO_TEXT,
+    ("clip_score", "dit"): NO_TEXT,
+    ("ld_pruner", "dit"): BLOCKS_ONLY,
+    ("magnitude channel", "dit"): BLOCKS_ONLY,
+    ("random operator", "dit"): BLOCKS_ONLY,
+    ("taylor operator", "dit"): BLOCKS_ONLY,
+    ("taylor channel", "dit"): BLOCKS_ONLY,
+}
+"""{(criterion, family): what is said of the pair}"""
+PAIRS = [
+    (name, family) for name in (*CRITERIA, *OTHER_LEVELS) for family in FAMILIES if (name, family) not in UNSUPPORTED
+]
+SAMPLES, SEEDS = 5, 3  # no multiples of any batch size below but 1
 CPU = SimpleNamespace(accelerator="cpu", devices=1, num_nodes=1, strategy="auto")
 
 
-@pytest.fixture(params=FAMILIES)
-def backbone(request) -> UNetBackbone:
-    return tiny_backbone(request.param)
+@pytest.fixture
+def make(request, configure):
+    """make(name) -> a new criterion of conf/criterion/, perhaps at another level: "name" or "name level"."""
+
+    def one(name: str) -> Criterion:
+        name, _, level = name.partition(" ")
+        given = [f"criterion={name}", "sampler.steps=2", *([f"criterion.level={level}"] if level else [])]
+        if name == "clip_score":
+            given.append(f"criterion.path={request.getfixturevalue('clip')}")
+        node = configure(*given).criterion
+        assert node.name == name
+        return schema.build(node)
+
+    return one
 
 
-@functools.cache
-def units_of(family: str) -> list[Unit]:
-    return tiny_backbone(family).units()
+@pytest.fixture
+def backbone(family: str) -> Any:
+    return tiny_backbone(family)
 
 
-def units(backbone: UNetBackbone) -> list[Unit]:
-    """What backbone.units() says, counted once per family."""
-    return units_of(type(backbone.network).__name__)
+each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def batches(backbone: UNetBackbone, size: int = 2) -> list[dict[str, Tensor]]:
-    whole = tiny_batch(backbone, SAMPLES)
-    return [{key: value[i : i + size] for key, value in whole.items()} for i in range(0, SAMPLES, size)]
+def batches(criterion: Criterion, backbone: Any, size: int) -> list[dict[str, Any]]:
+    of_seeds = criterion.needs == "seeds"
+    count = SEEDS if of_seeds else SAMPLES
+    whole = tiny_seeds(backbone, count) if of_seeds else tiny_batch(backbone, count)
+    return [part(whole, i, i + size) for i in range(0, count, size)]
 
 
-def bare(criterion: Criterion, backbone: UNetBackbone, size: int = 2, seed: int = 0) -> dict[str, dict[str, float]]:
-    criterion.start(backbone, units(backbone), seed)
+def bare(criterion: Criterion, backbone: Any, size: int = 2, seed: int = 0) -> dict[str, dict[str, float]]:
+    criterion.start(backbone, backbone.units(criterion.level), seed)
     with torch.enable_grad() if criterion.needs_grad else torch.no_grad():
-        for batch in batches(backbone, size):
+        for batch in batches(criterion, backbone, size):
             criterion.update(batch)
     return criterion.finish()
 
 
-def under_trainer(
-    criterion: Criterion, backbone: UNetBackbone, size: int = 2, seed: int = 0
-) -> dict[str, dict[str, float]]:
+def under_trainer(criterion: Criterion, backbone: Any, size: int = 2, seed: int = 0) -> dict[str, dict[str, float]]:
     trainer = make_trainer(CPU, "score units", "32-true", inference_mode=not criterion.needs_grad)
-    loader = DataLoader(batches(backbone, size), batch_size=None)
-    return score(criterion, backbone, units(backbone), loader, trainer, seed)
+    loader = DataLoader(batches(criterion, backbone, size), batch_size=None)
+    return score(criterion, backbone, backbone.units(criterion.level), loader, trainer, seed)
 
 
 def values(scores: dict[str, dict[str, float]], column: str = "score") -> np.ndarray:
     return np.array([entry[column] for entry in scores.values()])
 
 
-@pytest.fixture(params=CRITERIA)
-def make(request, configure):
-    """A new instance of one of the criteria of conf/criterion/."""
-    node = configure(f"criterion={request.param}").criterion
-    assert node.name == request.param
-    return lambda: schema.build(node)
-
-
 # The contract
 
 
-@pytest.mark.parametrize("drive", [bare, under_trainer])
-def test_scores_name_every_unit_once_are_finite_and_repeatable(make, backbone, drive):
-    scores = drive(make(), backbone)
-    assert list(scores) == [unit.name for unit in units(backbone)]
-    assert np.isfinite(values(scores)).all()
-    assert len(set(values(scores))) > 1, "a criterion that tells no unit from another"
-    torch.rand(3)  # the global generator plays no part
-    assert drive(make(), backbone) == scores
-
-
-def test_scores_are_the_same_bare_and_under_a_trainer(make, backbone):
-    np.testing.assert_allclose(values(under_trainer(make(), backbone)), values(bare(make(), backbone)), rtol=1e-12)
-
-
-@pytest.mark.parametrize("drive", [bare, under_trainer])
-def test_a_criterion_leaves_the_network_untouched(make, backbone, drive):
-    backbone.network.mid_block.train()  # a mixture of modes, to be found again
-    backbone.network.conv_in.requires_grad_(False)
-    for parameter in backbone.parameters():
+@contextlib.contextmanager
+def untouched(backbone: Any) -> Iterator[None]:
+    """Nothing inside may change the network: its weights, modes, flags, gradients, parts or hooks."""
+    modules, parameters = dict(backbone.named_modules()), dict(backbone.named_parameters())
+    for module in list(modules.values())[::3]:  # a mixture of modes, to be found again; nothing here drops anything
+        module.training = True
+    for parameter in list(parameters.values())[::4]:
+        parameter.requires_grad_(False)
+    for parameter in parameters.values():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
-    modules = dict(backbone.named_modules())
     modes = {name: module.training for name, module in modules.items()}
     state, flags = copy.deepcopy(backbone.state_dict()), [p.requires_grad for p in backbone.parameters()]
+    assert len(set(modes.values())) == len(set(flags)) == 2
 
-    drive(make(), backbone)
+    yield
 
     assert dict(backbone.named_modules()) == modules  # the same objects
     assert same_tensors(backbone.state_dict(), state)
     assert {name: module.training for name, module in modules.items()} == modes
     assert [p.requires_grad for p in backbone.parameters()] == flags
     for name, parameter in backbone.named_parameters():
+        assert parameter is parameters[name]
         if parameter.requires_grad:
             assert torch.equal(parameter.grad, torch.ones_like(parameter)), name
         else:
             assert parameter.grad is None, name
+        assert not parameter._backward_hooks, name
     for name, module in modules.items():
         assert not module._forward_hooks and not module._forward_pre_hooks and not module._backward_hooks, name
         assert "forward" not in vars(module), name
+    for around in backbone.surroundings.modules() if backbone.surroundings else ():
+        assert not around.training and not any(p.requires_grad or p.grad is not None for p in around.parameters())
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_scores_name_every_unit_once_are_finite_and_repeatable_and_leave_the_network_untouched(make, backbone, name):
+    assert make(name).supports(backbone) is None, "a pair that cannot be belongs into UNSUPPORTED, with its reason"
+    with untouched(backbone):
+        scores = bare(make(name), backbone)
+        torch.rand(3)  # the global generator plays no part
+        again = bare(make(name), backbone)
+    with untouched(backbone):
+        trained = under_trainer(make(name), backbone)
+    assert list(scores) == [unit.name for unit in backbone.units(make(name).level)]
+    assert np.isfinite(values(scores)).all()
+    assert len(set(values(scores))) > 1, "a criterion that tells no unit from another"
+    assert again == scores
+    np.testing.assert_allclose(values(trained), values(scores), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_scores_do_not_depend_on_the_batch_size(make, backbone, name):
+    scores, one_by_one = bare(make(name), backbone), bare(make(name), backbone, size=1)
+    for column in next(iter(scores.values())):
+        expected = values(scores, column)
+        np.testing.assert_allclose(values(one_by_one, column), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("name", "family"), UNSUPPORTED)
+def test_a_pair_that_cannot_be_ends_the_job_before_it_scores(
+    make, configure, overrides, backbone, name, family, tmp_path, monkeypatch
+):
+    assert UNSUPPORTED[name, family] in make(name).supports(backbone)
+    name, _, level = name.partition(" ")
+    given = [f"criterion={name}", *([f"criterion.level={level}"] if level else [])]
+    if family == "dit":
+        given.append(f"teacher.path={tiny_pipeline('dit', tmp_path / 'dit')}")
+    monkeypatch.setattr("experiments.pipeline.score", lambda *_: pytest.fail("it is scored"))
+    with pytest.raises(ValueError, match=rf"^criterion={name} cannot score teacher=.*{UNSUPPORTED[name, family]}") as e:
+        prune(configure(*overrides, *given))
+    print(e.value)
+    assert not list(tmp_path.rglob("scores.json"))
 
 
 @pytest.mark.parametrize("name", CRITERIA)
-def test_the_network_can_be_trained_after_scoring(name, configure):
+def test_the_network_can_be_trained_after_scoring(make, name):
     """Tensors made under a Trainer's inference mode would break the backward pass."""
-    backbone = tiny_backbone("UNet2DModel")
-    under_trainer(schema.build(configure(f"criterion={name}").criterion), backbone)
+    backbone = tiny_backbone("sd")
+    under_trainer(make(name), backbone)
     backbone.loss(backbone.calibration_inputs(tiny_batch(backbone), 0)).backward()
     assert all(parameter.grad is not None for parameter in backbone.parameters())
 
@@ -128,16 +185,13 @@ def test_the_network_can_be_trained_after_scoring(name, configure):
 # Output loss
 
 
-def output_loss() -> Criterion:
-    return schema.build(schema.OmegaConf.create({"_target_": "criteria.output_loss.OutputLoss"}))
-
-
+@each_family
 @torch.no_grad()
 def test_output_loss_and_its_standard_error_equal_a_plain_loop(backbone):
-    found = bare(output_loss(), backbone)
-    for unit in units(backbone):
+    found = bare(OutputLoss(), backbone)
+    for unit in backbone.units():
         losses = []
-        for batch in batches(backbone):
+        for batch in batches(OutputLoss(), backbone, 2):
             inputs = backbone.calibration_inputs(batch, 0)
             dense = backbone.predict(inputs).double().numpy()
             with backbone.without([unit.name]):
@@ -150,15 +204,9 @@ def test_output_loss_and_its_standard_error_equal_a_plain_loop(backbone):
         np.testing.assert_allclose(entry["standard_error"], np.std(losses, ddof=1) / np.sqrt(SAMPLES), rtol=1e-9)
 
 
-@pytest.mark.parametrize("size", [1, 3, SAMPLES])
-def test_output_loss_does_not_depend_on_the_batch_size(backbone, size):
-    for column in ("score", "standard_error"):
-        expected = values(bare(output_loss(), backbone, 2), column)
-        np.testing.assert_allclose(values(bare(output_loss(), backbone, size), column), expected, rtol=1e-4)
-
-
+@each_family
 def test_output_loss_depends_on_the_calibration_seed(backbone):
-    assert (values(bare(output_loss(), backbone, seed=0)) != values(bare(output_loss(), backbone, seed=1))).all()
+    assert (values(bare(OutputLoss(), backbone, seed=0)) != values(bare(OutputLoss(), backbone, seed=1))).all()
 
 
 @torch.no_grad()
@@ -167,9 +215,10 @@ def test_a_unit_that_adds_nothing_has_an_output_loss_of_exactly_zero():
     backbone = tiny_backbone("UNet2DConditionModel")
     dead = ["down_blocks.0.resnets.0", "mid_block.attentions.0", "up_blocks.0.resnets.1"]
     for name in dead:
-        for parameter in last_layer(backbone.network.get_submodule(name)).parameters():
-            parameter.zero_()
-    scores = bare(output_loss(), backbone)
+        for layer in last_layers(backbone.network.get_submodule(name)):
+            layer.weight.zero_()
+            layer.bias.zero_()
+    scores = bare(OutputLoss(), backbone)
     assert [name for name, entry in scores.items() if entry["score"] == 0] == dead
     assert [name for name, entry in scores.items() if entry["standard_error"] == 0] == dead
     assert all(entry["score"] >= 0 for entry in scores.values())
@@ -187,24 +236,26 @@ class Breaks(UNetBackbone):
 def test_an_output_that_is_not_finite_without_a_unit_is_an_error_naming_the_unit(drive):
     backbone = Breaks(tiny_backbone("UNet2DModel").network, DDPMScheduler())
     with pytest.raises(ValueError, match=r"the score of unit 'mid_block\.resnets\.1' is nan: .* not finite without it"):
-        drive(output_loss(), backbone)
+        drive(OutputLoss(), backbone)
 
 
+@each_family
 def test_activations_that_are_not_finite_are_an_error(backbone):
     with torch.no_grad():
-        backbone.network.conv_in.bias[0] = float("nan")
-    first = units(backbone)[0].name
+        next(backbone.network.parameters())[0] = float("nan")  # of the first layer
+    first = backbone.units()[0].name
     with pytest.raises(ValueError, match=rf"the score of unit '{first}' is nan"):
-        bare(output_loss(), backbone)
+        bare(OutputLoss(), backbone)
 
 
 # Magnitude
 
 
+@each_family
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_magnitude_is_that_of_the_weights_that_go(configure, backbone, reduction):
     found = bare(schema.build(configure("criterion=magnitude", f"criterion.reduction={reduction}").criterion), backbone)
-    for unit in units(backbone):
+    for unit in backbone.units():
         module = backbone.network.get_submodule(unit.name)
         gone = torch.cat(
             [
@@ -226,8 +277,8 @@ def test_an_unknown_reduction_lists_the_choices(configure):
 # Random
 
 
-def test_random_differs_between_its_seeds_and_not_between_calibrations(configure, backbone):
-    orders = []
+def test_random_differs_between_its_seeds_and_not_between_calibrations(configure):
+    backbone, orders = tiny_backbone("UNet2DModel"), []
     for seed in range(4):
         node = configure("criterion=random", f"criterion.seed={seed}").criterion
         scores = bare(schema.build(node), backbone, seed=0)
@@ -240,11 +291,17 @@ def test_random_is_taken_as_an_order(configure):
     assert configure("criterion=random").selection.name == "ranked"
 
 
-def test_the_conditions_of_a_batch_reach_the_network():
-    backbone = tiny_backbone("UNet2DConditionModel")
-    assert isinstance(backbone.network, UNet2DConditionModel)
-    batch = tiny_batch(backbone)
-    other = batch | {"encoder_hidden_states": batch["encoder_hidden_states"].flip(0)}
-    with torch.no_grad():
-        a, b = (backbone.predict(backbone.calibration_inputs(each, 0)) for each in (batch, other))
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [
+        ("UNet2DConditionModel", "conditions"),
+        *((family, "caption") for family in ("sd", "sdxl", "pixart", "sd3", "flux")),
+        ("dit", "label"),
+    ],
+)
+@torch.no_grad()
+def test_the_conditions_of_a_batch_reach_the_network(backbone, field):
+    batch = tiny_batch(backbone, 3)
+    turned = part(batch, 1, 3)[field], part(batch, 0, 2)[field]
+    a, b = (backbone.predict(backbone.calibration_inputs(part(batch, 0, 2) | {field: each}, 0)) for each in turned)
     assert not torch.equal(a, b)

@@ -247,10 +247,11 @@ def archive(tmp_path: Path) -> Path:
 
 
 def test_an_npz_gives_its_arrays(archive):
-    found, labels = Npz(str(archive), "x", "y").take(np.array([3, 1]))
-    assert found.dtype == np.uint8 and labels.dtype == np.int64
-    assert (found == pictures(5)[[3, 1]]).all() and labels.tolist() == [3, 1]
-    assert Npz(str(archive), "x").take(np.array([3]))[1].tolist() == [-1]
+    found = Npz(str(archive), "x", "y").take(np.array([3, 1]))
+    assert found.keys() == {"image", "label"}
+    assert found["image"].dtype == np.uint8 and found["label"].dtype == np.int64
+    assert (found["image"] == pictures(5)[[3, 1]]).all() and found["label"].tolist() == [3, 1]
+    assert Npz(str(archive), "x").take(np.array([3]))["label"].tolist() == [-1]
 
 
 @pytest.mark.parametrize("keys", [("images", "y"), ("x", "labels")])
@@ -307,10 +308,10 @@ def test_tiles_come_back_from_a_lossless_picture_bit_for_bit(tmp_path):
     Image.fromarray(sheet).save(tmp_path / "sheet.webp", lossless=True)
     (tmp_path / "sheet.labels.txt").write_text("012345678901\n")
     path = str(tmp_path / "sheet.webp")
-    found, labels = Tiles(path, tile=8).take(np.arange(12))
-    assert (found == tiles).all() and labels.tolist() == [*range(10), 0, 1]
+    found = Tiles(path, tile=8).take(np.arange(12))
+    assert (found["image"] == tiles).all() and found["label"].tolist() == [*range(10), 0, 1]
     part = Tiles(path, tile=8, start=2, stop=5)
-    assert (part.take(np.arange(3))[0] == tiles[2:5]).all() and part.labels.tolist() == [2, 3, 4]
+    assert (part.take(np.arange(3))["image"] == tiles[2:5]).all() and part.labels.tolist() == [2, 3, 4]
 
 
 def test_a_picture_of_tiles_that_is_not_there_is_named(tmp_path):
@@ -325,7 +326,8 @@ def one_picture(
     tmp_path: Path, picture: Image.Image, name: str = "a.png", size: int = 8, mode: str = "RGB"
 ) -> np.ndarray:
     picture.save(tmp_path / name)
-    (found,), (label,) = Folder(str(tmp_path), size, mode).take(np.array([0]))
+    record = Folder(str(tmp_path), size, mode).take(np.array([0]))
+    (found,), (label,) = record["image"], record["label"]
     assert (found.dtype, found.shape, label) == (np.uint8, (size, size, len(mode)), 0)
     return found
 
@@ -344,7 +346,7 @@ def test_a_folder_is_labelled_by_the_folders_inside_in_an_order_of_its_own(tmp_p
     found = Folder(str(tmp_path), 4)
     names = [file.relative_to(tmp_path).as_posix() for file in found.files]
     assert sorted(names) == ["a/10.jpeg", "a/9.PNG", "b/1.webp", "b/2.png", "c/deep/x.bmp"]
-    assert found.take(np.arange(5))[1].tolist() == ["abc".index(name[0]) for name in names]
+    assert found.take(np.arange(5))["label"].tolist() == ["abc".index(name[0]) for name in names]
     assert Folder(str(tmp_path), 4).files == found.files
 
 
@@ -355,7 +357,8 @@ def test_a_folder_is_split_so_that_every_class_is_held_out_and_trained_on(tmp_pa
     data = folder(str(tmp_path), size=4, holdout_images=16, batch_size=2)
     seen = []
     for split, count in (("holdout", 16), ("train", 24)):
-        images, labels = data.source(split).take(np.arange(len(data.source(split))))
+        record = data.source(split).take(np.arange(len(data.source(split))))
+        images, labels = record["image"], record["label"]
         assert len(images) == count and set(labels.tolist()) == {0, 1}
         assert [constant(image)[0] // 20 for image in images] == labels.tolist()
         seen += [constant(image)[0] for image in images]
@@ -430,20 +433,20 @@ def parquet(hub_cache: Path) -> str:
 
 def test_a_local_copy_of_a_hub_data_set_is_read(parquet):
     found = HuggingFace(parquet, "train", "picture", "kind", 8)
-    taken, labels = found.take(np.array([2, 0]))
-    assert len(found) == 4 and taken.dtype == np.uint8
-    assert (taken == pictures(4, size=8)[[2, 0]]).all() and labels.tolist() == [1, 3]
+    taken = found.take(np.array([2, 0]))
+    assert len(found) == 4 and taken["image"].dtype == np.uint8
+    assert (taken["image"] == pictures(4, size=8)[[2, 0]]).all() and taken["label"].tolist() == [1, 3]
     part = HuggingFace(parquet, "train[1:3]", "picture", None, 8)
-    assert len(part) == 2 and part.take(np.array([0]))[1].tolist() == [-1]
-    assert (part.take(np.array([0]))[0] == pictures(4, size=8)[1]).all()
+    assert len(part) == 2 and part.take(np.array([0]))["label"].tolist() == [-1]
+    assert (part.take(np.array([0]))["image"] == pictures(4, size=8)[1]).all()
 
 
 def test_a_folder_of_pictures_is_read_as_a_hub_data_set_with_labels(hub_cache):
     for place, kind in enumerate(["cat", "dog"]):
         (hub_cache / "set" / "train" / kind).mkdir(parents=True)
         Image.new("RGB", (12, 8), (place, 0, 0)).save(hub_cache / "set" / "train" / kind / "0.png")
-    found, labels = HuggingFace(str(hub_cache / "set"), "train", "image", "label", 8).take(np.array([1, 0]))
-    assert [constant(image)[0] for image in found] == [1, 0] == labels.tolist()
+    found = HuggingFace(str(hub_cache / "set"), "train", "image", "label", 8).take(np.array([1, 0]))
+    assert [constant(image)[0] for image in found["image"]] == [1, 0] == found["label"].tolist()
 
 
 @pytest.mark.parametrize(("image", "label", "wrong"), [("img", "kind", "img"), ("picture", "label", "label")])

@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import nn
 
+from conf.schema import ROOT
+
 PIXELS = LATENT * FACTOR
 CALL = {
     "dit": {"class_labels": [1]},
@@ -94,7 +96,7 @@ def test_dit_has_the_parameters_of_its_paper_with_one_embedder() -> None:
 
 
 def test_every_configuration_is_counted_here() -> None:
-    assert {file.stem for file in (Path(__file__).parent / "architectures").glob("*.json")} == set(PARAMETERS)
+    assert {file.stem for file in (ROOT / "assets" / "architectures").glob("*.json")} == set(PARAMETERS)
 
 
 @pytest.mark.parametrize("teacher", [*PUBLISHED, NOT_IN_DIFFUSERS])

@@ -13,6 +13,16 @@ REMEMBERED = 8
 """batches of encoded captions that are kept"""
 
 
+@contextlib.contextmanager
+def plainly(device: torch.device) -> Iterator[None]:
+    """Run frozen parts the same way for every caller: in float32, and with results that training can be done with.
+
+    Under autocast what is remembered would depend on who asked first, and some VAEs overflow in half precision.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
 class Surroundings:
     """A diffusers pipeline around a network: frozen, in eval mode, and not a module, so never trained or saved.
 
@@ -66,7 +76,8 @@ class Surroundings:
     def encode(self, images: Tensor, rngs: Sequence[torch.Generator] | None) -> Tensor:
         """Scaled latents of images in [-1,1]: a draw of the posterior, from a generator a sample or the global one."""
         self.to(images.device)
-        found = self.vae.encode(images.to(self.vae.dtype))
+        with plainly(images.device):
+            found = self.vae.encode(images.to(self.vae.dtype))
         if hasattr(found, "latents"):  # of a VQModel: no distribution
             latents = found.latents
         else:
@@ -81,7 +92,8 @@ class Surroundings:
         """Images, about in [-1,1], of scaled latents."""
         self.to(latents.device)
         shift, scale = self.scaling(latents)
-        return self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample
+        with plainly(latents.device):
+            return self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample
 
     def scaling(self, latents: Tensor) -> tuple[Any, Any]:
         """What is subtracted from raw latents, and what they are multiplied with."""
@@ -110,7 +122,6 @@ class Surroundings:
         self.to(device)
         return self.encoder([""] * count, device)[1]
 
-    @torch.no_grad()
     def encoder(self, captions: list[str], device: torch.device) -> "Arguments":
         """Both sets of arguments; those of the last few batches are kept: criteria come back to the same captions."""
         name = type(self.pipeline).__name__
@@ -120,7 +131,8 @@ class Surroundings:
         if key not in self.remembered:
             if len(self.remembered) >= REMEMBERED:
                 self.remembered.pop(next(iter(self.remembered)))
-            self.remembered[key] = TEXT[name](self.pipeline, captions, device)
+            with plainly(device):
+                self.remembered[key] = TEXT[name](self.pipeline, captions, device)
         return self.remembered[key]
 
     # Files
@@ -151,6 +163,7 @@ def two_clips(pipeline: Any, captions: list[str], device: torch.device) -> Argum
 
 
 def t5(pipeline: Any, captions: list[str], device: torch.device) -> Arguments:
+    """Captions in lower case; without the pipeline's further cleaning, which is left out where bs4 is not installed."""
     text, mask, empty, empty_mask = pipeline.encode_prompt(captions, device=device)
     return tuple(  # type: ignore[return-value]
         {"encoder_hidden_states": states, "encoder_attention_mask": seen}

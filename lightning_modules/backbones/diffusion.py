@@ -111,7 +111,8 @@ class DiffusionBackbone(nn.Module):
 
         def keep(name: str, bypass: nn.Module) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                seen[name] = hidden(output), hidden(bypass(*args, **kwargs))
+                # Not bypass(...), whose hooks would call it again: a 1x1 convolution stands in for itself.
+                seen[name] = hidden(output), hidden(bypass.forward(*args, **kwargs))
 
             return hook
 
@@ -233,14 +234,13 @@ class DiffusionBackbone(nn.Module):
 
         Equal to `without([name])` around `predict`, bit for bit on a CPU.
         """
-        units = {name: self.network.get_submodule(name) for name in names}
-        replay = Replay(self.network, [*units.values()])
+        replay = Replay(self.network, [self.network.get_submodule(name) for name in names])
         with replay.recording():
             dense = self.predict(inputs)
         yield None, dense
         for name in names:
-            # The stand-in stands where the unit stood, so the parts before it answer from the record.
-            with replay.reusing(replay.first_call(units[name])), self.without([name]):
+            # A stand-in stands where the unit stood, so the parts before it answer from the record.
+            with self.without([name]), replay.reusing(replay.first_change()):
                 output = self.predict(inputs)
             yield name, output
 
@@ -264,7 +264,7 @@ class DiffusionBackbone(nn.Module):
         seeds = [int(seed) for seed in batch["seed"]]
         sample = torch.stack([torch.randn(shape, generator=torch_rng("sample", seed)) for seed in seeds]).to(device)
         scheduler = sampler(self.noise_scheduler.config)
-        self.set_timesteps(scheduler, steps, device)
+        scheduler.set_timesteps(steps, device=device, **self.step_options(scheduler, steps))
         options: dict[str, Any] = {}
         if "generator" in inspect.signature(scheduler.step).parameters:  # stochastic samplers: a generator an image
             options["generator"] = [torch_rng("sampler", seed) for seed in seeds]
@@ -291,15 +291,14 @@ class DiffusionBackbone(nn.Module):
         """Conditions with the guidance scale, for networks that take it as an argument."""
         return conditions
 
-    def set_timesteps(self, scheduler: Any, steps: int, device: torch.device) -> None:
-        """Choose the sampler's steps; samplers that shift them by the size of the image are told it."""
-        options = {}
-        if scheduler.config.get("use_dynamic_shifting"):
-            config = scheduler.config
-            # Linear in the number of tokens between two sizes (Stable Diffusion 3, arXiv 2403.03206, section 5.3.2).
-            slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-            options["mu"] = config.base_shift + slope * (self.tokens() - config.base_image_seq_len)
-        scheduler.set_timesteps(steps, device=device, **options)
+    def step_options(self, scheduler: Any, steps: int) -> dict[str, Any]:
+        """What a sampler wants to know beyond the number of steps: those that shift them, by how much."""
+        config = scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return {}
+        # Linear in the number of tokens between two sizes (Stable Diffusion 3, arXiv 2403.03206, section 5.3.2).
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        return {"mu": config.base_shift + slope * (self.tokens() - config.base_image_seq_len)}
 
     def tokens(self) -> int:
         """How many tokens one sample is; of networks with patches of 2x2."""

@@ -150,8 +150,9 @@ def basic_blocks(unit: nn.Module) -> list[nn.Module]:
 
 
 def operators(unet: nn.Module) -> dict[str, nn.Module]:
-    """LD-Pruner's operators: every convolution, normalisation and attention, by module path."""
-    return {name: module for name, module in unet.named_modules() if isinstance(module, OPERATORS)}
+    """LD-Pruner's operators: every convolution, normalisation and attention, by module path, but what replaced one."""
+    replaced = {id(module.conv) for module in unet.modules() if isinstance(module, Pointwise)}
+    return {n: part for n, part in unet.named_modules() if isinstance(part, OPERATORS) and id(part) not in replaced}
 
 
 def remove(unet: nn.Module, names: Iterable[str], pointwise: str = "sum") -> dict[str, nn.Module]:

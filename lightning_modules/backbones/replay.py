@@ -16,12 +16,19 @@ class Replay:
     """
 
     def __init__(self, network: nn.Module, units: Sequence[nn.Module]) -> None:
-        self.parts = list(parts(network, set(units)))
+        self.network = network
+        self.parts = {part: list(part.modules()) for part in parts(network, set(units))}
         self.record: list[tuple[nn.Module, Any]] = []
 
-    def first_call(self, unit: nn.Module) -> int:
-        """The place of a unit's first call in the recorded pass."""
-        return next(place for place, (part, _) in enumerate(self.record) if part is unit)
+    def first_change(self) -> int:
+        """The place, in the recorded pass, of the first call of a part that is gone or has other modules inside now.
+
+        That is not always a removed unit itself: units may be inside other units, and the last basic block of a
+        Transformer2D takes along what comes before it there. Where nothing changed, it is the end.
+        """
+        there = set(self.network.modules())
+        changed = {part for part, inside in self.parts.items() if part not in there or list(part.modules()) != inside}
+        return next((place for place, (part, _) in enumerate(self.record) if part in changed), len(self.record))
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:

@@ -8,7 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
@@ -181,9 +187,11 @@ class PixArtBackbone(TransformerBackbone):
     def with_sizes(self, conditions: dict[str, Any], batch: Batch, device: torch.device) -> dict[str, Any]:
         if not self.network.use_additional_conditions:
             return conditions
-        count, size = len(conditions["encoder_hidden_states"]), torch.tensor([self.image_shape()[1:]])
-        resolution = batch.get("original_size", size.expand(count, 2)).to(device).float()
-        sizes = {"resolution": resolution, "aspect_ratio": resolution[:, :1] / resolution[:, 1:]}
+        count, size = len(conditions["encoder_hidden_states"]), torch.tensor([self.image_shape()[1:]], device=device)
+        size = size.expand(count, 2).float()
+        resolution = batch.get("original_size", size).to(device).float()
+        # The resolution is that of the picture before it was cropped, the aspect ratio that of what is seen of it.
+        sizes = {"resolution": resolution, "aspect_ratio": size[:, :1] / size[:, 1:]}
         return conditions | {"added_cond_kwargs": sizes}
 
     def example_conditions(self, batch: int) -> dict[str, Any]:
@@ -227,6 +235,13 @@ class FluxBackbone(TransformerBackbone):
             return conditions
         states = conditions["encoder_hidden_states"]
         return conditions | {"guidance": torch.full((len(states),), float(guidance), device=states.device)}
+
+    def step_options(self, scheduler: Any, steps: int) -> dict[str, Any]:
+        """As in its pipeline, the steps before any shift are evenly spaced from 1 to 1/steps."""
+        options = super().step_options(scheduler, steps)
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            options["sigmas"] = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
+        return options
 
     def arguments(self, inputs: Batch) -> dict[str, Any]:
         sample = inputs["sample"]

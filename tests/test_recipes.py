@@ -1,0 +1,126 @@
+"""The papers' recipes, from end to end on shrunk pipelines of the real architectures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from helpers_pipelines import FACTOR, LATENT, tiny_pipeline
+from PIL import Image
+
+from conf.schema import ROOT
+from experiments import pipeline
+from experiments.pipeline import prune
+
+pytest_plugins = ["helpers_jobs"]
+
+RECIPES = {
+    "laptop_diff_sdxl_50": ("sdxl", "bypass"),
+    "laptop_diff_sd15_33": ("sd", "bypass"),
+    "laptop_diff_sd15_50": ("sd", "bypass"),
+    "ld_pruner_sd14": ("sd", "replace"),
+    "bk_sdm_base": ("sd", "restage"),
+    "bk_sdm_small": ("sd", "restage"),
+    "bk_sdm_tiny": ("sd", "restage"),
+}
+"""{recipe: (kind of pipeline, kind of change)}"""
+UNCONDITIONAL = ("ld_pruner_uig", "diff_pruning", "criteria")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 pictures of several sizes with captions in metadata.jsonl."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    lines = []
+    for i in range(20):
+        height, width = rng.integers(16, 40, 2)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"the cat at {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("pipelines")
+    return {kind: tiny_pipeline(kind, root / kind) for kind in {kind for kind, _ in RECIPES.values()}}
+
+
+@pytest.fixture
+def shrunk(pipelines, pictures, tmp_path):
+    """Overrides that run one of RECIPES on a tiny pipeline and a folder of pictures."""
+
+    def make(recipe: str) -> list[str]:
+        return [
+            f"experiment={recipe}",
+            "debug=tiny",
+            "trainer=cpu",
+            f"teacher.path={pipelines[RECIPES[recipe][0]]}",
+            f"data.path={pictures}",
+            f"data.size={LATENT * FACTOR}",
+            "data.holdout_images=4",
+            "data.num_workers=0",
+            "data.batch_size=4",
+            "trainer.accumulate_grad_batches=1",
+            f"paths.runs={tmp_path}/runs",
+        ]
+
+    return make
+
+
+def run_of(tmp_path: Path) -> Path:
+    (finished,) = (tmp_path / "runs").rglob("finished.json")
+    return finished.parent
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_runs_end_to_end_on_a_shrunk_pipeline(recipe, shrunk, configure, tmp_path, unverified, monkeypatch):
+    extra = ["criterion.seeds=2", "selection.tolerance=0.1"] if recipe == "ld_pruner_sd14" else []
+    extra += ["selection.tolerance=0.2"] if recipe.startswith("laptop") else []
+    prune(configure(*shrunk(recipe), *extra))
+    run = run_of(tmp_path)
+    metrics, plan = json.loads((run / "metrics.json").read_text()), json.loads((run / "plan.json").read_text())
+    assert metrics["student/params"] < metrics["teacher/params"]
+    assert np.isfinite([metrics["pruned/output_loss"], metrics["distilled/output_loss"]]).all()
+    assert {change["kind"] for change in plan["changes"]} == {RECIPES[recipe][1]}
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    if recipe.startswith("bk_sdm"):  # stock: nothing but diffusers is needed
+        exported = StableDiffusionPipeline.from_pretrained(run / "export")
+        assert type(exported.unet) is UNet2DConditionModel
+    else:
+        exported = DiffusionPipeline.from_pretrained(run / "export", trust_remote_code=True)
+    assert sum(p.numel() for p in exported.unet.parameters()) == metrics["student/params"]
+    size = LATENT * FACTOR
+    exported.set_progress_bar_config(disable=True)
+    images = exported("the cat", num_inference_steps=2, height=size, width=size, output_type="np").images
+    assert images.shape == (1, size, size, 3) and np.isfinite(images).all()
+
+
+@pytest.mark.parametrize("recipe", UNCONDITIONAL)
+def test_a_recipe_for_the_embedded_model_runs_on_a_tiny_one(recipe, overrides, configure, tmp_path, unverified):
+    extra = ["criterion.seeds=2", "criterion.steps=2"] if recipe == "ld_pruner_uig" else []
+    prune(configure(*overrides, f"experiment={recipe}", *extra))
+    metrics = json.loads((run_of(tmp_path) / "metrics.json").read_text())
+    assert metrics["plan/requested_ratio"] <= metrics["plan/achieved_ratio"]
+
+
+def test_every_recipe_of_the_papers_is_tested_here():
+    there = {path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")}
+    assert there == {*RECIPES, *UNCONDITIONAL, "quickstart", "pretrain_cifar10", "pretrain_resnet20"}
+
+
+def test_conditions_of_a_text_model_reach_the_teacher_in_scoring_and_distillation(
+    shrunk, configure, monkeypatch, quick_end
+):
+    """Another caption, other scores: the text is not ignored."""
+    found = []
+    monkeypatch.setattr(pipeline.Job, "plan", lambda self, scores: found.append(scores) or 1 / 0)
+    for text in ("the cat", "at 9"):
+        monkeypatch.setattr(
+            "datamodules.sources.captions_of", lambda root, files, captions, text=text: [text] * len(files)
+        )
+        with pytest.raises(ZeroDivisionError):
+            prune(configure(*shrunk("laptop_diff_sd15_33"), "force=true"))
+    assert found[0].keys() == found[1].keys()
+    assert all(found[0][name]["score"] != found[1][name]["score"] for name in found[0])
