@@ -59,6 +59,10 @@ class Calibration:
     seed: int = 0
     """which samples, their noise and timesteps"""
     precision: str = "32-true"
+    memory_gib: float | None = None
+    """activations that scoring may hold at once, by taking a batch in parts; null holds those of the whole batch"""
+    compile: bool = False
+    """compile the network part by part for scoring; moves scores by rounding"""
 
 
 @dataclass
@@ -190,6 +194,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
         ),
         (1, math.inf, "a whole number of 1 or more"),
     ),
+    "calibration.memory_gib": (0, math.inf, "0 or more, or null for no bound"),
     "sampler.guidance": (0, math.inf, "0 or more"),
     "evaluation.samples": (2, math.inf, "a whole number of 2 or more"),
     "data.num_workers": (0, math.inf, "0 or more"),

@@ -148,15 +148,21 @@ def captions_of(root: Path, files: list[Path], captions: str) -> list[str]:
             raise MissingData(
                 f"data.captions={captions!r}: {root / captions} does not exist; choose txt or a .jsonl file"
             )
-        lines = [json.loads(line) for line in (root / captions).read_text().splitlines() if line.strip()]
-        for line in lines[:1]:
-            if not {"file_name", "text"} <= line.keys():
-                raise ValueError(f"{root / captions} has no keys file_name and text; it has: {', '.join(line)}")
-        found = {root / line["file_name"]: line["text"] for line in lines}
+        lines = (root / captions).read_text(encoding="utf-8").split("\n")  # splitlines would split captions, too
+        found = dict(captioned(root / captions, number, line) for number, line in enumerate(lines, 1) if line.strip())
     for file in files:
         if file not in found:
             raise ValueError(f"{file} has no caption (data.captions={captions!r})")
     return [found[file] for file in files]
+
+
+def captioned(file: Path, number: int, line: str) -> tuple[Path, str]:
+    """The picture and the caption of one line of a .jsonl file."""
+    try:
+        entry = json.loads(line)
+        return file.parent / entry["file_name"], entry["text"].strip()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{file}, line {number} is not {{"file_name": ..., "text": ...}}: {line[:80]}') from error
 
 
 class HuggingFace:
@@ -194,6 +200,9 @@ class HuggingFace:
                 raise ValueError(f"{path} has no column {column!r}; it has: {', '.join(self.table.column_names)}")
         self.image, self.label, self.size, self.mode = image, label, size, mode
         self.captions = None if caption is None else list(self.table[caption])
+        for text in self.captions or []:
+            if not isinstance(text, str):
+                raise ValueError(f"{path}: column {caption!r} has a {type(text).__name__} where a caption is text")
 
     def __len__(self) -> int:
         return len(self.table)

@@ -77,6 +77,9 @@ class Job:
         with self.stages("load the teacher"):
             self.teacher: DiffusionBackbone = build(cfg.teacher, noise_scheduler=schedule)
         self.check_criterion()
+        calibration = cfg.calibration
+        self.teacher.memory_bound = None if calibration.memory_gib is None else int(calibration.memory_gib * 2**30)
+        self.teacher.compiled = {} if calibration.compile else None
         self.units = self.teacher.units(self.criterion.level)
         self.evaluator = Evaluator(cfg, run, self.data, self.teacher, teacher_id, self.stages)
         self.distils = "_target_" in cfg.distillation

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import UNet2DConditionModel, UNet2DModel
-from helpers_networks import FAMILIES, same_tensors
+from helpers_networks import UNETS, same_tensors
 from torch import Tensor, nn
 
 from lightning_modules.backbones.channels import Channels
@@ -85,7 +85,7 @@ def make(name: str) -> nn.Module:
         torch.manual_seed(0)
         if name == "Cnn":
             return Cnn().double().eval()  # whole numbers beyond 2^24
-        cls, config = FAMILIES[name]
+        cls, config = UNETS[name]
         network = cls(**config).eval().requires_grad_(False)
         for parameter in network.parameters():
             if parameter.dim() == 1:
@@ -119,7 +119,7 @@ def subsets(channels: Channels) -> list[list[str]]:
     ]
 
 
-NETWORKS = pytest.mark.parametrize("name", ["Cnn", *FAMILIES])
+NETWORKS = pytest.mark.parametrize("name", ["Cnn", *UNETS])
 
 
 @pytest.fixture
@@ -290,7 +290,7 @@ def test_it_is_deterministic_and_leaves_the_network_alone(name: str, channels: C
     assert torch.equal(torch.get_rng_state(), rng)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", UNETS)
 def test_heads_inputs_and_outputs_stay_whole(name: str, channels: Channels) -> None:
     whole = {"conv_out"} | {
         layer for layer in sizes(channels.network) if layer.rpartition(".")[2] in ("to_q", "to_k", "to_v")
@@ -304,7 +304,7 @@ def test_heads_inputs_and_outputs_stay_whole(name: str, channels: Channels) -> N
         assert not [layer for layer, side in cut if side == "in" and layer.endswith(("attn2.to_k", "attn2.to_v"))]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", UNETS)
 def test_mending_a_stock_network_changes_nothing(name: str) -> None:
     network = make(name)
     before = {path: {k: v for k, v in vars(m).items() if k[0] != "_"} for path, m in network.named_modules()}
@@ -315,7 +315,7 @@ def test_mending_a_stock_network_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("change", [{"resnet_time_scale_shift": "scale_shift"}, {"downsample_type": "resnet"}])
 def test_other_kinds_of_resnet_blocks(change: dict[str, str]) -> None:
     """A projection of twice the channels, chunked in two; samplers inside ResNet blocks, which assert their size."""
-    cls, config = FAMILIES["UNet2DModel"]
+    cls, config = UNETS["UNet2DModel"]
     types = {"upsample_type": "resnet"} if "downsample_type" in change else {}
     network = cls(**config, **change, **types).eval()
     channels = Channels(network, run)

@@ -165,7 +165,7 @@ def test_a_mistake_in_a_recipe_outside_the_repository_names_file_and_key(configu
 )
 def test_a_typo_beside_a_target_names_the_key_and_the_nearest_parameter(configure_with, text, key, nearest):
     with pytest.raises(ConfigError) as caught:
-        configure_with(*recipe(text), "experiment=mine", "criterion=magnitude")
+        configure_with(*recipe(text), "experiment=mine", "criterion=magnitude", "noise_scheduler=linear")
     assert f"{key} is unknown" in str(caught.value) and f"did you mean {nearest!r}?" in str(caught.value)
 
 
@@ -376,7 +376,9 @@ EFFECT = [
     "distillation=none",
     "optimizer.lr=0.1",
     "ema_decay=null",
+    "noise_scheduler=linear",
     "sampler.steps=3",
+    "sampler.guidance=2",
     "evaluation.samples=3",
     "evaluation.seed=1",
     "evaluation.batch_size=3",

@@ -1,7 +1,5 @@
 """Exports: the teacher's pipeline around the student opens with diffusers alone, and is a teacher again."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,8 @@ EMPTIED = "mid_block.attentions.0"
 """A Transformer2D of the tiny SDXL, of two basic blocks."""
 GONE = {
     "sd": ["down_blocks.1.attentions.0", "mid_block.resnets.0", "up_blocks.1.resnets.2"],
-    "sd_v": ["down_blocks.2.attentions.1", "up_blocks.3.resnets.0"],
     "sdxl": [f"{EMPTIED}.transformer_blocks.{i}" for i in (0, 1)]
     + ["down_blocks.1.resnets.0", "up_blocks.0.attentions.1.transformer_blocks.0"],
-    "bk": ["down_blocks.0.attentions.0", "up_blocks.2.resnets.1"],
     "ldm": ["down_blocks.2.attentions.0", "up_blocks.0.resnets.1"],
     "ddpm": ["mid_block.attentions.0", "up_blocks.1.resnets.2"],
     "dit": ["transformer_blocks.1", "transformer_blocks.3"],
@@ -41,7 +37,7 @@ GONE = {
     "flux": ["transformer_blocks.0", "single_transformer_blocks.1"],
 }
 """Blocks to remove of each kind of teacher."""
-CUSTOM = ("sd", "sd_v", "sdxl", "bk", "ldm", "ddpm")
+CUSTOM = ("sd", "sdxl", "ldm", "ddpm")
 """Kinds whose students have a class of our own."""
 VARIANTS = ("base", "small", "tiny")
 
@@ -88,10 +84,9 @@ def check_equal(network: Any, student: DiffusionBackbone) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-@contextlib.contextmanager
-def refused() -> Iterator[None]:
-    with pytest.raises(ValueError, match=r"contains custom code in pruned_unet\.py .*trust_remote_code=True"):
-        yield
+def refused() -> Any:
+    """Opening what needs code of ours, without trusting it."""
+    return pytest.raises(ValueError, match=r"(?s)contains custom code in pruned_unet\.py .*trust_remote_code=True")
 
 
 # What an export is
@@ -115,7 +110,8 @@ def test_an_export_opens_with_diffusers_and_is_the_student(kind, tmp_path):
     assert type(pipeline) is type(teacher.surroundings.pipeline)
     check_equal(getattr(pipeline, student.component), student)
     assert pipeline.scheduler.config == teacher.surroundings.pipeline.scheduler.config
-    made, teachers = (image(one, kind) for one in (pipeline, teacher.surroundings.pipeline))
+    made = image(pipeline, kind)
+    teachers = image(DiffusionPipeline.from_pretrained(tmp_path / "the_teacher"), kind)
     assert made.shape == teachers.shape == (1, PIXELS, PIXELS, 3)
     assert np.isfinite(made).all() and made.std() > 0 and not np.array_equal(made, teachers)
 
@@ -208,7 +204,7 @@ def test_a_restaged_export_can_lose_blocks(tmp_path):
     with refused():
         StableDiffusionPipeline.from_pretrained(folder)
     check_equal(StableDiffusionPipeline.from_pretrained(folder, trust_remote_code=True).unet, smaller)
-    with pytest.raises(ValueError, match="teacher.layers_per_block=1"):
+    with pytest.raises(ValueError, match=r"teacher\.layers_per_block=1"):
         smaller.pruned(restaged("base"))
 
 
@@ -217,13 +213,8 @@ def test_a_restaged_export_can_lose_blocks(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [
-        ("sd", bypasses(GONE["sd"])),
-        ("sdxl", bypasses(GONE["sdxl"])),
-        ("sd", restaged("tiny")),
-        ("flux", bypasses(GONE["flux"])),
-    ],
-    ids=["sd", "sdxl", "restaged", "flux"],
+    [("sdxl", bypasses(GONE["sdxl"])), ("sd", restaged("tiny")), ("flux", bypasses(GONE["flux"]))],
+    ids=["sdxl", "restaged", "flux"],
 )
 def test_an_export_is_proved_in_a_process_that_does_not_have_this_project(kind, changes, tmp_path):
     student = tiny(kind, tmp_path).pruned(changes)
@@ -244,6 +235,6 @@ def test_only_plans_of_whole_blocks_have_a_dense_twin(tmp_path):
     norm = next(unit.name for unit in teacher.units("operator") if unit.kind == "norm")
     conv = next(unit.name for unit in teacher.units("operator") if unit.name.endswith("conv1"))
     channels = [{"unit": teacher.units("channel")[0].name, "kind": "slice"}]
-    for changes in (replacements([norm]), replacements([conv]), channels, *(restaged(variant) for variant in VARIANTS)):
+    for changes in (replacements([norm]), replacements([conv]), channels, restaged("base"), restaged("tiny")):
         with pytest.raises(ValueError, match=r"export\.dense_twin=true: no network of the teacher's shape"):
             dense_twin(teacher, teacher.pruned(changes))

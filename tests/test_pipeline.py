@@ -42,7 +42,8 @@ FINISHED = {
     *("seconds.json", "measured.json", "report.html", "finished.json", "figures/scores.png", "figures/losses.png"),
     *("checkpoints/step=0000002.ckpt", "checkpoints/step=0000004.ckpt"),
     *(f"{folder}/{name}" for folder in ("student", "distilled", "export/unet") for name in NETWORK),
-    *("export/model_index.json", "export/scheduler/scheduler_config.json", "export/unet/pruned_unet.py"),
+    *("export/README.md", "export/model_index.json", "export/scheduler/scheduler_config.json"),
+    "export/unet/pruned_unet.py",
 }
 SAMPLED = {"figures/samples.png", *(f"samples/{name}/images.npy" for name in ("teacher", "pruned", "distilled"))}
 
@@ -83,8 +84,8 @@ def test_a_finished_run_is_exactly_these_files_also_below_a_folder_with_spaces_a
     assert files(run) == FINISHED | SAMPLED
     kinds = sorted(re.sub(r"[0-9a-f]{16,}", "ID", name) for name in files(runs / ".cache"))
     assert kinds == [
-        *("fingerprints/ID.json", "fingerprints/ID.json", "samples/ID.lock", "samples/ID/images.npy"),
-        *("scores/ID.json", "scores/ID.lock", "statistics/ID.safetensors"),
+        *["fingerprints/ID.json"] * 3,  # weights, their configuration, the noise schedule
+        *("samples/ID.lock", "samples/ID/images.npy", "scores/ID.json", "scores/ID.lock", "statistics/ID.safetensors"),
     ]
     assert {path.name for path in runs.iterdir()} == {".cache", "debug"}
 
@@ -114,8 +115,10 @@ def test_a_finished_job_is_not_run_again_and_reads_no_weights(finished, monkeypa
     def forbidden(*args: Any, **kwargs: Any) -> None:
         pytest.fail("a finished job did something")
 
-    for name in ("experiments.pipeline.load_teacher", "lightning_modules.backbones.unet.load_teacher"):
-        monkeypatch.setattr(name, forbidden)
+    for name in ("pipeline.load_network", "run.cached"):
+        monkeypatch.setattr(f"experiments.{name}", forbidden)
+    for name in ("load_teacher", "files.load_teacher", "files.load_network"):
+        monkeypatch.setattr(f"lightning_modules.backbones.{name}", forbidden)
     monkeypatch.setattr(hashlib, "file_digest", forbidden)
     monkeypatch.setattr(Images, "source", forbidden)
     prune(cfg)
@@ -479,8 +482,8 @@ def remove_the_class(folder: Path) -> None:
     ],
     ids=["edited", "incomplete"],
 )
-def test_an_export_that_was_tampered_with_is_found_out(tmp_path, tamper, found):
-    student = tiny_backbone("UNet2DModel").pruned(bypasses(["mid_block.resnets.0", "up_blocks.0.attentions.1"]))
+def test_an_export_that_was_tampered_with_is_found_out(teacher, tmp_path, tamper, found):
+    student = teacher.pruned(bypasses(["mid_block.resnets.0", "up_blocks.0.attentions.1"]))
     export(student, tmp_path)
     tamper(tmp_path)
     with pytest.raises(ExportMismatch, match=rf"{re.escape(str(tmp_path))} {found}"):

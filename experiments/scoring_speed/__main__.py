@@ -1,105 +1,140 @@
-"""How much faster prefix reuse scores all units, and that the scores are the same bits.
+"""How fast are all units scored? One forward a unit from the start, against prefix reuse, in one run.
 
-    python -m experiments.scoring_speed            # on the embedded teacher; writes results.csv beside this file
-
-Plain loop and prefix reuse take turns in one process on the same batch; the ratio is what counts, not the seconds.
+python -m experiments.scoring_speed                                              # the embedded model, on a CPU
+python -m experiments.scoring_speed --architecture sd15 --latents 8 --batch 1    # real shapes, small latents
+python -m experiments.scoring_speed --architecture sdxl_base --device cuda --dtype bfloat16 --compile
 """
 
 import argparse
 import csv
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
-from tqdm import tqdm
 
 from conf.schema import ROOT
+from experiments.result_speed.__main__ import cast, filled, on_meta
 from lightning_modules.backbones import load_teacher
 from lightning_modules.backbones.diffusion import DiffusionBackbone
 from lightning_modules.backbones.replay import Replay
+from lightning_modules.backbones.unet import UNetBackbone
+
+Outputs = dict[str | None, Tensor]
 
 
-def bound(backbone: DiffusionBackbone) -> float:
+@torch.inference_mode()
+def bound(backbone: DiffusionBackbone, inputs: dict[str, Any]) -> float:
     """The largest speed-up there can be by MACs: all forwards, over one dense pass and what is behind each unit."""
-    network = backbone.network
-    macs, names = backbone.macs(), {module: name for name, module in network.named_modules()}
-    units = {unit.name: network.get_submodule(unit.name) for unit in backbone.units()}
-    replay = Replay(network, list(units.values()))
-    with torch.inference_mode(), replay.recording():
-        backbone.predict(backbone.example_inputs(1, "cpu"))
+    macs, units = backbone.macs(), backbone.units()
+    names = {module: name for name, module in backbone.network.named_modules()}
+    replay = Replay(backbone.network, [backbone.network.get_submodule(unit.name) for unit in units])
+    with replay.recording():
+        backbone.predict(inputs)
     costs = [macs.of(names[part]) for part, _ in replay.record]
     behind = 0
-    for name, unit in units.items():
-        behind += sum(costs[replay.first_call(unit) + 1 :]) + macs.of(f"{name}.conv_shortcut")
+    for unit in units:
+        with backbone.without([unit.name]):
+            behind += sum(costs[replay.first_change() :]) - unit.macs
     return (len(units) + 1) * macs.linear / (macs.linear + behind)
 
 
 @torch.inference_mode()
-def compare(backbone: DiffusionBackbone, batch: int, repeats: int) -> tuple[float, float, bool]:
-    """Median seconds of the plain loop and of prefix reuse, and whether every output is equal bit for bit."""
-    names = [unit.name for unit in backbone.units()]
-    inputs = backbone.example_inputs(batch, "cpu")
-    inputs["sample"] = torch.randn(inputs["sample"].shape, generator=torch.Generator().manual_seed(0))
-    inputs["timestep"] = torch.arange(batch) * 1000 // batch
-
-    def plain() -> dict[str | None, Tensor]:
-        found: dict[str | None, Tensor] = {None: backbone.predict(inputs)}
-        for name in names:
-            with backbone.without([name]):
-                found[name] = backbone.predict(inputs)
-        return found
-
-    def reuse() -> dict[str | None, Tensor]:
-        return dict(backbone.predict_without_each(inputs, names))
-
-    a, b = plain(), reuse()  # these warm up, too
-    equal = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    return *(
-        statistics.median(column)
-        for column in zip(*(in_turns(plain, reuse) for _ in tqdm(range(repeats), "rounds")), strict=True)
-    ), equal
+def plain(backbone: DiffusionBackbone, inputs: dict[str, Any], names: list[str]) -> Outputs:
+    """One whole forward for each unit."""
+    found: Outputs = {None: backbone.predict(inputs)}
+    for name in names:
+        with backbone.without([name]):
+            found[name] = backbone.predict(inputs)
+    return found
 
 
-def in_turns(*calls: Callable[[], object]) -> list[float]:
-    times = []
-    for call in calls:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return times
+@torch.inference_mode()
+def reuse(backbone: DiffusionBackbone, inputs: dict[str, Any], names: list[str]) -> Outputs:
+    """As scoring does it."""
+    return dict(backbone.predict_without_each(inputs, names))
+
+
+def timed(calls: dict[str, Callable[[], Outputs]], repeats: int, device: torch.device) -> tuple[dict, dict]:
+    """Median seconds and outputs of some calls, taken in turns; the first round warms up and is not timed."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    outputs: dict[str, Outputs] = {}
+    for repeat in range(repeats + 1):
+        for name, call in calls.items():
+            start = perf_counter()
+            outputs[name] = call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if repeat:
+                seconds[name].append(perf_counter() - start)
+    return {name: median(values) for name, values in seconds.items()}, outputs
+
+
+def difference(a: Outputs, b: Outputs) -> float:
+    """The largest difference of two sets of outputs, relative to the largest output."""
+    largest = max(float(output.abs().max()) for output in a.values())
+    return max(float((a[name] - b[name]).abs().max()) for name in a) / largest
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.scoring_speed", description=__doc__)
-    parser.add_argument("--teacher", default=str(ROOT / "assets" / "teacher"))
+    parser.add_argument("--teacher", default=str(ROOT / "assets" / "teacher"), help="a folder or hub id")
+    parser.add_argument("--architecture", help="a file of assets/architectures, with random weights, instead")
+    parser.add_argument("--latents", type=int, help="size of the samples; by default the network's own")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.csv")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--compile", action="store_true", help="also time the parts compiled one by one")
+    parser.add_argument("--out", type=Path, help="by default results[_architecture].csv here")
     options = parser.parse_args()
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
 
-    backbone = load_teacher(options.teacher, DDPMScheduler())
-    plain, reuse, equal = compare(backbone, options.batch, options.repeats)
+    backbone: Any
+    if options.architecture:
+        network = filled(on_meta(options.architecture, None).network, device, dtype)
+        backbone = UNetBackbone(network, DDPMScheduler(), sample_size=options.latents)
+    else:
+        backbone = load_teacher(options.teacher, sample_size=options.latents).to(device, dtype)
+    inputs = cast(backbone.example_inputs(options.batch, device), dtype)
+    shape, rng = inputs["sample"].shape, torch.Generator().manual_seed(0)
+    inputs["sample"] = torch.randn(shape, generator=rng).to(device, dtype)
+    inputs["timestep"] = torch.arange(options.batch, device=device) * 1000 // options.batch
+    names = [unit.name for unit in backbone.units()]
+
+    calls = {"plain": lambda: plain(backbone, inputs, names), "reuse": lambda: reuse(backbone, inputs, names)}
+    seconds, outputs = timed(calls, options.repeats, device)
+    limit = bound(backbone, inputs)
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     row = {
-        "units": len(backbone.units()),
+        "network": options.architecture or "embedded",
+        "units": len(names),
         "batch": options.batch,
-        "plain_s": f"{plain:.3f}",
-        "reuse_s": f"{reuse:.3f}",
-        "speedup": f"{plain / reuse:.2f}",
-        "bound_by_macs": f"{bound(backbone):.2f}",
-        "equal_bits": equal,
-        "machine": f"cpu, {torch.get_num_threads()} threads, {platform.machine()}",
-        "torch": torch.__version__,
+        "latents": shape[-1],
+        "plain_s": f"{seconds['plain']:.3f}",
+        "reuse_s": f"{seconds['reuse']:.3f}",
+        "speedup": f"{seconds['plain'] / seconds['reuse']:.2f}",
+        "bound_by_macs": f"{limit:.2f}",
+        "equal_bits": all(torch.equal(outputs["plain"][name], outputs["reuse"][name]) for name in outputs["plain"]),
     }
-    with open(options.out, "w", newline="") as file:
+    if options.compile:
+        backbone.compiled = {}
+        compiled, made = timed({"compiled": calls["reuse"]}, options.repeats, device)
+        row["compiled_s"] = f"{compiled['compiled']:.3f}"
+        row["speedup_compiled"] = f"{seconds['plain'] / compiled['compiled']:.2f}"
+        row["difference_compiled"] = f"{difference(outputs['plain'], made['compiled']):.1e}"
+    row |= {"machine": f"{place}, {platform.machine()}, {options.dtype}", "torch": torch.__version__}
+    default = "results.csv" if not options.architecture else f"results_{options.architecture}.csv"
+    with open(options.out or Path(__file__).parent / default, "w", newline="") as file:
         writer = csv.DictWriter(file, row)
         writer.writeheader()
         writer.writerow(row)
-    print("\n".join(f"{name + ':':<16}{value}" for name, value in row.items()))
+    print("\n".join(f"{name + ':':<22}{value}" for name, value in row.items()))
 
 
 if __name__ == "__main__":

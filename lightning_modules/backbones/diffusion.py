@@ -1,7 +1,6 @@
 """What every diffusion network shares as a backbone: batches, noise, prediction, generation, taps, costs."""
 
 import contextlib
-import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -43,6 +42,10 @@ class DiffusionBackbone(nn.Module):
         self.surroundings = surroundings
         self.counted: Macs | None = None
         self.called: list[str] = []
+        self.memory_bound: int | None = None
+        """bytes of activations that prefix reuse may hold"""
+        self.compiled: dict[nn.Module, Any] | None = None
+        """compiled forward functions of the parts that scoring calls; None compiles nothing"""
         self.moved: dict[str, str] = {}
         """module paths of the unpruned network -> those in this one, where a plan renumbered them"""
 
@@ -232,9 +235,36 @@ class DiffusionBackbone(nn.Module):
     def predict_without_each(self, inputs: Batch, names: Sequence[str]) -> Iterator[tuple[str | None, Tensor]]:
         """Outputs with one unit removed at a time, reusing what the dense pass computed before that unit.
 
-        Equal to `without([name])` around `predict`, bit for bit on a CPU.
+        Equal to `without([name])` around `predict`, bit for bit on a CPU and not compiled. The dense pass's
+        activations are held meanwhile; with a `memory_bound` the batch goes through in parts that keep to it.
         """
+        count = len(inputs["sample"])
+        size = count if self.memory_bound is None else self.fitting(inputs, names)
+        if size >= count:
+            yield from self.reusing(inputs, names)
+            return
+        found: dict[str | None, list[Tensor]] = {}
+        for start in range(0, count, size):
+            for name, output in self.reusing(part_of(inputs, slice(start, start + size)), names):
+                found.setdefault(name, []).append(output)
+        yield from ((name, torch.cat(outputs)) for name, outputs in found.items())
+
+    def fitting(self, inputs: Batch, names: Sequence[str]) -> int:
+        """How many samples' activations keep to the memory bound; raises ValueError where not one's do."""
         replay = Replay(self.network, [self.network.get_submodule(name) for name in names])
+        with replay.recording():
+            self.predict(part_of(inputs, slice(0, 1)))
+        assert self.memory_bound is not None
+        if replay.held() > self.memory_bound:
+            raise ValueError(
+                f"calibration.memory_gib={self.memory_bound / 2**30:.3g} is less than the activations of one sample, "
+                f"{replay.held() / 2**30:.3g} GiB; choose more, or null for no bound"
+            )
+        return self.memory_bound // replay.held()
+
+    def reusing(self, inputs: Batch, names: Sequence[str]) -> Iterator[tuple[str | None, Tensor]]:
+        units = [self.network.get_submodule(name) for name in names]
+        replay = Replay(self.network, units, self.compiled)
         with replay.recording():
             dense = self.predict(inputs)
         yield None, dense
@@ -384,8 +414,16 @@ def move(value: Any, device: Any) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
+def part_of(inputs: Any, samples: slice) -> Any:
+    """Some samples of a batch. Positions of text tokens are the same for all samples."""
+    if isinstance(inputs, dict):
+        return {key: value if key == "txt_ids" else part_of(value, samples) for key, value in inputs.items()}
+    return inputs[samples]
+
+
 def copied(network: nn.Module, config: Mapping[str, Any], cls: Any) -> nn.Module:
     """A network of class `cls` with this configuration and the same state, in memory of its own."""
-    student = cls.from_config(dict(config))
-    student.load_state_dict(copy.deepcopy(network.state_dict()))
+    with next(network.parameters()).device:
+        student = cls.from_config(dict(config))
+    student.load_state_dict(network.state_dict())
     return student

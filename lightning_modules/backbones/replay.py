@@ -4,7 +4,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class Replay:
@@ -15,10 +16,20 @@ class Replay:
     calls, so a part that is called twice is recorded twice. The same values go in, so the same bits come out.
     """
 
-    def __init__(self, network: nn.Module, units: Sequence[nn.Module]) -> None:
+    def __init__(self, network: nn.Module, units: Sequence[nn.Module], forwards: Any = None) -> None:
         self.network = network
+        self.forwards: dict[nn.Module, Callable[..., Any]] = {} if forwards is None else forwards
+        """compiled forward functions of parts; filled with those of all parts where it is given"""
         self.parts = {part: list(part.modules()) for part in parts(network, set(units))}
         self.record: list[tuple[nn.Module, Any]] = []
+        if forwards is not None:
+            for part in self.parts.keys() - self.forwards.keys():
+                self.forwards[part] = torch.compile(part.forward)
+
+    def held(self) -> int:
+        """Bytes of the recorded tensors."""
+        found = {id(tensor): tensor for _, output in self.record for tensor in tensors(output)}
+        return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
 
     def first_change(self) -> int:
         """The place, in the recorded pass, of the first call of a part that is gone or has other modules inside now.
@@ -64,7 +75,7 @@ class Replay:
     def _patched(self, run: Callable[..., Any]) -> Iterator[None]:
         try:
             for part in self.parts:
-                part.forward = _bound(run, part, part.forward)
+                part.forward = _bound(run, part, self.forwards.get(part, part.forward))
             yield
         finally:
             for part in self.parts:
@@ -83,3 +94,12 @@ def parts(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]:
         return
     for child in module.children():
         yield from parts(child, units)
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in a module's output."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, list | tuple | dict):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from tensors(part)

@@ -109,14 +109,15 @@ class TransformerBackbone(DiffusionBackbone):
         if config.get("dual_attention_layers"):
             kept = {int(old.split(".")[1]): int(new.split(".")[1]) for old, new in moved.items()}
             config["dual_attention_layers"] = [kept[i] for i in config["dual_attention_layers"] if i in kept]
-        student = type(self.network).from_config(config)
+        with next(self.network.parameters()).device:
+            student = type(self.network).from_config(config)
         state = {}
         for key, value in self.network.state_dict().items():
             block = re.match(r"\w*blocks\.\d+", key)
             if block is None:
-                state[key] = value.clone()
+                state[key] = value
             elif block[0] in moved:
-                state[moved[block[0]] + key[block.end() :]] = value.clone()
+                state[moved[block[0]] + key[block.end() :]] = value
         student.load_state_dict(state)
         return self.adopt(student, changes)
 
