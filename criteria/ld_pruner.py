@@ -36,7 +36,7 @@ class LDPruner(Criterion):
         seeds: int = 50,
         squared: bool = False,
     ) -> None:
-        self.level, self.seeds, self.squared = check_level(level, ("operator", "depth")), check_seeds(seeds), squared
+        self.level, self.seeds, self.squared = check_level(level, ("depth", "operator")), check_seeds(seeds), squared
         self.generation = Generation(sampler, steps, guidance)
 
     def supports(self, backbone: Backbone) -> str | None:

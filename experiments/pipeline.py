@@ -36,7 +36,7 @@ from experiments.run import (
 )
 from experiments.stages import Stages
 from experiments.train_stage import train
-from lightning_modules.backbones.diffusion import DiffusionBackbone
+from lightning_modules.backbones.diffusion import DiffusionBackbone, is_flow
 from lightning_modules.backbones.files import load_network, weight_files
 from lightning_modules.backbones.restage import student_config
 from lightning_modules.distillation import check_levels
@@ -115,6 +115,10 @@ class Job:
         self.teacher.conditions(calibration, torch.device("cpu"))
         self.evaluator.held_out()
         check_parts(cfg, self.teacher.noise_scheduler)
+        if cfg.export.dense_twin and (self.criterion.level != "depth" or isinstance(self.selection, BkSdm)):
+            raise ValueError(
+                "export.dense_twin=true: only a plan that bypasses whole blocks has such a twin; choose false"
+            )
         if isinstance(self.selection, BkSdm):
             student_config(self.teacher.network.config, self.selection.variant)
         elif self.selection.budget != "latency":  # measuring it is expensive
@@ -278,7 +282,7 @@ def check_parts(cfg: DictConfig, noise_scheduler: Any) -> None:
     weight = torch.nn.Parameter(torch.zeros(1))
     tries: dict[str, Callable[[], Any]] = {
         "optimizer and lr_scheduler": lambda: build(cfg.lr_scheduler)(build(cfg.optimizer)([weight])),
-        "sampler": lambda: build(cfg.sampler.scheduler)(noise_scheduler.config),
+        "sampler": lambda: check_sampler(build(cfg.sampler.scheduler)(noise_scheduler.config), noise_scheduler),
         "trainer": lambda: [
             make_trainer(cfg.trainer, "", p) for p in (cfg.trainer.precision, cfg.evaluation.precision)
         ],
@@ -288,6 +292,15 @@ def check_parts(cfg: DictConfig, noise_scheduler: Any) -> None:
             make()
         except Exception as error:
             raise ConfigError(f"{group} cannot be made as configured: {error}") from error
+
+
+def check_sampler(sampler: Any, noise_scheduler: Any) -> None:
+    """Raise ValueError where one of the two is a flow and the other is not: samples would be wrong without a word."""
+    if is_flow(sampler) != is_flow(noise_scheduler):
+        kind, choice = (
+            ("is a flow", "flow_euler") if is_flow(noise_scheduler) else ("is no flow", "dpm_solver, ddim, ...")
+        )
+        raise ValueError(f"{type(sampler).__name__} does not fit this teacher, which {kind}; choose sampler={choice}")
 
 
 def content_hash(batches: DataLoader) -> str:

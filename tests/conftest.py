@@ -32,7 +32,7 @@ TINY = dict(  # noqa: C408
     norm_num_groups=4,
     attention_head_dim=8,
 )
-"""11 units: 8 ResNet blocks, 4 of them with a 1x1 shortcut to keep, and attentions; some 60,000 parameters."""
+"""12 units: 8 ResNet blocks, 4 of them with a 1x1 shortcut to keep, and attentions; some 60,000 parameters."""
 
 torch.set_num_threads(1)
 

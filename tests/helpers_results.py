@@ -17,6 +17,11 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+def stamps(folder: Path) -> dict[str, int]:
+    """When each file below a folder was last written."""
+    return {name: (folder / name).stat().st_mtime_ns for name in files(folder)}
+
+
 def leaves(content: Any, prefix: str = "") -> dict[str, Any]:
     """A nested structure as {path: value}."""
     if isinstance(content, dict | list | tuple):

@@ -1,25 +1,21 @@
 """Every configuration that ships works; every one that cannot is refused at once, naming field, value and choices."""
 
-import ast
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 from conftest import ROOT, train
-from hydra import compose, initialize_config_module
+from helpers_config import GLOBAL, composed, recipe
 from hydra.errors import ConfigCompositionException, MissingConfigException
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from conf import schema
 from conf.schema import ConfigError
-from experiments import run as run_module
 from experiments.pipeline import prune
-from experiments.run import Run, digest
+
+pytest_plugins = ["helpers_config"]
 
 CONF = ROOT / "conf"
 CHOICES = [
@@ -30,15 +26,6 @@ CHOICES = [
 IDS = ["/".join(choice) for choice in CHOICES]
 REFUSED = (ConfigError, ConfigCompositionException)
 FIELDS = {field.name for field in dataclasses.fields(schema.Config)}
-GLOBAL = "# @package _global_\n"
-PACKAGES = ("conf", "criteria", "datamodules", "experiments", "lightning_modules")
-
-
-def composed(*overrides: str, folder: Path | None = None) -> DictConfig:
-    """The configuration of some overrides, unchecked; `folder` holds configuration files of a user's own."""
-    schema.register()
-    with initialize_config_module("conf", version_base="1.3"):
-        return compose("train", [*([f"hydra.searchpath=['file://{folder}']"] if folder else []), *overrides])
 
 
 def left_open(node: object, path: str = "") -> Iterator[str]:
@@ -51,26 +38,6 @@ def required(group: str, choice: str) -> list[str]:
     """Values for the fields that a choice leaves to its user."""
     content = OmegaConf.to_container(composed(f"{group}={choice}"), resolve=False)
     return [f"{key}=somewhere" for key in left_open(content)]
-
-
-@pytest.fixture
-def configure_with(tmp_path: Path) -> Callable[..., DictConfig]:
-    """configure_with(file, text, *overrides): checked, with one YAML file more, outside the repository."""
-
-    def make(name: str, text: str, *overrides: str) -> DictConfig:
-        path = tmp_path / "my configs" / name
-        path.parent.mkdir(parents=True)
-        path.write_text(text)
-        cfg = composed(*overrides, folder=tmp_path / "my configs")
-        schema.check(cfg)
-        return cfg
-
-    return make
-
-
-def recipe(text: str) -> tuple[str, str]:
-    """File and text of an experiment of a user's own."""
-    return "experiment/mine.yaml", f"{GLOBAL}{text}\n"
 
 
 # What ships
@@ -336,209 +303,3 @@ def test_asking_for_a_gpu_that_is_not_there_fails_before_anything_is_written(con
 def test_a_criterion_that_does_not_know_its_option_fails_and_lists_the_choices(configure, overrides):
     with pytest.raises(Exception, match=r"criterion\.reduction='median' is unknown; choose one of: sum, mean"):
         prune(configure(*overrides, "criterion=magnitude", "criterion.reduction=median"))
-
-
-# The identity of a run
-
-NO_EFFECT = [
-    "paths.runs=/elsewhere",
-    "paths.runs='/else where/é'",
-    "paths.cache=/elsewhere",
-    "name=other",
-    "label=other",
-    "force=true",
-    "logger=csv",
-    "logger.mode=offline",
-    "logger.project=other",
-    "trainer=cpu",
-    "trainer=ddp",
-    "trainer.devices=2",
-    "trainer.num_nodes=2",
-    "trainer.resume=required",
-    "trainer.checkpoint_every=7",
-    "trainer.log_every_n_steps=7",
-    "data.num_workers=3",
-    "evaluation.latency_batch=3",
-    "evaluation.latency_repeats=3",
-]
-EFFECT = [
-    "seed=1",
-    "selection.ratio=0.3",
-    "selection.tolerance=0.05",
-    "selection.budget=macs",
-    "selection=greedy",
-    "criterion=magnitude",
-    "calibration.seed=1",
-    "calibration.samples=3",
-    "data.batch_size=3",
-    "data.flip=false",
-    "distillation.w_feat=0.5",
-    "distillation=none",
-    "optimizer.lr=0.1",
-    "ema_decay=null",
-    "noise_scheduler=linear",
-    "sampler.steps=3",
-    "sampler.guidance=2",
-    "evaluation.samples=3",
-    "evaluation.seed=1",
-    "evaluation.batch_size=3",
-    "trainer.steps=3",
-    "trainer.accumulate_grad_batches=2",
-    "trainer.precision=bf16-mixed",
-    "teacher.path=/elsewhere",
-]
-
-
-def identity(cfg, teacher: str = "teacher") -> str:
-    return Run(cfg, teacher).id
-
-
-@pytest.mark.parametrize("override", NO_EFFECT)
-def test_what_cannot_change_a_result_does_not_change_the_run_id(configure, override):
-    assert identity(configure(override)) == identity(configure())
-
-
-def test_whatever_changes_a_result_changes_the_run_id(configure):
-    ids = [identity(configure(*change)) for change in ([], *([override] for override in EFFECT))]
-    assert len({*ids, identity(configure(), "another teacher")}) == len(EFFECT) + 2
-
-
-def test_the_run_id_does_not_depend_on_how_the_same_values_were_given(configure, configure_with):
-    by_file = configure_with(*recipe("selection: {ratio: 0.3}\nseed: 1"), "experiment=mine")
-    assert identity(by_file) == identity(configure("selection.ratio=0.3", "seed=1"))
-    assert identity(by_file) == identity(configure("seed=1", "selection.ratio=0.3"))
-
-
-def test_the_run_id_is_the_same_wherever_the_repository_lies(configure, monkeypatch, tmp_path):
-    here = identity(configure())
-    for module in (schema, run_module):
-        monkeypatch.setattr(module, "ROOT", tmp_path / "another place é")
-    cfg = configure()
-    assert cfg.teacher.path == f"{tmp_path}/another place é/assets/teacher"
-    assert identity(cfg) == here
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-    max_leaves=10,
-)
-
-
-@settings(derandomize=True, database=None, deadline=None, max_examples=50)
-@given(st.dictionaries(st.text(max_size=5), json_values, min_size=1, max_size=5), st.randoms(use_true_random=False))
-def test_a_digest_does_not_depend_on_the_order_of_keys(content, random):
-    keys = list(content)
-    random.shuffle(keys)
-    assert digest({key: content[key] for key in keys}) == digest(content)
-    assert digest(content | {keys[0]: [content[keys[0]]]}) != digest(content)
-
-
-def test_a_job_runs_in_a_folder_with_spaces_and_accents_under_the_same_name(configure, overrides, tmp_path):
-    cfg = configure(*overrides, f"paths.runs='{tmp_path}/my runs é'")
-    prune(cfg)
-    (folder,) = (tmp_path / "my runs é" / "debug").iterdir()
-    assert (folder / "finished.json").exists() and (folder / "export" / "model_index.json").exists()
-    plain = Run(configure(*overrides), run_module.read_json(folder / "plan.json")["teacher"])
-    assert (plain.folder.name, plain.id) == (folder.name, run_module.read_json(folder / "metrics.json")["run_id"])
-
-
-# The shape of the source
-
-
-def sources(*packages: str) -> list[Path]:
-    return [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
-
-
-def imported(path: Path) -> Iterator[str]:
-    """The absolute names a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def belongs(name: str, *modules: str) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
-@pytest.mark.parametrize(
-    ("package", "allowed"),
-    [
-        ("conf", ()),
-        ("datamodules", ()),
-        ("criteria", ("datamodules.seeding",)),
-        ("lightning_modules", ("criteria", "datamodules")),
-        ("experiments", ("lightning_modules", "criteria", "datamodules")),
-    ],
-)
-def test_imports_go_one_way(package, allowed):
-    """train -> experiments -> lightning_modules -> criteria; conf is for all, and knows none of them."""
-    files = sources(package)
-    assert files
-    for path in files:
-        ours = [name for name in imported(path) if belongs(name, "train", "tests", *PACKAGES)]
-        assert [name for name in ours if not belongs(name, package, "conf", *allowed)] == [], path
-
-
-def test_train_wires_and_nothing_else():
-    source = (ROOT / "train.py").read_text()
-    assert len(source.splitlines()) < 150
-    ours = [name for name in imported(ROOT / "train.py") if belongs(name, "tests", *PACKAGES)]
-    assert [name for name in ours if not belongs(name, "conf", "experiments")] == []
-
-
-PICKLES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib")
-UNSAFE = ("torch.save", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "pd.read_pickle", "eval", "exec")
-
-
-def unsafe(source: str) -> list[str]:
-    """What in a source could run code that is hidden in data."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            found += [
-                name for name in names if name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib")
-            ]
-        if not isinstance(node, ast.Call):
-            continue
-        name = ast.unparse(node.func)
-        flags = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
-        if (
-            ("weights_only" in flags and flags["weights_only"] is not True)
-            or (name == "torch.load" and flags.get("weights_only") is not True)
-            or name
-            in ("torch.save", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "pd.read_pickle", "eval", "exec")
-            or (name in ("np.load", "numpy.load") and flags.get("allow_pickle") is not False)
-            or flags.get("allow_pickle") is True
-        ):
-            found.append(ast.unparse(node))
-    return found
-
-
-@pytest.mark.parametrize(
-    "path", [ROOT / "train.py", *sources(*PACKAGES)], ids=lambda path: path.relative_to(ROOT).as_posix()
-)
-def test_no_source_loads_or_saves_pickles(path):
-    assert unsafe(path.read_text()) == []
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "torch.load(path)",
-        "torch.load(path, weights_only=False)",
-        "trainer.fit(module, weights_only=False)",
-        "import pickle",
-        "from pickle import load",
-        "torch.save(model, path)",
-        "yaml.load(stream)",
-        "np.load(path)",
-        "np.load(path, allow_pickle=True)",
-        "exec(text)",
-    ],
-)
-def test_the_scan_for_pickles_finds_them(source):
-    assert unsafe(source) != []

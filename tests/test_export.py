@@ -15,9 +15,9 @@ from diffusers import (
 )
 from helpers_networks import bypasses, replacements, same_tensors
 from helpers_pipelines import FACTOR, LATENT, tiny_pipeline
+from helpers_surroundings import opened
 from test_teachers import CALL
 
-from lightning_modules.backbones import load_teacher
 from lightning_modules.backbones.diffusion import Change, DiffusionBackbone
 from lightning_modules.export import dense_twin, export, is_stock, output_of, random_arguments, verify
 
@@ -47,12 +47,6 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     """Where diffusers copies the code that it is trusted to run."""
     cache = tmp_path_factory.getbasetemp() / "modules"
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(cache))
-
-
-def opened(folder: Path) -> DiffusionBackbone:
-    """A tiny pipeline as a teacher; FLUX has to be told the size of its latents."""
-    flux = "FluxPipeline" in (folder / "model_index.json").read_text()
-    return load_teacher(str(folder), sample_size=LATENT if flux else None)
 
 
 def tiny(kind: str, tmp_path: Path) -> DiffusionBackbone:

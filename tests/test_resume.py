@@ -148,11 +148,15 @@ BASES: dict[tuple[str, ...], Path] = {}
 
 @pytest.fixture
 def trained(configure, overrides, tmp_path_factory, monkeypatch):
-    """trained(*more) -> (overrides, run): a finished run of 5 steps, and every step's checkpoint beside it."""
+    """trained(*more) -> (overrides, run): a finished run of 5 steps, and every step's checkpoint beside it.
 
-    def make(*more: str) -> tuple[list[str], Path]:
-        job = [*overrides, "trainer.steps=5", "trainer.checkpoint_every=1", *more]
-        if more not in BASES:
+    It is a job of `overrides`, or of the `base` that is given.
+    """
+
+    def make(*more: str, base: list[str] | None = None) -> tuple[list[str], Path]:
+        job = [*(base or overrides), "trainer.steps=5", "trainer.checkpoint_every=1", *more]
+        key = (*more, *(base or []))
+        if key not in BASES:
             runs, save = tmp_path_factory.mktemp("base"), Trainer.save_checkpoint
             (runs / "every_step").mkdir()
 
@@ -163,9 +167,9 @@ def trained(configure, overrides, tmp_path_factory, monkeypatch):
             with monkeypatch.context() as patch:
                 patch.setattr(Trainer, "save_checkpoint", save_and_copy)
                 prune(configure(*moved(job, runs)))
-            BASES[more] = the_run(runs)
+            BASES[key] = the_run(runs)
             assert files(runs / "every_step") == {f"step={step:07d}.ckpt" for step in range(1, 6)}
-        return job, BASES[more]
+        return job, BASES[key]
 
     return make
 
@@ -204,6 +208,15 @@ def test_resuming_from_every_checkpoint_ends_in_the_same_bits(configure, tmp_pat
         assert ("resuming from step" in capsys.readouterr().out) == (step < 5)
         assert differences(results(the_run(runs)), results(run)) == [], f"from step {step}"
         assert (the_run(runs) / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+
+
+def test_a_text_to_image_job_resumes_in_the_same_bits(configure, text_job, tmp_path, trained, capsys):
+    """Its latents are draws, and its captions are encoded anew."""
+    job, run = trained("criterion=magnitude", base=text_job)
+    interrupted(run, tmp_path / "text", [3])
+    prune(configure(*moved(job, tmp_path / "text")))
+    assert "resuming from step 3 of 5" in capsys.readouterr().out
+    assert differences(results(the_run(tmp_path / "text")), results(run)) == []
 
 
 @pytest.mark.parametrize("kept", [0, 0.5, 0.99])

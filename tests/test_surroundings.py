@@ -1,14 +1,11 @@
-"""Pipelines around networks: what generation passes to the network is what the stock pipeline passes, what training and
-calibration make of data, and what is refused.
+"""Pipelines around networks: generation gives the network what the stock pipeline gives it; what is frozen, and what is
+read how.
 """
 
-import contextlib
 import copy
-import inspect
 import json
 import pickle
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +20,10 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from helpers_pipelines import FACTOR, KINDS, LATENT, tiny_pipeline
+from helpers_surroundings import TEXT, calls_of, named, opened, tensors, training_batch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from test_backbone import Bomb
+from torch import Tensor
 
 from datamodules.seeding import torch_rng
 from datamodules.sources import MissingData
@@ -37,8 +36,6 @@ CAPTIONS = ["a cat at the door", "the hat"]
 LABELS = [1, 7]
 SEEDS = [3, 4]
 STEPS = 2
-TEXT = ("sd", "sdxl", "pixart", "sd3", "flux")
-"""Kinds that encode captions, each in its own way."""
 CALL: dict[str, dict[str, Any]] = {
     "dit": {"class_labels": LABELS},
     "ldm": {"batch_size": 2},
@@ -47,11 +44,6 @@ CALL: dict[str, dict[str, Any]] = {
     "flux": {"prompt": CAPTIONS, "height": PIXELS, "width": PIXELS},
 }
 """What a stock pipeline is called with, where it is more or less than prompts."""
-
-
-def opened(folder: Path) -> DiffusionBackbone:
-    """A tiny pipeline as a teacher; transformers are told the size of latents: some have none, or a large one."""
-    return load_teacher(str(folder), sample_size=LATENT if (folder / "transformer").exists() else None)
 
 
 @pytest.fixture(scope="session")
@@ -69,46 +61,7 @@ def wanted(backbone: DiffusionBackbone, kind: str) -> dict[str, Any]:
     return batch | ({"caption": CAPTIONS} if backbone.takes_text else {})
 
 
-def training_batch(backbone: DiffusionBackbone, numbers: list[int], of: int = 3) -> dict[str, Any]:
-    """Samples of these numbers out of `of`, each with its own image, caption, sizes and label."""
-    rng = torch.Generator().manual_seed(1)
-    images = torch.rand(of, *backbone.image_shape(), generator=rng) * 2 - 1
-    return {
-        "image": images[numbers],
-        "label": torch.tensor(numbers),
-        "caption": [f"{'the cat ' * number}sat" for number in numbers],
-        "original_size": torch.tensor([[30 + number, 40 + number] for number in numbers]),
-        "crop": torch.tensor([[number, 5 + number] for number in numbers]),
-        "number": torch.tensor(numbers),
-        "of": torch.full((len(numbers),), of),
-    }
-
-
 # What the network is given
-
-
-def tensors(given: Any, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors in nested arguments, by path; what is None, empty or about the form of the output is left out."""
-    found: dict[str, Tensor] = {}
-    for key, value in given.items():
-        if isinstance(value, dict):
-            found |= tensors(value, f"{prefix}{key}/")
-        elif value is not None and key != "return_dict":
-            found[prefix + key] = value
-    return found
-
-
-@contextlib.contextmanager
-def calls_of(network: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
-    """Collects the arguments of every call, by the names they have in the network's signature."""
-    calls: list[dict[str, Tensor]] = []
-
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls.append(tensors(inspect.signature(module.forward).bind(*args, **kwargs).arguments))
-
-    handle = network.register_forward_pre_hook(note, with_kwargs=True)
-    yield calls
-    handle.remove()
 
 
 def joined(calls: list[dict[str, Tensor]], kind: str) -> list[dict[str, Tensor]]:
@@ -135,11 +88,6 @@ def stock_images(
         options["generator"] = [torch_rng("sampler", seed) for seed in SEEDS]
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(**options, num_inference_steps=STEPS, output_type="np").images
-
-
-def named(key: str) -> Callable[[str], str]:
-    """For assert_close: say what is not close."""
-    return lambda text: f"{key}: {text}"
 
 
 def compare_with_stock(folder: Path, kind: str, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,134 +161,6 @@ def test_flux_without_guidance_and_with_a_fixed_shift_is_flux_schnell(folders, t
     compare_with_stock(tmp_path, "flux", 5.0, monkeypatch)
 
 
-# What training and calibration give it
-
-
-def clean_and_noise(backbone: DiffusionBackbone, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """What was noised, and with what, solved for from the network's input and target."""
-    schedule, sample, target = backbone.noise_scheduler, inputs["sample"].double(), inputs["target"].double()
-    if isinstance(schedule, FlowMatchEulerDiscreteScheduler):  # x_s = (1 - s) x + s e, target e - x
-        sigma = (inputs["timestep"].double() / 1000).view(-1, 1, 1, 1)
-        return sample - sigma * target, sample + (1 - sigma) * target
-    kept = schedule.alphas_cumprod[inputs["timestep"]].double().sqrt().view(-1, 1, 1, 1)
-    added = (1 - kept.square()).sqrt()
-    if schedule.config.prediction_type == "v_prediction":  # x_t = a x + b e, target a e - b x
-        return kept * sample - added * target, added * sample + kept * target
-    return (sample - added * target) / kept, target
-
-
-@pytest.mark.parametrize(
-    ("kind", "shift", "scale"),
-    [
-        ("sd", 0, 0.18215),
-        ("sd_v", 0, 0.18215),
-        ("sdxl", 0, 0.13025),
-        ("dit", 0, 0.18215),
-        ("pixart", 0, 0.18215),
-        ("sd3", 0.0609, 1.5305),
-        ("flux", 0.1159, 0.3611),
-    ],
-)
-def test_calibration_noises_scaled_draws_of_the_posterior(folders, kind, shift, scale):
-    backbone, numbers = opened(folders[kind]), [2, 0, 1]
-    batch = training_batch(backbone, numbers)
-    inputs = backbone.calibration_inputs(batch, seed=7)
-    with torch.no_grad():
-        posterior = DiffusionPipeline.from_pretrained(folders[kind]).vae.encode(batch["image"]).latent_dist
-    drawn = torch.stack(
-        [torch.randn(4, LATENT, LATENT, generator=torch_rng(7, "calibration", "latent", k)) for k in numbers]
-    )
-    clean, noise = clean_and_noise(backbone, inputs)
-    tolerance = {"rtol": 0, "atol": 2e-4 if kind in ("sd", "sdxl", "dit", "pixart") else 1e-5}  # divided by sqrt(abar)
-    expected = (posterior.mean + posterior.std * drawn - shift) * scale
-    torch.testing.assert_close(clean, expected.double(), **tolerance)
-    expected = torch.stack([torch.randn(4, LATENT, LATENT, generator=torch_rng(7, "calibration", k)) for k in numbers])
-    torch.testing.assert_close(noise, expected.double(), **tolerance)
-
-
-@pytest.mark.parametrize("kind", ["sd", "sd3"])
-def test_calibration_is_a_function_of_seed_and_sample_number(folders, kind):
-    backbone = opened(folders[kind])
-
-    def inputs(numbers: list[int], seed: int = 0) -> dict[str, Tensor]:
-        found = backbone.calibration_inputs(training_batch(backbone, numbers), seed)
-        return tensors(found)
-
-    whole, parts = inputs([0, 1, 2]), [inputs([2]), inputs([0, 1])]
-    assert set(whole) >= {"sample", "timestep", "target", "conditions/encoder_hidden_states"}
-    for key, value in whole.items():
-        apart = torch.cat([parts[1][key], parts[0][key]])
-        torch.testing.assert_close(value, apart, rtol=0, atol=2e-6, msg=named(key))
-    other = inputs([0, 1, 2], seed=1)
-    assert not (other["sample"] == whole["sample"]).any() and not (other["timestep"] == whole["timestep"]).any()
-
-
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
-def test_flow_matching_takes_the_schedulers_timesteps(folders, kind):
-    backbone = opened(folders[kind])
-    schedule = backbone.noise_scheduler
-    for inputs in (
-        backbone.calibration_inputs(training_batch(backbone, [0, 1, 2]), 0),
-        backbone.training_inputs(training_batch(backbone, [0, 1, 2])),
-    ):
-        assert torch.isin(inputs["timestep"], schedule.timesteps).all()
-        with torch.no_grad(), calls_of(backbone.network) as calls:
-            assert backbone.predict(inputs).shape == inputs["target"].shape
-        assert torch.equal(calls[0]["timestep"], inputs["timestep"] / (1000 if kind == "flux" else 1))
-    timesteps = backbone.calibration_inputs(training_batch(backbone, [0, 1, 2]), 0)["timestep"].tolist()
-    places = [schedule.timesteps.tolist().index(timestep) for timestep in timesteps]
-    assert [place * 3 // 1000 for place in places] == [0, 1, 2]  # stratified
-
-
-@pytest.mark.parametrize("kind", TEXT)
-def test_training_and_calibration_give_the_encodings_of_the_captions(folders, kind):
-    backbone, pipeline = opened(folders[kind]), DiffusionPipeline.from_pretrained(folders[kind])
-    batch = training_batch(backbone, [0, 1, 2])
-    prompts = {"prompt": batch["caption"]} | ({"prompt_2": None} if kind in ("sd3", "flux") else {})
-    prompts |= {"prompt_3": None} if kind == "sd3" else {}
-    if kind == "sd":
-        prompts |= {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    with torch.no_grad():
-        encoded = pipeline.encode_prompt(**prompts)
-    for inputs in (backbone.calibration_inputs(batch, 0), backbone.training_inputs(batch)):
-        given = tensors(inputs["conditions"])
-        assert torch.equal(given["encoder_hidden_states"], encoded[0])
-        if kind == "pixart":
-            assert torch.equal(given["encoder_attention_mask"], encoded[1])
-        if kind in ("sdxl", "sd3"):
-            assert torch.equal(
-                given["added_cond_kwargs/text_embeds" if kind == "sdxl" else "pooled_projections"], encoded[2]
-            )
-        if kind == "flux":
-            assert torch.equal(given["pooled_projections"], encoded[1])
-            assert torch.equal(given["guidance"], torch.full((3,), 3.5))
-
-
-def test_sdxl_is_told_the_original_size_and_the_crop(folders):
-    backbone = opened(folders["sdxl"])
-    batch = training_batch(backbone, [0, 2])
-    expected = [[30, 40, 0, 5, PIXELS, PIXELS], [32, 42, 2, 7, PIXELS, PIXELS]]
-    for inputs in (backbone.calibration_inputs(batch, 0), backbone.training_inputs(batch)):
-        assert inputs["conditions"]["added_cond_kwargs"]["time_ids"].tolist() == expected
-    del batch["original_size"], batch["crop"]  # data that do not know: a picture of the target size, not cropped
-    inputs = backbone.calibration_inputs(batch, 0)
-    assert (
-        inputs["conditions"]["added_cond_kwargs"]["time_ids"].tolist() == [[PIXELS, PIXELS, 0, 0, PIXELS, PIXELS]] * 2
-    )
-
-
-def test_training_draws_from_the_global_generator(folders):
-    backbone = opened(folders["sd"])
-
-    def inputs(seed: int) -> dict[str, Tensor]:
-        torch.manual_seed(seed)
-        return tensors(backbone.training_inputs(training_batch(backbone, [0, 1, 2])))
-
-    first, again, other = inputs(0), inputs(0), inputs(1)
-    assert all(torch.equal(first[key], again[key]) for key in first)
-    assert not (first["sample"] == other["sample"]).any() and not torch.equal(first["timestep"], other["timestep"])
-
-
 # The encoders are there, but no part of the network
 
 
@@ -376,29 +196,6 @@ def test_captions_that_were_encoded_while_scoring_can_be_trained_with(folders, k
 # What is refused, and what is read how
 
 
-@pytest.mark.parametrize("kind", TEXT)
-def test_data_without_captions_are_refused(folders, kind):
-    backbone = opened(folders[kind])
-    batch = training_batch(backbone, [0])
-    del batch["caption"]
-    for make in (backbone.training_inputs, lambda batch: backbone.calibration_inputs(batch, 0)):
-        with pytest.raises(
-            ValueError, match=r"the teacher takes text, but the data have no captions; choose data with"
-        ):
-            make(batch)
-
-
-@pytest.mark.parametrize(("label", "said"), [(None, "none"), (-1, "none"), (1001, "1001")])
-def test_data_without_fitting_labels_are_refused(folders, label, said):
-    backbone = opened(folders["dit"])
-    batch = training_batch(backbone, [0])
-    batch.pop("label") if label is None else batch["label"].fill_(label)
-    with pytest.raises(
-        ValueError, match=rf"class labels from 0 to 999, and the data give {said}; choose labelled data"
-    ):
-        backbone.calibration_inputs(batch, 0)
-
-
 def test_an_inpainting_network_is_refused(tmp_path):
     folder = tiny_pipeline("sd", tmp_path / "inpainting")
     config = json.loads((folder / "unet" / "config.json").read_text()) | {"in_channels": 9}
@@ -430,14 +227,6 @@ def test_a_vqmodel_without_a_scaling_factor_in_its_file_does_not_scale(folders, 
     assert torch.equal(plain.surroundings.encode(images, None), latents)
     assert torch.equal(plain.surroundings.decode(latents), vqvae.decode(latents).sample)
     assert torch.equal(scaled.surroundings.encode(images, None), latents * 0.18215)
-
-
-class Bomb:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        return Path.mkdir, (self.path,)
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])

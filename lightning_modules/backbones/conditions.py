@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from diffusers import ConfigMixin
 from torch import Tensor, nn
 
 REMEMBERED = 8
@@ -35,7 +36,7 @@ class Surroundings:
         pipeline.register_to_config(_name_or_path="")  # where it lay here is nobody's business in an export
         for part in self.modules():
             part.eval().requires_grad_(False)
-            if hasattr(part, "register_to_config"):
+            if isinstance(part, ConfigMixin):
                 part.register_to_config(_name_or_path="")
 
     def __deepcopy__(self, memo: Any) -> Self:

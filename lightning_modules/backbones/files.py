@@ -13,6 +13,7 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     PixArtTransformer2DModel,
+    UNet2DModel,
 )
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import HfApi
@@ -164,6 +165,11 @@ def load_teacher(
 def open_pipeline(folder: Path, network: nn.Module, component: str, noise_scheduler: Any) -> Any:
     """The pipeline in a folder around a network that is loaded already; a bare network gets a DDPMPipeline."""
     if not (folder / "model_index.json").exists():
+        if not isinstance(network, UNet2DModel):
+            raise ValueError(
+                f"{folder} holds a {type(network).__name__} without its pipeline, which has what it is conditioned on; "
+                "teacher.path names the pipeline's folder, with model_index.json"
+            )
         if noise_scheduler is None and not (folder / "scheduler_config.json").exists():
             raise ValueError(
                 f"{folder} holds a network without its pipeline, so its noise schedule is not known; "

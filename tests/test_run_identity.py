@@ -1,0 +1,115 @@
+"""The identity of a run: what changes it, what does not, and that it does not depend on where things lie."""
+
+import pytest
+from helpers_config import recipe
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conf import schema
+from experiments import run as run_module
+from experiments.pipeline import prune
+from experiments.run import Run, digest
+
+pytest_plugins = ["helpers_config"]
+
+NO_EFFECT = [
+    "paths.runs=/elsewhere",
+    "paths.runs='/else where/é'",
+    "paths.cache=/elsewhere",
+    "name=other",
+    "label=other",
+    "force=true",
+    "logger=csv",
+    "logger.mode=offline",
+    "logger.project=other",
+    "trainer=cpu",
+    "trainer=ddp",
+    "trainer.devices=2",
+    "trainer.num_nodes=2",
+    "trainer.resume=required",
+    "trainer.checkpoint_every=7",
+    "trainer.log_every_n_steps=7",
+    "data.num_workers=3",
+    "evaluation.latency_batch=3",
+    "evaluation.latency_repeats=3",
+]
+EFFECT = [
+    "seed=1",
+    "selection.ratio=0.3",
+    "selection.tolerance=0.05",
+    "selection.budget=macs",
+    "selection=greedy",
+    "criterion=magnitude",
+    "calibration.seed=1",
+    "calibration.samples=3",
+    "data.batch_size=3",
+    "data.flip=false",
+    "distillation.w_feat=0.5",
+    "distillation=none",
+    "optimizer.lr=0.1",
+    "ema_decay=null",
+    "noise_scheduler=linear",
+    "sampler.steps=3",
+    "sampler.guidance=2",
+    "evaluation.samples=3",
+    "evaluation.seed=1",
+    "evaluation.batch_size=3",
+    "trainer.steps=3",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.precision=bf16-mixed",
+    "teacher.path=/elsewhere",
+]
+
+
+def identity(cfg, teacher: str = "teacher") -> str:
+    return Run(cfg, teacher).id
+
+
+@pytest.mark.parametrize("override", NO_EFFECT)
+def test_what_cannot_change_a_result_does_not_change_the_run_id(configure, override):
+    assert identity(configure(override)) == identity(configure())
+
+
+def test_whatever_changes_a_result_changes_the_run_id(configure):
+    ids = [identity(configure(*change)) for change in ([], *([override] for override in EFFECT))]
+    assert len({*ids, identity(configure(), "another teacher")}) == len(EFFECT) + 2
+
+
+def test_the_run_id_does_not_depend_on_how_the_same_values_were_given(configure, configure_with):
+    by_file = configure_with(*recipe("selection: {ratio: 0.3}\nseed: 1"), "experiment=mine")
+    assert identity(by_file) == identity(configure("selection.ratio=0.3", "seed=1"))
+    assert identity(by_file) == identity(configure("seed=1", "selection.ratio=0.3"))
+
+
+def test_the_run_id_is_the_same_wherever_the_repository_lies(configure, monkeypatch, tmp_path):
+    here = identity(configure())
+    for module in (schema, run_module):
+        monkeypatch.setattr(module, "ROOT", tmp_path / "another place é")
+    cfg = configure()
+    assert cfg.teacher.path == f"{tmp_path}/another place é/assets/teacher"
+    assert identity(cfg) == here
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=50)
+@given(st.dictionaries(st.text(max_size=5), json_values, min_size=1, max_size=5), st.randoms(use_true_random=False))
+def test_a_digest_does_not_depend_on_the_order_of_keys(content, random):
+    keys = list(content)
+    random.shuffle(keys)
+    assert digest({key: content[key] for key in keys}) == digest(content)
+    assert digest(content | {keys[0]: [content[keys[0]]]}) != digest(content)
+
+
+def test_a_job_runs_in_a_folder_with_spaces_and_accents_under_the_same_name(configure, overrides, tmp_path):
+    cfg = configure(*overrides, f"paths.runs='{tmp_path}/my runs é'")
+    prune(cfg)
+    (folder,) = (tmp_path / "my runs é" / "debug").iterdir()
+    assert (folder / "finished.json").exists() and (folder / "export" / "model_index.json").exists()
+    plain = Run(configure(*overrides), run_module.read_json(folder / "plan.json")["teacher"])
+    assert (plain.folder.name, plain.id) == (folder.name, run_module.read_json(folder / "metrics.json")["run_id"])

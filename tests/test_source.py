@@ -1,0 +1,105 @@
+"""The shape of the source: which way imports go, how small train.py is, and that nothing opens a pickle."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGES = ("conf", "criteria", "datamodules", "experiments", "lightning_modules")
+
+
+def sources(*packages: str) -> list[Path]:
+    return [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The absolute names a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def belongs(name: str, *modules: str) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [
+        ("conf", ()),
+        ("datamodules", ()),
+        ("criteria", ("datamodules.seeding",)),
+        ("lightning_modules", ("criteria", "datamodules")),
+        ("experiments", ("lightning_modules", "criteria", "datamodules")),
+    ],
+)
+def test_imports_go_one_way(package, allowed):
+    """train -> experiments -> lightning_modules -> criteria; conf is for all, and knows none of them."""
+    files = sources(package)
+    assert files
+    for path in files:
+        ours = [name for name in imported(path) if belongs(name, "train", "tests", *PACKAGES)]
+        assert [name for name in ours if not belongs(name, package, "conf", *allowed)] == [], path
+
+
+def test_train_wires_and_nothing_else():
+    source = (ROOT / "train.py").read_text()
+    assert len(source.splitlines()) < 150
+    ours = [name for name in imported(ROOT / "train.py") if belongs(name, "tests", *PACKAGES)]
+    assert [name for name in ours if not belongs(name, "conf", "experiments")] == []
+
+
+PICKLES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib")
+UNSAFE = ("torch.save", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "pd.read_pickle", "eval", "exec")
+
+
+def unsafe(source: str) -> list[str]:
+    """What in a source could run code that is hidden in data."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            found += [name for name in names if name.split(".")[0] in PICKLES]
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        flags = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+        if (
+            ("weights_only" in flags and flags["weights_only"] is not True)
+            or (name == "torch.load" and flags.get("weights_only") is not True)
+            or name in UNSAFE
+            or (name in ("np.load", "numpy.load") and flags.get("allow_pickle") is not False)
+            or flags.get("allow_pickle") is True
+        ):
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "train.py", *sources(*PACKAGES)], ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_no_source_loads_or_saves_pickles(path):
+    assert unsafe(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "trainer.fit(module, weights_only=False)",
+        "import pickle",
+        "from pickle import load",
+        "torch.save(model, path)",
+        "yaml.load(stream)",
+        "np.load(path)",
+        "np.load(path, allow_pickle=True)",
+        "exec(text)",
+    ],
+)
+def test_the_scan_for_pickles_finds_them(source):
+    assert unsafe(source) != []
