@@ -27,6 +27,10 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 """Of computing; the weights themselves stay float32 throughout (a `-true` half precision would round the teacher's)."""
 
 
+NOTES = ("name", "license")
+"""Keys beside a `_target_` that are no parameters."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run: the message names the field, its value and the valid choices."""
 
@@ -60,7 +64,7 @@ class Calibration:
     """which samples, their noise and timesteps"""
     precision: str = "32-true"
     memory_gib: float | None = None
-    """activations that scoring may hold at once, by taking a batch in parts; null holds those of the whole batch"""
+    """activations that prefix reuse (output_loss, task_loss) may hold, by taking a batch in parts; null: no bound"""
     compile: bool = False
     """compile the network part by part for scoring; moves scores by rounding"""
 
@@ -194,7 +198,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
         ),
         (1, math.inf, "a whole number of 1 or more"),
     ),
-    "calibration.memory_gib": (0, math.inf, "0 or more, or null for no bound"),
+    "calibration.memory_gib": (math.nextafter(0, 1), math.inf, "more than 0, or null for no bound"),
     "sampler.guidance": (0, math.inf, "0 or more"),
     "evaluation.samples": (2, math.inf, "a whole number of 2 or more"),
     "data.num_workers": (0, math.inf, "0 or more"),
@@ -255,7 +259,7 @@ def check_target(path: str, node: Any) -> None:
     except Exception as error:
         raise ConfigError(f"{path}._target_={node._target_!r} cannot be imported: {error}") from error
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    given = {str(key): value for key, value in node.items() if key != "name" and not str(key).startswith("_")}
+    given = {str(key): value for key, value in node.items() if key not in NOTES and not str(key).startswith("_")}
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if open_ended and inspect.isclass(getattr(target, "__self__", None)):  # Scheduler.from_config(config, **fields)
         parameters |= inspect.signature(target.__self__).parameters
@@ -296,9 +300,9 @@ def build(node: DictConfig, **extra: Any) -> Any:
 
 
 def without_names(content: Any) -> Any:
-    """The `name` beside a `_target_` is for people and tables, not a parameter."""
+    """The NOTES beside a `_target_` are for people, tables and model cards, not parameters."""
     if isinstance(content, dict):
         return {
-            key: without_names(value) for key, value in content.items() if key != "name" or "_target_" not in content
+            key: without_names(value) for key, value in content.items() if key not in NOTES or "_target_" not in content
         }
     return [without_names(value) for value in content] if isinstance(content, list) else content

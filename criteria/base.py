@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -121,6 +122,10 @@ class Criterion:
         except ValueError as error:
             return str(error)
         return None
+
+    def files(self) -> list[Path]:
+        """Files other than the teacher's that decide the scores, such as another model's weights."""
+        return []
 
     def start(self, backbone: Backbone, units: Sequence[Unit], seed: int) -> None:
         """Begin: `seed` is `calibration.seed`."""

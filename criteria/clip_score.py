@@ -1,6 +1,7 @@
 """CLIP score: how much worse generated images fit their captions when one unit is removed (arXiv 2104.08718)."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,10 @@ class ClipScore(PerSample):
 
     def supports(self, backbone: Backbone) -> str | None:
         return generates(backbone) or (None if backbone.takes_text else "it takes no text to compare its images with")
+
+    def files(self) -> list[Path]:
+        """Of a local folder; a model of the hub is what its id says."""
+        return sorted(Path(self.path).expanduser().glob("*.safetensors"))
 
     def start(self, backbone: Backbone, units: Sequence[Unit], seed: int) -> None:
         """Raises ValueError where the CLIP model is not here."""

@@ -192,6 +192,8 @@ class InOrder(Budgeted):
         for place, i in enumerate(order):
             if spent >= window[0]:
                 break
+            if program.costs[i] == 0:  # its removal frees nothing: a 1x1 convolution that changes channels
+                continue
             more = spent + program.added(i, taken)
             rest = program.after(taken | {i}, order[place + 1 :])
             if program.allows(i, taken) and reachable(rest, (window[0] - more, window[1] - more)):

@@ -119,17 +119,19 @@ class Images(pl.LightningDataModule):
             collate_fn=collated,
         )
 
-    def subset(self, split: str, count: int, seed: int, batch_size: int) -> DataLoader:
+    def subset(self, split: str, count: int, seed: int, batch_size: int, spread: bool = False) -> DataLoader:
         """`count` fixed samples of a split, drawn without replacement as a function of `seed`, in fixed batches.
 
-        Raises ValueError if the split has fewer.
+        They come in the order of their numbers, or `spread`: in a random order, so that the first batches are like
+        all (timesteps go with the numbers). Raises ValueError if the split has fewer.
         """
         source = self.source(split)
         if count > len(source):
             raise ValueError(f"{count} samples of data.{split} were asked for; it has {len(source)}")
         order = torch.randperm(len(source), generator=torch_rng(seed, "subset", split))[:count]
         numbered = Numbered(ImageSet(source), order.tolist())
-        return DataLoader(numbered, batch_size=batch_size, collate_fn=collated)
+        places = torch.randperm(count, generator=torch_rng(seed, "spread")).tolist() if spread else range(count)
+        return DataLoader(numbered, batch_size=batch_size, collate_fn=collated, sampler=places)
 
 
 class Numbered(Dataset):

@@ -1,28 +1,30 @@
 """The model card of an export: what it is, what it was made of, and what was measured."""
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from experiments.run import effective
 
-
-def model_card(cfg: DictConfig, plan: dict[str, Any], metrics: dict[str, Any]) -> str:
+def model_card(cfg: DictConfig, plan: dict[str, Any], scores: dict[str, Any], metrics: dict[str, Any]) -> str:
     """README.md of an export, in Markdown, from the run's own artefacts; figures nobody measured are not in it."""
     teacher, changes = cfg.teacher, plan["changes"]
-    source = effective(cfg)["teacher"]["path"]
+    name, licence = teacher.get("name", "network"), teacher.get("license", "unknown")
+    is_hub_id = teacher.path.count("/") == 1 and not Path(teacher.path).exists()
+    source = f"[{teacher.path}](https://huggingface.co/{teacher.path})" if is_hub_id else f"`{name}`"
     rows = "\n".join(
         f"| {key} | {value} |" for key, value in sorted(metrics.items()) if isinstance(value, int | float | str)
     )
-    made = "\n".join(f"- {change['kind']}: `{change.get('unit', change.get('variant'))}`" for change in changes)
+    made = "\n".join(described(change, scores) for change in changes)
     protocol = ", ".join(f"{key} {value}" for key, value in metrics.get("protocol", {}).items())
     return f"""---
 library_name: diffusers
+license: {licence}
 tags: [pruned]
 ---
-# {teacher.get("name", "network")}, pruned
+# {name}, pruned
 
-Made by secateur from `{source}`; the teacher's licence holds for these weights, too.
+Made by secateur from {source}. The teacher's licence ({licence}) holds for these weights, too.
 
     DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 
@@ -44,3 +46,10 @@ Criterion `{cfg.criterion.name}`, selection `{cfg.selection.name}`, distillation
 
 {f"Protocol: {protocol}." if protocol else "No samples were evaluated."}
 """
+
+
+def described(change: dict[str, Any], scores: dict[str, Any]) -> str:
+    """A line of the card: what went, how, and its score."""
+    unit = change.get("unit")
+    score = f", score {scores[unit]['score']:.4g}" if unit in scores else ""
+    return f"- {change['kind']}: `{unit or change['variant']}`{score}"

@@ -32,6 +32,7 @@ from experiments.run import (
     is_rank_zero,
     read_json,
     staged,
+    wait_for,
     write_json,
 )
 from experiments.stages import Stages
@@ -41,9 +42,9 @@ from lightning_modules.backbones.files import load_network, weight_files
 from lightning_modules.backbones.restage import student_config
 from lightning_modules.distillation import check_levels
 from lightning_modules.evaluation import JointMeasure, seeds, unit_savings
-from lightning_modules.export import dense_twin, export, push, verify
+from lightning_modules.export import check_hub, dense_twin, export, push, verify
 from lightning_modules.scoring import score
-from lightning_modules.training import accelerator_of, make_trainer
+from lightning_modules.training import accelerator_of, autocast, make_trainer
 
 
 class StaleArtefact(ValueError):
@@ -59,9 +60,11 @@ def prune(cfg: DictConfig) -> None:
     if run.finished and not cfg.force:
         print(f"finished already: {run.folder} (force=true runs it again)\n")
         print(read_json(run / "finished.json")["summary"])
-        return
-    with run.opened(), Dashboard(cfg, run) as dashboard:
-        Job(cfg, run, teacher_id, device, dashboard).go()
+    else:
+        with run.opened(), Dashboard(cfg, run) as dashboard:
+            Job(cfg, run, teacher_id, device, dashboard).go()
+    if cfg.export.push_to_hub is not None and is_rank_zero():
+        print(f"pushed to {push(run / 'export', cfg.export.push_to_hub)}")
 
 
 class Job:
@@ -111,8 +114,8 @@ class Job:
                 f"teacher takes {wanted}; resize or convert them in the data's configuration (size, mode), or choose "
                 "another teacher"
             )
-        calibration = next(iter(self.calibration_batches()))
-        self.teacher.conditions(calibration, torch.device("cpu"))
+        first = next(iter(self.data.subset("train", 1, 0, 1)))  # one sample: its text goes through encoders on the CPU
+        self.teacher.conditions(first, torch.device("cpu"))
         self.evaluator.held_out()
         check_parts(cfg, self.teacher.noise_scheduler)
         if cfg.export.dense_twin and (self.criterion.level != "depth" or isinstance(self.selection, BkSdm)):
@@ -121,8 +124,16 @@ class Job:
             )
         if isinstance(self.selection, BkSdm):
             student_config(self.teacher.network.config, self.selection.variant)
-        elif self.selection.budget != "latency":  # measuring it is expensive
+        elif self.selection.budget != "latency":
             self.selection.check(self.pool())
+        else:  # what units save is measured later
+            known(self.selection.protected, self.units, "selection.protected")
+            if self.criterion.level == "channel":
+                raise ValueError(
+                    "selection.budget='latency' is for blocks and operators; of channels choose params, macs"
+                )
+        if cfg.export.push_to_hub is not None:
+            check_hub(cfg.export.push_to_hub)
         if self.distils:
             if self.criterion.level == "channel" and cfg.distillation.get("w_feat"):
                 raise ValueError(
@@ -134,7 +145,8 @@ class Job:
 
     def calibration_batches(self) -> DataLoader:
         calibration = self.cfg.calibration
-        return self.data.subset("train", calibration.samples, calibration.seed, calibration.batch_size)
+        spread = self.cfg.criterion.get("stable_for") is not None  # a part of the batches has to speak for all
+        return self.data.subset("train", calibration.samples, calibration.seed, calibration.batch_size, spread)
 
     # Scores and plan
 
@@ -150,6 +162,7 @@ class Job:
             "teacher": self.teacher_id,
             "options": {k: v for k, v in fields["teacher"].items() if k not in ("name", "path")},
             "criterion": fields["criterion"],
+            "files": fingerprint(criterion.files(), self.run.cache),
             "units": [unit.name for unit in self.units],
             "calibration": fields["calibration"],
             "data": None if criterion.needs == "nothing" else content_hash(batches),
@@ -198,10 +211,13 @@ class Job:
             self.check_stale(path, "scores", plan["scores"], scores_key)
             known([change["unit"] for change in plan["changes"] if "unit" in change], self.units, str(path))
             return plan
+        if not is_rank_zero():  # what is measured may differ between ranks, so one of them plans for all
+            wait_for(path)
+            return read_json(path)
         pool = self.pool(self.savings() if self.selection.budget == "latency" else None)
         with self.stages("select units"):
             flat = {name: entry["score"] for name, entry in scores.items()}
-            changes = self.selection.changes(pool, flat, self.joint_loss)
+            changes = self.selection.changes(pool, flat, lambda names: self.joint_loss(names))
         plan = {
             "teacher": self.teacher_id,
             "scores": scores_key,
@@ -209,18 +225,25 @@ class Job:
             "changes": changes,
             "predicted_harm": float(sum(flat[change["unit"]] for change in changes if "unit" in change)),
         }
-        self.run.write(path.name, plan)
+        write_json(path, plan)
         return plan
 
     def savings(self) -> dict[str, int]:
         """Measured microseconds that each unit's removal saves; under "" those of the whole network."""
-        with self.stages("time units"):
+        with self.stages("time units"), autocast(self.cfg.calibration.precision, self.stages.device):
             return unit_savings(self.teacher, self.units, self.cfg.evaluation, self.stages.device)
 
     @functools.cached_property
     def joint_loss(self) -> Callable[[Sequence[str]], float]:
         """measure(names): the measured output loss without all of these units, on the calibration samples."""
-        return JointMeasure(self.teacher, self.calibration_batches(), self.cfg.calibration.seed, self.stages.device)
+        calibration, device = self.cfg.calibration, self.stages.device
+        measure = JointMeasure(self.teacher, self.calibration_batches(), calibration.seed, device)
+
+        def measured(names: Sequence[str]) -> float:
+            with autocast(calibration.precision, device):
+                return measure(names)
+
+        return measured
 
     def check_stale(self, path: Path, what: str, stored: str, wanted: str) -> None:
         if stored != wanted:
@@ -262,12 +285,11 @@ class Job:
         """Export, prove that it reloads, draw the report, and only then call the run finished; rank 0 alone."""
         cfg = self.cfg.export
         with self.stages("export"), staged(self.run / "export") as partial:
-            export(network, partial, model_card(self.cfg, plan, metrics))
+            scores = read_json(self.run / "scores.json")["scores"] if (self.run / "scores.json").exists() else {}
+            export(network, partial, model_card(self.cfg, plan, scores, metrics))
             measured["export_max_difference"] = verify(network, partial)
             if cfg.dense_twin:
                 dense_twin(self.teacher, network).save_pretrained(partial / "dense_twin")
-        if cfg.push_to_hub is not None:
-            print(f"pushed to {push(self.run / 'export', cfg.push_to_hub)}")
         measured["seconds"] = self.stages.seconds
         write_json(self.run / "measured.json", measured)
         with self.stages("report"):

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ NO_EFFECT = {
     "": ("name", "label", "force", "logger", "paths"),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "resume", "checkpoint_every", "log_every_n_steps"),
     "data": ("num_workers",),
+    "calibration": ("memory_gib",),
     "evaluation": ("latency_batch", "latency_repeats"),
+    "export": ("push_to_hub",),
 }
 """What is not part of a run's identity: it cannot change a result, or (devices) only within noise."""
 
@@ -90,6 +93,8 @@ def effective(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration without what cannot change a result."""
     content: dict[str, Any] = portable(OmegaConf.to_container(cfg, resolve=True))
     for group, names in NO_EFFECT.items():
+        if group == "evaluation" and (content["selection"] or {}).get("budget") == "latency":
+            continue  # what is measured decides the plan
         for name in names:
             (content[group] if group else content).pop(name, None)
     return content
@@ -100,6 +105,10 @@ def fingerprint(files: list[Path], cache: Path) -> str:
     make_folder(cache / "fingerprints")
     total = hashlib.sha256()
     for file in sorted(files):
+        target = file.resolve()
+        if target.parent.name == "blobs" and len(target.name) == 64:  # the hub's cache names files by their sha256
+            total.update(f"{file.name}:{target.name}\n".encode())
+            continue
         stat = file.stat()
         note = cache / "fingerprints" / f"{digest([str(file.resolve()), stat.st_size, stat.st_mtime_ns])[:16]}.json"
         if not note.exists():
@@ -128,6 +137,12 @@ def barrier() -> None:
     """Wait for the other ranks, where there are any."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def wait_for(path: Path) -> None:
+    """Wait until rank 0 has written a file."""
+    while not path.exists():
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager

@@ -106,6 +106,19 @@ def dense_twin(teacher: DiffusionBackbone, student: DiffusionBackbone) -> Any:
     )
 
 
+def check_hub(repository: str) -> None:
+    """Raise ValueError where nothing could be pushed: no token, no network, or no name of a repository."""
+    if repository.count("/") != 1:
+        raise ValueError(f"export.push_to_hub={repository!r} is no id of a model on the hub; choose <owner>/<name>")
+    try:
+        HfApi().whoami()
+    except Exception as error:
+        raise ValueError(
+            f"export.push_to_hub={repository!r}: the hub does not know who you are ({type(error).__name__}); "
+            "log in with `hf auth login`, or choose null"
+        ) from error
+
+
 def push(folder: Path, repository: str) -> str:
     """Upload an export to the Hugging Face hub as a private model; returns its address."""
     api = HfApi()

@@ -18,6 +18,8 @@ class Scoring(pl.LightningModule):
         super().__init__()
         self.criterion, self.backbone, self.units, self.calibration_seed = criterion, backbone, units, seed
         self.scores: dict[str, dict[str, float]] = {}
+        self.settled = False
+        """the criterion needs no more batches; a test loop cannot be left, so the rest is passed over"""
 
     def on_test_start(self) -> None:
         if self.trainer.world_size > self.trainer.num_test_batches[0]:
@@ -28,10 +30,10 @@ class Scoring(pl.LightningModule):
         self.criterion.start(self.backbone, self.units, self.calibration_seed)  # type: ignore[arg-type]
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        if batch_idx % self.trainer.world_size == self.global_rank:  # batches go round the ranks
-            self.criterion.update(batch)
-        if self.trainer.world_size == 1 and self.criterion.settled():
-            self.trainer.should_stop = True
+        if self.settled or batch_idx % self.trainer.world_size != self.global_rank:  # batches go round the ranks
+            return
+        self.criterion.update(batch)
+        self.settled = self.trainer.world_size == 1 and self.criterion.settled()
 
     def on_test_epoch_end(self) -> None:
         states = self.criterion.states

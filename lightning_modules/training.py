@@ -1,5 +1,6 @@
 """The Lightning Trainer of every stage: devices, precision, progress, checkpoints, and what to resume from."""
 
+import contextlib
 import csv
 import logging
 import os
@@ -46,6 +47,13 @@ def precision_of(name: str, device: str) -> str:
     if name != "auto":
         return name
     return "bf16-mixed" if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+
+
+def autocast(name: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """The precision of `make_trainer`, for what runs without a trainer."""
+    kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    kind = kinds.get(precision_of(name, "gpu" if device.type == "cuda" else "cpu"))
+    return contextlib.nullcontext() if kind is None else torch.autocast(device.type, kind)
 
 
 def make_trainer(conf: Any, stage: str, precision: str, **options: Any) -> pl.Trainer:

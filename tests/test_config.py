@@ -1,6 +1,7 @@
 """Every configuration that ships works; every one that cannot is refused at once, naming field, value and choices."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 
@@ -34,6 +35,7 @@ def left_open(node: object, path: str = "") -> Iterator[str]:
         yield from [f"{path}{key}"] if value == "???" else left_open(value, f"{path}{key}.")
 
 
+@functools.cache
 def required(group: str, choice: str) -> list[str]:
     """Values for the fields that a choice leaves to its user."""
     content = OmegaConf.to_container(composed(f"{group}={choice}"), resolve=False)
@@ -52,7 +54,7 @@ def test_every_choice_of_every_group_composes_and_passes_the_check(configure, gr
 
 @pytest.mark.parametrize("experiment", [choice for group, choice in CHOICES if group == "experiment"])
 def test_a_whole_recipe_composes_with_the_tiny_debug_settings(configure, experiment):
-    cfg = configure(f"experiment={experiment}", "debug=tiny")
+    cfg = configure(f"experiment={experiment}", "debug=tiny", *required("experiment", experiment))
     assert (cfg.trainer.steps, cfg.logger.wandb) == (4, False)
 
 

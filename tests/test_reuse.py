@@ -34,7 +34,9 @@ def test_a_memory_bound_is_kept_by_taking_the_batch_in_parts(case, samples, part
     monkeypatch.setattr(
         diffusion,
         "Replay",
-        type("Watched", (Replay,), {"first_change": lambda self: held.append(self.held()) or Replay.first_change(self)}),
+        type(
+            "Watched", (Replay,), {"first_change": lambda self: held.append(self.held()) or Replay.first_change(self)}
+        ),
     )
     backbone.memory_bound = samples * one
     found = outputs(backbone, inputs)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from helpers_networks import FAMILIES, tiny_backbone
+from helpers_networks import UNETS, tiny_backbone
 
 from experiments.additivity import __main__ as additivity
 from experiments.result_speed import __main__ as result_speed
@@ -45,7 +45,7 @@ def test_random_subsets_keep_to_their_ratio_and_are_repeatable():
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_speed_of_results_has_a_row_for_every_student_and_batch(tmp_path, monkeypatch, steps, capsys):
-    cls, config = FAMILIES["UNet2DConditionModel"]
+    cls, config = UNETS["UNet2DConditionModel"]
     assert cls is UNet2DConditionModel
 
     def tiny(name: str, latents: int | None) -> UNetBackbone:
@@ -53,9 +53,10 @@ def test_speed_of_results_has_a_row_for_every_student_and_batch(tmp_path, monkey
             return UNetBackbone(UNet2DConditionModel(**config), DDPMScheduler(), sample_size=latents)
 
     monkeypatch.setattr(result_speed, "on_meta", tiny)
+    given = ["--dtype", "bfloat16"] if steps else []
     out = tmp_path / "rows.csv"
     arguments = ["--ratios", "0.3", "--repeats", "1", "--batch", "1", "2", "--steps", str(steps), "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["result_speed", *arguments])
+    monkeypatch.setattr(sys, "argv", ["result_speed", *arguments, *given])
     result_speed.main()
     table = pd.read_csv(out)
     assert list(table["network"]) == [

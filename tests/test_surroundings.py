@@ -106,7 +106,8 @@ def compare_with_stock(folder: Path, kind: str, guidance: float, monkeypatch: py
     for step, (found, expected) in enumerate(zip(ours, theirs, strict=True)):
         assert found.keys() == expected.keys()
         for key, value in found.items():
-            exact = step == 0 or key not in ("sample", "hidden_states")  # two passes of N round unlike one of 2 N
+            # Two passes of N round unlike one of 2 N, and one empty caption unlike N of them.
+            exact = guidance == 1 and (step == 0 or key not in ("sample", "hidden_states"))
             atol = 0 if exact else 5e-6 * float(value.abs().max())
             torch.testing.assert_close(value, expected[key].expand_as(value), rtol=0, atol=atol, msg=named(key))
 

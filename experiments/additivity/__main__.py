@@ -1,7 +1,8 @@
 """Is the harm of removing several units the sum of their single harms? python -m experiments.additivity [overrides]
 
 For random sets of units at several ratios: the sum of their scores, by each criterion, against the measured joint
-output loss. LAPTOP-Diff (arXiv 2404.11098) calls it additivity, and rests its knapsack on it.
+output loss. LAPTOP-Diff (arXiv 2404.11098) calls it additivity, and rests its knapsack on it. Scores and joint losses
+are of the same samples, timesteps and noise.
 """
 
 import argparse
@@ -42,6 +43,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     options, overrides = parser.parse_known_args()
 
+    labels = [words.split()[0] for words in options.criteria]
+    if len(set(labels)) < len(labels):
+        parser.error(f"--criteria names one criterion twice: {', '.join(labels)}")
     schema.register()
     with initialize_config_module("conf", version_base="1.3"):
         configs = {
@@ -72,7 +76,7 @@ def single(cfg: DictConfig, teacher: Any, data: Any, calibration: Any) -> dict[s
     batches = calibration
     if criterion.needs == "seeds":
         captions = data.source("train").captions if teacher.takes_text else None
-        batches = seeds(0, criterion.seeds, cfg.calibration.batch_size, captions)
+        batches = seeds(cfg.calibration.seed * 10_000_019, criterion.seeds, cfg.calibration.batch_size, captions)
     trainer = make_trainer(
         cfg.trainer, cfg.criterion.name, cfg.calibration.precision, inference_mode=not criterion.needs_grad
     )

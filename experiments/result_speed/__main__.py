@@ -25,7 +25,7 @@ from conf.schema import ROOT
 from criteria.selection import InfeasibleBudget, Knapsack, Pool
 from lightning_modules.backbones.diffusion import Change, move
 from lightning_modules.backbones.unet import UNetBackbone
-from lightning_modules.metrics.cost import latencies, peak_memory
+from lightning_modules.metrics.cost import latencies
 
 STAGES = ("base", "small", "tiny")
 
@@ -66,10 +66,25 @@ def filled(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.M
     return network.eval()
 
 
-def compiled(backbone: UNetBackbone) -> None:
-    """Compile the units one by one, in place."""
-    for name in backbone.survivors():
-        backbone.network.get_submodule(name).compile()
+def real(meta: UNetBackbone, options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> UNetBackbone:
+    """A network with memory and weights, compiled unit by unit where that is asked for."""
+    backbone = UNetBackbone(filled(meta.network, device, dtype), DDPMScheduler(), sample_size=options.latents)
+    if options.compile:
+        torch._dynamo.config.recompile_limit = 256  # each shape of a block is a graph
+        for name in backbone.survivors():
+            backbone.network.get_submodule(name).compile()
+    return backbone
+
+
+@torch.inference_mode()
+def peak_of(call: Callable[[], Any], device: torch.device) -> int | str:
+    """MiB that one call allocates beyond the weights, on a GPU; on a CPU that is not known."""
+    if device.type != "cuda":
+        return ""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return round((torch.cuda.max_memory_allocated(device) - before) / 2**20)
 
 
 def main() -> None:
@@ -88,32 +103,30 @@ def main() -> None:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
 
     shape = on_meta(options.teacher, options.latents)
-    students = [("teacher", shape), *((name, shape.pruned(plan)) for name, plan in plans(shape, options.ratios))]
-    published = shape if options.latents is None else on_meta(options.teacher, None)
+    published = on_meta(options.teacher, None)  # its MACs are those of the published size
+    students: list[tuple[str, Any]] = [("teacher", None), *plans(shape, options.ratios)]
+    teacher = real(on_meta(options.teacher, options.latents), options, device, dtype)
     rows = []
-    teacher = UNetBackbone(filled(shape.network, device, dtype), DDPMScheduler(), sample_size=options.latents)
-    for name, student in tqdm(students, desc=options.teacher):
-        macs = UNetBackbone(student.network, DDPMScheduler(), sample_size=None).macs()
-        network = teacher.network if name == "teacher" else filled(student.network, device, dtype)
-        backbone = UNetBackbone(network, DDPMScheduler(), sample_size=options.latents)
-        if options.compile:
-            compiled(backbone)
+    for name, plan in tqdm(students, desc=options.teacher):
+        macs = (published if plan is None else published.pruned(plan)).macs().linear
+        backbone = teacher if plan is None else real(shape.pruned(plan), options, device, dtype)
         for batch in options.batch:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            calls = {"teacher": step(teacher, batch, device, dtype), "student": step(backbone, batch, device, dtype)}
-            times = latencies(calls, options.repeats, device)
+            call = step(backbone, batch, device, dtype)
+            peak = peak_of(call, device)
+            times = latencies(
+                {"teacher": step(teacher, batch, device, dtype), "student": call}, options.repeats, device
+            )
             row = {
                 "network": name,
                 "parameters": backbone.params(),
                 "parameters removed": f"{1 - backbone.params() / teacher.params():.3f}",
-                "MACs": macs.linear,
-                "MACs removed": f"{1 - macs.linear / published.macs().linear:.3f}",
+                "MACs": macs,
+                "MACs removed": f"{1 - macs / published.macs().linear:.3f}",
                 "batch": batch,
                 "step ms": f"{times['student']:.1f}",
                 "step, of the teacher's": f"{times['student'] / times['teacher']:.3f}",
-                "weights MiB": round(sum(p.numel() * p.element_size() for p in network.parameters()) / 2**20),
-                "peak MiB": round(peak_memory(device) / 2**20) if device.type == "cuda" else "",
+                "weights MiB": round(sum(p.numel() * p.element_size() for p in backbone.parameters()) / 2**20),
+                "activations MiB": peak,
             }
             if options.steps:
                 runs = {
@@ -124,7 +137,7 @@ def main() -> None:
                 row[f"{options.steps} guided steps s"] = f"{whole['student'] / 1000:.2f}"
                 row["of the teacher's"] = f"{whole['student'] / whole['teacher']:.3f}"
             rows.append(row)
-        del network, backbone
+        del backbone
     out = options.out or Path(__file__).parent / f"results_{options.teacher}.csv"
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     note = f"{place}, {platform.machine()}, torch {torch.__version__}, {options.dtype}"

@@ -32,7 +32,7 @@ class Surroundings:
 
     def __init__(self, pipeline: Any, component: str) -> None:
         self.pipeline, self.component = pipeline, component
-        self.remembered: dict[tuple[str, ...], Any] = {}
+        self.remembered: dict[tuple[Any, ...], Any] = {}
         pipeline.register_to_config(_name_or_path="")  # where it lay here is nobody's business in an export
         for part in self.modules():
             part.eval().requires_grad_(False)
@@ -50,8 +50,9 @@ class Surroundings:
             if isinstance(part, nn.Module) and name != self.component
         ]
 
-    def to(self, device: torch.device) -> None:
-        for part in self.modules():
+    def to(self, device: torch.device, parts: Sequence[nn.Module] | None = None) -> None:
+        """Move some of the networks, or all."""
+        for part in self.modules() if parts is None else parts:
             part.to(device)
 
     # Images
@@ -76,7 +77,7 @@ class Surroundings:
 
     def encode(self, images: Tensor, rngs: Sequence[torch.Generator] | None) -> Tensor:
         """Scaled latents of images in [-1,1]: a draw of the posterior, from a generator a sample or the global one."""
-        self.to(images.device)
+        self.to(images.device, [self.vae])
         with plainly(images.device):
             found = self.vae.encode(images.to(self.vae.dtype))
         if hasattr(found, "latents"):  # of a VQModel: no distribution
@@ -91,7 +92,7 @@ class Surroundings:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images, about in [-1,1], of scaled latents."""
-        self.to(latents.device)
+        self.to(latents.device, [self.vae])
         shift, scale = self.scaling(latents)
         with plainly(latents.device):
             return self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample
@@ -115,25 +116,24 @@ class Surroundings:
 
     def text(self, captions: Sequence[str], device: torch.device) -> dict[str, Any]:
         """The network's arguments for some captions."""
-        self.to(device)
-        return self.encoder(list(captions), device)[0]
+        return self.encoded(list(captions), device, empty=False)
 
     def empty_text(self, count: int, device: torch.device) -> dict[str, Any]:
         """The network's arguments without a caption."""
-        self.to(device)
-        return self.encoder([""] * count, device)[1]
+        return repeated(self.encoded([""], device, empty=True), count)
 
-    def encoder(self, captions: list[str], device: torch.device) -> "Arguments":
-        """Both sets of arguments; those of the last few batches are kept: criteria come back to the same captions."""
+    def encoded(self, captions: list[str], device: torch.device, empty: bool) -> dict[str, Any]:
+        """What the text encoders say. The last few batches are kept: criteria come back to the same captions."""
         name = type(self.pipeline).__name__
         if name not in TEXT:
             raise ValueError(f"text for a {name} is not known here; pipelines are: {', '.join(TEXT)}")
-        key = (str(device), *captions)
+        key = (str(device), empty, *captions)
         if key not in self.remembered:
             if len(self.remembered) >= REMEMBERED:
                 self.remembered.pop(next(iter(self.remembered)))
+            self.to(device, [part for part in self.modules() if part is not self.vae])
             with plainly(device):
-                self.remembered[key] = TEXT[name](self.pipeline, captions, device)
+                self.remembered[key] = TEXT[name](self.pipeline, captions, device, empty)
         return self.remembered[key]
 
     # Files
@@ -146,47 +146,42 @@ class Surroundings:
         return pipeline
 
 
-Arguments = tuple[dict[str, Any], dict[str, Any]]
-"""For the captions, and for the unconditional pass."""
+def repeated(arguments: Any, count: int) -> Any:
+    """Arguments for one sample, for several. Positions of text tokens are the same for all samples."""
+    if isinstance(arguments, dict):
+        return {key: part if key == "txt_ids" else repeated(part, count) for key, part in arguments.items()}
+    return arguments.expand(count, *arguments.shape[1:])
 
 
-def clip(pipeline: Any, captions: list[str], device: torch.device) -> Arguments:
-    text, empty = pipeline.encode_prompt(captions, device, 1, True)
-    return {"encoder_hidden_states": text}, {"encoder_hidden_states": empty}
+def clip(pipeline: Any, captions: list[str], device: torch.device, empty: bool) -> dict[str, Any]:
+    found = pipeline.encode_prompt(captions, device, 1, empty)
+    return {"encoder_hidden_states": found[empty]}
 
 
-def two_clips(pipeline: Any, captions: list[str], device: torch.device) -> Arguments:
-    text, empty, pooled, empty_pooled = pipeline.encode_prompt(captions, device=device)
-    return tuple(  # type: ignore[return-value]
-        {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": one}}
-        for states, one in ((text, pooled), (empty, empty_pooled))
-    )
+def two_clips(pipeline: Any, captions: list[str], device: torch.device, empty: bool) -> dict[str, Any]:
+    found = pipeline.encode_prompt(captions, device=device, do_classifier_free_guidance=empty)
+    return {"encoder_hidden_states": found[empty], "added_cond_kwargs": {"text_embeds": found[2 + empty]}}
 
 
-def t5(pipeline: Any, captions: list[str], device: torch.device) -> Arguments:
+def t5(pipeline: Any, captions: list[str], device: torch.device, empty: bool) -> dict[str, Any]:
     """Captions in lower case; without the pipeline's further cleaning, which is left out where bs4 is not installed."""
-    text, mask, empty, empty_mask = pipeline.encode_prompt(captions, device=device)
-    return tuple(  # type: ignore[return-value]
-        {"encoder_hidden_states": states, "encoder_attention_mask": seen}
-        for states, seen in ((text, mask), (empty, empty_mask))
-    )
+    found = pipeline.encode_prompt(captions, device=device, do_classifier_free_guidance=empty)
+    states, seen = found[2:] if empty else found[:2]
+    return {"encoder_hidden_states": states, "encoder_attention_mask": seen}
 
 
-def two_clips_and_t5(pipeline: Any, captions: list[str], device: torch.device) -> Arguments:
-    text, empty, pooled, empty_pooled = pipeline.encode_prompt(captions, None, None, device=device)
-    return tuple(  # type: ignore[return-value]
-        {"encoder_hidden_states": states, "pooled_projections": one}
-        for states, one in ((text, pooled), (empty, empty_pooled))
-    )
+def two_clips_and_t5(pipeline: Any, captions: list[str], device: torch.device, empty: bool) -> dict[str, Any]:
+    found = pipeline.encode_prompt(captions, None, None, device=device, do_classifier_free_guidance=empty)
+    return {"encoder_hidden_states": found[empty], "pooled_projections": found[2 + empty]}
 
 
-def clip_and_t5(pipeline: Any, captions: list[str], device: torch.device) -> Arguments:
+def clip_and_t5(pipeline: Any, captions: list[str], device: torch.device, empty: bool) -> dict[str, Any]:
+    """Its guidance is an argument of the network, so there is no unconditional pass."""
     text, pooled, ids = pipeline.encode_prompt(captions, device=device)
-    arguments = {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": ids}
-    return arguments, arguments  # its guidance is an argument of the network: there is no second pass
+    return {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": ids}
 
 
-TEXT: dict[str, Callable[[Any, list[str], torch.device], Arguments]] = {
+TEXT: dict[str, Callable[[Any, list[str], torch.device, bool], dict[str, Any]]] = {
     "StableDiffusionPipeline": clip,
     "StableDiffusionXLPipeline": two_clips,
     "PixArtAlphaPipeline": t5,

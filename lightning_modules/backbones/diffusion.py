@@ -290,7 +290,8 @@ class DiffusionBackbone(nn.Module):
         `sampler(noise schedule's config)` makes a diffusers scheduler. `guidance` above 1 is classifier-free guidance
         (arXiv 2207.12598), for networks that take conditions.
         """
-        shape, device = self.data_shape(), next(self.network.parameters()).device
+        weight = next(self.network.parameters())
+        shape, device, dtype = self.data_shape(), weight.device, weight.dtype
         seeds = [int(seed) for seed in batch["seed"]]
         sample = torch.stack([torch.randn(shape, generator=torch_rng("sample", seed)) for seed in seeds]).to(device)
         scheduler = sampler(self.noise_scheduler.config)
@@ -304,7 +305,7 @@ class DiffusionBackbone(nn.Module):
         sample = sample * getattr(scheduler, "init_noise_sigma", 1.0)
         for t in scheduler.timesteps:
             scaled = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
-            inputs = {"sample": scaled, "timestep": t.expand(len(sample)), "conditions": conditions}
+            inputs = {"sample": scaled.to(dtype), "timestep": t.expand(len(sample)), "conditions": conditions}
             output = self.predict(inputs).float()
             if guides:
                 without = self.predict(inputs | {"conditions": empty}).float()

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +98,7 @@ def load_network(folder: Path) -> nn.Module:
     name = remapped(config)
     if name not in CLASSES:
         raise ValueError(f"{folder}/config.json says _class_name={name!r}; choose one of: {', '.join(CLASSES)}")
-    safe = any(folder.glob("*.safetensors"))
-    if not safe:
-        log.warning("%s has no safetensors: its pickled weights are read with weights_only=True", folder)
+    safe = not say_if_pickled(folder)
     try:
         network, info = CLASSES[name].from_pretrained(
             folder, use_safetensors=safe, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
@@ -120,6 +117,14 @@ def load_network(folder: Path) -> nn.Module:
             raise ValueError(f"the weights in {folder} are not finite: {key}")
     network.register_to_config(_name_or_path="")  # where it lay here is nobody's business in an export
     return network.eval()
+
+
+def say_if_pickled(folder: Path) -> bool:
+    """Has a folder weights, and none of them in safetensors? Then the log says so."""
+    pickled = any(file for ending in WEIGHTS[1:] for file in folder.glob(ending))
+    if found := pickled and not any(folder.glob("*.safetensors")):
+        log.warning("%s has no safetensors: its pickled weights are read with weights_only=True", folder)
+    return found
 
 
 def remapped(config: dict[str, Any]) -> str:
@@ -158,6 +163,11 @@ def load_teacher(
     if noise_scheduler is None:
         noise_scheduler = training_schedule(pipeline.scheduler)
     options = {"transformers": transformers, "pointwise": pointwise} if family is unet.UNetBackbone else {}
+    if not options and (transformers, pointwise) != ("block", "sum"):
+        raise ValueError(
+            f"teacher.transformers={transformers!r}, teacher.pointwise={pointwise!r}: these are for U-Nets; "
+            f"a {type(network).__name__} has no such choice"
+        )
     surroundings = Surroundings(pipeline, family.component)
     return family(network, noise_scheduler, surroundings, sample_size=sample_size, **options)
 
@@ -185,6 +195,8 @@ def open_pipeline(folder: Path, network: nn.Module, component: str, noise_schedu
         pipeline = DiffusionPipeline.from_pretrained(folder, **{component: None}, **absent, torch_dtype=torch.float32)
         pipeline.register_modules(**{component: network})
         mend_scaling(pipeline, folder)
+        for part in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != component):
+            say_if_pickled(part)
         return pipeline
     except Exception as error:
         raise ValueError(f"{folder}: the rest of the pipeline cannot be read: {error}") from error
@@ -203,10 +215,5 @@ def training_schedule(scheduler: Any) -> Any:
     """The noise schedule behind a pipeline's sampler: the same betas and prediction type, or the same flow."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return scheduler
-    return DDPMScheduler.from_config(scheduler.config)
-
-
-def cached_digest(file: Path) -> str | None:
-    """The sha256 that the hub's cache has in a file's name, where it has one."""
-    target = Path(os.path.realpath(file))
-    return target.name if file.is_symlink() and target.parent.name == "blobs" and len(target.name) == 64 else None
+    # Where its file does not say it, samples are not clipped: they may be latents.
+    return DDPMScheduler.from_config(scheduler.config, clip_sample=scheduler.config.get("clip_sample", False))

@@ -52,7 +52,7 @@ class Nothing(nn.Module):
     """What stays of an attention whose output is added to a residual stream outside of it: zeros."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros_like(hidden_states)
+        return hidden_states * 0  # not zeros_like: what comes before gets a gradient, of zeros, as DDP wants
 
 
 class Pointwise(nn.Module):

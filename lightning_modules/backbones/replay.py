@@ -23,6 +23,8 @@ class Replay:
         self.parts = {part: list(part.modules()) for part in parts(network, set(units))}
         self.record: list[tuple[nn.Module, Any]] = []
         if forwards is not None:
+            # One class of parts comes in many shapes, each a graph; beyond the limit the rest would run eagerly.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
             for part in self.parts.keys() - self.forwards.keys():
                 self.forwards[part] = torch.compile(part.forward)
 

@@ -39,7 +39,7 @@ def student_config(config: Mapping[str, Any], variant: str) -> dict[str, Any]:
     """
     if variant not in VARIANTS:
         raise ValueError(f"selection.variant={variant!r} is unknown; choose one of: {', '.join(VARIANTS)}")
-    layers = config["layers_per_block"]
+    layers = config.get("layers_per_block")
     if any(count != 2 for count in (layers if isinstance(layers, list | tuple) else [layers])):
         raise ValueError(
             f"teacher.layers_per_block={layers}: BK-SDM removes the second of two layers a block, so choose a teacher "

@@ -197,7 +197,7 @@ class UNetBackbone(DiffusionBackbone):
 def check_channels(config: Any, path: str) -> None:
     """Raise ValueError for a U-Net that takes more than noised samples."""
     taken, given = config.in_channels, config.out_channels
-    if taken != given:
+    if given not in (taken, 2 * taken):  # twice as many: it predicts variances, too
         raise ValueError(
             f"teacher.path={path!r} takes {taken} channels and gives {given}: an inpainting, upscaling or "
             "instruction-following network takes further images (mask, low resolution, original) that no data here "
