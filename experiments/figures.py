@@ -96,18 +96,30 @@ def grid(images_NHWC: np.ndarray, side: int) -> np.ndarray:
 
 
 def curves(
-    groups: pd.DataFrame, x: str, y: str, labels: tuple[str, str], path: Path, level: float | None = None
+    groups: pd.DataFrame,
+    x: str,
+    y: str,
+    labels: tuple[str, str],
+    path: Path,
+    level: float | None = None,
+    log: bool = False,
 ) -> None:
     """y over x with a colour a method; bars are the spread over seeds; `level` is the teacher's."""
     figure, axis = plt.subplots(figsize=(6, 4.2))
-    for method, rows in groups.groupby("method"):
+    methods = list(groups.groupby("method"))
+    colours = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20").colors  # type: ignore[attr-defined]
+    for place, (method, rows) in enumerate(methods):
         ordered = rows.sort_values(x)
-        axis.errorbar(ordered[x], ordered[y], yerr=ordered[f"{y} std"].fillna(0), marker="o", capsize=3, label=method)
+        style = {"color": colours[place % len(colours)], "marker": "os^Dv"[place % 5], "ms": 5, "capsize": 3}
+        axis.errorbar(ordered[x], ordered[y], yerr=ordered[f"{y} std"].fillna(0), label=method, **style)
+    if log and (groups[y] > 0).all():
+        axis.set_yscale("log")
     if level is not None:
         axis.axhline(level, color="black", ls=":", lw=1, label="teacher")
     axis.set_xlabel(labels[0])
     axis.set_ylabel(labels[1])
-    axis.legend(fontsize=8)
+    beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)} if len(methods) > 5 else {}
+    axis.legend(fontsize=8, **beside)
     axis.grid(alpha=0.3)
     save(figure, path)
 

@@ -227,6 +227,7 @@ def methods(table: pd.DataFrame) -> list[str]:
         "selection.ratio",
         "teacher.name",
         "selection.name",
+        "selection.variant",  # BK-SDM's sets are the points of one curve
         "distillation.name",
         "trainer.steps",
     }
@@ -245,7 +246,11 @@ def methods(table: pd.DataFrame) -> list[str]:
     ]
     return [
         ", ".join(
-            [table["criterion"][i], *(f"{n} {table[n][i]}" for n in varying), *(f"{k}={fields[k][i]}" for k in others)]
+            [
+                table["criterion"][i],
+                *(f"{name} {table[name][i]}" for name in varying),
+                *(f"{key}={fields[key][i]}" for key in others if fields[key][i] != "nan"),
+            ]
         )
         for i in table.index
     ]
@@ -315,7 +320,8 @@ def report_set(root: Path) -> Path:
             path = folder / f"quality_over_{x}{suffix}.png"
             figures.curves(part, x, "quality", labels, path, None if pd.isna(level) else level)
         labels = ("fraction removed", "joint output loss right after pruning")
-        figures.curves(part, "ratio", "output_loss_pruned", labels, folder / f"output_loss_over_ratio{suffix}.png")
+        path = folder / f"output_loss_over_ratio{suffix}.png"
+        figures.curves(part, "ratio", "output_loss_pruned", labels, path, log=True)
     waiting = sorted(p.parent.name for p in root.rglob("config.yaml") if not (p.parent / "finished.json").exists())
     shown = [
         "criterion",
