@@ -114,8 +114,8 @@ class Job:
                 f"teacher takes {wanted}; resize or convert them in the data's configuration (size, mode), or choose "
                 "another teacher"
             )
-        first = next(iter(self.data.subset("train", 1, 0, 1)))  # one sample: its text goes through encoders on the CPU
-        self.teacher.conditions(first, torch.device("cpu"))
+        for split in ("train", "holdout"):  # one sample: its text goes through encoders on the CPU
+            self.teacher.conditions(next(iter(self.data.subset(split, 1, 0, 1))), torch.device("cpu"))
         self.evaluator.held_out()
         check_parts(cfg, self.teacher.noise_scheduler)
         if cfg.export.dense_twin and (self.criterion.level != "depth" or isinstance(self.selection, BkSdm)):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from helpers_networks import tiny_batch
+from helpers_networks import bypasses, tiny_batch
 from helpers_pipelines import BETAS, tiny_pipeline
 
 from conf.schema import build
@@ -20,6 +20,7 @@ from experiments.run import fingerprint
 from lightning_modules.backbones import load_teacher
 from lightning_modules.backbones.diffusion import DiffusionBackbone
 from lightning_modules.backbones.files import weight_files
+from lightning_modules.export import export
 
 V = {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}
 
@@ -118,3 +119,12 @@ def test_another_schedule_beside_the_same_weights_is_another_teacher(saved_with,
     config = Path(path) / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
     assert fingerprint(weight_files(path), tmp_path / "cache") != before
+
+
+def test_an_export_samples_with_the_schedule_that_was_given(tmp_path):
+    """And not with the one that stands in the teacher's pipeline."""
+    path = tiny_pipeline("sd_v", tmp_path / "sd_v")
+    backbone = load_teacher(str(path), DDPMScheduler(prediction_type="epsilon", beta_end=0.03))
+    export(backbone.pruned(bypasses([backbone.units()[0].name])), tmp_path / "export")
+    written = json.loads((tmp_path / "export" / "scheduler" / "scheduler_config.json").read_text())
+    assert (written["prediction_type"], written["beta_end"]) == ("epsilon", 0.03)

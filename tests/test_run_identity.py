@@ -30,6 +30,8 @@ NO_EFFECT = [
     "trainer.checkpoint_every=7",
     "trainer.log_every_n_steps=7",
     "data.num_workers=3",
+    "calibration.memory_gib=1",
+    "export.push_to_hub=owner/name",
     "evaluation.latency_batch=3",
     "evaluation.latency_repeats=3",
 ]

@@ -162,6 +162,8 @@ def load_teacher(
     pipeline = open_pipeline(folder, network, family.component, noise_scheduler)
     if noise_scheduler is None:
         noise_scheduler = training_schedule(pipeline.scheduler)
+    else:
+        pipeline.register_modules(scheduler=noise_scheduler)  # an export samples as it was trained and evaluated
     options = {"transformers": transformers, "pointwise": pointwise} if family is unet.UNetBackbone else {}
     if not options and (transformers, pointwise) != ("block", "sum"):
         raise ValueError(
