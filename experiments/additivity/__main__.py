@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from hydra import compose, initialize_config_module
+from matplotlib.ticker import NullFormatter
 from omegaconf import DictConfig
 from scipy.stats import pearsonr, spearmanr
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from lightning_modules.evaluation import JointMeasure, seeds
 from lightning_modules.scoring import score
 from lightning_modules.training import accelerator_of, make_trainer
 
+COLUMNS = 3
 CRITERIA = (
     "output_loss",
     "task_loss",
@@ -122,31 +124,33 @@ def write(table: pd.DataFrame, folder: Path) -> None:
         for _, row in summary.iterrows()
     ]
     (folder / "table.md").write_text("\n".join(lines) + "\n")
-    columns = 3
+    draw(table, {row["criterion"]: row for row in rows}, folder / "additivity.png")
+    print((folder / "table.md").read_text())
+
+
+def draw(table: pd.DataFrame, correlations: dict[str, dict[str, Any]], path: Path) -> None:
+    """A scatter of predicted against measured for each criterion."""
+    shape = (-(-len(correlations) // COLUMNS), COLUMNS)
     figure, axes = plt.subplots(
-        -(-len(criteria) // columns),
-        columns,
-        figsize=(4.2 * columns, 3.6 * -(-len(criteria) // columns)),
-        squeeze=False,
+        *shape, figsize=(4 * shape[1], 3.5 * shape[0]), squeeze=False, sharey=True, layout="constrained"
     )
-    for axis in axes.flat[len(criteria) :]:
+    for axis in axes.flat[len(correlations) :]:
         axis.axis("off")
-    for axis, name, row in zip(axes.flat, criteria, rows, strict=False):
+    for axis, (name, row) in zip(axes.flat, correlations.items(), strict=False):
         points = axis.scatter(table[name], table["joint"], c=table["ratio"], s=12, cmap="viridis")
         axis.set_yscale("log")
         if (table[name] > 0).all():
             axis.set_xscale("log")
-        if name == "output_loss":
-            low, high = table["joint"].min(), table["joint"].max()
-            axis.plot([low, high], [low, high], color="black", ls=":", lw=1)
-        axis.set_title(
-            f"{name}: rank {row['rank correlation']:.2f}, linear {row['linear correlation']:.2f}", fontsize=10
-        )
-        axis.set_xlabel("sum of the single scores")
-        axis.set_ylabel("measured joint output loss")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        if name == "output_loss":  # of the same kind as the joint loss: here a sum could be right
+            ends = [table["joint"].min(), table["joint"].max()]
+            axis.plot(ends, ends, color="black", ls=":", lw=1)
+        title = f"{name}: rank {row['rank correlation']:.2f}, linear {row['linear correlation']:.2f}"
+        axis.set_title(title, fontsize=10)
+    figure.supxlabel("sum of the single scores")
+    figure.supylabel("measured joint output loss")
     figure.colorbar(points, ax=axes, label="fraction of parameters removed")
-    save(figure, folder / "additivity.png")
-    print((folder / "table.md").read_text())
+    save(figure, path)
 
 
 if __name__ == "__main__":
