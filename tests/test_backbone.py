@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from datamodules.sources import MissingData
 from lightning_modules.backbones import load_teacher
-from lightning_modules.backbones.files import weight_files
+from lightning_modules.backbones.files import load_network, weight_files
 from lightning_modules.export import export
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -34,12 +34,17 @@ def test_a_saved_network_loads_with_the_same_bits(family, tmp_path):
         ("pruned", PRUNED_WEIGHTS, backbone.pruned(bypasses(TWO_UNITS))),
     ):
         network.save(tmp_path / name)
-        loaded = load_teacher(str(tmp_path / name), DDPMScheduler())
+        loaded = backbone.adopt(load_network(tmp_path / name))
         assert type(loaded.network) is type(network.network)
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["config.json", weights]
         assert same_tensors(loaded.state_dict(), network.state_dict())
-        assert torch.equal(loaded.predict(inputs), network.predict(inputs))
+        torch.testing.assert_close(loaded.predict(inputs), network.predict(inputs), rtol=1e-5, atol=1e-6)
         assert not loaded.network.training
+
+
+def test_a_conditional_network_without_its_pipeline_is_refused(tmp_path):
+    tiny_backbone("UNet2DConditionModel").save(tmp_path)
+    assert "holds a UNet2DConditionModel without its pipeline" in refusal(tmp_path)
 
 
 def test_a_network_in_the_unet_folder_of_a_pipeline_is_found(teacher_folder, tmp_path):
