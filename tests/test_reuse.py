@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers_networks import tiny_backbone, tiny_batch
 
-from lightning_modules.backbones import diffusion
+from lightning_modules.backbones import replay
 from lightning_modules.backbones.replay import Replay
 
 
@@ -20,10 +20,10 @@ def case():
 
 
 def held_of_one(backbone, inputs) -> int:
-    replay = Replay(backbone.network, [backbone.network.get_submodule(unit.name) for unit in backbone.units()])
-    with torch.no_grad(), replay.recording():
-        backbone.predict(diffusion.part_of(inputs, slice(0, 1)))
-    return replay.held()
+    recorder = Replay(backbone.network, [backbone.network.get_submodule(unit.name) for unit in backbone.units()])
+    with torch.no_grad(), recorder.recording():
+        backbone.predict(replay.part_of(inputs, slice(0, 1)))
+    return recorder.held()
 
 
 @pytest.mark.parametrize(("samples", "parts"), [(1, 5), (2, 3), (4, 2), (5, 1)])
@@ -32,7 +32,7 @@ def test_a_memory_bound_is_kept_by_taking_the_batch_in_parts(case, samples, part
     whole, one = outputs(backbone, inputs), held_of_one(backbone, inputs)
     held = []
     monkeypatch.setattr(
-        diffusion,
+        replay,
         "Replay",
         type(
             "Watched", (Replay,), {"first_change": lambda self: held.append(self.held()) or Replay.first_change(self)}

@@ -15,7 +15,7 @@ from criteria.base import Batch, Shared, Unit
 from datamodules.seeding import torch_rng
 from lightning_modules.backbones.conditions import Surroundings
 from lightning_modules.backbones.pruned_unet import put
-from lightning_modules.backbones.replay import Replay
+from lightning_modules.backbones.replay import outputs_without_each
 from lightning_modules.metrics.cost import Macs, count_macs
 
 Change = Mapping[str, Any]
@@ -238,41 +238,7 @@ class DiffusionBackbone(nn.Module):
         Equal to `without([name])` around `predict`, bit for bit on a CPU and not compiled. The dense pass's
         activations are held meanwhile; with a `memory_bound` the batch goes through in parts that keep to it.
         """
-        count = len(inputs["sample"])
-        size = count if self.memory_bound is None else self.fitting(inputs, names)
-        if size >= count:
-            yield from self.reusing(inputs, names)
-            return
-        found: dict[str | None, list[Tensor]] = {}
-        for start in range(0, count, size):
-            for name, output in self.reusing(part_of(inputs, slice(start, start + size)), names):
-                found.setdefault(name, []).append(output)
-        yield from ((name, torch.cat(outputs)) for name, outputs in found.items())
-
-    def fitting(self, inputs: Batch, names: Sequence[str]) -> int:
-        """How many samples' activations keep to the memory bound; raises ValueError where not one's do."""
-        replay = Replay(self.network, [self.network.get_submodule(name) for name in names])
-        with replay.recording():
-            self.predict(part_of(inputs, slice(0, 1)))
-        assert self.memory_bound is not None
-        if replay.held() > self.memory_bound:
-            raise ValueError(
-                f"calibration.memory_gib={self.memory_bound / 2**30:.3g} is less than the activations of one sample, "
-                f"{replay.held() / 2**30:.3g} GiB; choose more, or null for no bound"
-            )
-        return self.memory_bound // replay.held()
-
-    def reusing(self, inputs: Batch, names: Sequence[str]) -> Iterator[tuple[str | None, Tensor]]:
-        units = [self.network.get_submodule(name) for name in names]
-        replay = Replay(self.network, units, self.compiled)
-        with replay.recording():
-            dense = self.predict(inputs)
-        yield None, dense
-        for name in names:
-            # A stand-in stands where the unit stood, so the parts before it answer from the record.
-            with self.without([name]), replay.reusing(replay.first_change()):
-                output = self.predict(inputs)
-            yield name, output
+        yield from outputs_without_each(self, inputs, names)
 
     def losses(self, output: Tensor, inputs: Batch) -> Tensor:
         """The task loss of each sample, (N,): mean squared error to the target (noise, velocity, flow or sample)."""
@@ -413,13 +379,6 @@ def move(value: Any, device: Any) -> Any:
     if isinstance(value, dict):
         return {key: move(part, device) for key, part in value.items()}
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def part_of(inputs: Any, samples: slice) -> Any:
-    """Some samples of a batch. Positions of text tokens are the same for all samples."""
-    if isinstance(inputs, dict):
-        return {key: value if key == "txt_ids" else part_of(value, samples) for key, value in inputs.items()}
-    return inputs[samples]
 
 
 def copied(network: nn.Module, config: Mapping[str, Any], cls: Any) -> nn.Module:

@@ -105,3 +105,54 @@ def tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, list | tuple | dict):
         for part in output.values() if isinstance(output, dict) else output:
             yield from tensors(part)
+
+
+def outputs_without_each(
+    backbone: Any, inputs: dict[str, Any], names: Sequence[str]
+) -> Iterator[tuple[str | None, Tensor]]:
+    """(None, the whole network's output), then (name, output without that unit), within `backbone.memory_bound`."""
+    count = len(inputs["sample"])
+    size = count if backbone.memory_bound is None else fitting(backbone, inputs, names)
+    if size >= count:
+        yield from reusing(backbone, inputs, names)
+        return
+    found: dict[str | None, list[Tensor]] = {}
+    for start in range(0, count, size):
+        for name, output in reusing(backbone, part_of(inputs, slice(start, start + size)), names):
+            found.setdefault(name, []).append(output)
+    yield from ((name, torch.cat(outputs)) for name, outputs in found.items())
+
+
+def reusing(backbone: Any, inputs: dict[str, Any], names: Sequence[str]) -> Iterator[tuple[str | None, Tensor]]:
+    """The same for one batch, with its dense pass's activations held."""
+    units = [backbone.network.get_submodule(name) for name in names]
+    replay = Replay(backbone.network, units, backbone.compiled)
+    with replay.recording():
+        dense = backbone.predict(inputs)
+    yield None, dense
+    for name in names:
+        # A stand-in stands where the unit stood, so the parts before it answer from the record.
+        with backbone.without([name]), replay.reusing(replay.first_change()):
+            output = backbone.predict(inputs)
+        yield name, output
+
+
+def fitting(backbone: Any, inputs: dict[str, Any], names: Sequence[str]) -> int:
+    """How many samples' activations keep to the memory bound; raises ValueError where not one's do."""
+    replay = Replay(backbone.network, [backbone.network.get_submodule(name) for name in names])
+    with replay.recording():
+        backbone.predict(part_of(inputs, slice(0, 1)))
+    held, bound = replay.held(), backbone.memory_bound
+    if held > bound:
+        raise ValueError(
+            f"calibration.memory_gib={bound / 2**30:.3g} is less than the activations of one sample, "
+            f"{held / 2**30:.3g} GiB; choose more, or null for no bound"
+        )
+    return bound // held
+
+
+def part_of(inputs: Any, samples: slice) -> Any:
+    """Some samples of a batch. Positions of text tokens are the same for all samples."""
+    if isinstance(inputs, dict):
+        return {key: value if key == "txt_ids" else part_of(value, samples) for key, value in inputs.items()}
+    return inputs[samples]
