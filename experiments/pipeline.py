@@ -122,12 +122,13 @@ class Job:
             raise ValueError(
                 "export.dense_twin=true: only a plan that bypasses whole blocks has such a twin; choose false"
             )
+        protected = getattr(self.selection, "protected", None)  # of selections that meet a budget
         if isinstance(self.selection, BkSdm):
             student_config(self.teacher.network.config, self.selection.variant)
-        elif self.selection.budget != "latency":
+        elif self.selection.budget != "latency" or protected is None:
             self.selection.check(self.pool())
         else:  # what units save is measured later
-            known(self.selection.protected, self.units, "selection.protected")
+            known(protected, self.units, "selection.protected")
             if self.criterion.level == "channel":
                 raise ValueError(
                     "selection.budget='latency' is for blocks and operators; of channels choose params, macs"
