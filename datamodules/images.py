@@ -92,7 +92,10 @@ class Images(pl.LightningDataModule):
         if split not in self.sources:
             source = self.make[split]()
             if len(source) == 0:
-                raise ValueError(f"data.{split} is empty: {self.make[split]}")
+                raise ValueError(
+                    f"data.{split} is empty; there may be too few samples for what is held out (data.holdout_images): "
+                    f"{self.make[split]}"
+                )
             self.sources[split] = source
         return self.sources[split]
 

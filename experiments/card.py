@@ -3,13 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+
+from conf.schema import ROOT
 
 
 def model_card(cfg: DictConfig, plan: dict[str, Any], scores: dict[str, Any], metrics: dict[str, Any]) -> str:
     """README.md of an export, in Markdown, from the run's own artefacts; figures nobody measured are not in it."""
     teacher, changes = cfg.teacher, plan["changes"]
     name, licence = teacher.get("name", "network"), teacher.get("license", "unknown")
+    chosen = ROOT / "conf" / "teacher" / f"{name}.yaml"
+    if chosen.exists() and teacher.path != OmegaConf.load(chosen).path:  # other weights than those of that name
+        name, licence = Path(teacher.path).name, "unknown"
     is_hub_id = teacher.path.count("/") == 1 and not Path(teacher.path).exists()
     source = f"[{teacher.path}](https://huggingface.co/{teacher.path})" if is_hub_id else f"`{name}`"
     rows = "\n".join(
@@ -30,9 +35,10 @@ Made by secateur from {source}. The teacher's licence ({licence}) holds for thes
 
 (`trust_remote_code` is needed where a file `pruned_unet.py` lies beside the weights.)
 
-Criterion `{cfg.criterion.name}`, selection `{cfg.selection.name}`, distillation `{cfg.distillation.name}`
-({cfg.trainer.steps if "_target_" in cfg.distillation else 0} steps), seed {cfg.seed}. Sum of the removed units' scores:
-{plan["predicted_harm"]:.6g}. Teacher's fingerprint: `{plan["teacher"][:16]}`.
+{f"Criterion `{cfg.criterion.name}`, sum of the removed units' scores {plan['predicted_harm']:.6g}. " if scores else ""}
+Selection `{cfg.selection.name}`, distillation `{cfg.distillation.name}`
+({cfg.trainer.steps if "_target_" in cfg.distillation else 0} steps), seed {cfg.seed}. Teacher's fingerprint:
+`{plan["teacher"][:16]}`.
 
 ## What was changed
 

@@ -1,5 +1,6 @@
 """The pictures of one run and of a comparison of runs."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def loss_curves(history: pd.DataFrame, path: Path) -> None:
 def sample_grids(images: dict[str, np.ndarray], path: Path, side: int = 8) -> None:
     """Grids of each network's samples from the same seeds, side by side."""
     figure, axes = plt.subplots(1, len(images), figsize=(4.2 * len(images), 4.5), squeeze=False)
+    side = min(side, math.ceil(math.sqrt(min(len(batch) for batch in images.values()))))
     for axis, (name, batch) in zip(axes[0], images.items(), strict=True):
         axis.imshow(grid(batch, side).squeeze(), cmap="gray", interpolation="nearest")
         axis.set_title(name)

@@ -73,7 +73,8 @@ def summarise(folder: Path, metrics: dict[str, Any], measured: dict[str, Any]) -
         (
             "removed",
             f"{achieved:.4f} of {metrics['plan/budget']} "
-            f"({f'asked for {requested}' if requested else 'a given plan'}), {metrics['plan/removed_units']} units",
+            f"({f'asked for {requested}' if requested else 'a given plan'})"
+            + (f", {metrics['plan/removed_units']} units" if metrics["plan/removed_units"] else ""),
         ),
         ("parameters", f"{metrics['teacher/params']:,} -> {metrics['student/params']:,}"),
         ("MACs, conv + linear", f"{metrics['teacher/macs'] / 1e9:.3f} G -> {metrics['student/macs'] / 1e9:.3f} G"),
@@ -172,10 +173,13 @@ def collect(root: Path) -> pd.DataFrame:
         if row["ratio"] is None:  # units that were given: their own ratio
             row["ratio"] = round(row["achieved"], 4)
         for name, key in (("quality_pruned", "pruned"), ("quality", "eval"), ("quality_teacher", "teacher")):
-            row[name] = metrics.get(f"{key}/{metric}") if metric else metrics.get(f"{key}/output_loss")
+            row[name] = metrics.get(f"{key}/{metric}") if metric else None
         rows.append(row)
     if not rows:
         raise ValueError(f"{root} has no finished run below it (looked for finished.json beside plan.json)")
+    if not any(row["metric"] for row in rows):  # no run drew samples: the output loss is what there is
+        for row in rows:
+            row |= {"quality_pruned": row["output_loss_pruned"], "quality": row["output_loss"]}
     return pd.DataFrame(rows).sort_values(
         ["criterion", "selection", "distillation", "ratio", "seed", "run"], ignore_index=True
     )
@@ -314,7 +318,8 @@ def report_set(root: Path) -> Path:
     (folder / "table.md").write_text(markdown(table, metric))
     for number, (_, part) in enumerate(table.groupby(["teacher", "protocol"])):  # what may share one pair of axes
         suffix = f"_{number + 1}" if number else ""
-        name, level = part["metric"].iloc[0] or "output loss", part["quality_teacher"].mean()
+        name, level = part["metric"].iloc[0], part["quality_teacher"].mean()
+        name = "output loss" if pd.isna(name) or not name else name
         for x, label in (("ratio", "fraction removed"), ("latency_ratio", "latency, student / teacher")):
             labels = (label, f"{name} (lower is better)")
             path = folder / f"quality_over_{x}{suffix}.png"

@@ -1,0 +1,26 @@
+"""What a model card claims: of whose weights, under which licence, and no more than was measured."""
+
+from experiments.card import model_card
+
+PLAN = {"teacher": "f" * 64, "predicted_harm": 0.5, "changes": [{"unit": "mid_block.resnets.0", "kind": "bypass"}]}
+SCORES = {"mid_block.resnets.0": {"score": 0.5}}
+
+
+def test_a_card_names_the_chosen_teacher_and_its_licence(configure):
+    card = model_card(configure("teacher=sd15"), PLAN, SCORES, {"eval/output_loss": 0.25})
+    assert "license: creativeml-openrail-m" in card
+    assert "huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5" in card
+    assert "bypass: `mid_block.resnets.0`, score 0.5" in card and "| eval/output_loss | 0.25 |" in card
+
+
+def test_a_card_claims_no_licence_for_other_weights_under_a_teachers_name(configure, tmp_path):
+    for path in (str(tmp_path / "mine"), "someone/model"):
+        card = model_card(configure(f"teacher.path={path}"), PLAN, SCORES, {})
+        assert "license: unknown" in card and "apache" not in card and "ddpm_cifar10" not in card
+        assert str(tmp_path) not in card
+
+
+def test_a_card_of_a_plan_without_scores_speaks_of_no_criterion(configure):
+    plan = {**PLAN, "predicted_harm": 0.0, "changes": [{"kind": "restage", "variant": "tiny"}]}
+    card = model_card(configure("selection=bk_sdm", "selection.variant=tiny"), plan, {}, {})
+    assert "restage: `tiny`" in card and "Criterion" not in card
