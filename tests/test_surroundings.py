@@ -209,7 +209,8 @@ def test_an_inpainting_network_is_refused(tmp_path):
 def test_a_pipeline_on_the_hub_that_cannot_be_reached_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for read in (load_teacher, weight_files):  # the weights' files are looked up first, for the teacher's fingerprint
-        with pytest.raises(MissingData, match=r"run `hf download nobody/no-pipeline` .*, then set teacher\.path to it"):
+        wanted = r"run `hf download nobody/no-pipeline --local-dir FOLDER`, then set teacher\.path to FOLDER"
+        with pytest.raises(MissingData, match=wanted):
             read("nobody/no-pipeline")
 
 

@@ -49,7 +49,7 @@ def find_pipeline(path: str) -> Path:
     except Exception as error:
         raise MissingData(
             f"teacher.path={path!r} is not a folder here, and could not be downloaded ({type(error).__name__}); "
-            f"where there is a network, run `hf download {path} --local-dir FOLDER`, and set teacher.path to FOLDER"
+            f"where there is a network, run `hf download {path} --local-dir FOLDER`, then set teacher.path to FOLDER"
         ) from error
 
 
