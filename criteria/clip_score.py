@@ -74,7 +74,7 @@ def load_clip(path: str) -> tuple[Any, Any]:
 
     Raises ValueError naming the command that downloads it.
     """
-    from transformers import CLIPModel, CLIPProcessor  # noqa: PLC0415  an optional extra, slow to import
+    from transformers import CLIPModel, CLIPProcessor  # noqa: PLC0415  slow to import
 
     try:
         model = CLIPModel.from_pretrained(path, local_files_only=True, use_safetensors=True)

@@ -18,7 +18,7 @@ class LDPruner(Criterion):
 
     z_i is generated with unit i removed, mean and standard deviation are element by element over the set. Ours: the
     unsquared norms (the paper's summaries disagree; `squared` squares each of the two), the population's standard
-    deviation and 50 seeds (both as in Hybrid-SD's reimplementation; the paper's count is unknown), and that a unit
+    deviation (as in Hybrid-SD's reimplementation, which takes 50 seeds; the paper's count is unknown), and that a unit
     without which some latent is not finite gets DIVERGED times the largest finite score (and 1 in the column
     `diverged`), since every score must be finite and nothing may be worse.
 

@@ -18,7 +18,7 @@ from experiments.run import RESULT_VERSION, Run, barrier, digest, effective, is_
 from experiments.stages import Stages
 from lightning_modules.backbones.diffusion import DiffusionBackbone
 from lightning_modules.evaluation import Generation, JointLoss, seeds
-from lightning_modules.metrics.cost import latencies, peak_memory
+from lightning_modules.metrics.cost import device_name, latencies, peak_memory
 from lightning_modules.metrics.frechet import Features, Statistics
 from lightning_modules.training import make_trainer
 
@@ -118,7 +118,7 @@ class Evaluator:
         if (folder / "images.npy").exists():
             return
         with self.stages("generate"):
-            batches = seeds(evaluation.seed * 10_000_019, evaluation.samples, evaluation.batch_size, self.prompts())
+            batches = seeds(evaluation.seed, evaluation.samples, evaluation.batch_size, self.prompts())
             module = Generation(network, build(cfg.sampler.scheduler), cfg.sampler.steps, cfg.sampler.guidance)
             trainer = make_trainer(cfg.trainer, f"samples of {name}", evaluation.precision)
             trainer.test(module, batches, verbose=False)
@@ -201,9 +201,7 @@ class Evaluator:
             **self.latency_achieved(1 - times["student"] / times["teacher"]),
             "latency_batch": batch,
             "latency_precision": "float32",
-            "device": torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else f"cpu, {torch.get_num_threads()} threads",
+            "device": device_name(device),
             "torch": str(torch.__version__),
             "peak_memory_bytes": peak_memory(device),
         }

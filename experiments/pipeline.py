@@ -35,13 +35,14 @@ from experiments.run import (
     wait_for,
     write_json,
 )
+from experiments.scoring_stage import batches_for, teacher_of
 from experiments.stages import Stages
 from experiments.train_stage import train
 from lightning_modules.backbones.diffusion import DiffusionBackbone, is_flow
 from lightning_modules.backbones.files import load_network, weight_files
 from lightning_modules.backbones.restage import student_config
 from lightning_modules.distillation import check_levels
-from lightning_modules.evaluation import JointMeasure, seeds, unit_savings
+from lightning_modules.evaluation import JointMeasure, unit_savings
 from lightning_modules.export import check_hub, dense_twin, export, push, verify
 from lightning_modules.scoring import score
 from lightning_modules.training import accelerator_of, autocast, make_trainer
@@ -76,9 +77,8 @@ class Job:
         self.data = build(cfg.data)
         self.data.image_shape()  # a wrong path or column is said before any weight is read
         self.criterion, self.selection = build(cfg.criterion), build(cfg.selection)
-        schedule = build(cfg.noise_scheduler) if "_target_" in cfg.noise_scheduler else None
         with self.stages("load the teacher"):
-            self.teacher: DiffusionBackbone = build(cfg.teacher, noise_scheduler=schedule)
+            self.teacher = teacher_of(cfg)
         self.check_criterion()
         calibration = cfg.calibration
         self.teacher.memory_bound = None if calibration.memory_gib is None else int(calibration.memory_gib * 2**30)
@@ -155,10 +155,7 @@ class Job:
         """Scores of all units; computed once per teacher, criterion and calibration, whatever the ratio or seed."""
         cfg, calibration = self.cfg, self.cfg.calibration
         criterion, fields = self.criterion, effective(cfg)
-        batches = self.calibration_batches()
-        if criterion.needs == "seeds":
-            captions = self.data.source("train").captions if self.teacher.takes_text else None
-            batches = seeds(calibration.seed * 10_000_019, criterion.seeds, calibration.batch_size, captions)
+        batches = batches_for(criterion, cfg, self.teacher, self.data, self.calibration_batches())
         key = {
             "teacher": self.teacher_id,
             "options": {k: v for k, v in fields["teacher"].items() if k not in ("name", "path")},

@@ -44,11 +44,11 @@ class Generation(pl.LightningModule):
         self.images = torch.stack([self.found[seed] for seed in sorted(self.found)]).numpy()
 
 
-def seeds(first: int, count: int, batch_size: int, captions: list[str] | None) -> DataLoader:
+def seeds(seed: int, count: int, batch_size: int, captions: list[str] | None) -> DataLoader:
     """Batches of {"seed": (N,), "caption": list}; seed k has caption k of those there are, going round."""
 
     def collate(numbers: list[int]) -> dict[str, Any]:
-        batch: dict[str, Any] = {"seed": first + torch.tensor(numbers)}
+        batch: dict[str, Any] = {"seed": seed * 10_000_019 + torch.tensor(numbers)}
         return batch | {"caption": [captions[k % len(captions)] for k in numbers]} if captions else batch
 
     return DataLoader(range(count), batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from conf import schema
 from datamodules.seeding import numpy_rng
 from experiments.figures import save
-from lightning_modules.evaluation import JointMeasure, seeds
+from experiments.scoring_stage import batches_for, teacher_of
+from lightning_modules.evaluation import JointMeasure
 from lightning_modules.scoring import score
 from lightning_modules.training import accelerator_of, make_trainer
 
@@ -57,8 +58,7 @@ def main() -> None:
     for cfg in configs.values():
         schema.check(cfg)
     cfg = next(iter(configs.values()))
-    schedule = schema.build(cfg.noise_scheduler) if "_target_" in cfg.noise_scheduler else None
-    teacher, data = schema.build(cfg.teacher, noise_scheduler=schedule), schema.build(cfg.data)
+    teacher, data = teacher_of(cfg), schema.build(cfg.data)
     calibration = data.subset("train", cfg.calibration.samples, cfg.calibration.seed, cfg.calibration.batch_size)
     scores = {name: single(each, teacher, data, calibration) for name, each in configs.items()}
 
@@ -75,10 +75,7 @@ def main() -> None:
 def single(cfg: DictConfig, teacher: Any, data: Any, calibration: Any) -> dict[str, float]:
     """Each unit's score by one criterion."""
     criterion = schema.build(cfg.criterion)
-    batches = calibration
-    if criterion.needs == "seeds":
-        captions = data.source("train").captions if teacher.takes_text else None
-        batches = seeds(cfg.calibration.seed * 10_000_019, criterion.seeds, cfg.calibration.batch_size, captions)
+    batches = batches_for(criterion, cfg, teacher, data, calibration)
     trainer = make_trainer(
         cfg.trainer, cfg.criterion.name, cfg.calibration.precision, inference_mode=not criterion.needs_grad
     )

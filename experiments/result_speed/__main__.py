@@ -22,12 +22,11 @@ from torch import nn
 from tqdm import tqdm
 
 from conf.schema import ROOT
+from criteria.bk_sdm import VARIANTS
 from criteria.selection import InfeasibleBudget, Knapsack, Pool
 from lightning_modules.backbones.diffusion import Change, move
 from lightning_modules.backbones.unet import UNetBackbone
-from lightning_modules.metrics.cost import latencies
-
-STAGES = ("base", "small", "tiny")
+from lightning_modules.metrics.cost import device_name, latencies
 
 
 def on_meta(name: str, latents: int | None) -> UNetBackbone:
@@ -41,7 +40,7 @@ def on_meta(name: str, latents: int | None) -> UNetBackbone:
 def plans(teacher: UNetBackbone, ratios: list[float]) -> Iterator[tuple[str, list[Change]]]:
     """The students by name: BK-SDM's where the shape allows them, and two bypass plans at each ratio."""
     if teacher.network.config.layers_per_block == 2 and len(teacher.network.down_blocks) == 4:
-        for variant in STAGES:
+        for variant in VARIANTS:
             yield f"bk_sdm {variant}", [{"kind": "restage", "variant": variant}]
     units = teacher.units()
     totals = {"params": teacher.params(), "macs": teacher.macs().linear}
@@ -139,8 +138,7 @@ def main() -> None:
             rows.append(row)
         del backbone
     out = options.out or Path(__file__).parent / f"results_{options.teacher}.csv"
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    note = f"{place}, {platform.machine()}, torch {torch.__version__}, {options.dtype}"
+    note = f"{device_name(device)}, {platform.machine()}, torch {torch.__version__}, {options.dtype}"
     note += f", latents {shape.data_shape()[1]}, {'compiled' if options.compile else 'eager'}"
     with open(out, "w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], "machine"])

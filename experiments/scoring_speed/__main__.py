@@ -25,6 +25,7 @@ from lightning_modules.backbones import load_teacher
 from lightning_modules.backbones.diffusion import DiffusionBackbone
 from lightning_modules.backbones.replay import Replay
 from lightning_modules.backbones.unet import UNetBackbone
+from lightning_modules.metrics.cost import device_name
 
 Outputs = dict[str | None, Tensor]
 
@@ -118,7 +119,6 @@ def main() -> None:
     calls = {"plain": lambda: plain(backbone, inputs, names), "reuse": lambda: reuse(backbone, inputs, names)}
     seconds, outputs = timed(calls, options.repeats, device)
     limit = bound(backbone, inputs)
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     row = {
         "network": options.architecture or "embedded",
         "units": len(names),
@@ -137,7 +137,7 @@ def main() -> None:
         row["compiled_over_eager_plain"] = f"{seconds['plain'] / compiled['compiled']:.2f}"
         row["difference_compiled"] = f"{difference(outputs['plain'], made['compiled']):.1e}"
         row["same_plan_compiled"] = plan(backbone, outputs["plain"]) == plan(backbone, made["compiled"])
-    row |= {"machine": f"{place}, {platform.machine()}, {options.dtype}", "torch": torch.__version__}
+    row |= {"machine": f"{device_name(device)}, {platform.machine()}, {options.dtype}", "torch": torch.__version__}
     default = "results.csv" if not options.architecture else f"results_{options.architecture}.csv"
     with open(options.out or Path(__file__).parent / default, "w", newline="") as file:
         writer = csv.DictWriter(file, row)

@@ -120,7 +120,8 @@ class Surroundings:
 
     def empty_text(self, count: int, device: torch.device) -> dict[str, Any]:
         """The network's arguments without a caption."""
-        return repeated(self.encoded([""], device, empty=True), count)
+        one = self.encoded([""], device, empty=True)
+        return by_sample(one, lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
     def encoded(self, captions: list[str], device: torch.device, empty: bool) -> dict[str, Any]:
         """What the text encoders say. The last few batches are kept: criteria come back to the same captions."""
@@ -138,19 +139,18 @@ class Surroundings:
 
     # Files
 
-    def save(self, network: nn.Module, folder: Path) -> Any:
-        """Write the whole pipeline around another network; returns it."""
+    def save(self, network: nn.Module, folder: Path) -> None:
+        """Write the whole pipeline around another network."""
         pipeline = copy.copy(self.pipeline)
         pipeline.register_modules(**{self.component: network})
         pipeline.save_pretrained(folder, safe_serialization=True)
-        return pipeline
 
 
-def repeated(arguments: Any, count: int) -> Any:
-    """Arguments for one sample, for several. Positions of text tokens are the same for all samples."""
-    if isinstance(arguments, dict):
-        return {key: part if key == "txt_ids" else repeated(part, count) for key, part in arguments.items()}
-    return arguments.expand(count, *arguments.shape[1:])
+def by_sample(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A nested dictionary with what has an entry a sample changed; positions of text tokens are shared by all."""
+    if isinstance(value, dict):
+        return {key: part if key == "txt_ids" else by_sample(part, change) for key, part in value.items()}
+    return change(value)
 
 
 def clip(pipeline: Any, captions: list[str], device: torch.device, empty: bool) -> dict[str, Any]:

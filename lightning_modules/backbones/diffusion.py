@@ -328,7 +328,7 @@ class DiffusionBackbone(nn.Module):
         return {
             "sample": torch.zeros(batch, *self.data_shape(), device=device),
             "timestep": torch.zeros(batch, dtype=torch.long, device=device),
-            "conditions": {key: move(value, device) for key, value in self.example_conditions(batch).items()},
+            "conditions": move(self.example_conditions(batch), device),
         }
 
     def example_conditions(self, batch: int) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     PixArtTransformer2DModel,
     UNet2DModel,
 )
@@ -22,7 +21,7 @@ from torch import nn
 from datamodules.sources import MissingData
 from lightning_modules.backbones import transformer, unet
 from lightning_modules.backbones.conditions import Surroundings
-from lightning_modules.backbones.diffusion import DiffusionBackbone
+from lightning_modules.backbones.diffusion import DiffusionBackbone, is_flow
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +214,7 @@ def mend_scaling(pipeline: Any, folder: Path) -> None:
 
 def training_schedule(scheduler: Any) -> Any:
     """The noise schedule behind a pipeline's sampler: the same betas and prediction type, or the same flow."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if is_flow(scheduler):
         return scheduler
     # Where its file does not say it, samples are not clipped: they may be latents.
     return DDPMScheduler.from_config(scheduler.config, clip_sample=scheduler.config.get("clip_sample", False))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.backbones.conditions import by_sample
+
 
 class Replay:
     """Records the outputs of a network's parts in one pass and reads them back in the next.
@@ -152,7 +154,5 @@ def fitting(backbone: Any, inputs: dict[str, Any], names: Sequence[str]) -> int:
 
 
 def part_of(inputs: Any, samples: slice) -> Any:
-    """Some samples of a batch. Positions of text tokens are the same for all samples."""
-    if isinstance(inputs, dict):
-        return {key: value if key == "txt_ids" else part_of(value, samples) for key, value in inputs.items()}
-    return inputs[samples]
+    """Some samples of a batch."""
+    return by_sample(inputs, lambda values: values[samples])

@@ -10,7 +10,6 @@ from typing import Any, Self
 import torch
 from diffusers import (
     DiTTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from criteria.base import Batch, Unit, check_level
 from criteria.selection import known
-from lightning_modules.backbones.diffusion import Change, DiffusionBackbone
+from lightning_modules.backbones.diffusion import Change, DiffusionBackbone, is_flow
 from lightning_modules.backbones.pruned_unet import put
 
 JOINT = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
@@ -240,7 +239,7 @@ class FluxBackbone(TransformerBackbone):
     def step_options(self, scheduler: Any, steps: int) -> dict[str, Any]:
         """As in its pipeline, the steps before any shift are evenly spaced from 1 to 1/steps."""
         options = super().step_options(scheduler, steps)
-        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if is_flow(scheduler):
             options["sigmas"] = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
         return options
 

@@ -60,8 +60,7 @@ class UNetBackbone(DiffusionBackbone):
         if level == "channel":
             return self.channels.units()
         if check_level(level) == "depth":
-            there = removable(self.network, self.transformers)
-            return [self.unit(name, m, "bypass") for name, m in there.items() if not isinstance(m, Bypass)]
+            return [self.unit(name, self.network.get_submodule(name), "bypass") for name in self.survivors()]
         order = self.forward_order()
         there = operators(self.network)
         return [self.unit(name, there[name], "replace") for name in sorted(there, key=order.__getitem__)]

@@ -76,6 +76,11 @@ def latencies(calls: Mapping[str, Callable[[], Any]], repeats: int, device: torc
     return {name: median(values) for name, values in times.items()}
 
 
+def device_name(device: torch.device) -> str:
+    """What a time was taken on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
 def reset_peak_memory() -> None:
     """Begin to measure anew: several jobs of a sweep share one process."""
     if torch.cuda.is_available():
