@@ -31,6 +31,10 @@ NOTES = ("name", "license")
 """Keys beside a `_target_` that are no parameters."""
 
 
+RESERVED = ("output_loss", "task_loss", "params", "macs", "macs_attention", "latency_ms", "weights")
+"""What metrics.json and measured.json have of a network beside `evaluation.metrics`."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run: the message names the field, its value and the valid choices."""
 
@@ -72,9 +76,15 @@ class Calibration:
 @dataclass
 class Evaluation:
     name: str = MISSING
-    metric: Any = None
-    """the Frechet distance to compute; null generates nothing"""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """measures of samples by name, each a `_target_`; the first is the one that reports draw; none generates nothing"""
     samples: int = 256
+    resize: int | None = None
+    """edge in pixels to which samples (and reference images) are resized before they are kept and measured"""
+    prompts: Any = None
+    """a `_target_` that gives a list of prompts; null: the captions of the held-out samples. Sample k has prompt k"""
+    reference_images: int = 10000
+    """most training images whose features are kept, for measures that need more than their mean and covariance"""
     batch_size: int = 32
     seed: int = 0
     """of the samples, and of the noise under which the joint output loss is measured"""
@@ -101,6 +111,14 @@ class Export:
     """also write the stock shape with zeros where units were bypassed"""
     push_to_hub: str | None = None
     """an id on the Hugging Face hub to push the export to; null pushes nothing"""
+
+
+@dataclass
+class Precompute:
+    dtype: str = "float16"
+    """of what is stored: float16 | float32, with which training is what it would be from pictures, bit for bit"""
+    batch_size: int = 16
+    samples_per_shard: int = 1024
 
 
 @dataclass
@@ -141,6 +159,8 @@ class Config:
     calibration: Calibration = field(default_factory=Calibration)
     selection: Any = None
     data: Any = MISSING
+    latents: str | None = None
+    """what `python -m experiments.precompute` made of the data: training then runs no VAE and no text encoder"""
     distillation: Any = None
     pretrain: Any = None
     noise_scheduler: Any = None
@@ -151,6 +171,7 @@ class Config:
     """null switches the moving average of the weights off"""
     evaluation: Evaluation = field(default_factory=Evaluation)
     export: Export = field(default_factory=Export)
+    precompute: Precompute = field(default_factory=Precompute)
     trainer: Trainer = field(default_factory=Trainer)
     logger: Logger = field(default_factory=Logger)
     paths: Paths = field(default_factory=Paths)
@@ -172,6 +193,11 @@ def check(cfg: DictConfig) -> None:
     for group in ("criterion", "selection", "distillation", "data", "teacher", "noise_scheduler"):
         if isinstance(cfg[group], DictConfig) and "_target_" not in cfg[group]:
             unknown(group, [key for key in cfg[group] if key != "name"], ["name"])
+    for name, node in cfg.evaluation.metrics.items():
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            raise ConfigError(f"evaluation.metrics.{name}={node} is no measure: choose a class as its _target_")
+        if name in RESERVED:
+            raise ConfigError(f"evaluation.metrics.{name}: that name is taken; choose none of: {', '.join(RESERVED)}")
     for path, node in targets(cfg):
         check_target(path, node)
     check_ranges(cfg)
@@ -182,6 +208,7 @@ def check(cfg: DictConfig) -> None:
         "calibration.precision": PRECISIONS,
         "evaluation.precision": PRECISIONS,
         "logger.mode": ("auto", "online", "offline"),
+        "precompute.dtype": ("float16", "float32"),
     }
     for path, valid in choices.items():
         if (value := OmegaConf.select(cfg, path)) not in valid:
@@ -194,7 +221,9 @@ RANGES: dict[str, tuple[float, float, str]] = {
             *("trainer.steps", "trainer.accumulate_grad_batches", "trainer.checkpoint_every", "trainer.devices"),
             *("trainer.num_nodes", "trainer.log_every_n_steps", "calibration.samples", "calibration.batch_size"),
             *("evaluation.batch_size", "evaluation.loss_samples", "evaluation.latency_batch", "data.batch_size"),
+            *("evaluation.resize", "evaluation.reference_images"),
             *("evaluation.latency_repeats", "sampler.steps"),
+            *("precompute.batch_size", "precompute.samples_per_shard"),
         ),
         (1, math.inf, "a whole number of 1 or more"),
     ),

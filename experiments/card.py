@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import ROOT
+from experiments.measures import described
 
 
 def model_card(cfg: DictConfig, plan: dict[str, Any], scores: dict[str, Any], metrics: dict[str, Any]) -> str:
@@ -20,8 +21,8 @@ def model_card(cfg: DictConfig, plan: dict[str, Any], scores: dict[str, Any], me
     rows = "\n".join(
         f"| {key} | {value} |" for key, value in sorted(metrics.items()) if isinstance(value, int | float | str)
     )
-    made = "\n".join(described(change, scores) for change in changes)
-    protocol = ", ".join(f"{key} {value}" for key, value in metrics.get("protocol", {}).items())
+    made = "\n".join(line_of(change, scores) for change in changes)
+    protocol = described(metrics["protocol"]) if "protocol" in metrics else None
     return f"""---
 library_name: diffusers
 license: {licence}
@@ -54,7 +55,7 @@ Selection `{cfg.selection.name}`, distillation `{cfg.distillation.name}`
 """
 
 
-def described(change: dict[str, Any], scores: dict[str, Any]) -> str:
+def line_of(change: dict[str, Any], scores: dict[str, Any]) -> str:
     """A line of the card: what went, how, and its score."""
     unit = change.get("unit")
     score = f", score {scores[unit]['score']:.4g}" if unit in scores else ""

@@ -1,7 +1,7 @@
 """The evaluation stage: one protocol for teacher, pruned and distilled network."""
 
+import contextlib
 import functools
-import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -14,12 +14,13 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from conf.schema import build
+from experiments.measures import TrainingImages, build_measures, check_measures, measured
 from experiments.run import RESULT_VERSION, Run, barrier, digest, effective, is_rank_zero, locked, read_json, staged
 from experiments.stages import Stages
 from lightning_modules.backbones.diffusion import DiffusionBackbone
 from lightning_modules.evaluation import Generation, JointLoss, seeds
 from lightning_modules.metrics.cost import device_name, latencies, peak_memory
-from lightning_modules.metrics.frechet import Features, Statistics
+from lightning_modules.metrics.measures import Labels, Samples
 from lightning_modules.training import make_trainer
 
 
@@ -31,18 +32,44 @@ class Evaluator:
     ) -> None:
         self.cfg, self.run, self.data, self.stages = cfg, run, data, stages
         self.teacher, self.teacher_id = teacher, teacher_id
-        self.features: Features | None = build(cfg.evaluation.metric) if cfg.evaluation.metric is not None else None
-        if self.features is not None:
-            self.features.check(teacher.image_shape())
+        self.measures = build_measures(cfg)
+        if self.measures:
+            check_measures(self.measures, self.shape(), self.asked_captions(), self.labels())
 
     def held_out(self) -> DataLoader:
         """The samples on which losses are measured."""
         evaluation = self.cfg.evaluation
         return self.data.subset("holdout", evaluation.loss_samples, evaluation.seed, evaluation.batch_size)
 
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the samples, as they are kept."""
+        shape, size = self.teacher.image_shape(), self.cfg.evaluation.resize
+        return shape if size is None else (shape[0], size, size)
+
+    @functools.cached_property
     def prompts(self) -> list[str] | None:
-        """The held-out captions, for networks that take text."""
-        return self.data.source("holdout").captions if self.teacher.takes_text else None
+        """The captions that samples are asked for by, one after another, for networks that take text."""
+        if not self.teacher.takes_text:
+            return None
+        evaluation = self.cfg.evaluation
+        if evaluation.prompts is not None:
+            return build(evaluation.prompts)[: evaluation.samples]
+        return self.data.captions("holdout", evaluation.samples)
+
+    def asked_captions(self) -> list[str] | None:
+        """The caption of each sample: where there are fewer, they go round, as in `seeds`."""
+        if self.prompts is None:
+            return None
+        return [self.prompts[k % len(self.prompts)] for k in range(self.cfg.evaluation.samples)]
+
+    def labels(self) -> Labels:
+        """The class of each sample, for class-conditional networks: that which they take for its seed."""
+        if self.teacher.takes_text:
+            return None
+        evaluation = self.cfg.evaluation
+        numbers = next(iter(seeds(evaluation.seed, evaluation.samples, evaluation.samples, None)))
+        found = self.teacher.conditions(numbers, torch.device("cpu")).get("class_labels")
+        return None if found is None else found.numpy()
 
     def metrics(self, plan: dict[str, Any], networks: dict[str, DiffusionBackbone]) -> dict[str, Any]:
         """Quality of teacher, pruned and distilled network; counts; nothing that depends on time."""
@@ -81,10 +108,8 @@ class Evaluator:
                     f"{name}/{key}": value for key, value in module.metrics.items() if key != "teacher_task_loss"
                 }
                 metrics["teacher/task_loss"] = module.metrics["teacher_task_loss"]
-        if self.features is not None:
-            metrics |= self.frechet(
-                self.features, {name: self.samples(name, network) for name, network in networks.items()}
-            )
+        if self.measures:
+            metrics |= self.quality({name: self.samples(name, network) for name, network in networks.items()})
         # "eval/..." is what the run delivers: one name for dashboards, whether it was distilled or not.
         metrics |= {f"eval/{key.split('/')[1]}": value for key, value in metrics.items() if key.startswith(f"{final}/")}
         self.run.write("metrics.json", metrics)
@@ -96,8 +121,8 @@ class Evaluator:
         protocol = {key: effective(cfg)[key] for key in ("sampler", "noise_scheduler")}
         protocol |= {"samples": evaluation.samples, "seed": evaluation.seed, "precision": evaluation.precision}
         protocol["batch_size"] = evaluation.batch_size  # can move the last bit
-        protocol["prompts"] = digest(self.prompts())
-        protocol["size"] = self.teacher.data_shape()
+        protocol["prompts"] = digest(self.prompts)
+        protocol["size"] = [self.teacher.data_shape(), self.shape()]
         shown = self.run / "samples" / name
         if name == "teacher":  # shared by all runs, so made once, under a lock
             key = digest({"teacher": self.teacher_id, "version": RESULT_VERSION, **protocol})[:16]
@@ -109,69 +134,51 @@ class Evaluator:
             self.generate(name, network, folder)
         if is_rank_zero() and not shown.exists():
             with staged(shown) as partial:
-                shutil.copyfile(folder / "images.npy", partial / "images.npy")
-        return np.load(folder / "images.npy", allow_pickle=False)
+                link(folder / "images.npy", partial / "images.npy")
+        return np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
 
     def generate(self, name: str, network: DiffusionBackbone, folder: Path) -> None:
         """Write images.npy into `folder`, unless it is there."""
         cfg, evaluation = self.cfg, self.cfg.evaluation
         if (folder / "images.npy").exists():
             return
-        with self.stages("generate"):
-            batches = seeds(evaluation.seed, evaluation.samples, evaluation.batch_size, self.prompts())
-            module = Generation(network, build(cfg.sampler.scheduler), cfg.sampler.steps, cfg.sampler.guidance)
+        with self.stages("generate"), staged(folder) if is_rank_zero() else contextlib.nullcontext() as partial:
+            batches = seeds(evaluation.seed, evaluation.samples, evaluation.batch_size, self.prompts)
+            module = Generation(
+                network,
+                build(cfg.sampler.scheduler),
+                cfg.sampler.steps,
+                cfg.sampler.guidance,
+                size=evaluation.resize,
+                file=None if partial is None else partial / "images.npy",
+            )
             trainer = make_trainer(cfg.trainer, f"samples of {name}", evaluation.precision)
             trainer.test(module, batches, verbose=False)
-            if is_rank_zero():
-                with staged(folder) as partial:
-                    np.save(partial / "images.npy", module.images, allow_pickle=False)
-            barrier()
+        barrier()
 
-    def frechet(self, features: Features, samples: dict[str, np.ndarray]) -> dict[str, Any]:
-        """The Frechet distance of each set of samples from the training images, with its protocol."""
-        cfg = self.cfg
-        with self.stages("compare distributions"):
-            reference = self.reference(features)
-            metrics: dict[str, Any] = {
-                f"{name}/{features.name}": Statistics.of(
-                    features(images, self.stages.device), f"samples of {name}"
-                ).distance(reference)
-                for name, images in samples.items()
-            }
+    def quality(self, images: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Every measure of each network's samples, with what has to agree for values to be comparable."""
+        cfg, evaluation, device = self.cfg, self.cfg.evaluation, self.stages.device
+        reference = TrainingImages(self.data, self.run.cache, device, evaluation.reference_images, evaluation.resize)
+        metrics: dict[str, Any] = {}
+        with self.stages("measure samples"):
+            for name, found in images.items():
+                samples = Samples(found, name, self.asked_captions(), self.labels(), device)
+                metrics |= measured(self.measures, samples, reference)
         metrics["protocol"] = {
-            "metric": features.name,
-            "features": features.fingerprint(),
-            "transform": features.transform,
-            "samples": cfg.evaluation.samples,
-            "reference_images": reference.count,
+            "samples": evaluation.samples,
+            "size": list(self.shape()),
+            "resized": evaluation.resize is not None,
             "sampler": cfg.sampler.name,
             "steps": cfg.sampler.steps,
             "guidance": cfg.sampler.guidance,
+            "prompts": None if self.prompts is None else f"{len(self.prompts)} ({digest(self.prompts)[:8]})",
+            "measures": {
+                name: {"better": measure.better, **measure.protocol(reference)}
+                for name, measure in self.measures.items()
+            },
         }
         return metrics
-
-    def reference(self, features: Features) -> Statistics:
-        """Statistics of the training images: the data set's own file, else computed once and kept."""
-        origin = {"features": features.fingerprint(), "transform": features.transform}
-        if features.name in self.data.statistics:
-            return Statistics.load(self.data.statistics[features.name], **origin)
-        source = self.data.source("train")
-        some = source.take(np.linspace(0, len(source) - 1, min(len(source), 256)).astype(int))["image"]
-        content = hashlib.sha256(some.tobytes()).hexdigest()  # tells data apart that stand under the same name
-        key = {"content": content, "size": len(source), "version": RESULT_VERSION, **origin}
-        path = self.run.cache / "statistics" / f"{digest(key)[:16]}.safetensors"
-        if not path.exists():
-            print(f"statistics of {len(source)} training images for {features.name} ...", flush=True)
-            parts = np.array_split(np.arange(len(source)), max(1, len(source) // 500))
-            found = Statistics.of(
-                np.concatenate([features(source.take(part)["image"], self.stages.device) for part in parts]),
-                "reference images",
-            )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{os.getpid()}.{path.name}")
-            found.save(partial, **origin)
-            os.replace(partial, path)
-        return Statistics.load(path, **origin)
 
     def latency_achieved(self, ratio: float) -> dict[str, float]:
         """The built student's own share of a latency budget; says so where it is not what was asked for."""
@@ -206,3 +213,11 @@ class Evaluator:
             "peak_memory_bytes": peak_memory(device),
         }
         return measured
+
+
+def link(path: Path, other: Path) -> None:
+    """One file under two names, or a copy where the file system has no such thing."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)

@@ -81,7 +81,7 @@ def sample_grids(images: dict[str, np.ndarray], path: Path, side: int = 8) -> No
     figure, axes = plt.subplots(1, len(images), figsize=(4.2 * len(images), 4.5), squeeze=False)
     side = min(side, math.ceil(math.sqrt(min(len(batch) for batch in images.values()))))
     for axis, (name, batch) in zip(axes[0], images.items(), strict=True):
-        axis.imshow(grid(batch, side).squeeze(), cmap="gray", interpolation="nearest")
+        axis.imshow(grid(batch, side).squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(name)
         axis.axis("off")
     save(figure, path, dpi=150)

@@ -21,6 +21,7 @@ from criteria.selection import Pool, known
 from experiments.card import model_card
 from experiments.dashboard import Dashboard
 from experiments.evaluator import Evaluator
+from experiments.precompute import check_latents
 from experiments.report import report_run
 from experiments.run import (
     Run,
@@ -35,7 +36,7 @@ from experiments.run import (
     wait_for,
     write_json,
 )
-from experiments.scoring_stage import batches_for, teacher_of
+from experiments.scoring_stage import batches_for, data_of, teacher_of
 from experiments.stages import Stages
 from experiments.train_stage import train
 from lightning_modules.backbones.diffusion import DiffusionBackbone, is_flow
@@ -74,7 +75,7 @@ class Job:
     def __init__(self, cfg: DictConfig, run: Run, teacher_id: str, device: torch.device, dashboard: Dashboard) -> None:
         self.cfg, self.run, self.teacher_id, self.dashboard = cfg, run, teacher_id, dashboard
         self.stages = Stages(cfg, device, run / "seconds.json")
-        self.data = build(cfg.data)
+        self.data = data_of(cfg)
         self.data.image_shape()  # a wrong path or column is said before any weight is read
         self.criterion, self.selection = build(cfg.criterion), build(cfg.selection)
         with self.stages("load the teacher"):
@@ -114,6 +115,7 @@ class Job:
                 f"teacher takes {wanted}; resize or convert them in the data's configuration (size, mode), or choose "
                 "another teacher"
             )
+        check_latents(cfg, self.data, self.teacher)
         for split in ("train", "holdout"):  # one sample: its text goes through encoders on the CPU
             self.teacher.conditions(next(iter(self.data.subset(split, 1, 0, 1))), torch.device("cpu"))
         self.evaluator.held_out()

@@ -3,9 +3,10 @@
 import torch
 from omegaconf import DictConfig
 
-from conf.schema import build
 from experiments.dashboard import Dashboard
+from experiments.precompute import backbone_of, check_latents
 from experiments.run import Run, barrier, is_rank_zero, staged, write_json
+from experiments.scoring_stage import data_of
 from experiments.stages import Stages
 from experiments.train_stage import train
 from lightning_modules.metrics.cost import peak_memory
@@ -20,7 +21,9 @@ def pretrain(cfg: DictConfig) -> None:
         return
     with run.opened(), Dashboard(cfg, run) as dashboard:
         stages = Stages(cfg, torch.device(accelerator_of(cfg.trainer.accelerator)), run / "seconds.json")
-        data = build(cfg.data)
+        data = data_of(cfg)
+        if cfg.latents is not None:
+            check_latents(cfg, data, backbone_of(cfg))
         evaluation = cfg.evaluation
         holdout = data.subset("holdout", evaluation.loss_samples, evaluation.seed, evaluation.batch_size)
         with stages("train"):

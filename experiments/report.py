@@ -16,7 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import figures
 from experiments.dashboard import flat
+from experiments.measures import described
 from experiments.run import digest, effective, read_json
+from experiments.sounds import page_sounds
 
 PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
@@ -43,7 +45,7 @@ def report_run(folder: Path) -> str:
     images = {name: path for name, path in images.items() if path.exists()}
     if images:
         figures.sample_grids(
-            {name: np.load(path, allow_pickle=False) for name, path in images.items()},
+            {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in images.items()},
             folder / "figures" / "samples.png",
         )
 
@@ -51,8 +53,11 @@ def report_run(folder: Path) -> str:
     measures = sorted({key.split("/")[1] for key in metrics if key.startswith("pruned/")})
     page = PAGES.get_template("run.html.j2").render(
         quality={key: [metrics.get(f"{name}/{key}") for name in NETWORKS] for key in measures},
+        better={key: part["better"] for key, part in measures_of(metrics).items()},
+        protocol=described(metrics["protocol"]) if "protocol" in metrics else None,
         title=folder.name,
         summary=summary,
+        sounds=page_sounds(folder, config, NETWORKS),
         metrics=metrics,
         measured=measured,
         removed=removed,
@@ -66,7 +71,6 @@ def report_run(folder: Path) -> str:
 
 def summarise(folder: Path, metrics: dict[str, Any], measured: dict[str, Any]) -> str:
     """The block at the end of a job."""
-    metric = metrics.get("protocol", {}).get("metric")
     requested = metrics["plan/requested_ratio"]
     achieved = achieved_ratio(metrics, measured)
     lines = [
@@ -97,26 +101,31 @@ def summarise(folder: Path, metrics: dict[str, Any], measured: dict[str, Any]) -
             ),
         ),
     ]
-    if metric:
+    for metric in measures_of(metrics):
         values = [
-            f"{metrics[f'{name}/{metric}']:.2f} {name}"
+            f"{shown(metrics[f'{name}/{metric}'])} {name}"
             for name in ("pruned", "distilled", "teacher")
             if f"{name}/{metric}" in metrics
         ]
         protocol = metrics["protocol"]
-        lines.append(
-            (
-                metric,
-                f"{', '.join(values)} "
-                f"({protocol['samples']} samples, {protocol['sampler']}, {protocol['steps']} steps)",
-            )
-        )
+        drawn = f"{protocol['samples']} samples, {protocol['sampler']}, {protocol['steps']} steps"
+        lines.append((metric, f"{', '.join(values)} ({drawn})"))
     lines += [
         ("report", str(folder / "report.html")),
         ("exported network", str(folder / "export")),
         ("everything", str(folder)),
     ]
     return "\n".join(f"{name + ':':<24}{value}" for name, value in lines)
+
+
+def measures_of(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The protocols of the measures that were taken, by name; the first is the one that is drawn."""
+    return metrics.get("protocol", {}).get("measures", {})
+
+
+def shown(value: float) -> str:
+    """Two decimals, or where that says too little three digits."""
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
 def achieved_ratio(metrics: dict[str, Any], measured: dict[str, Any]) -> float:
@@ -145,8 +154,8 @@ def collect(root: Path) -> pd.DataFrame:
             continue
         metrics, measured = read_json(folder / "metrics.json"), read_json(folder / "measured.json")
         cfg: Any = OmegaConf.load(folder / "config.yaml")
-        protocol = metrics.get("protocol", {})
-        metric = protocol.get("metric")
+        protocol, measures = metrics.get("protocol", {}), measures_of(metrics)
+        metric = next(iter(measures), None)
         row = {
             "run": folder.name,
             "page": str((folder / "report.html").relative_to(root)),
@@ -168,12 +177,14 @@ def collect(root: Path) -> pd.DataFrame:
             "output_loss_pruned": metrics["pruned/output_loss"],
             "output_loss": metrics["eval/output_loss"],
             "metric": metric,
-            "protocol": ", ".join(f"{key}={value}" for key, value in protocol.items() if key != "features"),
+            "better": measures[metric]["better"] if metric else "lower",
+            "protocol": described(protocol, metric),
         }
         if row["ratio"] is None:  # units that were given: their own ratio
             row["ratio"] = round(row["achieved"], 4)
         for name, key in (("quality_pruned", "pruned"), ("quality", "eval"), ("quality_teacher", "teacher")):
             row[name] = metrics.get(f"{key}/{metric}") if metric else None
+            row |= {f"{key}/{other}": metrics.get(f"{key}/{other}") for other in list(measures)[1:]}
         rows.append(row)
     if not rows:
         raise ValueError(f"{root} has no finished run below it (looked for finished.json beside plan.json)")
@@ -211,11 +222,13 @@ def averaged(runs: pd.DataFrame) -> pd.DataFrame:
         "quality_pruned",
         "quality",
         "quality_teacher",
+        *(name for name in runs if "/" in name),  # of the measures after the first
     ]
     runs = runs.assign(**{name: pd.to_numeric(runs[name]) for name in values})
     settings = runs["setting"].map(digest)
     grouped = runs.groupby(settings)
-    labels = ["teacher", "criterion", "selection", "distillation", "steps", "ratio", "budget", "metric", "protocol"]
+    labels = ["teacher", "criterion", "selection", "distillation", "steps", "ratio", "budget"]
+    labels += ["metric", "better", "protocol"]
     table = grouped[[*labels, "setting"]].first().join(grouped[values].mean())
     table = table.join(grouped[values].std().add_suffix(" std")).join(grouped.size().rename("runs"))
     table = table.sort_values(["criterion", "selection", "distillation", "ratio"]).reset_index(drop=True)
@@ -273,6 +286,8 @@ def markdown(table: pd.DataFrame, metric: str) -> str:
     judged = [("output_loss_pruned", "output loss, pruned", 4), ("output_loss", "output loss", 4)]
     if metric != "output loss":
         judged += [("quality_pruned", f"{metric}, pruned", 2), ("quality", metric, 2)]
+    judged += [(name, name.removeprefix("eval/"), 2) for name in others(table)]
+    judged = [(name, head, digits if table[name].abs().max() >= 1 else 4) for name, head, digits in judged]
     heads += [*(head for _, head, _ in judged), "runs"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for _, row in table.iterrows():
@@ -290,6 +305,11 @@ def markdown(table: pd.DataFrame, metric: str) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def others(table: pd.DataFrame) -> list[str]:
+    """The columns of what runs deliver in the measures after the first."""
+    return [name for name in table if name.startswith("eval/") and not name.endswith(" std")]
 
 
 def warnings_of(table: pd.DataFrame) -> list[str]:
@@ -310,6 +330,7 @@ def report_set(root: Path) -> Path:
     notes = warnings_of(table)
     print(*notes, sep="\n")
     metric = ", ".join(sorted({str(name) for name in runs["metric"].dropna()})) or "output loss"
+    better = " or ".join(sorted(set(runs["better"])))
     folder = root / "report"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
@@ -321,7 +342,7 @@ def report_set(root: Path) -> Path:
         name, level = part["metric"].iloc[0], part["quality_teacher"].mean()
         name = "output loss" if pd.isna(name) or not name else name
         for x, label in (("ratio", "fraction removed"), ("latency_ratio", "latency, student / teacher")):
-            labels = (label, f"{name} (lower is better)")
+            labels = (label, f"{name} ({part['better'].iloc[0]} is better)")
             path = folder / f"quality_over_{x}{suffix}.png"
             figures.curves(part, x, "quality", labels, path, None if pd.isna(level) else level)
         labels = ("fraction removed", "joint output loss right after pruning")
@@ -339,11 +360,13 @@ def report_set(root: Path) -> Path:
         "output_loss_pruned",
         "quality_pruned",
         "quality",
+        *others(table),
         "runs",
     ]
     page = PAGES.get_template("set.html.j2").render(
         title=root.name,
         metric=metric,
+        better=better,
         rows=table[shown].to_dict("records"),
         columns=shown,
         runs=runs.to_dict("records"),

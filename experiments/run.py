@@ -18,12 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from conf.schema import ROOT
+from datamodules.latents import read_manifest
 
 RESULT_VERSION = 1
 """Goes up when the same configuration would give another result."""
 
 NO_EFFECT = {
-    "": ("name", "label", "force", "logger", "paths"),
+    "": ("name", "label", "force", "logger", "paths", "precompute"),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "resume", "checkpoint_every", "log_every_n_steps"),
     "data": ("num_workers",),
     "calibration": ("memory_gib",),
@@ -97,6 +98,8 @@ def effective(cfg: DictConfig) -> dict[str, Any]:
             continue  # what is measured decides the plan
         for name in names:
             (content[group] if group else content).pop(name, None)
+    if content["latents"] is not None:  # what they are, not where
+        content["latents"] = read_manifest(content["latents"])["id"]
     return content
 
 

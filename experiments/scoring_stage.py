@@ -1,11 +1,11 @@
-"""What every program that scores units needs: the teacher as configured, and the batches that a criterion asks for."""
+"""What every program that scores units needs: teacher and data as configured, and the batches of a criterion."""
 
 from typing import Any
 
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
-from conf.schema import build
+from conf.schema import ConfigError, build
 from criteria.base import Criterion
 from lightning_modules.backbones.diffusion import DiffusionBackbone
 from lightning_modules.evaluation import seeds
@@ -15,6 +15,16 @@ def teacher_of(cfg: DictConfig) -> DiffusionBackbone:
     """The teacher, under the noise schedule of its own pipeline unless the configuration gives another."""
     schedule = build(cfg.noise_scheduler) if "_target_" in cfg.noise_scheduler else None
     return build(cfg.teacher, noise_scheduler=schedule)
+
+
+def data_of(cfg: DictConfig) -> Any:
+    """The data as configured, its samples as stored latents where `latents` names some."""
+    data = build(cfg.data)
+    if cfg.latents is not None:
+        if not hasattr(data, "use_latents"):
+            raise ConfigError(f"latents={cfg.latents}: {type(data).__name__} has no use_latents; choose latents=null")
+        data.use_latents(cfg.latents)
+    return data
 
 
 def batches_for(

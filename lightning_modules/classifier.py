@@ -1,5 +1,6 @@
-"""Training an image classifier: it makes the feature extractor of `frechet_resnet20`."""
+"""Training a classifier: it makes the feature extractors of `frechet_resnet20` and `frechet_digits`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,16 +8,18 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_modules.backbones.resnet_cifar import CifarResNet
+from lightning_modules.backbones.resnet_cifar import CIFAR_MEAN, CIFAR_STD, CifarResNet
 from lightning_modules.base import Optimizer, Schedule, TrainedModule, sum_over_ranks
 
 
 class Classifier(TrainedModule):
     """Cross-entropy training of a CIFAR ResNet; `test_step` measures the accuracy on the held-out images."""
 
-    def __init__(self, blocks: int, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path) -> None:
+    def __init__(
+        self, network: CifarResNet, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path
+    ) -> None:
         super().__init__(optimizer, lr_scheduler, seed, dump)
-        self.network = CifarResNet(blocks).to(memory_format=torch.channels_last)  # twice as fast on a CPU
+        self.network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logits = self.network(batch["image"].contiguous(memory_format=torch.channels_last))
@@ -41,7 +44,15 @@ class Classifier(TrainedModule):
         save_file({name: tensor.contiguous() for name, tensor in half.items()}, folder / "model.safetensors")
 
 
-def from_blocks(blocks: int, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path) -> Classifier:
-    """A Classifier with fresh weights, drawn from `seed`."""
+def from_blocks(
+    blocks: int,
+    optimizer: Optimizer,
+    lr_scheduler: Schedule,
+    seed: int,
+    dump: Path,
+    mean: Sequence[float] = CIFAR_MEAN,
+    std: Sequence[float] = CIFAR_STD,
+) -> Classifier:
+    """A Classifier with fresh weights, drawn from `seed`; `mean` and `std` have a value a channel of the images."""
     torch.manual_seed(seed)
-    return Classifier(blocks, optimizer, lr_scheduler, seed, dump)
+    return Classifier(CifarResNet(blocks, mean=mean, std=std), optimizer, lr_scheduler, seed, dump)

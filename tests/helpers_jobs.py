@@ -26,14 +26,37 @@ class Channels:
     def __call__(self, images: np.ndarray, device) -> np.ndarray:
         flat = images.reshape(len(images), -1, images.shape[-1]).astype(np.float64)
         return np.concatenate([flat.mean(1), flat.std(1)], axis=1)
+
+
+class Brightness:
+    """A measure with nothing of the repository's in it: the mean of all pixels."""
+
+    better = "higher"
+
+    def check(self, shape, captions, labels) -> None:
+        pass
+
+    def protocol(self, reference) -> dict:
+        return {"unit": "1/255"}
+
+    def __call__(self, samples, reference) -> float:
+        return float(samples.images.mean())
 '''
+
+EVALUATION = """name: channels
+metrics:
+  frechet_channels:
+    _target_: lightning_modules.metrics.measures.Frechet
+    features: {_target_: channels.Channels}
+  brightness: {_target_: channels.Brightness}
+"""
 
 
 @pytest.fixture
 def sampling(overrides: list[str], data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """`overrides` with an evaluation that draws samples; its features are a class outside the repository."""
+    """`overrides` with an evaluation that draws samples, by classes outside the repository."""
     for name, content in {
-        "evaluation/channels.yaml": "name: channels\nmetric: {_target_: channels.Channels}\n",
+        "evaluation/channels.yaml": EVALUATION,
         "python/channels.py": CHANNELS,
     }.items():
         (data_folder / name).parent.mkdir(exist_ok=True)

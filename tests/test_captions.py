@@ -14,8 +14,9 @@ from datasets import config as datasets_config
 from PIL import Image
 
 from conf.schema import build
+from datamodules.folders import Folder
 from datamodules.images import Images, folder
-from datamodules.sources import Folder, HuggingFace, MissingData
+from datamodules.sources import BadSample, HuggingFace, MissingData
 
 COUNT = 12
 
@@ -39,7 +40,13 @@ def write_jsonl(root: Path, count: int = COUNT) -> str:
     return "captions.jsonl"
 
 
-@pytest.fixture(params=[write_txt, write_jsonl], ids=["txt", "jsonl"])
+def write_csv(root: Path, count: int = COUNT) -> str:
+    lines = [f"{n},{'ab'[n % 2]}/{n}.png,picture {n}" for n in reversed(range(count))]
+    (root / "captions.csv").write_text("\n".join(["key,file_name,text", *lines]))
+    return "captions.csv"
+
+
+@pytest.fixture(params=[write_txt, write_jsonl, write_csv], ids=["txt", "jsonl", "csv"])
 def captioned_pictures(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     """Arguments of a folder of pictures that say their number in the caption."""
     write_pictures(tmp_path)
@@ -82,16 +89,67 @@ def test_a_caption_may_hold_whatever_text_can(tmp_path):
     (tmp_path / "captions.jsonl").write_text(
         json.dumps({"file_name": "a/0.png", "text": text}, ensure_ascii=False), encoding="utf-8"
     )
-    assert Folder(str(tmp_path), 4, captions="captions.jsonl").captions == [text]
+    assert list(Folder(str(tmp_path), 4, captions="captions.jsonl").captions) == [text]
 
 
-@pytest.mark.parametrize("captions", ["txt", "captions.jsonl"])
-def test_a_picture_without_a_caption_is_named(tmp_path, captions):
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (write_txt, "{root}/b/11.txt: the caption cannot be read: there is none"),
+        (write_jsonl, "{root}/b/11.png has no caption in captions.jsonl"),
+        (write_csv, "{root}/b/11.png has no caption in captions.csv"),
+    ],
+)
+def test_a_picture_without_a_caption_is_a_bad_sample_and_named(tmp_path, write, said):
     write_pictures(tmp_path)
-    {"txt": write_txt, "captions.jsonl": write_jsonl}[captions](tmp_path, COUNT - 1)
-    with pytest.raises(ValueError) as caught:
-        Folder(str(tmp_path), 4, captions=captions)
-    assert str(caught.value) == f"{tmp_path}/b/{COUNT - 1}.png has no caption (data.captions={captions!r})"
+    source = Folder(str(tmp_path), 4, captions=write(tmp_path, COUNT - 1))
+    (bad,) = [index for index in range(COUNT) if source.file(index).name == "11.png"]
+    for read in (source.captions.__getitem__, lambda index: source.take(np.array([index]))):
+        with pytest.raises(BadSample) as caught:
+            read(bad)
+        assert str(caught.value) == said.format(root=tmp_path)
+    assert len(source.take(np.delete(np.arange(COUNT), bad))["caption"]) == COUNT - 1
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
+def test_a_caption_that_is_not_utf_8_is_a_bad_sample_and_others_are_not(tmp_path, kind):
+    write_pictures(tmp_path, 2)
+    latin, good = "größer".encode("latin-1"), "größer".encode()
+    bytes_of = {
+        "a/0.txt": latin,
+        "b/1.txt": good,
+        "captions.jsonl": b'{"file_name": "a/0.png", "text": "%b"}\n{"file_name": "b/1.png", "text": "%b"}'
+        % (latin, good),
+        "captions.csv": b"file_name,text\na/0.png,%b\nb/1.png,%b\n" % (latin, good),
+    }
+    for name, content in bytes_of.items():
+        (tmp_path / name).write_bytes(content)
+    source = Folder(str(tmp_path), 4, captions=kind if kind == "txt" else f"captions.{kind}")
+    places = {source.file(index).name: index for index in range(2)}
+    assert source.captions[places["1.png"]] == "größer"
+    with pytest.raises(BadSample, match=r"/a/0\.(txt|png): .*'utf-8' codec can't decode byte"):
+        source.captions[places["0.png"]]
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_csv])
+def test_columns_have_the_names_they_are_given(tmp_path, write):
+    write_pictures(tmp_path)
+    captions = write(tmp_path)
+    table = tmp_path / captions
+    table.write_text(table.read_text().replace("file_name", "image").replace("text", "TEXT"))
+    named = {"captions": captions, "file_column": "image", "caption_column": "TEXT"}
+    record = Folder(str(tmp_path), 4, **named).take(np.arange(COUNT))
+    assert says(record) == numbers(record["image"])
+    for column in ("file_column", "caption_column"):
+        with pytest.raises(ValueError, match=r"has no column 'wrong'; it has: (key, )?image, TEXT"):
+            Folder(str(tmp_path), 4, **named | {column: "wrong"})
+
+
+def test_a_table_of_other_pictures_is_refused_with_names_of_both(tmp_path):
+    write_pictures(tmp_path, 1)
+    (tmp_path / "c.csv").write_text("file_name,text\nimages/0.png,one\n")
+    with pytest.raises(ValueError, match=r"it names images/0\.png; the folder has a/0\.png"):
+        Folder(str(tmp_path), 4, captions="c.csv")
 
 
 def test_a_file_of_captions_that_is_not_there_is_named_with_the_choices(tmp_path):
@@ -100,22 +158,28 @@ def test_a_file_of_captions_that_is_not_there_is_named_with_the_choices(tmp_path
         Folder(str(tmp_path), 4, captions="meta.jsonl")
     message = str(caught.value)
     assert f"data.captions='meta.jsonl': {tmp_path}/meta.jsonl does not exist" in message
-    assert "choose txt or a .jsonl file" in message
+    assert "choose txt, or a .jsonl or .csv file" in message
+    with pytest.raises(ValueError, match=r"data.captions='json' is unknown; choose txt, or a .jsonl or .csv file"):
+        Folder(str(tmp_path), 4, captions="json")
 
 
 @pytest.mark.parametrize(
-    "line", ['{"file_name": "a/0.png"', '{"file": "a", "text": "b"}', '["a", "b"]', '{"file_name": "a", "text": null}']
+    ("line", "said"),
+    [
+        ('{"file_name": "a/0.png"', 'is not a line of JSON with named values: {"file_name": "a/0.png"'),
+        ('["a", "b"]', 'is not a line of JSON with named values: ["a", "b"]'),
+        ('{"file": "a", "text": "b"}', "has no column 'file_name'; it has: file, text"),
+        ('{"file_name": "a", "text": 3}', "column 'text' has a int where a text is needed"),
+    ],
 )
-def test_a_line_that_is_no_caption_is_named_by_its_number(tmp_path, line):
+def test_a_line_that_is_no_caption_is_named_by_its_number(tmp_path, line, said):
     write_pictures(tmp_path)
     write_jsonl(tmp_path)
     with open(tmp_path / "captions.jsonl", "a") as file:
         file.write(line)
     with pytest.raises(ValueError) as caught:
         Folder(str(tmp_path), 4, captions="captions.jsonl")
-    assert str(caught.value) == (
-        f'{tmp_path}/captions.jsonl, line {2 * COUNT} is not {{"file_name": ..., "text": ...}}: {line}'
-    )
+    assert f"{tmp_path}/captions.jsonl, line {2 * COUNT}" in str(caught.value) and said in str(caught.value)
 
 
 @pytest.fixture
@@ -135,7 +199,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_captions_are_a_column_of_a_hugging_face_data_set(table):
     source = HuggingFace(table([f"picture {n}" for n in range(4)]), "train", "image", None, 4, caption="text")
-    assert source.captions == [f"picture {n}" for n in range(4)]
+    assert list(source.captions) == [f"picture {n}" for n in range(4)]
     record = source.take(np.array([3, 1]))
     assert says(record) == numbers(record["image"]) == [3, 1]
     assert (record["original_size"].tolist(), record["crop"].tolist()) == ([[4, 6]] * 2, [[0, 1]] * 2)
@@ -148,10 +212,17 @@ def test_a_hugging_face_data_set_has_captions_only_where_they_are_asked_for(tabl
 
 def test_a_column_of_captions_that_is_not_there_or_no_text_is_named(table):
     path = table(["one", None])
-    with pytest.raises(ValueError, match="has no column 'caption'; it has: image, text"):
-        HuggingFace(path, "train", "image", None, 4, caption="caption")
-    with pytest.raises(ValueError, match="column 'text' has a NoneType where a caption is text"):
-        HuggingFace(path, "train", "image", None, 4, caption="text")
+    for column, said in (
+        ("caption", "has no column 'caption'; it has: image, text"),
+        ("image", "where a caption is text"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            HuggingFace(path, "train", "image", None, 4, caption=column)
+    source = HuggingFace(path, "train", "image", None, 4, caption="text")
+    assert source.captions[0] == "one" and source.take(np.array([0]))["caption"] == ["one"]
+    for read in (source.captions.__getitem__, lambda index: source.take(np.array([index]))):
+        with pytest.raises(BadSample, match=r"copy \(train\), row 1: the caption is missing"):
+            read(1)
 
 
 # Where they go
@@ -179,7 +250,8 @@ def test_captions_stay_with_their_pictures_in_a_subset(captioned_pictures):
         assert len(seen[split]) == count
     assert seen["train"] | seen["holdout"] == set(range(COUNT))
     held_out = made.source("holdout")
-    assert held_out.captions == [f"picture {n}" for n in numbers(held_out.take(np.arange(4))["image"])]
+    assert list(held_out.captions) == [f"picture {n}" for n in numbers(held_out.take(np.arange(4))["image"])]
+    assert made.captions("holdout", 3) == held_out.captions[:3] and len(made.captions("holdout", 9)) == 4
 
 
 def test_captioned_folder_is_a_folder_of_captioned_pictures(configure, tmp_path):
@@ -199,8 +271,8 @@ def test_the_column_of_captions_is_one_word_on_the_command_line(configure, table
     path = table([f"picture {n}" for n in range(6)])
     given = [f"data.train.path={path}", "data.train.caption=text", "data.train.size=4", "data.train.split='train[2:]'"]
     made = build(configure("data=hf_images", *given, "data.holdout.split='train[:2]'", "data.batch_size=2").data)
-    assert made.source("train").captions == [f"picture {n}" for n in range(2, 6)]
-    assert made.source("holdout").captions == ["picture 0", "picture 1"]
+    assert list(made.source("train").captions) == [f"picture {n}" for n in range(2, 6)]
+    assert list(made.source("holdout").captions) == ["picture 0", "picture 1"]
 
 
 # Sizes
@@ -214,7 +286,7 @@ def test_the_column_of_captions_is_one_word_on_the_command_line(configure, table
         (30, 50, 60, (20, 0)),
         (24, 8, 4, (0, 4)),
         (11, 8, 8, (0, 1)),  # 1.5 pixels are cut off on either side: the left one is whole
-        (1, 3, 4, (4, 0)),
+        (4, 12, 16, (16, 0)),
     ],
 )
 def test_a_picture_knows_its_size_and_where_it_was_cut_in_pixels_of_the_resized_one(

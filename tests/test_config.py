@@ -127,7 +127,11 @@ def test_a_mistake_in_a_recipe_outside_the_repository_names_file_and_key(configu
         ("optimizer: {weigth_decay: 0.1}", "optimizer.weigth_decay", "weight_decay"),
         ("lr_scheduler: {num_warmup_step: 1}", "lr_scheduler.num_warmup_step", "num_warmup_steps"),
         ("noise_scheduler: {beta_ends: 0.1}", "noise_scheduler.beta_ends", "beta_end"),
-        ("evaluation: {metric: {pth: here}}", "evaluation.metric.pth", "path"),
+        (
+            "evaluation: {metrics: {frechet_resnet20: {featurs: 1}}}",
+            "evaluation.metrics.frechet_resnet20.featurs",
+            "features",
+        ),
         ("distillation: {w_fea: 1.0}", "distillation.w_fea", "w_feat"),
         ("sampler: {scheduler: {timestep_spcing: leading}}", "sampler.scheduler.timestep_spcing", "timestep_spacing"),
     ],

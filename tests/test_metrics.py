@@ -148,7 +148,7 @@ def test_the_embedded_features_refuse_images_of_another_shape_and_name_the_way_o
 
 def test_features_whose_weights_are_not_there_say_what_makes_them(tmp_path):
     path = str(tmp_path / "model.safetensors")
-    message = f"evaluation.metric.path={path!r} does not exist: python train.py experiment=pretrain_resnet20 makes it"
+    message = f"path={path!r} does not exist: python train.py experiment=pretrain_resnet20 makes it"
     with pytest.raises(MissingData, match=re.escape(message)):
         ResNet20(path)
 
@@ -163,7 +163,7 @@ def test_two_halves_of_real_images_are_closer_than_real_images_and_noise(sample)
 def test_the_embedded_reference_belongs_to_the_embedded_features(sample, configure):
     """The statistics of all 50,000 training images, as a run with the default data and metric reads them."""
     cfg = configure()
-    features = build(cfg.evaluation.metric)
+    features = build(cfg.evaluation.metrics.frechet_resnet20.features)
     path = build(cfg.data).statistics[features.name]
     reference = Statistics.load(path, features=features.fingerprint(), transform=features.transform)
     assert (reference.count, reference.mean.shape, reference.covariance.shape) == (50_000, (64,), (64, 64))
@@ -191,7 +191,12 @@ def test_fid_without_weights_and_network_fails_before_anything_runs_and_says_wha
 ):
     with pytest.raises(Exception, match=INCEPTION) as caught:
         prune(configure(*overrides, "evaluation=fid"))
-    for way_out in ("$SECATEUR_DATA", "evaluation.metric.path", "evaluation=frechet_resnet20"):
+    for way_out in (
+        "$SECATEUR_DATA",
+        "evaluation.metrics.fid: ",
+        "`path` of the features",
+        "evaluation=frechet_resnet20",
+    ):
         assert way_out in str(caught.value)
     assert not list(tmp_path.rglob("scores.json"))
 
@@ -202,7 +207,7 @@ def test_fid_without_weights_is_missing_data(no_inception):
 
 
 def test_a_path_to_weights_that_are_not_there_is_named(tmp_path):
-    with pytest.raises(MissingData, match=re.escape(f"evaluation.metric.path='{tmp_path}/net.pt' does not exist")):
+    with pytest.raises(MissingData, match=re.escape(f"path='{tmp_path}/net.pt' does not exist")):
         Inception(f"{tmp_path}/net.pt")
 
 
@@ -286,7 +291,7 @@ def test_the_embedded_sample_is_of_the_training_images_bit_for_bit(configure):
 @pytest.mark.data
 def test_the_embedded_reference_is_that_of_all_training_images(configure):
     cfg = configure()
-    features, data = build(cfg.evaluation.metric), build(cfg.data)
+    features, data = build(cfg.evaluation.metrics.frechet_resnet20.features), build(cfg.data)
     found = Statistics.of(features(Npz(str(local("cifar10.npz")), "x_train").images))
     assert abs(found.distance(Statistics.load(data.statistics[features.name]))) < 1e-3
 

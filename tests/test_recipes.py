@@ -1,5 +1,6 @@
 """The papers' recipes, from end to end on shrunk pipelines of the real architectures."""
 
+import io
 import json
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from helpers_pipelines import FACTOR, LATENT, tiny_pipeline
 from PIL import Image
+from webdataset import TarWriter
 
 from conf.schema import ROOT
+from datamodules.sources import MissingData
 from experiments import pipeline
 from experiments.pipeline import prune
 
@@ -25,20 +28,39 @@ RECIPES = {
     "bk_sdm_tiny": ("sd", "restage"),
 }
 """{recipe: (kind of pipeline, kind of change)}"""
+SHARDS = ("laptop_diff_sdxl_50",)
+"""On shards; the others are on BK-SDM's folder."""
+STUDIES = ("quickstart", "three_tasks")
 UNCONDITIONAL = ("ld_pruner_uig", "diff_pruning", "criteria")
 
 
+def picture(number: int, rng: np.random.Generator) -> bytes:
+    """A JPEG of some size."""
+    height, width = rng.integers(16, 40, 2)
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(file, "jpeg")
+    return file.getvalue()
+
+
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 pictures of several sizes with captions in metadata.jsonl."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    lines = []
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """$SECATEUR_DATA with 20 pairs as BK-SDM published its own, and with as many in shards as of img2dataset."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    folder, lines = root / "preprocessed_212k" / "train", ["file_name,text"]
+    folder.mkdir(parents=True)
     for i in range(20):
-        height, width = rng.integers(16, 40, 2)
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"the cat at {i}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+        (folder / f"{i:06d}.jpg").write_bytes(picture(i, rng))
+        lines.append(f'{i:06d}.jpg,"the cat, at {i}"')
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    (root / "laion").mkdir()
+    for shard in range(2):
+        with TarWriter(str(root / "laion" / f"{shard:05d}.tar")) as tar:
+            for i in range(10):
+                meta = {"original_width": 1500 + i, "original_height": 1100 + shard}
+                tar.write(
+                    {"__key__": f"{shard:05d}{i:04d}", "jpg": picture(i, rng), "txt": f"the cat at {i}", "json": meta}
+                )
+    return root
 
 
 @pytest.fixture(scope="session")
@@ -48,16 +70,17 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def shrunk(pipelines, pictures, tmp_path):
-    """Overrides that run one of RECIPES on a tiny pipeline and a folder of pictures."""
+def shrunk(pipelines, data, tmp_path, monkeypatch):
+    """Overrides that run one of RECIPES on a tiny pipeline and tiny data of the format that it names."""
+    monkeypatch.setenv("SECATEUR_DATA", str(data))
 
     def make(recipe: str) -> list[str]:
         return [
+            *(["data.path=laion"] if recipe in SHARDS else []),
             f"experiment={recipe}",
             "debug=tiny",
             "trainer=cpu",
             f"teacher.path={pipelines[RECIPES[recipe][0]]}",
-            f"data.path={pictures}",
             f"data.size={LATENT * FACTOR}",
             "data.holdout_images=4",
             "data.num_workers=0",
@@ -107,7 +130,26 @@ def test_a_recipe_for_the_embedded_model_runs_on_a_tiny_one(recipe, overrides, c
 
 def test_every_recipe_of_the_papers_is_tested_here():
     there = {path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")}
-    assert there == {*RECIPES, *UNCONDITIONAL, "quickstart", "pretrain_cifar10", "pretrain_resnet20"}
+    assert {name for name in there if not name.startswith("pretrain_")} == {*RECIPES, *UNCONDITIONAL, *STUDIES}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "choice"),
+    [
+        ("bk_sdm_base", "laion_aesthetics_v2_6.5_2m"),
+        ("laptop_diff_sd15_33", "captioned_folder"),
+        ("ld_pruner_sd14", "shards"),
+    ],
+)
+def test_a_recipe_takes_other_captioned_data(recipe, choice, configure):
+    cfg = configure(f"experiment={recipe}", f"data={choice}", "data.path=/elsewhere")
+    assert (cfg.data.name, cfg.data.path, cfg.data.flip) == (choice, "/elsewhere", recipe.startswith("bk_sdm"))
+
+
+def test_without_the_papers_data_a_recipe_says_how_to_get_them(shrunk, configure, monkeypatch, tmp_path):
+    monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
+    with pytest.raises(MissingData, match=r"preprocessed_212k/train does not exist: fetch and unpack BK-SDM's"):
+        prune(configure(*shrunk("bk_sdm_tiny")))
 
 
 def test_conditions_of_a_text_model_reach_the_teacher_in_scoring_and_distillation(
@@ -117,9 +159,7 @@ def test_conditions_of_a_text_model_reach_the_teacher_in_scoring_and_distillatio
     found = []
     monkeypatch.setattr(pipeline.Job, "plan", lambda self, scores: found.append(scores) or 1 / 0)
     for text in ("the cat", "at 9"):
-        monkeypatch.setattr(
-            "datamodules.sources.captions_of", lambda root, files, captions, text=text: [text] * len(files)
-        )
+        monkeypatch.setattr("datamodules.folders.captions_of", lambda root, folder, *_, text=text: [text] * len(folder))
         with pytest.raises(ZeroDivisionError):
             prune(configure(*shrunk("laptop_diff_sd15_33"), "force=true"))
     assert found[0].keys() == found[1].keys()

@@ -12,8 +12,9 @@ from helpers_images import pictures
 from PIL import Image
 
 from conf.schema import build
+from datamodules.folders import Folder
 from datamodules.images import folder
-from datamodules.sources import Arrays, Folder, HuggingFace, MissingData, Npz, Tiles, data_root, first_available
+from datamodules.sources import Arrays, BadSample, HuggingFace, MissingData, Npz, Tiles, data_root, first_available
 
 # Arrays in a file
 
@@ -43,7 +44,7 @@ def test_a_relative_path_is_looked_for_in_the_data_folder(archive, monkeypatch):
     assert data_root() == archive.parent and len(Npz("set.npz", "x")) == 5
     with pytest.raises(MissingData) as caught:
         Npz("other.npz", "x")
-    assert f"{archive.parent}/other.npz does not exist: put the file there, or set $SECATEUR_DATA" in str(caught.value)
+    assert f"{archive.parent}/other.npz does not exist: put it there, or set $SECATEUR_DATA" in str(caught.value)
 
 
 def test_without_a_setting_the_data_folder_is_in_the_cache_of_the_user(monkeypatch):
@@ -92,6 +93,37 @@ def test_tiles_come_back_from_a_lossless_picture_bit_for_bit(tmp_path):
     assert (part.take(np.arange(3))["image"] == tiles[2:5]).all() and part.labels.tolist() == [2, 3, 4]
 
 
+def test_tiles_may_be_grey_and_without_labels(tmp_path):
+    tiles = pictures(6, size=8)[..., 0]
+    Image.fromarray(tiles.reshape(2, 3, 8, 8).swapaxes(1, 2).reshape(16, 24)).save(tmp_path / "sheet.png")
+    found = Tiles(str(tmp_path / "sheet.png"), tile=8, mode="L").take(np.arange(6))
+    assert (found["image"] == tiles[..., None]).all() and found["label"].tolist() == [-1] * 6
+    assert Tiles(str(tmp_path / "sheet.png"), tile=8).take(np.arange(6))["image"].shape == (6, 8, 8, 3)
+
+
+def test_names_of_classes_become_captions_with_the_fitting_article():
+    source = Arrays(pictures(3), np.array([1, 0, 1]), names=["airplane", "dog"], caption="a photo of a {}")
+    assert list(source.captions) == ["a photo of a dog", "a photo of an airplane", "a photo of a dog"]
+    assert source.take(np.array([2, 1]))["caption"] == ["a photo of a dog", "a photo of an airplane"]
+    assert list(Arrays(pictures(1), np.array([0]), ["ox"], "A {} on grass").captions) == ["An ox on grass"]
+    assert list(Arrays(pictures(1), np.array([0]), ["ox"], "data {}").captions) == ["data ox"]
+    for labels in (np.array([0, 2, 0]), None):
+        with pytest.raises(ValueError, match=r"label (2|-1) has no name; data\.names has 2"):
+            Arrays(pictures(3), labels, names=["airplane", "dog"])
+
+
+def test_the_embedded_sample_has_captions_of_its_labels(configure):
+    made = build(configure("data=cifar10_captions").data)
+    for split, count in (("train", 1792), ("holdout", 256)):
+        source = made.source(split)
+        record = source.take(np.arange(count))
+        assert len(source.captions) == count and set(record["caption"]) == set(source.captions[:])
+        names = ["an airplane", "an automobile", "a bird", "a cat", "a deer", "a dog", "a frog", "a horse", "a ship"]
+        said = enumerate([*names, "a truck"])
+        pairs = zip(record["label"].tolist(), record["caption"], strict=True)
+        assert set(pairs) == {(label, f"a photo of {name}") for label, name in said}
+
+
 def test_a_picture_of_tiles_that_is_not_there_is_named(tmp_path):
     with pytest.raises(MissingData, match=r"sheet\.webp does not exist"):
         Tiles(str(tmp_path / "sheet.webp"), tile=8)
@@ -122,10 +154,10 @@ def test_a_folder_is_labelled_by_the_folders_inside_in_an_order_of_its_own(tmp_p
         Image.new("RGB", (4, 4), (place, 0, 0)).save(tmp_path / name)
     (tmp_path / "a" / "notes.txt").write_text("not a picture")
     found = Folder(str(tmp_path), 4)
-    names = [file.relative_to(tmp_path).as_posix() for file in found.files]
+    names = [found.file(index).relative_to(tmp_path).as_posix() for index in range(len(found))]
     assert sorted(names) == ["a/10.jpeg", "a/9.PNG", "b/1.webp", "b/2.png", "c/deep/x.bmp"]
     assert found.take(np.arange(5))["label"].tolist() == ["abc".index(name[0]) for name in names]
-    assert Folder(str(tmp_path), 4).files == found.files
+    assert list(Folder(str(tmp_path), 4).names) == list(found.names)
 
 
 def test_a_folder_is_split_so_that_every_class_is_held_out_and_trained_on(tmp_path):
@@ -155,15 +187,26 @@ def test_a_picture_of_the_right_size_is_taken_as_it_is(tmp_path):
     assert (one_picture(tmp_path, Image.fromarray(picture)) == picture).all()
 
 
+def clear_palette() -> Image.Image:
+    picture = Image.new("P", (9, 9), 1)
+    picture.putpalette([9, 9, 9, 1, 2, 3])
+    picture.info["transparency"] = 1
+    return picture
+
+
 @pytest.mark.parametrize(
     ("picture", "name", "colour"),
     [
-        pytest.param(Image.new("RGB", (1, 1), (1, 2, 3)), "a.png", [1, 2, 3], id="1x1"),
+        pytest.param(Image.new("RGB", (4, 4), (1, 2, 3)), "a.png", [1, 2, 3], id="4x4"),
         pytest.param(Image.new("L", (20, 9), 100), "a.png", [100, 100, 100], id="grey"),
         pytest.param(Image.new("LA", (9, 9), (100, 255)), "a.png", [100, 100, 100], id="grey with alpha"),
         pytest.param(Image.new("1", (9, 9), 1), "a.png", [255, 255, 255], id="bit"),
         pytest.param(Image.new("RGB", (9, 9), (1, 2, 3)).quantize(), "a.png", [1, 2, 3], id="palette"),
         pytest.param(Image.new("RGBA", (9, 9), (1, 2, 3, 255)), "a.png", [1, 2, 3], id="alpha"),
+        pytest.param(Image.new("RGBA", (9, 9), (1, 2, 3, 0)), "a.png", [255, 255, 255], id="transparent"),
+        pytest.param(Image.new("RGBA", (9, 9), (55, 155, 255, 51)), "a.png", [215, 235, 255], id="a fifth of it"),
+        pytest.param(Image.new("LA", (9, 9), (100, 0)), "a.png", [255, 255, 255], id="transparent grey"),
+        pytest.param(clear_palette(), "a.png", [255, 255, 255], id="transparent colour of a palette"),
         pytest.param(Image.new("CMYK", (9, 9), (0, 0, 0, 0)), "a.jpg", [255, 255, 255], id="CMYK jpeg"),
         pytest.param(Image.new("CMYK", (9, 9), (0, 0, 0, 0)), "a.tif", [255, 255, 255], id="CMYK tiff"),
         pytest.param(Image.fromarray(np.full((9, 9), 257 * 128, np.uint16)), "a.png", [128] * 3, id="16 bit"),
@@ -175,13 +218,54 @@ def test_pictures_of_every_mode_become_uint8_rgb_of_the_size(tmp_path, picture, 
     assert constant(one_picture(tmp_path, picture, name)) == colour
 
 
+def test_a_picture_that_lies_on_its_side_is_put_upright(tmp_path):
+    """Orientation 6: what is stored as the left edge is the top."""
+    stored = np.zeros((8, 24, 3), np.uint8)
+    stored[:, :12] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+    record = Folder(str(tmp_path), 8).take(np.array([0]))
+    assert record["original_size"].tolist() == [[24, 8]] and record["crop"].tolist() == [[8, 0]]
+    assert (record["image"][0, :4] == 255).all() and (record["image"][0, 4:] == 0).all()
+
+
+def test_only_what_is_in_the_box_counts(tmp_path):
+    picture = pictures(1, size=20)[0]
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    record = Folder(str(tmp_path), 8, box=[3, 5, 11, 13]).take(np.array([0]))
+    assert (record["image"][0] == picture[5:13, 3:11]).all()
+    assert record["original_size"].tolist() == [[8, 8]] and record["crop"].tolist() == [[0, 0]]
+    with pytest.raises(BadSample, match=r"its 20x20 pixels do not hold the box \(0, 0, 21, 8\)"):
+        Folder(str(tmp_path), 8, box=[0, 0, 21, 8]).take(np.array([0]))
+
+
+def test_classes_are_numbered_as_in_another_folder(tmp_path):
+    for name in ("train/a", "train/b", "train/c", "val/c", "val/a"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "0.png")
+    val = Folder(str(tmp_path / "val"), 4, classes=str(tmp_path / "train"))
+    assert [(val.file(i).parent.name, label) for i, label in enumerate(val.labels)] in (
+        [("a", 0), ("c", 2)],
+        [("c", 2), ("a", 0)],
+    )
+    (tmp_path / "val" / "d").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "val" / "d" / "0.png")
+    with pytest.raises(
+        ValueError, match=r"d holds pictures, but is not a class: .*train has 3 folders, such as a, b, c"
+    ):
+        Folder(str(tmp_path / "val"), 4, classes=str(tmp_path / "train"))
+
+
 def test_pictures_become_grey_where_one_channel_is_asked_for(tmp_path):
     assert constant(one_picture(tmp_path, Image.new("RGB", (9, 9), (255, 255, 255)), mode="L")) == [255]
 
 
 def test_a_folder_that_is_not_there_or_has_no_pictures_is_named(tmp_path):
-    with pytest.raises(MissingData, match="no such folder is not a folder"):
-        Folder(str(tmp_path / "no such folder"), 8)
+    with pytest.raises(MissingData, match="no such folder does not exist: ask for it, or set"):
+        Folder(str(tmp_path / "no such folder"), 8, get="ask for it")
+    with pytest.raises(MissingData, match=r"test_sources\.py is not a folder"):
+        Folder(__file__, 8)
     data = folder(str(tmp_path), size=8, holdout_images=1, batch_size=2)
     with pytest.raises(ValueError, match=r"data\.train is empty") as caught:
         data.train_dataloader()
@@ -225,6 +309,12 @@ def test_a_folder_of_pictures_is_read_as_a_hub_data_set_with_labels(hub_cache):
         Image.new("RGB", (12, 8), (place, 0, 0)).save(hub_cache / "set" / "train" / kind / "0.png")
     found = HuggingFace(str(hub_cache / "set"), "train", "image", "label", 8).take(np.array([1, 0]))
     assert [constant(image)[0] for image in found["image"]] == [1, 0] == found["label"].tolist()
+
+
+def test_files_are_read_by_a_builder(parquet):
+    found = HuggingFace("parquet", "train", "picture", "kind", 8, data_files=f"{parquet}/*.parquet")
+    taken = found.take(np.array([2, 0]))
+    assert (taken["image"] == pictures(4, size=8)[[2, 0]]).all() and taken["label"].tolist() == [1, 3]
 
 
 @pytest.mark.parametrize(("image", "label", "wrong"), [("img", "kind", "img"), ("picture", "label", "label")])

@@ -10,6 +10,10 @@ import torch
 from diffusers import ConfigMixin
 from torch import Tensor, nn
 
+from datamodules.latents import TextTable
+
+TEXT_FOLDER = "text"
+"""folder of stored text states beside the parts of a pipeline"""
 REMEMBERED = 8
 """batches of encoded captions that are kept"""
 
@@ -27,11 +31,12 @@ def plainly(device: torch.device) -> Iterator[None]:
 class Surroundings:
     """A diffusers pipeline around a network: frozen, in eval mode, and not a module, so never trained or saved.
 
-    `empty_text` is what the stock pipeline takes for its unconditional pass.
+    `empty_text` is what the stock pipeline takes for its unconditional pass. `table` has the text states of some
+    captions, for a pipeline whose text encoder was left out.
     """
 
-    def __init__(self, pipeline: Any, component: str) -> None:
-        self.pipeline, self.component = pipeline, component
+    def __init__(self, pipeline: Any, component: str, table: TextTable | None = None) -> None:
+        self.pipeline, self.component, self.table = pipeline, component, table
         self.remembered: dict[tuple[Any, ...], Any] = {}
         pipeline.register_to_config(_name_or_path="")  # where it lay here is nobody's business in an export
         for part in self.modules():
@@ -75,20 +80,26 @@ class Surroundings:
     def image_channels(self) -> int:
         return self.vae.config.in_channels
 
-    def encode(self, images: Tensor, rngs: Sequence[torch.Generator] | None) -> Tensor:
-        """Scaled latents of images in [-1,1]: a draw of the posterior, from a generator a sample or the global one."""
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (0 of a VQModel) of the latents of images in [-1,1], before scaling."""
         self.to(images.device, [self.vae])
         with plainly(images.device):
             found = self.vae.encode(images.to(self.vae.dtype))
-        if hasattr(found, "latents"):  # of a VQModel: no distribution
-            latents = found.latents
-        else:
-            posterior = found.latent_dist
-            shape = posterior.mean.shape
-            noise = torch.stack([torch.randn(shape[1:], generator=g) for g in rngs]) if rngs else torch.randn(shape)
-            latents = posterior.mean + posterior.std * noise.to(posterior.mean)
+        if hasattr(found, "latents"):
+            return found.latents, torch.zeros_like(found.latents)
+        return found.latent_dist.mean, found.latent_dist.std
+
+    def drawn(self, mean: Tensor, std: Tensor, rngs: Sequence[torch.Generator] | None) -> Tensor:
+        """Scaled latents: a draw of the posterior, from a generator a sample or the global one."""
+        shape = mean.shape
+        noise = torch.stack([torch.randn(shape[1:], generator=g) for g in rngs]) if rngs else torch.randn(shape)
+        latents = mean + std * noise.to(mean)
         shift, scale = self.scaling(latents)
         return (latents - shift) * scale
+
+    def encode(self, images: Tensor, rngs: Sequence[torch.Generator] | None) -> Tensor:
+        """Scaled latents of images in [-1,1], as `drawn` makes them."""
+        return self.drawn(*self.posterior(images), rngs)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images, about in [-1,1], of scaled latents."""
@@ -125,6 +136,8 @@ class Surroundings:
 
     def encoded(self, captions: list[str], device: torch.device, empty: bool) -> dict[str, Any]:
         """What the text encoders say. The last few batches are kept: criteria come back to the same captions."""
+        if self.table is not None:
+            return move(self.table.find(captions), device)
         name = type(self.pipeline).__name__
         if name not in TEXT:
             raise ValueError(f"text for a {name} is not known here; pipelines are: {', '.join(TEXT)}")
@@ -144,6 +157,15 @@ class Surroundings:
         pipeline = copy.copy(self.pipeline)
         pipeline.register_modules(**{self.component: network})
         pipeline.save_pretrained(folder, safe_serialization=True)
+        if self.table is not None:
+            self.table.save(folder / TEXT_FOLDER)
+
+
+def move(value: Any, device: Any) -> Any:
+    """Tensors of a nested dictionary on a device."""
+    if isinstance(value, dict):
+        return {key: move(part, device) for key, part in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def by_sample(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from criteria.base import Batch, Shared, Unit
 from datamodules.seeding import torch_rng
-from lightning_modules.backbones.conditions import Surroundings
+from lightning_modules.backbones.conditions import Surroundings, move
 from lightning_modules.backbones.pruned_unet import put
 from lightning_modules.backbones.replay import outputs_without_each
 from lightning_modules.metrics.cost import Macs, count_macs
@@ -152,14 +152,21 @@ class DiffusionBackbone(nn.Module):
         return self.noised(batch, latents, torch.stack(noise), torch.tensor(timesteps))
 
     def training_inputs(self, batch: Batch) -> Batch:
-        """Noised samples with noise and uniform timesteps from the global CPU generator, the same on every device."""
-        latents = self.latents(batch, None)
+        """Noised samples with noise and uniform timesteps from the global CPU generator, the same on every device.
+
+        Where there is a VAE, its posterior is drawn from the seeds that come with the samples.
+        """
+        seeds = batch["posterior"].tolist() if "posterior" in batch else None
+        latents = self.latents(batch, seeds and [torch.Generator().manual_seed(seed) for seed in seeds])
         timesteps = torch.randint(0, self.noise_scheduler.config.num_train_timesteps, (len(latents),))
         return self.noised(batch, latents, torch.randn(latents.shape), timesteps)
 
     @torch.no_grad()
     def latents(self, batch: Batch, rngs: Sequence[torch.Generator] | None) -> Tensor:
         """The clean samples of a batch in the network's own space: its images, or what the VAE makes of them."""
+        if "latent_mean" in batch:
+            assert self.surroundings is not None
+            return self.surroundings.drawn(batch["latent_mean"], batch["latent_std"], rngs)
         image = batch["image"]
         if self.surroundings is None or not self.surroundings.encodes:
             return image
@@ -202,6 +209,8 @@ class DiffusionBackbone(nn.Module):
         if not self.takes_text:
             return {}
         assert self.surroundings is not None
+        if "text" in batch:  # stored by a precomputation
+            return self.with_sizes(move(batch["text"], device), batch, device)
         if "caption" not in batch:
             raise ValueError(
                 "the teacher takes text, but the data have no captions; choose data with captions "
@@ -372,13 +381,6 @@ def hidden(output: Any) -> Tensor:
 def is_flow(schedule: Any) -> bool:
     """Is this the schedule of a flow-matching model?"""
     return isinstance(schedule, FlowMatchEulerDiscreteScheduler)
-
-
-def move(value: Any, device: Any) -> Any:
-    """Tensors of a nested dictionary on a device."""
-    if isinstance(value, dict):
-        return {key: move(part, device) for key, part in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def copied(network: nn.Module, config: Mapping[str, Any], cls: Any) -> nn.Module:

@@ -18,9 +18,10 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import nn
 
+from datamodules.latents import TextTable
 from datamodules.sources import MissingData
 from lightning_modules.backbones import transformer, unet
-from lightning_modules.backbones.conditions import Surroundings
+from lightning_modules.backbones.conditions import TEXT_FOLDER, Surroundings
 from lightning_modules.backbones.diffusion import DiffusionBackbone, is_flow
 
 log = logging.getLogger(__name__)
@@ -169,7 +170,8 @@ def load_teacher(
             f"teacher.transformers={transformers!r}, teacher.pointwise={pointwise!r}: these are for U-Nets; "
             f"a {type(network).__name__} has no such choice"
         )
-    surroundings = Surroundings(pipeline, family.component)
+    table = TextTable(folder / TEXT_FOLDER) if (folder / TEXT_FOLDER).is_dir() else None
+    surroundings = Surroundings(pipeline, family.component, table)
     return family(network, noise_scheduler, surroundings, sample_size=sample_size, **options)
 
 
@@ -191,7 +193,8 @@ def open_pipeline(folder: Path, network: nn.Module, component: str, noise_schedu
     diffusers_logging.set_verbosity_error()  # it warns of every class it does not know, among them the pruned one
     try:
         index = json.loads((folder / "model_index.json").read_text())
-        absent = {"safety_checker": None, "feature_extractor": None} if "safety_checker" in index else {}
+        absent: dict[str, None] = dict.fromkeys(key for key, value in index.items() if value == [None, None])
+        absent |= {"safety_checker": None, "feature_extractor": None} if "safety_checker" in index else {}
         # The network comes afterwards: diffusers would look up its class, and does not know that of an export.
         pipeline = DiffusionPipeline.from_pretrained(folder, **{component: None}, **absent, torch_dtype=torch.float32)
         pipeline.register_modules(**{component: network})

@@ -1,10 +1,13 @@
 """The ResNets for CIFAR of He et al. 2015 (arXiv 1512.03385, section 4.2), with parameter-free option A shortcuts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 class BasicBlock(nn.Module):
@@ -27,14 +30,18 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """6n+2 layers: three stages of n blocks with 16, 32 and 64 channels. n=3 is ResNet-20 (0.27M parameters).
 
-    Takes (N,3,32,32) images in [-1,1], normalises them by the mean and deviation of CIFAR-10, gives (N,classes) logits.
+    Takes (N,C,H,W) images in [-1,1], normalises each channel by its `mean` and `std` (of values in [0,1]; those of
+    CIFAR-10 unless others are given), gives (N,classes) logits.
     """
 
-    MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-
-    def __init__(self, blocks: int, classes: int = 10) -> None:
+    def __init__(
+        self, blocks: int, classes: int = 10, mean: Sequence[float] = CIFAR_MEAN, std: Sequence[float] = CIFAR_STD
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        if len(mean) != len(std):
+            raise ValueError(f"mean={list(mean)} and std={list(std)} are to have a value a channel each")
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.conv1 = nn.Conv2d(len(self.mean), 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         widths = (16, 16, 32, 64)
         self.stages = nn.Sequential(
@@ -54,8 +61,8 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def features(self, image_BCHW: Tensor) -> Tensor:
-        """(N,3,32,32) images in [-1,1] -> (N,64) pooled features of the last stage."""
-        mean, std = image_BCHW.new_tensor(self.MEAN), image_BCHW.new_tensor(self.STD)
+        """(N,C,H,W) images in [-1,1] -> (N,64) pooled features of the last stage."""
+        mean, std = image_BCHW.new_tensor(self.mean), image_BCHW.new_tensor(self.std)
         x_BCHW = (image_BCHW / 2 + 0.5 - mean[:, None, None]) / std[:, None, None]
         return self.stages(F.relu(self.bn1(self.conv1(x_BCHW)))).mean((2, 3))
 
@@ -63,9 +70,11 @@ class CifarResNet(nn.Module):
         return self.linear(self.features(image_BCHW))
 
 
-def load_resnet(path: str | Path, blocks: int) -> CifarResNet:
+def load_resnet(
+    path: str | Path, blocks: int, mean: Sequence[float] = CIFAR_MEAN, std: Sequence[float] = CIFAR_STD
+) -> CifarResNet:
     """A trained network, frozen and in eval mode, from safetensors (half precision on disk is widened)."""
-    network = CifarResNet(blocks)
+    network = CifarResNet(blocks, mean=mean, std=std)
     network.load_state_dict(
         {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()}
     )

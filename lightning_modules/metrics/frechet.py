@@ -1,35 +1,39 @@
-"""Frechet distances between sets of images, each named after the features it is taken on.
+"""What distances between sets of images are taken on: features of images, and the statistics of many.
 
 `fid` is clean-fid (Parmar et al. 2022, arXiv 2104.11222) on Inception; `frechet_resnet20` is the same distance on the
 64 features of a small CIFAR-10 classifier, for machines without a network: the two are not comparable.
 """
 
+import functools
 import hashlib
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from cleanfid.features import build_feature_extractor
 from cleanfid.fid import frechet_distance
+from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from datamodules.sources import MissingData, data_root
-from lightning_modules.backbones.resnet_cifar import load_resnet
+from lightning_modules.backbones.resnet_cifar import CifarResNet, load_resnet
 
 CPU = torch.device("cpu")
 
 
 class Features(Protocol):
-    """Turns images into the vectors between whose distributions the distance is taken."""
+    """Turns images into the vectors between whose distributions a distance is taken."""
 
     name: str
-    """of the distance, as it stands in metrics.json"""
+    """of the Frechet distance on them, under which `data.statistics` may name a file of reference statistics"""
     dimension: int
     transform: str
     """what is done to an image before the network sees it"""
@@ -51,100 +55,154 @@ class ResNet20:
     """Pooled features of the embedded CIFAR-10 classifier; images have to be 32x32 RGB."""
 
     name, dimension, transform = "frechet_resnet20", 64, "none (32x32)"
+    shape: tuple[int, int, int] = (3, 32, 32)
+    experiment, instead = "pretrain_resnet20", "fid"
+    """what makes the weights; the evaluation for images of other shapes"""
 
     def __init__(self, path: str) -> None:
         self.path = path
         if not Path(path).exists():
-            raise MissingData(
-                f"evaluation.metric.path={path!r} does not exist: python train.py experiment=pretrain_resnet20 makes it"
-            )
+            raise MissingData(f"path={path!r} does not exist: python train.py experiment={self.experiment} makes it")
 
     def check(self, shape: tuple[int, int, int]) -> None:
-        if tuple(shape) != (3, 32, 32):
-            raise ValueError(f"frechet_resnet20 takes images of (3, 32, 32), these are {shape}; choose evaluation=fid")
+        if tuple(shape) != self.shape:
+            raise ValueError(
+                f"{self.name} takes images of {self.shape}, these are {shape}; choose evaluation={self.instead}"
+            )
 
     def fingerprint(self) -> str:
         return hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
+
+    def network(self) -> CifarResNet:
+        return load_resnet(self.path, blocks=3)
+
+    def outputs(self, network: Any, image_NCHW: Tensor) -> Tensor:
+        return network.features(image_NCHW)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, device: torch.device = CPU) -> np.ndarray:
         height, width, channels = images.shape[1:]
         self.check((channels, height, width))
-        network = load_resnet(self.path, blocks=3).to(device)
+        network = self.network().to(device)
         tensor_NCHW = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return torch.cat([network.features(part.to(device)).cpu() for part in tensor_NCHW.split(250)]).double().numpy()
+        found = [self.outputs(network, part.to(device)).cpu() for part in tensor_NCHW.split(250)]
+        return torch.cat(found).double().numpy()
+
+
+class ResNet20Classes(ResNet20):
+    """Logarithms of the probabilities that the embedded classifier gives to CIFAR-10's classes."""
+
+    name, dimension = "resnet20_classes", 10
+
+    def outputs(self, network: Any, image_NCHW: Tensor) -> Tensor:
+        return network(image_NCHW).log_softmax(1)
 
 
 class Inception:
-    """Clean-fid's Inception-v3 features, after its antialiased bicubic resize to 299x299.
+    """Inception-v3 features of images that were resized to 299x299.
 
-    Weights: `path`, else inception-2015-12-05.pt in $SECATEUR_DATA, else what clean-fid downloads by itself.
+    `resize` is one of clean-fid's: `clean` (PIL's antialiased bicubic), or `legacy_pytorch` (bilinear, as pytorch-fid
+    does it). Weights: `path`, else inception-2015-12-05.pt in $SECATEUR_DATA, else what clean-fid downloads by itself.
     Raises MissingData naming these where none is to be had.
     """
 
-    name, dimension, transform = "fid", 2048, "clean-fid: PIL bicubic, 299x299"
+    name, dimension = "fid", 2048
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: str | None = None, resize: Literal["clean", "legacy_pytorch"] = "clean") -> None:
         local = Path(path).expanduser() if path else data_root() / "inception-2015-12-05.pt"
         if path and not local.exists():
-            raise MissingData(
-                f"evaluation.metric.path={path!r} does not exist: it names the TorchScript Inception-v3 (2015-12-05)"
-            )
-        self.path = local if local.exists() else None
+            raise MissingData(f"path={path!r} does not exist: it names the TorchScript Inception-v3 (2015-12-05)")
+        self.path, self.resize = local if local.exists() else None, resize
+        filters = {"clean": "PIL bicubic", "legacy_pytorch": "PyTorch bilinear"}
+        self.transform = f"clean-fid: {filters[resize]}, 299x299"
         if self.path is None:
-            self.network(CPU)  # the download fails now or not at all
+            assert self.network  # the download fails now or not at all
 
     def check(self, shape: tuple[int, int, int]) -> None:
         if shape[0] != 3:
-            raise ValueError(f"fid takes images of 3 channels, these are {shape}; choose evaluation=none")
+            raise ValueError(f"Inception takes images of 3 channels, these are {shape}; choose evaluation=none")
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.path.read_bytes()).hexdigest() if self.path else "clean-fid's download"
 
-    def network(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-        """(N,3,299,299) in 0..255 -> (N,2048)."""
-        if self.path is None:
-            try:
-                return build_feature_extractor("clean", device, use_dataparallel=False)
-            except Exception as error:
-                raise MissingData(
-                    f"the Inception-v3 behind fid could not be downloaded ({type(error).__name__}); "
-                    "put inception-2015-12-05.pt into $SECATEUR_DATA, or set evaluation.metric.path, "
-                    "or choose evaluation=frechet_resnet20"
-                ) from error
-        net = torch.jit.load(self.path, map_location=device).eval()
-        layers = getattr(net, "layers", net)  # clean-fid's own copy keeps the network in `layers`
-        return lambda x: layers((x - 128) / 128).view(len(x), 2048)
+    @functools.cached_property
+    def network(self) -> Any:
+        """The TorchScript network, loaded once."""
+        if self.path is not None:
+            return torch.jit.load(self.path, map_location=CPU).eval()
+        try:
+            return InceptionV3W(tempfile.gettempdir(), download=True).base
+        except Exception as error:
+            raise MissingData(
+                f"the Inception-v3 behind fid could not be downloaded ({type(error).__name__}); "
+                "put inception-2015-12-05.pt into $SECATEUR_DATA, or set the `path` of the features, "
+                "or choose evaluation=frechet_resnet20"
+            ) from error
+
+    def outputs(self, network: Any, image_NCHW: Tensor) -> Tensor:
+        """(N,3,299,299) in 0..255 -> (N, dimension)."""
+        layers = getattr(network, "layers", network)  # the published file keeps the network in `layers`
+        return layers((image_NCHW - 128) / 128).view(len(image_NCHW), 2048)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, device: torch.device = CPU) -> np.ndarray:
-        network, resize = self.network(device), build_resizer("clean")
+        network, resize = self.network.to(device), build_resizer(self.resize)
         found = []
         for start in range(0, len(images), 32):
             resized = np.stack([resize(image) for image in images[start : start + 32]])
-            found.append(network(torch.from_numpy(resized).permute(0, 3, 1, 2).float().to(device)).double().cpu())
+            tensor_NCHW = torch.from_numpy(resized).permute(0, 3, 1, 2).float().to(device)
+            found.append(self.outputs(network, tensor_NCHW).double().cpu())
         return torch.cat(found).numpy()
+
+
+class InceptionClasses(Inception):
+    """Logarithms of the probabilities of Inception's 1008 classes, without the output layer's bias, as the Inception
+    Score has them since its first implementation.
+
+    Raises MissingData where the file at hand has the features only, and not the published network with its classes.
+    """
+
+    name, dimension = "inception_classes", 1008
+
+    def __init__(self, path: str | None = None, resize: Literal["clean", "legacy_pytorch"] = "clean") -> None:
+        super().__init__(path, resize)
+        if "no_output_bias" not in str(self.network.forward.schema):
+            raise MissingData(
+                f"{self.path} has Inception's features, but not its classes; put the published inception-2015-12-05.pt "
+                "(stylegan2-ada-pytorch/pretrained/metrics on nvlabs-fi-cdn.nvidia.com) there, or set the `path` of "
+                "the features to it, or leave the Inception Score out"
+            )
+
+    def outputs(self, network: Any, image_NCHW: Tensor) -> Tensor:
+        return network(image_NCHW, no_output_bias=True).clamp_min(1e-16).log()
 
 
 @dataclass
 class Statistics:
-    """Mean (D,) and covariance (D,D) of features over `count` images."""
+    """Mean (D,) and covariance (D,D) of features over `count` images (None where a file does not say)."""
 
     mean: np.ndarray
     covariance: np.ndarray
-    count: int
+    count: int | None
 
     @classmethod
     def of(cls, features_ND: np.ndarray, name: str = "these images") -> "Statistics":
         """Warns where there are no more images than dimensions: the covariance is then singular."""
         count, dimension = features_ND.shape
-        if count <= dimension:
-            warnings.warn(
-                f"{count} images are too few for the covariance of {dimension} features ({name}): "
-                "compare the distance only with others of the same protocol",
-                stacklevel=2,
-            )
+        warn_of_few(count, dimension, name)
         return cls(features_ND.mean(0), np.cov(features_ND, rowvar=False), count)
+
+    @classmethod
+    def of_parts(cls, parts_ND: Iterable[np.ndarray], name: str) -> "Statistics":
+        """The same of features that come in parts and are never held together."""
+        count, mean, scatter = 0, np.zeros(()), np.zeros(())
+        for part in parts_ND:  # Chan, Golub and LeVeque 1983, equation 2.1
+            total, shift = count + len(part), part.mean(0) - mean
+            centred = part - part.mean(0)
+            scatter = scatter + centred.T @ centred + np.outer(shift, shift) * (count * len(part) / total)
+            mean, count = mean + shift * (len(part) / total), total
+        warn_of_few(count, mean.size, name)
+        return cls(mean, scatter / (count - 1), count)
 
     def save(self, path: Path, **origin: str) -> None:
         tensors = {"mean": self.mean, "covariance": np.ascontiguousarray(self.covariance)}
@@ -152,7 +210,13 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path, **origin: str) -> "Statistics":
-        """Raises ValueError where the file was made by other features than `origin` says."""
+        """Raises ValueError where the file was made by other features than `origin` says.
+
+        An .npz of `mu` and `sigma`, as pytorch-fid and clean-fid write them, does not tell by which.
+        """
+        if Path(path).suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls(arrays["mu"], arrays["sigma"], None)
         with safe_open(path, "numpy") as file:
             metadata = file.metadata()
             for key, value in origin.items():
@@ -167,3 +231,21 @@ class Statistics:
         with warnings.catch_warnings():  # clean-fid calls scipy's sqrtm as it was before 1.18
             warnings.simplefilter("ignore", DeprecationWarning)
             return float(frechet_distance(self.mean, self.covariance, other.mean, other.covariance))
+
+
+def warn_of_few(count: int, dimension: int, name: str) -> None:
+    if count <= dimension:
+        warnings.warn(
+            f"{count} images are too few for the covariance of {dimension} features ({name}): "
+            "compare the distance only with others of the same protocol",
+            stacklevel=3,
+        )
+
+
+def resized(images: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (N,H,W,C), C of 1 or 3 -> (N,size,size,C), by PIL's antialiased bicubic filter."""
+    if images.shape[1:3] == (size, size):
+        return images
+    pictures = [Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image) for image in images]
+    found = np.stack([np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)) for picture in pictures])
+    return found.reshape(len(images), size, size, -1)

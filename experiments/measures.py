@@ -1,0 +1,149 @@
+"""The measures of an evaluation: made and checked before anything runs, taken of one network's samples at a time."""
+
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig
+from safetensors.numpy import load_file, save_file
+
+from conf.schema import build
+from datamodules.sources import MissingData
+from experiments.run import RESULT_VERSION, barrier, digest, is_rank_zero
+from lightning_modules.metrics.frechet import Features, Statistics, resized
+from lightning_modules.metrics.measures import Labels, Measure, Samples, in_parts, origin
+
+
+def build_measures(cfg: DictConfig) -> dict[str, Measure]:
+    """Those of `cfg.evaluation.metrics`.
+
+    Raises MissingData naming the one whose weights are not on this machine, ValueError one that cannot be made.
+    """
+    made = {}
+    for name, node in cfg.evaluation.metrics.items():
+        try:
+            made[str(name)] = build(node)
+        except InstantiationException as error:
+            kind = MissingData if isinstance(error.__cause__, MissingData) else ValueError
+            raise kind(f"evaluation.metrics.{name}: {error.__cause__ or error}") from error
+    return made
+
+
+class TrainingImages:
+    """The training images as a reference: statistics of all, features of some; kept under a hash of what they are of.
+
+    `limit` images, spread evenly over the set, are those whose features are kept. Images are resized as samples are.
+    """
+
+    def __init__(self, data: Any, cache: Path, device: torch.device, limit: int, size: int | None) -> None:
+        self.data, self.cache, self.device, self.limit, self.size = data, cache, device, limit, size
+        self.known: dict[tuple[str, ...], Any] = {}
+
+    @functools.cached_property
+    def count(self) -> int:
+        return len(self.data.source("train"))
+
+    @functools.cached_property
+    def content(self) -> str:
+        """Tells data apart that stand under the same name."""
+        some = self.images(np.linspace(0, self.count - 1, min(self.count, 256)).astype(int))
+        return hashlib.sha256(some.tobytes()).hexdigest()
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        found = self.data.take("train", indices)["image"]
+        return found if self.size is None else resized(found, self.size)
+
+    def path(self, folder: str, features: Features, **further: Any) -> Path:
+        key = {"content": self.content, "size": self.count, "version": RESULT_VERSION, **origin(features)}
+        return self.cache / folder / f"{digest(key | further)[:16]}.safetensors"
+
+    def statistics(self, features: Features) -> Statistics:
+        """The data set's own file, else computed once and kept."""
+        key = ("statistics", features.name, *origin(features).values())
+        if key not in self.known:
+            self.known[key] = self.own(features) or self.computed(features)
+        return self.known[key]
+
+    def own(self, features: Features) -> Statistics | None:
+        if self.size is not None or features.name not in self.data.statistics:
+            return None
+        return Statistics.load(self.data.statistics[features.name], **origin(features))
+
+    def computed(self, features: Features) -> Statistics:
+        path = self.path("statistics", features)
+        if not agreed(path.exists()):
+            what = f"{features.name} of {self.count} training images"
+            found = Statistics.of_parts(
+                in_parts(self.count, lambda part: features(self.images(part), self.device), what),
+                "reference images",
+            )
+            write(path, lambda partial: found.save(partial, **origin(features)))
+        return Statistics.load(path, **origin(features))
+
+    def features(self, features: Features) -> np.ndarray:
+        key = ("features", features.name, *origin(features).values())
+        if key not in self.known:
+            count = min(self.limit, self.count)
+            path = self.path("features", features, limit=count)
+            if not agreed(path.exists()):
+                chosen = np.linspace(0, self.count - 1, count).astype(int)
+                what = f"{features.name} of {count} training images"
+                parts = in_parts(count, lambda part: features(self.images(chosen[part]), self.device), what)
+                found = np.concatenate(list(parts))
+                write(path, lambda partial: save_file({"features": found}, partial))
+            self.known[key] = load_file(path)["features"]
+        return self.known[key]
+
+
+def agreed(value: bool) -> bool:
+    """What rank 0 says, on all ranks."""
+    said = [value]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(said)
+    return said[0]
+
+
+def write(path: Path, save: Any) -> None:
+    """Have rank 0 write a file that is complete or absent."""
+    if is_rank_zero():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{os.getpid()}.{path.name}")
+        save(partial)
+        os.replace(partial, path)
+    barrier()
+
+
+def measured(measures: dict[str, Measure], samples: Samples, reference: TrainingImages) -> dict[str, float]:
+    """{network/measure: value} of one network's samples. Raises FloatingPointError for a value that is not finite."""
+    found = {f"{samples.name}/{name}": measure(samples, reference) for name, measure in measures.items()}
+    for name, value in found.items():
+        if not np.isfinite(value):
+            raise FloatingPointError(f"{name} is {value}: the samples or the features are broken")
+    return found
+
+
+def check_measures(
+    measures: dict[str, Measure], shape: tuple[int, int, int], captions: Sequence[str] | None, labels: Labels
+) -> None:
+    """Raise ValueError naming the measure that cannot be taken of such samples."""
+    for name, measure in measures.items():
+        try:
+            measure.check(shape, captions, labels)
+        except ValueError as error:
+            raise ValueError(f"evaluation.metrics.{name}: {error}") from error
+
+
+def described(protocol: dict[str, Any], only: str | None = None) -> str:
+    """A protocol in words: what all measures share, then each measure's own (or `only` one's), without fingerprints."""
+
+    def words(content: dict[str, Any]) -> str:
+        return ", ".join(f"{key} {value}" for key, value in content.items() if key not in ("features", "measures"))
+
+    own = {name: part for name, part in protocol.get("measures", {}).items() if only in (None, name)}
+    return "; ".join([words(protocol), *(f"{name}: {words(part)}" for name, part in own.items())])

@@ -1,0 +1,56 @@
+"""Published weights: where they lie on this machine, and what to say where they do not."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+
+from datamodules.sources import MissingData, located
+
+
+def local_folder(path: str, needs: str = "*.safetensors") -> Path:
+    """A folder, or that of a model of the Hugging Face hub that has been downloaded, with a file like `needs`.
+
+    Raises MissingData naming the command that downloads it; nothing is downloaded here.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(path, local_files_only=True))
+        except (OSError, ValueError) as error:
+            raise MissingData(
+                f"path={path!r} is neither a folder nor a model that has been downloaded; where there is a network, "
+                f"run `hf download {path}`"
+            ) from error
+    if not list(folder.glob(needs)):
+        raise MissingData(f"path={path!r}: {folder} has no {needs}; run `hf download {path}` again")
+    return folder
+
+
+def local_file(path: str) -> Path:
+    """A file, also below $SECATEUR_DATA, or `owner/model/file` of the hub that has been downloaded.
+
+    Raises MissingData naming the command that downloads it; nothing is downloaded here.
+    """
+    with contextlib.suppress(MissingData):
+        return located(path)
+    owner, _, rest = path.partition("/")
+    model, _, name = rest.partition("/")
+    try:
+        return Path(hf_hub_download(f"{owner}/{model}", name, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise MissingData(
+            f"path={path!r} is neither a file, also not below $SECATEUR_DATA, nor one that has been downloaded; where "
+            f"there is a network, run `hf download {owner}/{model} {name}`"
+        ) from error
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """sha256 over the names and contents of some files."""
+    total = hashlib.sha256()
+    for file in sorted(files):
+        with open(file, "rb") as stream:
+            total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
