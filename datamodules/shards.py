@@ -257,7 +257,7 @@ def webdataset(pattern: str) -> Any:
 def fetched(url: str) -> Path:
     """Where the shard of a URL is stored, as a whole; it is not there if the server says that it has none.
 
-    Raises MissingData where there is no network, or where the transfer fails: what has arrived is kept.
+    Raises MissingData where there is no network, or where the transfer fails; shards that have arrived are kept.
     """
     place = data_root() / "shards" / f"{digest(url)[:8]}-{re.sub(r'[^A-Za-z0-9.]+', '_', url)[-80:]}"
     with contextlib.suppress(NotThere):

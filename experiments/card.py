@@ -1,5 +1,6 @@
 """The model card of an export: what it is, what it was made of, and what was measured."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,21 @@ from conf.schema import ROOT
 from experiments.measures import described
 
 
-def model_card(cfg: DictConfig, plan: dict[str, Any], scores: dict[str, Any], metrics: dict[str, Any]) -> str:
-    """README.md of an export, in Markdown, from the run's own artefacts; figures nobody measured are not in it."""
+def model_card(
+    cfg: DictConfig,
+    plan: dict[str, Any],
+    scores: dict[str, Any],
+    metrics: dict[str, Any],
+    without: Sequence[str] = (),
+) -> str:
+    """README.md of an export, in Markdown, from the run's own artefacts; figures nobody measured are not in it.
+
+    `without`: parts of the pipeline that are None, which have to be named when it is loaded.
+    """
     teacher, changes = cfg.teacher, plan["changes"]
     name, licence = teacher.get("name", "network"), teacher.get("license", "unknown")
     chosen = ROOT / "conf" / "teacher" / f"{name}.yaml"
-    if chosen.exists() and teacher.path != OmegaConf.load(chosen).path:  # other weights than those of that name
+    if chosen.exists() and teacher.path != OmegaConf.select(OmegaConf.load(chosen), "path"):  # other weights than those of that name
         name, licence = Path(teacher.path).name, "unknown"
     is_hub_id = teacher.path.count("/") == 1 and not Path(teacher.path).exists()
     source = f"[{teacher.path}](https://huggingface.co/{teacher.path})" if is_hub_id else f"`{name}`"
@@ -32,7 +42,7 @@ tags: [pruned]
 
 Made by secateur from {source}. The teacher's licence ({licence}) holds for these weights, too.
 
-    DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    DiffusionPipeline.from_pretrained(folder, trust_remote_code=True{"".join(f", {name}=None" for name in without)})
 
 (`trust_remote_code` is needed where a file `pruned_unet.py` lies beside the weights.)
 

@@ -17,7 +17,7 @@ from conf import schema
 from datamodules.seeding import numpy_rng
 from datamodules.sources import Record, Source
 from lightning_modules.metrics.audio import Digits
-from lightning_modules.metrics.frechet import Features, ResNet20, Statistics
+from lightning_modules.metrics.frechet import CPU, Features, ResNet20, Statistics
 from lightning_modules.metrics.measures import origin
 
 ASSETS = schema.ROOT / "assets"
@@ -46,7 +46,7 @@ def write_tiles(path: Path, tiles: np.ndarray, labels: np.ndarray, columns: int)
 
 def write_statistics(folder: Path, source: Source, features: Features) -> None:
     images = source.take(np.arange(len(source)))["image"]
-    statistics = Statistics.of(features(images), features.name)
+    statistics = Statistics.of(features(images, CPU), features.name)
     statistics.save(folder / f"{features.name}.safetensors", **origin(features))
     print(f"{folder}: statistics of {statistics.count}")
 

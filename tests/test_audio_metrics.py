@@ -78,24 +78,20 @@ def test_the_distance_is_small_between_digits_and_large_from_noise(sample):
     origin = {"features": digits.fingerprint(), "transform": digits.transform}
     reference = Statistics.load(data.statistics["frechet_digits"], **origin)
     assert reference.count == 2700
-    halves = [Statistics.of(digits(train["image"][start::2])) for start in (0, 1)]
+    halves = [Statistics.of(digits(train["image"][start::4])) for start in (0, 1)]
     same = halves[0].distance(halves[1])
     real = Statistics.of(digits(holdout["image"])).distance(reference)
     one = Statistics.of(digits(train["image"][train["label"] == 3])).distance(reference)
     noises = np.stack([data.mel.picture(noise(seed)) for seed in range(100)])
     far = Statistics.of(digits(noises)).distance(reference)
-    assert same < real < one < far and real * 5 < one and same * 50 < far
+    assert max(same, real) < 0.3 and one > 5 and far > 100
 
 
-def test_what_griffin_lim_makes_of_digits_is_near_to_them(sample):
+def test_the_sounds_made_of_digits_are_still_heard_as_them(sample):
     data, _, holdout = sample
-    digits = Digits(str(WEIGHTS))
-    reference = Statistics.load(data.statistics["frechet_digits"])
-    back = data.mel.picture(data.mel.wave(holdout["image"]))
-    there = Statistics.of(digits(holdout["image"])).distance(reference)
-    assert Statistics.of(digits(back)).distance(reference) < 3 * there
+    back = data.mel.picture(data.mel.wave(holdout["image"][:64]))
     heard = DigitsClasses(str(WEIGHTS))(back).argmax(1)
-    assert (heard == holdout["label"]).mean() > 0.9
+    assert (heard == holdout["label"][:64]).mean() > 0.95
 
 
 def test_pictures_of_another_shape_and_weights_that_are_not_there_are_refused(tmp_path):

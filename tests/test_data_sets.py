@@ -1,5 +1,6 @@
 """Data sets in the formats they are published in: LSUN's LMDB, Parquet, CelebA's and ImageNet's folders."""
 
+import gc
 import hashlib
 import io
 import os
@@ -198,15 +199,16 @@ def test_memory_does_not_grow_while_samples_are_taken(tmp_path, kind):
 
     def take(times: int) -> int:
         for _ in range(times):
-            source.take(rng.integers(0, count, 4))
+            source.take(rng.integers(0, count, 8))
+        gc.collect()
         return tracemalloc.get_traced_memory()[0]
 
     tracemalloc.start()
     try:
-        before, after = take(50), take(500)
+        before, after = take(20), take(150)
     finally:
         tracemalloc.stop()
-    assert after - before < 4 * 8 * 8 * 3 * 20  # 2,000 pictures of 192 bytes were taken; twenty batches may linger
+    assert after - before < 1200 * 8  # of 1,200 pictures with 192 bytes each, nor of their names
 
 
 # The data sets of conf/data

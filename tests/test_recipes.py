@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
@@ -31,6 +32,11 @@ RECIPES = {
 SHARDS = ("laptop_diff_sdxl_50",)
 """On shards; the others are on BK-SDM's folder."""
 STUDIES = ("quickstart", "three_tasks")
+FACES = ("ld_pruner_ldm_celebahq", "laptop_diff_ldm_celebahq")
+LATENT_IMAGES = (*FACES, "laptop_diff_ldm_church")
+"""Unconditional, on CelebA-HQ's folder and on LSUN's LMDB."""
+CLASSES = tuple(f"laptop_diff_dit_{size}_imagenet" for size in ("b", "l", "xl"))
+"""Tested in test_class_conditional.py."""
 UNCONDITIONAL = ("ld_pruner_uig", "diff_pruning", "criteria")
 
 
@@ -128,9 +134,42 @@ def test_a_recipe_for_the_embedded_model_runs_on_a_tiny_one(recipe, overrides, c
     assert metrics["plan/requested_ratio"] <= metrics["plan/achieved_ratio"]
 
 
+@pytest.mark.parametrize("recipe", LATENT_IMAGES)
+def test_a_recipe_for_unconditional_latents_runs_on_data_as_published(
+    recipe, configure, tmp_path, unverified, monkeypatch
+):
+    monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
+    size, rng = LATENT * FACTOR, np.random.default_rng(0)
+    pictures = [picture(i, rng) for i in range(12)]
+    if recipe in FACES:
+        (tmp_path / "celeba_hq").mkdir()
+        for i, content in enumerate(pictures):
+            (tmp_path / "celeba_hq" / f"{i}.jpg").write_bytes(content)
+        data = [f"data.train.local.size={size}", "data.train.local.start=4"]
+    else:
+        for part in ("train", "val"):
+            folder = tmp_path / "lsun" / f"church_outdoor_{part}_lmdb"
+            folder.mkdir(parents=True)
+            with lmdb.open(str(folder), map_size=2**24) as environment, environment.begin(write=True) as transaction:
+                for i, content in enumerate(pictures):
+                    transaction.put(f"{i:08d}".encode(), content)
+        data = [f"data.train.size={size}"]
+    extra = ["criterion.seeds=2", "criterion.steps=2"] if recipe.startswith("ld_pruner") else []
+    teacher = tiny_pipeline("ldm", tmp_path / "teacher")
+    small = ["debug=tiny", "trainer=cpu", "evaluation=none", "data.num_workers=0", "selection.tolerance=0.2"]
+    cfg = configure(
+        f"experiment={recipe}", *small, *data, *extra, f"teacher.path={teacher}", f"paths.runs={tmp_path}/runs"
+    )
+    prune(cfg)
+    metrics = json.loads((run_of(tmp_path) / "metrics.json").read_text())
+    assert cfg.selection.ratio <= metrics["plan/achieved_ratio"] <= cfg.selection.ratio + 0.2
+    assert np.isfinite([metrics["pruned/output_loss"], metrics["distilled/output_loss"]]).all()
+
+
 def test_every_recipe_of_the_papers_is_tested_here():
     there = {path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")}
-    assert {name for name in there if not name.startswith("pretrain_")} == {*RECIPES, *UNCONDITIONAL, *STUDIES}
+    tested = {*RECIPES, *UNCONDITIONAL, *STUDIES, *LATENT_IMAGES, *CLASSES}
+    assert {name for name in there if not name.startswith("pretrain_")} == tested
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,10 @@
 """Shards of pictures with captions: the samples that webdataset sees, read by number; what is damaged is named."""
 
-import functools
-import http.server
 import io
-import json
 import multiprocessing
 import pickle
 import tarfile
-import threading
 import warnings
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,44 +13,15 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from PIL import Image
+from helpers_shards import PER_SHARD, everything, numbers, png, sample, says, write
 
 from conf.schema import build
 from datamodules import shards as module
 from datamodules.shards import Shards, shards
 from datamodules.sources import BadSample, MissingData
 
-PER_SHARD = 5
-
-
-@pytest.fixture(autouse=True)
-def data_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Indices and fetched shards go below tmp_path/root."""
-    monkeypatch.setenv("SECATEUR_DATA", str(tmp_path / "root"))
-    return tmp_path / "root"
-
-
-def png(number: int, width: int = 8, height: int = 6) -> bytes:
-    """A picture that has its number in every pixel."""
-    file = io.BytesIO()
-    Image.new("RGB", (width, height), (number, 0, 0)).save(file, "png")
-    return file.getvalue()
-
-
-def sample(number: int) -> dict[str, Any]:
-    """As img2dataset writes one: here of a picture of 80x60 that it made smaller."""
-    key = f"{number:09d}"
-    meta = {"caption": f"json {number}", "url": "https://example.org/a.png", "key": key, "status": "success"}
-    meta |= {"width": 8, "height": 6, "original_width": 80, "original_height": 60, "exif": "{}"}
-    return {"__key__": key, "png": png(number), "txt": f"picture {number}", "json": json.dumps(meta)}
-
-
-def write(path: Path, samples: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with webdataset.TarWriter(str(path)) as tar:
-        for one in samples:
-            tar.write(one)
-    return path
+pytest_plugins = ["helpers_shards"]
+pytestmark = pytest.mark.usefixtures("data_folder_of_its_own")
 
 
 def members(path: Path, contents: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
@@ -66,29 +32,6 @@ def members(path: Path, contents: dict[str, bytes] | list[tuple[str, bytes]]) ->
             header.size = len(content)
             tar.addfile(header, io.BytesIO(content))
     return path
-
-
-@pytest.fixture
-def laion(tmp_path: Path) -> Path:
-    """Three shards of PER_SHARD samples, and what img2dataset leaves beside them."""
-    for shard in range(3):
-        numbers = range(PER_SHARD * shard, PER_SHARD * (shard + 1))
-        write(tmp_path / "laion" / f"{shard:05d}.tar", [sample(number) for number in numbers])
-        (tmp_path / "laion" / f"{shard:05d}_stats.json").write_text("{}")
-        (tmp_path / "laion" / f"{shard:05d}.parquet").write_bytes(b"")
-    return tmp_path / "laion"
-
-
-def everything(source: Shards) -> dict[str, Any]:
-    return source.take(np.arange(len(source)))
-
-
-def numbers(record: dict[str, Any]) -> list[int]:
-    return record["image"][:, 0, 0, 0].tolist()
-
-
-def says(record: dict[str, Any]) -> list[int]:
-    return [int(text.removeprefix("picture ")) for text in record["caption"]]
 
 
 # What a shard holds
@@ -375,63 +318,6 @@ def test_no_more_files_are_open_than_allowed(laion, monkeypatch):
     monkeypatch.setattr(module, "OPEN_FILES", 2)
     source = Shards(str(laion), 6)
     assert says(everything(source)) == numbers(everything(source)) and len(source.opened) == 2
-
-
-# URLs
-
-
-def test_a_url_is_stored_once(laion, tmp_path, data_folder_of_its_own):
-    url = f"pipe:echo fetched >> {tmp_path}/log; cat {laion}/" + "{00000..00002}.tar"
-    expected = everything(Shards(str(laion), 6))["caption"]
-    for _ in range(2):
-        assert everything(Shards(url, 6))["caption"] == expected
-    assert (tmp_path / "log").read_text().split() == ["fetched"] * 3
-    stored = [file for file in (data_folder_of_its_own / "shards").iterdir() if not file.name.startswith(".")]
-    assert sorted(file.read_bytes() for file in stored) == sorted(file.read_bytes() for file in laion.glob("*.tar"))
-
-
-def test_a_transfer_that_fails_is_named_and_leaves_no_half_shard(laion, data_folder_of_its_own):
-    url = f"pipe:head -c 3000 {laion}/00000.tar; exit 3"
-    with pytest.raises(MissingData) as caught:
-        Shards(url, 6)
-    assert f"{url} could not be stored in {data_folder_of_its_own}/shards" in str(caught.value)
-    assert [file for file in (data_folder_of_its_own / "shards").iterdir() if not file.name.endswith(".lock")] == []
-
-
-@pytest.fixture
-def server(laion: Path) -> Iterator[str]:
-    """The address of a server on this machine that has the shards."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(laion))) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-
-
-def test_a_shard_that_a_server_does_not_have_is_missing(server):
-    with pytest.warns(UserWarning, match=rf"1 of 4 shards are missing: {server}/00003\.tar"):
-        source = Shards(server + "/{00000..00003}.tar", 6, max_missing=0.3)
-    assert sorted(says(everything(source))) == list(range(3 * PER_SHARD))
-    with pytest.raises(MissingData, match="names 2 shards; missing: "):
-        Shards(server + "/{00003..00004}.tar", 6)
-
-
-def test_without_a_network_a_url_is_refused_at_once(server, laion):
-    whole = everything(Shards(f"{server}/00000.tar", 6))["caption"]
-    host = "http://127.0.0.1:1"
-    with pytest.raises(MissingData, match=f"{host}/a.tar cannot be reached .*fetch the shards where there is"):
-        Shards(f"{host}/a.tar", 6)
-    (laion / "00000.tar").unlink()  # what was stored needs no server
-    assert everything(Shards(f"{server}/00000.tar", 6))["caption"] == whole
-
-
-def test_an_address_of_no_known_kind_is_named():
-    with pytest.raises(ValueError, match=r"s3://bucket/0\.tar: .*; choose https://, hf://, gs:// or pipe:"):
-        Shards("s3://bucket/0.tar", 6)
 
 
 # As a choice of data

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from diffusers import ConfigMixin
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from datamodules.latents import TextTable
@@ -26,6 +27,17 @@ def plainly(device: torch.device) -> Iterator[None]:
     """
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without the warnings of diffusers."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
 
 
 class Surroundings:
@@ -54,6 +66,11 @@ class Surroundings:
             for name, part in self.pipeline.components.items()
             if isinstance(part, nn.Module) and name != self.component
         ]
+
+    def missing(self) -> list[str]:
+        """Parts that the pipeline's class wants and that are None, in the place of which there is `table`."""
+        optional = type(self.pipeline)._optional_components
+        return [name for name, part in self.pipeline.components.items() if part is None and name not in optional]
 
     def to(self, device: torch.device, parts: Sequence[nn.Module] | None = None) -> None:
         """Move some of the networks, or all."""
@@ -156,7 +173,8 @@ class Surroundings:
         """Write the whole pipeline around another network."""
         pipeline = copy.copy(self.pipeline)
         pipeline.register_modules(**{self.component: network})
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        with quietly():  # diffusers warns of every part that is None
+            pipeline.save_pretrained(folder, safe_serialization=True)
         if self.table is not None:
             self.table.save(folder / TEXT_FOLDER)
 

@@ -13,7 +13,9 @@ def initialise(network: DiTTransformer2DModel) -> None:
     Every block begins as the identity and the network's output as zero; other layers are Xavier-uniform, without bias.
     """
     for module in network.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):  # the patch embedding is a convolution with its stride as its size
+        if isinstance(
+            module, nn.Linear | nn.Conv2d
+        ):  # the patch embedding is a convolution with its stride as its size
             nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
             nn.init.zeros_(module.bias)
     zero = [network.proj_out_1, network.proj_out_2]

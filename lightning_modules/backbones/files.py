@@ -13,7 +13,6 @@ from diffusers import (
     PixArtTransformer2DModel,
     UNet2DModel,
 )
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import nn
@@ -21,7 +20,7 @@ from torch import nn
 from datamodules.latents import TextTable
 from datamodules.sources import MissingData
 from lightning_modules.backbones import transformer, unet
-from lightning_modules.backbones.conditions import TEXT_FOLDER, Surroundings
+from lightning_modules.backbones.conditions import TEXT_FOLDER, Surroundings, quietly
 from lightning_modules.backbones.diffusion import DiffusionBackbone, is_flow
 
 log = logging.getLogger(__name__)
@@ -189,14 +188,13 @@ def open_pipeline(folder: Path, network: nn.Module, component: str, noise_schedu
                 "say it: noise_scheduler=linear (or another of that group)"
             )
         return DDPMPipeline(network, noise_scheduler or DDPMScheduler.from_pretrained(folder))
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # it warns of every class it does not know, among them the pruned one
     try:
         index = json.loads((folder / "model_index.json").read_text())
         absent: dict[str, None] = dict.fromkeys(key for key, value in index.items() if value == [None, None])
         absent |= {"safety_checker": None, "feature_extractor": None} if "safety_checker" in index else {}
-        # The network comes afterwards: diffusers would look up its class, and does not know that of an export.
-        pipeline = DiffusionPipeline.from_pretrained(folder, **{component: None}, **absent, torch_dtype=torch.float32)
+        absent[component] = None  # it comes afterwards: diffusers would look up its class, and knows none of an export
+        with quietly():  # diffusers warns of every class it does not know, among them the pruned one
+            pipeline = DiffusionPipeline.from_pretrained(folder, **absent, torch_dtype=torch.float32)
         pipeline.register_modules(**{component: network})
         mend_scaling(pipeline, folder)
         for part in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != component):
@@ -204,8 +202,6 @@ def open_pipeline(folder: Path, network: nn.Module, component: str, noise_schedu
         return pipeline
     except Exception as error:
         raise ValueError(f"{folder}: the rest of the pipeline cannot be read: {error}") from error
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
 
 
 def mend_scaling(pipeline: Any, folder: Path) -> None:

@@ -44,8 +44,10 @@ class DigitsClasses(Digits):
 
 
 class SoundFeatures:
-    """Features of sounds at `rate` Hz; `mel` made the pictures, and turns them back. Subclasses give `network`,
-    `outputs` and `fingerprint`."""
+    """Features of sounds at `rate` Hz, which `mel` makes of their pictures.
+
+    Subclasses give `name`, `rate`, `network`, `outputs`, `fingerprint` and `dimension`.
+    """
 
     name: str
     rate: int
