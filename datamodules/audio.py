@@ -162,9 +162,8 @@ def opened(file: Path | BinaryIO) -> tuple[np.ndarray, int]:
     """The sound in a file, one channel of float32 (T,), and its rate. Raises BadSample for half a sound and such."""
     with soundfile.SoundFile(file) as sound:
         wave = sound.read(dtype="float32", always_2d=True).mean(1)
-        if "should be" in sound.extra_info or len(wave) < len(
-            sound
-        ):  # so libsndfile notes that the header promises more
+        # libsndfile notes "should be" where the header promises more than there is.
+        if "should be" in sound.extra_info or len(wave) < len(sound):
             raise BadSample(f"it is cut off after {len(wave)} samples")
         if not np.isfinite(wave).all():
             raise BadSample("it holds values that are no numbers")

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from experiments.run import Run, effective, is_rank_zero
+from experiments.sounds import dashboard_sounds
 
 HOST = "api.wandb.ai"
 
@@ -46,13 +47,12 @@ class Dashboard:
         return self
 
     def finish(self, metrics: dict[str, Any], measured: dict[str, Any]) -> None:
-        """Put the summary and the pictures on the dashboard, under flat names."""
+        """Put the summary, the pictures and the sounds on the dashboard, under flat names."""
         if self.wandb is None:
             return
         self.wandb.summary.update(flat({**metrics, **measured}))
-        self.wandb.log(
-            {picture.stem: wandb.Image(str(picture)) for picture in sorted((self.run / "figures").glob("*.png"))}
-        )
+        figures = {picture.stem: wandb.Image(str(picture)) for picture in sorted((self.run / "figures").glob("*.png"))}
+        self.wandb.log(figures | dashboard_sounds(self.run.folder))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from helpers_images import pictures
 from PIL import Image
@@ -64,7 +65,7 @@ BAD = {
     "no picture": (written("bad.jpg", b"<html>not found</html>"), "no known format"),
     "truncated jpeg": (truncated("jpg"), "OSError: "),
     "truncated png": (truncated("png"), "OSError: "),
-    "truncated webp": (truncated("webp"), "no known format"),
+    "truncated webp": (truncated("webp"), "OSError: "),
     "1x1": (saved("bad.png", Image.new("RGB", (1, 1))), "it has 1x1 pixels; the least is 4x4"),
     "3x100": (saved("bad.png", Image.new("RGB", (3, 100))), "it has 3x100 pixels; the least is 4x4"),
     "floating point": (saved("bad.tif", Image.new("F", (9, 9), 0.5)), "floating-point pixels have no known range"),
@@ -240,6 +241,39 @@ def test_a_count_goes_over_a_resume():
     assert after.state_dict() == {"seen": 16, "count": 4, "first": ["why"] * 4}
     with pytest.raises(TooManyBadSamples, match="6 of 18 samples"):
         after.add({"index": range(2), "skipped": ["why", "why"]})
+
+
+class Idle(pl.LightningModule):
+    """Trains nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_resumed_training_counts_on(tmp_path):
+    def fitted(steps: int, checkpoint: Path | None = None) -> tuple[pl.Trainer, Images]:
+        data = holed()
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = pl.Trainer(
+            accelerator="cpu", max_epochs=1, max_steps=steps, limit_train_batches=7, enable_model_summary=False, **quiet
+        )
+        trainer.fit(Idle(), datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        return trainer, data
+
+    first, half = fitted(3)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    _, resumed = fitted(7, tmp_path / "half.ckpt")
+    _, undisturbed = fitted(7)
+    counts = resumed.skipped.state_dict()
+    assert counts == undisturbed.skipped.state_dict() and counts["seen"] == 42
+    assert 0 < half.skipped.count < counts["count"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

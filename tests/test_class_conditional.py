@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from helpers_pipelines import FACTOR, LATENT, published, tiny_pipeline
 from helpers_results import the_run
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from PIL import Image
 
 from conf.schema import ROOT, build
@@ -20,9 +20,8 @@ from criteria.selection import Pool
 from datamodules.folders import Folder
 from experiments import pipeline
 from experiments.pipeline import prune
-from experiments.precompute import precompute
+from experiments.precompute import backbone_of, precompute
 from experiments.pretrain import pretrain
-from experiments.scoring_stage import teacher_of
 from lightning_modules.backbones import load_teacher
 from lightning_modules.backbones.dit_weights import STD, initialise
 from lightning_modules.backbones.transformer import DiTBackbone
@@ -208,9 +207,7 @@ def test_the_recipes_of_the_three_sizes_differ_in_their_teacher_alone(size, conf
     small, large = (configure(f"experiment=laptop_diff_dit_{name}_imagenet", path) for name in (size, "xl"))
     assert small.teacher.name == f"dit_{size}_2_256" and small.label.startswith(f"dit_{size}_2_256-imagenet")
     for cfg in (small, large):
-        del cfg.teacher.name
-        cfg.teacher.pop("license", None)
-        cfg.label = "same"
+        cfg.teacher, cfg.label = None, "same"
     assert small == large
 
 
@@ -265,23 +262,14 @@ def test_a_dit_is_trained_from_nothing_on_stored_latents_of_imagenets_shape(job,
 # The task
 
 
-def default_task(configure) -> DictConfig:
+def test_the_task_is_dit_on_imagenet_with_guidance(configure):
     cfg = configure("task=class_conditional")
-    if not Path(cfg.teacher.path).exists():
-        pytest.skip("the embedded DiT is not in this copy")
-    return cfg
+    found = (cfg.task.name, cfg.teacher.name, cfg.data.name, cfg.evaluation.name)
+    assert found == ("class_conditional", "dit_xl_2_256", "imagenet", "fid") and cfg.sampler.guidance > 1
 
 
-def test_the_task_asks_for_every_class_in_turn_with_guidance(configure):
-    cfg = configure("task=class_conditional")
-    assert (cfg.task.name, cfg.data.name) == ("class_conditional", "cifar10_sample") and cfg.sampler.guidance > 1
-    assert list(cfg.evaluation.metrics) == ["frechet_resnet20", "class_accuracy"]
-
-
-def test_the_embedded_dit_is_a_stock_pipeline_for_ten_classes(configure):
-    cfg = default_task(configure)
-    teacher = teacher_of(cfg)
-    assert (teacher.null_class, teacher.image_shape(), len(teacher.units())) == (10, (3, 32, 32), 6)
-    assert f"{teacher.params():,}" in (ROOT / "conf" / "teacher" / "cifar10_dit.yaml").read_text()
-    labels = teacher.conditions({"seed": torch.arange(25)}, torch.device("cpu"))["class_labels"]
+def test_the_recipe_for_a_cpu_trains_for_the_classes_of_cifar10_with_the_embedded_autoencoder(configure):
+    backbone = backbone_of(configure("experiment=pretrain_cifar10_dit"))
+    assert (backbone.null_class, backbone.image_shape(), len(backbone.units())) == (10, (3, 32, 32), 6)
+    labels = backbone.conditions({"seed": torch.arange(25)}, torch.device("cpu"))["class_labels"]
     assert labels.tolist() == [k % 10 for k in range(25)]

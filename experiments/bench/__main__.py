@@ -181,7 +181,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__)
-    parser.add_argument("--samples", type=int, default=512, help="timed in every round, in whole batches")
+    parser.add_argument("--samples", type=int, default=256, help="timed in every round, in whole batches")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3, help="rounds, in which all take their turns")
     parser.add_argument("--pixels", type=int, default=256, help="edge of the JPEGs that sources are compared on")

@@ -172,14 +172,7 @@ class VggishNetwork(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         try:
-            for place in (
-                0,
-                3,
-                6,
-                8,
-                11,
-                13,
-            ):  # the convolutions; a pooling follows those that the next skips one after
+            for place in (0, 3, 6, 8, 11, 13):  # the convolutions; after all but two comes a pooling
                 width, before = state[f"features.{place}.weight"].shape[:2]
                 layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
                 if place not in (6, 11):
