@@ -24,7 +24,7 @@ def model_card(
     teacher, changes = cfg.teacher, plan["changes"]
     name, licence = teacher.get("name", "network"), teacher.get("license", "unknown")
     chosen = ROOT / "conf" / "teacher" / f"{name}.yaml"
-    if chosen.exists() and teacher.path != OmegaConf.select(OmegaConf.load(chosen), "path"):  # other weights than those of that name
+    if chosen.exists() and teacher.path != OmegaConf.select(OmegaConf.load(chosen), "path"):  # weights of another name
         name, licence = Path(teacher.path).name, "unknown"
     is_hub_id = teacher.path.count("/") == 1 and not Path(teacher.path).exists()
     source = f"[{teacher.path}](https://huggingface.co/{teacher.path})" if is_hub_id else f"`{name}`"

@@ -7,7 +7,6 @@ was stopped goes on where it was.
 """
 
 import contextlib
-import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from experiments.run import digest, effective, read_json, write_json
 from experiments.scoring_stage import teacher_of
 from lightning_modules.backbones.conditions import Surroundings
 from lightning_modules.backbones.diffusion import DiffusionBackbone
+from lightning_modules.metrics.published import digest_of_weights
 from lightning_modules.text_states import store_texts
 from lightning_modules.training import accelerator_of
 
@@ -55,21 +55,11 @@ def provenance(cfg: DictConfig, backbone: DiffusionBackbone) -> dict[str, str]:
     data = {key: value for key, value in effective(cfg)["data"].items() if key not in NO_PART}
     encoders = [module for module in surroundings.modules() if module is not surroundings.vae]
     return {
-        "vae": weights_hash([surroundings.vae]),
-        "text": weights_hash(encoders) if encoders else "none",
+        "vae": digest_of_weights(surroundings.vae),
+        "text": digest_of_weights(*encoders) if encoders else "none",
         "data": digest(data),
         "version": str(VERSION),
     }
-
-
-def weights_hash(modules: list[torch.nn.Module]) -> str:
-    """sha256 over the names and values of some networks' tensors."""
-    total = hashlib.sha256()
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            total.update(f"{type(module).__name__}.{name} {list(tensor.shape)}".encode())
-            total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
 
 
 def check_latents(cfg: DictConfig, data: Any, backbone: DiffusionBackbone) -> None:

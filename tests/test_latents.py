@@ -111,7 +111,7 @@ def test_a_job_on_stored_latents_runs_neither_vae_nor_text_encoder(stored, confi
     with monkeypatch.context() as patched:
         patched.setattr(Surroundings, "posterior", refuse)
         patched.setattr(Surroundings, "encoded", refuse)
-        patched.setattr("experiments.precompute.weights_hash", stored_hash(cfg))
+        patched.setattr("experiments.precompute.digest_of_weights", stored_hash(cfg))
         prune(cfg)
     run = next(Path(cfg.paths.runs).glob("debug/*/finished.json")).parent
     assert (run / "distilled").exists()
@@ -120,7 +120,7 @@ def test_a_job_on_stored_latents_runs_neither_vae_nor_text_encoder(stored, confi
 def stored_hash(cfg):
     manifest = read_manifest(cfg.latents)
     hashes = iter([manifest["vae"], manifest["text_encoder"]] * 3)
-    return lambda modules: next(hashes)
+    return lambda *networks: next(hashes)
 
 
 def test_a_run_is_told_apart_by_its_latents_not_by_where_they_lie(stored, configure, tmp_path):

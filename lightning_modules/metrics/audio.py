@@ -23,6 +23,7 @@ from datamodules.audio import Mel
 from datamodules.sources import MissingData, data_root
 from lightning_modules.backbones.resnet_cifar import CifarResNet, load_resnet
 from lightning_modules.metrics.frechet import CPU, ResNet20, ResNet20Classes
+from lightning_modules.metrics.published import digest_of_weights
 
 
 class Digits(ResNet20):
@@ -113,7 +114,7 @@ class Clap(SoundFeatures):
         self.dimension = int(self.model.config.projection_dim)
 
     def fingerprint(self) -> str:
-        return digest_of(self.model.state_dict())
+        return digest_of_weights(self.model)
 
     def network(self) -> Any:
         return self.model
@@ -203,11 +204,3 @@ def vggish_examples(sounds_NT: Tensor) -> Tensor:
     bands = torch.fft.rfft(windows, 512).abs() @ torch.from_numpy(filters).float()
     count = bands.shape[1] // 96
     return torch.log(bands[:, : count * 96] + 0.01).unflatten(1, (count, 96))
-
-
-def digest_of(state: dict[str, Tensor]) -> str:
-    """sha256 over names and values of weights."""
-    total = hashlib.sha256()
-    for name in sorted(state):
-        total.update(name.encode() + state[name].contiguous().cpu().numpy().tobytes())
-    return total.hexdigest()

@@ -1,11 +1,13 @@
-"""Published weights: where they lie on this machine, and what to say where they do not."""
+"""Published weights: where they lie on this machine, what to say where they do not, and how they are told apart."""
 
 import contextlib
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from huggingface_hub import hf_hub_download, snapshot_download
+from torch import nn
 
 from datamodules.sources import MissingData, located
 
@@ -53,4 +55,14 @@ def digest_of(files: Iterable[Path]) -> str:
     for file in sorted(files):
         with open(file, "rb") as stream:
             total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def digest_of_weights(*networks: nn.Module) -> str:
+    """sha256 over the classes of some networks, and the names, shapes and values of their tensors."""
+    total = hashlib.sha256()
+    for network in networks:
+        for name, tensor in sorted(network.state_dict().items()):
+            total.update(f"{type(network).__name__}.{name} {list(tensor.shape)}".encode())
+            total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return total.hexdigest()
