@@ -36,7 +36,7 @@ from lightning_modules.training import accelerator_of
 
 SPLITS = ("train", "holdout")
 VERSION = 1
-NO_PART = ("name", "license", "batch_size", "seed", "num_workers", "flip", "crop", "statistics", "mel")
+NO_PART = ("name", "license", "batch_size", "seed", "num_workers", "max_bad_fraction", "flip", "crop", "statistics", "mel")
 """Keys of a data set's configuration that do not change what is stored."""
 
 

@@ -26,7 +26,7 @@ RESULT_VERSION = 1
 NO_EFFECT = {
     "": ("name", "label", "force", "logger", "paths", "precompute"),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "resume", "checkpoint_every", "log_every_n_steps"),
-    "data": ("num_workers",),
+    "data": ("num_workers", "max_bad_fraction"),
     "calibration": ("memory_gib",),
     "evaluation": ("latency_batch", "latency_repeats"),
     "export": ("push_to_hub",),

@@ -33,5 +33,5 @@ def batches_for(
     """The calibration batches, or those of seeds, with training captions where the teacher takes text."""
     if criterion.needs != "seeds":
         return calibration
-    captions = data.source("train").captions if teacher.takes_text else None
+    captions = data.captions("train", criterion.seeds) if teacher.takes_text else None
     return seeds(cfg.calibration.seed, criterion.seeds, cfg.calibration.batch_size, captions)

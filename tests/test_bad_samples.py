@@ -14,12 +14,14 @@ import torch
 from helpers_images import pictures
 from PIL import Image
 
+from conf.schema import Trainer
 from datamodules.bad_samples import ATTEMPTS, LEAST, Skipped, TooManyBadSamples
 from datamodules.folders import Folder
 from datamodules.images import Images, ImageSet, folder
 from datamodules.seeding import derive
 from datamodules.sources import Arrays, BadSample, Lazily, Record
 from experiments.pipeline import prune
+from lightning_modules.training import fit
 
 pytest_plugins = ["helpers_jobs"]
 
@@ -258,22 +260,15 @@ class Idle(pl.LightningModule):
 
 
 def test_a_resumed_training_counts_on(tmp_path):
-    def fitted(steps: int, checkpoint: Path | None = None) -> tuple[pl.Trainer, Images]:
-        data = holed()
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        trainer = pl.Trainer(
-            accelerator="cpu", max_epochs=1, max_steps=steps, limit_train_batches=7, enable_model_summary=False, **quiet
-        )
-        trainer.fit(Idle(), datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        return trainer, data
-
-    first, half = fitted(3)
-    first.save_checkpoint(tmp_path / "half.ckpt")
-    _, resumed = fitted(7, tmp_path / "half.ckpt")
-    _, undisturbed = fitted(7)
-    counts = resumed.skipped.state_dict()
-    assert counts == undisturbed.skipped.state_dict() and counts["seen"] == 42
-    assert 0 < half.skipped.count < counts["count"]
+    conf = Trainer(accelerator="cpu", precision="32-true", steps=7, checkpoint_every=3)
+    undisturbed, resumed = holed(), holed()
+    fit(Idle(), undisturbed, conf, tmp_path, "idle")
+    (tmp_path / "checkpoints" / "step=0000006.ckpt").unlink()
+    fit(Idle(), resumed, conf, tmp_path, "idle")  # from step 3 on
+    counts = undisturbed.skipped.state_dict()
+    assert resumed.skipped.state_dict() == counts and counts["seen"] == 7 * 6
+    stored = torch.load(tmp_path / "checkpoints" / "step=0000003.ckpt", weights_only=True)["Images"]
+    assert stored["seen"] == 3 * 6 and 0 < stored["count"] < counts["count"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
