@@ -32,7 +32,7 @@ class ClipScore(PerSample):
         steps: int,
         guidance: float = 1.0,
         seeds: int = 50,
-        path: str = "openai/clip-vit-base-patch16",
+        path: str = "openai/clip-vit-large-patch14",
     ) -> None:
         self.seeds, self.path = check_seeds(seeds), path
         self.generation = Generation(sampler, steps, guidance)

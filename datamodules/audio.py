@@ -265,11 +265,16 @@ def folder(
     label: str | None = None,
     seed: int = 0,
     num_workers: int = 0,
+    get: str | None = None,
+    statistics: dict[str, str] | None = None,
+    max_bad_fraction: float = 0.01,
 ) -> Images:
     """One folder of sounds, of which `holdout_sounds`, of every subfolder its share, are held out."""
     return Images(
-        train=functools.partial(Sounds, path, mel, label, start=holdout_sounds),
-        holdout=functools.partial(Sounds, path, mel, label, stop=holdout_sounds),
+        train=functools.partial(Sounds, path, mel, label, start=holdout_sounds, get=get),
+        holdout=functools.partial(Sounds, path, mel, label, stop=holdout_sounds, get=get),
+        statistics=statistics,
+        max_bad_fraction=max_bad_fraction,
         batch_size=batch_size,
         seed=seed,
         flip=False,

@@ -122,6 +122,7 @@ class Images(pl.LightningDataModule):
         self.make = {"train": train, "holdout": holdout}
         self.batch_size, self.seed, self.flip, self.crop, self.num_workers = batch_size, seed, flip, crop, num_workers
         self.statistics = dict(statistics or {})
+        self.taken: dict[str, Skipped] = {}
         self.latents: Path | None = None
         self.manifest: dict[str, Any] | None = None
         self.sources: dict[str, Source] = {}
@@ -162,8 +163,9 @@ class Images(pl.LightningDataModule):
 
     def take(self, split: str, indices: np.ndarray) -> Record:
         """Some pictures of a split as the source has them, bad ones replaced as in `subset`."""
-        record, _, skipped = take_usable(self.source(split), indices, indices.tolist(), seed=0)
-        self.counted(split, len(indices)).add({"index": indices, "skipped": skipped})
+        source = self.source(split)
+        record, _, skipped = take_usable(source, indices, indices.tolist(), seed=0)
+        self.taken.setdefault(split, self.counted(split, len(source))).add({"index": indices, "skipped": skipped})
         return record
 
     def captions(self, split: str, count: int) -> list[str] | None:
@@ -190,9 +192,15 @@ class Images(pl.LightningDataModule):
         self.skipped.report()
 
     def state_dict(self) -> dict[str, Any]:
-        return self.skipped.state_dict()
+        return self.skipped.state_dict() | {"samples": len(self.dataset("train"))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        found = len(self.dataset("train"))
+        if state_dict["samples"] != found:
+            raise ValueError(
+                f"the run that is to be resumed had {state_dict['samples']} training samples, now data.train has "
+                f"{found}: the order would be another. Restore the data, or begin anew with force=true"
+            )
         self.skipped.load_state_dict(state_dict)
 
     # Batches

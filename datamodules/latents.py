@@ -6,6 +6,7 @@ it is read by row, so that memory does not grow with it.
 """
 
 import functools
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -89,6 +90,13 @@ class TextTable(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def digest(self) -> str:
+        """sha256 of the shards."""
+        total = hashlib.sha256()
+        for file in self.rows.files:
+            total.update(file.read_bytes())
+        return total.hexdigest()
 
     def save(self, folder: Path) -> None:
         """Copy the shards."""

@@ -117,6 +117,8 @@ class Shards:
             text = self.meta(index).get(self.field)
             if not isinstance(text, str):
                 raise BadSample(f"{self.name(index)}: {self.field!r} in the json is {text!r:.40}, no text")
+            if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise BadSample(f"{self.name(index)}: {self.field!r} in the json has half a character")
             return text.strip()
         try:
             return self.member(index, TEXT).decode().strip()

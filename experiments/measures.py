@@ -51,7 +51,7 @@ class TrainingImages:
 
     @functools.cached_property
     def content(self) -> str:
-        """Tells data apart that stand under the same name."""
+        """Tells data apart that stand under the same name: by 256 of them, spread evenly."""
         some = self.images(np.linspace(0, self.count - 1, min(self.count, 256)).astype(int))
         return hashlib.sha256(some.tobytes()).hexdigest()
 
@@ -60,7 +60,8 @@ class TrainingImages:
         return found if self.size is None else resized(found, self.size)
 
     def path(self, folder: str, features: Features, **further: Any) -> Path:
-        key = {"content": self.content, "size": self.count, "version": RESULT_VERSION, **origin(features)}
+        key = {"content": self.content, "size": self.count, "name": features.name, **origin(features)}
+        key["version"] = RESULT_VERSION
         return self.cache / folder / f"{digest(key | further)[:16]}.safetensors"
 
     def statistics(self, features: Features) -> Statistics:
@@ -140,10 +141,14 @@ def check_measures(
 
 
 def described(protocol: dict[str, Any], only: str | None = None) -> str:
-    """A protocol in words: what all measures share, then each measure's own (or `only` one's), without fingerprints."""
+    """A protocol in words: what all measures share, then each measure's own (or `only` one's).
+
+    Of fingerprints the first digits are shown.
+    """
 
     def words(content: dict[str, Any]) -> str:
-        return ", ".join(f"{key} {value}" for key, value in content.items() if key not in ("features", "measures"))
+        shown = {key: value[:8] if key == "features" else value for key, value in content.items()}
+        return ", ".join(f"{key} {value}" for key, value in shown.items() if key != "measures")
 
     own = {name: part for name, part in protocol.get("measures", {}).items() if only in (None, name)}
     return "; ".join([words(protocol), *(f"{name}: {words(part)}" for name, part in own.items())])

@@ -7,6 +7,7 @@ was stopped goes on where it was.
 """
 
 import contextlib
+import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +22,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from conf import schema
-from conf.schema import build
-from datamodules.bad_samples import Skipped
+from conf.schema import ConfigError, build
+from datamodules.bad_samples import LEAST, Skipped
 from datamodules.images import ImageSet
 from datamodules.latents import FLIPPED, POSTERIOR
-from datamodules.sources import BadSample
+from datamodules.sources import BadSample, MissingData
 from experiments.run import digest, effective, read_json, write_json
 from experiments.scoring_stage import teacher_of
 from lightning_modules.backbones.conditions import Surroundings
@@ -36,7 +37,7 @@ from lightning_modules.training import accelerator_of
 
 SPLITS = ("train", "holdout")
 VERSION = 1
-NO_PART = ("name", "license", "batch_size", "seed", "num_workers", "max_bad_fraction", "flip", "crop", "statistics", "mel")
+NO_PART = ("name", "license", "batch_size", "seed", "num_workers", "max_bad_fraction", "flip", "crop", "statistics")
 """Keys of a data set's configuration that do not change what is stored."""
 
 
@@ -44,11 +45,27 @@ def backbone_of(cfg: DictConfig) -> DiffusionBackbone:
     """The teacher, or the network that a recipe trains from nothing: what matters is its pipeline."""
     if cfg.pretrain is None:
         return teacher_of(cfg)
-    return build(cfg.pretrain, optimizer=None, lr_scheduler=None, seed=cfg.seed, dump=None)().backbone
+    module = build(cfg.pretrain, optimizer=None, lr_scheduler=None, seed=cfg.seed, dump=None)()
+    if not hasattr(module, "backbone"):
+        raise ConfigError(f"latents={cfg.latents}: a {type(module).__name__} is not trained on latents; choose null")
+    return module.backbone
 
 
-def provenance(cfg: DictConfig, backbone: DiffusionBackbone) -> dict[str, str]:
-    """What stored latents are of: hashes of the VAE, of the text encoders, and of the data's configuration."""
+def content_of(data: Any) -> str:
+    """sha256 over the number of samples of each split, and the pictures, labels and captions of 64 of them."""
+    total = hashlib.sha256()
+    for split in SPLITS:
+        count = len(data.source(split))
+        record = data.take(split, np.linspace(0, count - 1, min(count, 64)).astype(int))
+        total.update(f"{split} {count} {record.get('caption')}".encode("utf-8", "surrogatepass"))
+        for name in ("image", "label"):
+            total.update(record[name].tobytes())
+    return total.hexdigest()
+
+
+def provenance(cfg: DictConfig, backbone: DiffusionBackbone, content: str) -> dict[str, str]:
+    """What stored latents are of: hashes of the VAE, of text encoders and vocabularies, of the data's configuration and
+    of their content."""
     surroundings = backbone.surroundings
     if surroundings is None or not surroundings.encodes:
         raise ValueError("latents=... is for models with a VAE; this one works on images. Leave it out")
@@ -56,23 +73,36 @@ def provenance(cfg: DictConfig, backbone: DiffusionBackbone) -> dict[str, str]:
     encoders = [module for module in surroundings.modules() if module is not surroundings.vae]
     return {
         "vae": digest_of_weights(surroundings.vae),
-        "text": digest_of_weights(*encoders) if encoders else "none",
+        "text": digest([digest_of_weights(*encoders), surroundings.vocabularies()]),
         "data": digest(data),
+        "content": content,
         "version": str(VERSION),
     }
 
 
 def check_latents(cfg: DictConfig, data: Any, backbone: DiffusionBackbone) -> None:
-    """Raise ValueError where stored latents belong to another VAE, text encoder or data set than this job's."""
+    """Raise ValueError where stored latents belong to another VAE, text encoder or data set than this job's.
+
+    Where the pictures themselves are not on this machine any more, their content is not compared.
+    """
     manifest = getattr(data, "manifest", None)
     if manifest is None:
         return
-    for key, wanted in provenance(cfg, backbone).items():
+    try:
+        content = content_of(data)
+    except MissingData:
+        content = manifest["content"]
+    names = {
+        "vae": "another VAE",
+        "text": "another text encoder",
+        "data": "another data set or other fields of it",
+        "content": "other samples",
+    }
+    for key, wanted in provenance(cfg, backbone, content).items():
         stored = manifest["text_encoder" if key == "text" else key]
         if stored != wanted:
-            what = {"vae": "another VAE", "text": "another text encoder", "data": "another data set or other fields"}
             raise ValueError(
-                f"latents={cfg.latents} was made with {what.get(key, 'another version')}: its {key} is "
+                f"latents={cfg.latents} was made with {names.get(key, 'another version')}: its {key} is "
                 f"{stored[:16]}, this job's {wanted[:16]}; precompute into another folder"
             )
 
@@ -91,11 +121,11 @@ class Precomputation:
         self.options, self.data = cfg.precompute, build(cfg.data)
         self.device = torch.device(accelerator_of(cfg.trainer.accelerator))
         self.backbone = backbone_of(cfg)
-        self.origin = provenance(cfg, self.backbone)
+        self.origin = provenance(cfg, self.backbone, content_of(self.data))
         found, wanted = self.data.image_shape(), self.backbone.image_shape()
         if found != wanted:
             raise ValueError(f"data has images of (channels, height, width) {found}, the VAE belongs to {wanted}")
-        self.flips = bool(cfg.data.get("flip", False))
+        self.flips = bool(self.data.flip)
         self.texts: dict[str, int] = {}
         self.about = {
             **self.origin,
@@ -103,6 +133,7 @@ class Precomputation:
             "crop": "centre",
             "image_shape": list(found),
             "dtype": self.options.dtype,
+            "samples_per_shard": self.options.samples_per_shard,
         }
 
     @property
@@ -116,8 +147,8 @@ class Precomputation:
         started = self.folder / "started.json"
         if started.exists() and read_json(started) != self.about:
             raise ValueError(
-                f"{self.folder} was begun with another VAE, text encoder, data set or type; choose another folder, or "
-                "delete it"
+                f"{self.folder} was begun with another VAE, text encoder, data set, type or size of shards; choose "
+                "another folder, or delete it"
             )
         write_json(started, self.about)
         if self.backbone.takes_text:
@@ -129,6 +160,8 @@ class Precomputation:
         if any(shard is None for shards in splits.values() for shard in shards):
             print(f"{self.folder}: the other shards are being made by other processes")
             return self.folder
+        for split, shards in splits.items():
+            assert sum(shard["rows"] + shard["skipped"] for shard in shards if shard) == len(self.data.source(split))
         content = {
             **self.about,
             "text": bool(self.texts),
@@ -144,32 +177,33 @@ class Precomputation:
         """Encode the shards of a split that nobody has; returns their notes, None where another process is at it."""
         found: list[dict[str, Any] | None] = []
         total, size = len(self.data.source(split)), self.options.samples_per_shard
+        skipped = Skipped(f"data.{split}", self.data.max_bad_fraction, max(total, LEAST))
         for start in range(0, total, size):
             note = self.folder / f"{split}-{start // size:05d}.json"
             if not note.exists():
                 try:
                     with FileLock(self.folder / f".{note.stem}.lock", timeout=0):
                         if not note.exists():
-                            self.shard(split, np.arange(start, min(start + size, total)), note)
+                            self.shard(split, np.arange(start, min(start + size, total)), note, skipped)
                 except Timeout:
                     found.append(None)
                     continue
             found.append(read_json(note))
+        skipped.report()
         return found
 
-    def shard(self, split: str, indices: np.ndarray, note: Path) -> None:
+    def shard(self, split: str, indices: np.ndarray, note: Path, skipped: Skipped) -> None:
         """Write one shard, then the note that says that it is whole; bad samples are left out and named in the note."""
         reader, parts = ImageSet(self.data.source(split)), []
-        skipped = Skipped(f"data.{split}", self.data.max_bad_fraction)
-        size = self.options.batch_size
+        size, before = self.options.batch_size, skipped.count
+        flips = self.flips and split == "train"  # what is held out is never mirrored
         for at in tqdm(range(0, len(indices), size), desc=f"{note.stem:<20}", dynamic_ncols=True):
             some = indices[at : at + size]
             batch = reader.record(some.tolist(), some)
             skipped.add(batch)
             good = np.flatnonzero(batch["index"] == some)  # the others are replacements of bad ones
             kept = {key: rows_of(value, good) for key, value in batch.items() if key != "skipped"}
-            parts.append(self.encoded(kept))
-        skipped.report()
+            parts.append(self.encoded(kept, flips))
         dtype = getattr(torch, self.options.dtype)
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
@@ -178,14 +212,13 @@ class Precomputation:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
         partial.chmod(0o644)  # safetensors makes files that only their owner can read
         partial.replace(path)
-        content = {"file": path.name, "rows": len(tensors["index"]), "skipped": skipped.count, "first": skipped.first}
-        write_json(note, content)
+        write_json(note, {"file": path.name, "rows": len(tensors["index"]), "skipped": skipped.count - before})
 
-    def encoded(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def encoded(self, batch: dict[str, Any], flips: bool) -> dict[str, torch.Tensor]:
         """The tensors of a shard for some samples."""
         image = batch["image"].to(self.device)
         found: dict[str, torch.Tensor] = {}
-        for prefix, pictures in (("", image), (FLIPPED, image.flip(-1))) if self.flips else (("", image),):
+        for prefix, pictures in (("", image), (FLIPPED, image.flip(-1))) if flips else (("", image),):
             for name, value in zip(POSTERIOR, self.surroundings.posterior(pictures), strict=True):
                 found[prefix + name] = value.cpu()
         for name, value in batch.items():

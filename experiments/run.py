@@ -19,6 +19,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from conf.schema import ROOT
 from datamodules.latents import read_manifest
+from datamodules.sources import data_root
 
 RESULT_VERSION = 1
 """Goes up when the same configuration would give another result."""
@@ -171,13 +172,35 @@ def cached(folder: Path, key: Any, compute: Callable[[], Any]) -> Any:
         return result
 
 
+def named_files(content: Any) -> list[Path]:
+    """The files that part of a configuration names, also below $SECATEUR_DATA; of folders, weights and their notes."""
+    if isinstance(content, dict | list):
+        parts = content.values() if isinstance(content, dict) else content
+        return [file for part in parts for file in named_files(part)]
+    if not isinstance(content, str) or not content:
+        return []
+    for place in (Path(content).expanduser(), data_root() / content):
+        if place.is_file():
+            return [place]
+        if place.is_dir():
+            return sorted(file for ending in ("*.safetensors", "*.json") for file in place.rglob(ending))
+    return []
+
+
 class Run:
-    """The directory `paths.runs/name/label-id8`, a function of the configuration and the teacher's fingerprint."""
+    """The directory `paths.runs/name/label-id8`, a function of the configuration and of the weights it names."""
 
     def __init__(self, cfg: DictConfig, teacher: str) -> None:
         self.cfg = cfg
-        self.id = digest({"config": effective(cfg), "teacher": teacher, "version": RESULT_VERSION})[:16]
         self.cache = Path(cfg.paths.cache)
+        content = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(content, dict)
+        named = [content["evaluation"]["metrics"], content["evaluation"]["prompts"], content["pretrain"]]
+        named.append((content["data"] or {}).get("statistics"))
+        key = {"config": effective(cfg), "teacher": teacher, "version": RESULT_VERSION}
+        if files := named_files(named):
+            key["files"] = fingerprint(files, self.cache)
+        self.id = digest(key)[:16]
         self.folder = Path(cfg.paths.runs) / cfg.name / f"{cfg.label}-{self.id[:8]}"
 
     def __truediv__(self, name: str) -> Path:

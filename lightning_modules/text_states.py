@@ -1,11 +1,13 @@
 """Storing what text encoders say of captions, in the format that `datamodules.latents.TextTable` reads."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -35,9 +37,12 @@ def store_texts(
     texts = list(rows)
     for number, start in enumerate(range(0, len(texts) + 1, ROWS)):
         path = folder / f"text-{number:05d}.safetensors"
-        if path.exists():
-            continue
         part = ["", *texts][start : start + ROWS]
+        about = {"rows": str(len(part)), "captions": hashlib.sha256("\0".join(part).encode()).hexdigest()}
+        if path.exists():
+            if safe_open(path, "pt").metadata() != about:
+                raise ValueError(f"{path} has other captions than the data; choose another folder, or delete it")
+            continue
         states: dict[str, list[Tensor]] = {}
         for at in tqdm(range(0, len(part), batch_size), desc=f"text {number:<15}", disable=len(part) <= batch_size):
             some = part[at : at + batch_size]
@@ -49,14 +54,14 @@ def store_texts(
                     continue
                 found = surroundings.empty_text(1, device) if empty else surroundings.text(group, device)
                 for name, value in flat(found).items():
-                    states.setdefault(name, []).append(value.to(dtype) if value.is_floating_point() else value)
+                    states.setdefault(name, []).append((value.to(dtype) if value.is_floating_point() else value).cpu())
         # What all captions share comes once, the rest with a row each.
-        tensors = {name: parts[0] if name in SHARED else torch.cat(parts).cpu() for name, parts in states.items()}
+        tensors = {name: parts[0] if name in SHARED else torch.cat(parts) for name, parts in states.items()}
         letters = [caption.encode() for caption in part]
         tensors["caption_bytes"] = torch.from_numpy(np.frombuffer(b"".join(letters) or b"\0", np.uint8).copy())
         tensors["caption_ends"] = torch.tensor(np.cumsum([len(text) for text in letters]))
         partial = path.with_name(f".{path.name}")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial, {"rows": str(len(part))})
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial, about)
         partial.chmod(0o644)  # safetensors makes files that only their owner can read
         partial.replace(path)
     return rows

@@ -274,7 +274,7 @@ def test_pickled_weights_in_a_folder_are_none_and_a_file_is_looked_for_in_the_da
 
 def test_a_job_whose_measure_has_no_weights_stops_before_it_starts(configure, text_job, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(MissingData, match=r"evaluation\.metrics\.clip_score: path='openai/clip-vit-base-patch16'"):
+    with pytest.raises(MissingData, match=r"evaluation\.metrics\.clip_score: path='openai/clip-vit-large-patch14'"):
         prune(configure(*[o for o in text_job if not o.startswith("evaluation=")], "evaluation=clip_score"))
     assert not list(tmp_path.rglob("scores.json"))
 

@@ -10,10 +10,11 @@ from helpers_pipelines import FACTOR, LATENT, tiny_pipeline
 from safetensors.torch import load_file, save_file
 
 from conf.schema import ConfigError
+from datamodules import folders
 from datamodules.latents import TextTable, read_manifest
 from datamodules.sources import MissingData
 from experiments.pipeline import prune
-from experiments.precompute import check_latents, precompute
+from experiments.precompute import check_latents, precompute, provenance
 from experiments.scoring_stage import data_of, teacher_of
 from lightning_modules.backbones.conditions import Surroundings
 
@@ -111,16 +112,9 @@ def test_a_job_on_stored_latents_runs_neither_vae_nor_text_encoder(stored, confi
     with monkeypatch.context() as patched:
         patched.setattr(Surroundings, "posterior", refuse)
         patched.setattr(Surroundings, "encoded", refuse)
-        patched.setattr("experiments.precompute.digest_of_weights", stored_hash(cfg))
         prune(cfg)
     run = next(Path(cfg.paths.runs).glob("debug/*/finished.json")).parent
     assert (run / "distilled").exists()
-
-
-def stored_hash(cfg):
-    manifest = read_manifest(cfg.latents)
-    hashes = iter([manifest["vae"], manifest["text_encoder"]] * 3)
-    return lambda *networks: next(hashes)
 
 
 def test_a_run_is_told_apart_by_its_latents_not_by_where_they_lie(stored, configure, tmp_path):
@@ -148,12 +142,28 @@ def test_what_was_stopped_goes_on(stored, configure):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [("vae", "another VAE"), ("text_encoder", "another text encoder"), ("data", "another data set")],
+    [
+        ("vae", "another VAE"),
+        ("text_encoder", "another text encoder"),
+        ("data", "another data set"),
+        ("pictures", "other samples"),
+        ("captions", "other samples"),
+    ],
 )
-def test_latents_of_something_else_are_refused(stored, configure, tmp_path, text_teacher, change, message):
+def test_latents_of_something_else_are_refused(
+    stored, configure, tmp_path, text_teacher, captioned, monkeypatch, change, message
+):
     job, _ = stored
     if change == "data":
         job = [*job, "data.holdout_images=7"]
+    elif change == "pictures":  # under the same path
+        decoded = folders.decoded
+        monkeypatch.setattr(folders, "decoded", lambda *of: (record := decoded(*of)) | {"image": 0 * record["image"]})
+    elif change == "captions":
+        lines_of_jsonl = folders.lines_of_jsonl
+        monkeypatch.setattr(
+            folders, "lines_of_jsonl", lambda *of: ((file, f"{text}!") for file, text in lines_of_jsonl(*of))
+        )
     else:
         other = tmp_path / "other"
         shutil.copytree(text_teacher, other)
@@ -167,6 +177,53 @@ def test_latents_of_something_else_are_refused(stored, configure, tmp_path, text
         check_latents(cfg, data_of(cfg), teacher_of(cfg))
     with pytest.raises(ValueError, match="was begun with another"):
         precompute(cfg)
+
+
+def test_shards_of_another_size_are_no_continuation(stored, configure):
+    job, folder = stored
+    (folder / "manifest.json").unlink()
+    (folder / "train-00001.json").unlink()
+    with pytest.raises(ValueError, match="size of shards"):
+        precompute(configure(*job, "precompute.samples_per_shard=20"))
+
+
+def test_text_states_of_other_captions_are_no_continuation(stored, configure, monkeypatch):
+    job, folder = stored
+    for name in ("manifest.json", "started.json"):
+        (folder / name).unlink()
+    lines_of_jsonl = folders.lines_of_jsonl
+    monkeypatch.setattr(
+        folders, "lines_of_jsonl", lambda *of: ((file, f"{text}!") for file, text in lines_of_jsonl(*of))
+    )
+    with pytest.raises(ValueError, match=r"text-00000\.safetensors has other captions"):
+        precompute(configure(*job))
+
+
+def test_latents_of_pictures_that_are_gone_can_still_be_used(stored, configure, captioned, tmp_path):
+    job, _ = stored
+    folder = tmp_path / "pictures"
+    shutil.copytree(captioned, folder)
+    job = [*job, f"data.path={folder}", f"latents={tmp_path}/others"]
+    precompute(configure(*job))
+    shutil.rmtree(folder)
+    cfg = configure(*job)
+    check_latents(cfg, data_of(cfg), teacher_of(cfg))
+    assert len(batches(cfg, 2)) == 2
+
+
+def test_what_is_held_out_is_stored_without_mirrored_twins(stored):
+    _, folder = stored
+    for split, mirrored in (("train", True), ("holdout", False)):
+        names = load_file(folder / f"{split}-00000.safetensors").keys()
+        assert ("flipped_latent_mean" in names) == mirrored and "latent_mean" in names
+
+
+def test_sounds_of_another_mel_are_other_data(configure):
+    job = ["task=uag", "data=sound_folder", "data.path=/sounds"]
+    cfg = [configure(*job, f"data.mel.hop={hop}") for hop in (128, 64)]
+    teacher = teacher_of(cfg[0])
+    one, other = (provenance(c, teacher, "the same") for c in cfg)
+    assert one["data"] != other["data"] and one["vae"] == other["vae"]
 
 
 def test_mirrored_pictures_have_to_be_stored(text_job, configure, tmp_path):
@@ -187,6 +244,7 @@ def test_bad_samples_are_left_out_and_counted(text_job, captioned, configure, tm
     job = [*text_job, f"data.path={folder}", "data.holdout_images=4"]
     with pytest.raises(ValueError, match=r"(?s)max_bad_fraction=0 .*3\.png"):
         precompute(configure(*job, "++data.max_bad_fraction=0", f"latents={tmp_path}/strict"))
+    assert not (tmp_path / "strict" / "manifest.json").exists()
     manifest = read_manifest(precompute(configure(*job, f"latents={tmp_path}/lenient")))
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     assert sum(shard["skipped"] for shard in shards) == 1

@@ -167,6 +167,15 @@ class Surroundings:
                 self.remembered[key] = TEXT[name](self.pipeline, captions, device, empty)
         return self.remembered[key]
 
+    def vocabularies(self) -> list[Any]:
+        """What tells tokenizers, and stored texts, apart."""
+        found: list[Any] = [
+            [name, part.model_max_length, sorted(part.get_vocab().items())]
+            for name, part in self.pipeline.components.items()
+            if hasattr(part, "get_vocab")
+        ]
+        return found if self.table is None else [*found, self.table.digest()]
+
     # Files
 
     def save(self, network: nn.Module, folder: Path) -> None:

@@ -137,6 +137,7 @@ class Vggish(SoundFeatures):
 
     def __init__(self, mel: Mel | None, path: str | None = None) -> None:
         super().__init__(mel)
+        self.transform += ", the mean over windows of 0.96 s"
         places = [data_root() / name for name in ("vggish.safetensors", "vggish-10086976.pth")]
         places = [Path(path).expanduser()] if path else places
         found = [place for place in places if place.exists()]

@@ -113,7 +113,7 @@ class Inception:
         if path and not local.exists():
             raise MissingData(f"path={path!r} does not exist: it names the TorchScript Inception-v3 (2015-12-05)")
         self.path, self.resize = local if local.exists() else None, resize
-        filters = {"clean": "PIL bicubic", "legacy_pytorch": "PyTorch bilinear"}
+        filters = {"clean": "PIL bicubic", "legacy_pytorch": "PyTorch bilinear, this network"}
         self.transform = f"clean-fid: {filters[resize]}, 299x299"
         if self.path is None:
             assert self.network  # the download fails now or not at all
@@ -225,6 +225,10 @@ class Statistics:
                         f"{path} was made with {key}={metadata.get(key)}, this run has {value}; make it again"
                     )
             return cls(file.get_tensor("mean"), file.get_tensor("covariance"), int(metadata["count"]))
+
+    def digest(self) -> str:
+        """sha256 of what they say."""
+        return hashlib.sha256(self.mean.tobytes() + np.ascontiguousarray(self.covariance).tobytes()).hexdigest()
 
     def distance(self, other: "Statistics") -> float:
         """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))."""

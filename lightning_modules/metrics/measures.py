@@ -4,6 +4,7 @@ A configuration names any number of them, `evaluation.metrics: {name: {_target_:
 that has what `Measure` says.
 """
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
@@ -122,6 +123,11 @@ class OnFeatures:
         raise NotImplementedError
 
 
+def told(features_ND: np.ndarray) -> dict[str, Any]:
+    """How many reference images there are, and what tells them from others."""
+    return {"reference_images": len(features_ND), "reference": hashlib.sha256(features_ND.tobytes()).hexdigest()[:8]}
+
+
 class Frechet(OnFeatures):
     """The Frechet distance between the Gaussians of both sets of features (FID, arXiv 1706.08500).
 
@@ -139,7 +145,8 @@ class Frechet(OnFeatures):
         return Statistics.load(self.path, **origin(self.features))
 
     def protocol(self, reference: Reference) -> dict[str, Any]:
-        found = super().protocol(reference) | {"reference_images": self.against(reference).count}
+        against = self.against(reference)
+        found = super().protocol(reference) | {"reference_images": against.count, "reference": against.digest()[:8]}
         return found if self.path is None else found | {"statistics": self.path.name}
 
     def __call__(self, samples: Samples, reference: Reference) -> float:
@@ -156,9 +163,8 @@ class KernelDistance(OnFeatures):
         self.subsets, self.subset_size = subsets, subset_size
 
     def protocol(self, reference: Reference) -> dict[str, Any]:
-        count = len(reference.features(self.features))
-        sizes = {"subsets": self.subsets, "subset_size": self.subset_size, "reference_images": count}
-        return super().protocol(reference) | sizes
+        sizes = {"subsets": self.subsets, "subset_size": self.subset_size}
+        return super().protocol(reference) | sizes | told(reference.features(self.features))
 
     def __call__(self, samples: Samples, reference: Reference) -> float:
         sets = reference.features(self.features), samples.features(self.features)
@@ -181,7 +187,7 @@ class Precision(OnFeatures):
         self.k = k
 
     def protocol(self, reference: Reference) -> dict[str, Any]:
-        return super().protocol(reference) | {"k": self.k, "reference_images": len(reference.features(self.features))}
+        return super().protocol(reference) | {"k": self.k} | told(reference.features(self.features))
 
     def __call__(self, samples: Samples, reference: Reference) -> float:
         return share_within(reference.features(self.features), samples.features(self.features), self.k, samples.device)

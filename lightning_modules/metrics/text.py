@@ -20,7 +20,7 @@ class ClipScore(TextFit):
     text and images, where that lies elsewhere.
     """
 
-    def __init__(self, path: str = "openai/clip-vit-base-patch16", processor: str | None = None) -> None:
+    def __init__(self, path: str = "openai/clip-vit-large-patch14", processor: str | None = None) -> None:
         self.folder = local_folder(path)
         self.processor = self.folder if processor is None else local_folder(processor, "*processor_config.json")
 
