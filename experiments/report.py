@@ -19,6 +19,7 @@ from experiments.dashboard import flat
 from experiments.measures import described
 from experiments.run import digest, effective, read_json
 from experiments.sounds import page_sounds
+from experiments.tables import markdown, others, warnings_of
 
 PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
@@ -231,7 +232,7 @@ def averaged(runs: pd.DataFrame) -> pd.DataFrame:
     labels += ["metric", "better", "protocol"]
     table = grouped[[*labels, "setting"]].first().join(grouped[values].mean())
     table = table.join(grouped[values].std().add_suffix(" std")).join(grouped.size().rename("runs"))
-    table = table.sort_values(["criterion", "selection", "distillation", "ratio"]).reset_index(drop=True)
+    table = table.sort_values(["teacher", "criterion", "selection", "distillation", "ratio"]).reset_index(drop=True)
     table["method"] = methods(table)
     return table
 
@@ -271,56 +272,6 @@ def methods(table: pd.DataFrame) -> list[str]:
         )
         for i in table.index
     ]
-
-
-def markdown(table: pd.DataFrame, metric: str) -> str:
-    """The table people read; spreads where there are several runs."""
-
-    def spread(row: Any, name: str, digits: int) -> str:
-        value, std = row[name], row[f"{name} std"]
-        if pd.isna(value):
-            return ""
-        return f"{value:.{digits}f}" + (f" ± {std:.{digits}f}" if not pd.isna(std) and std > 0 else "")
-
-    heads = ["criterion", "selection", "distillation (steps)", "ratio", "achieved", "parameters", "MACs", "latency"]
-    judged = [("output_loss_pruned", "output loss, pruned", 4), ("output_loss", "output loss", 4)]
-    if metric != "output loss":
-        judged += [("quality_pruned", f"{metric}, pruned", 2), ("quality", metric, 2)]
-    judged += [(name, name.removeprefix("eval/"), 2) for name in others(table)]
-    judged = [(name, head, digits if table[name].abs().max() >= 1 else 4) for name, head, digits in judged]
-    heads += [*(head for _, head, _ in judged), "runs"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    for _, row in table.iterrows():
-        cells = [
-            row["criterion"],
-            row["selection"],
-            f"{row['distillation']} ({row['steps']})",
-            f"{row['ratio']:g}",
-            spread(row, "achieved", 3),
-            f"{row['params'] / 1e6:.2f} M",
-            f"{row['macs'] / 1e9:.3f} G",
-            "x" + spread(row, "latency_ratio", 2),
-            *(spread(row, name, digits) for name, _, digits in judged),
-            str(row["runs"]),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def others(table: pd.DataFrame) -> list[str]:
-    """The columns of what runs deliver in the measures after the first."""
-    return [name for name in table if name.startswith("eval/") and not name.endswith(" std")]
-
-
-def warnings_of(table: pd.DataFrame) -> list[str]:
-    """What a reader of the table has to know before comparing its rows."""
-    notes = []
-    if table["protocol"].nunique() > 1:
-        notes.append("These runs were evaluated under different protocols; their qualities are not comparable.")
-    selections = table.groupby("criterion")["selection"].agg(set)
-    if len(selections) > 1 and any(chosen != selections.iloc[0] for chosen in selections):
-        notes.append("The criteria were not all used with the same selection; compare rows of one selection only.")
-    return notes
 
 
 def report_set(root: Path) -> Path:
