@@ -15,7 +15,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from helpers_networks import last_layers, part, same_tensors, tiny_backbone, tiny_batch, tiny_seeds
 from helpers_pipelines import tiny_pipeline
 from omegaconf import DictConfig
-from test_generating_criteria import clip  # noqa: F401  a fixture: the folder of a tiny CLIP
 from torch.utils.data import DataLoader
 
 from conf import schema
@@ -27,6 +26,8 @@ from lightning_modules.backbones.pruned_unet import Bypass
 from lightning_modules.backbones.unet import UNetBackbone
 from lightning_modules.scoring import score
 from lightning_modules.training import make_trainer
+
+pytest_plugins = ["helpers_clip"]
 
 CRITERIA = sorted(path.stem for path in (ROOT / "conf" / "criterion").glob("*.yaml"))
 OTHER_LEVELS = ("ld_pruner depth", "magnitude operator", "taylor channel")

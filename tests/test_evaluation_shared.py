@@ -179,9 +179,11 @@ def test_a_frechet_distance_is_from_the_file_it_names(tmp_path, monkeypatch):
     measure = Frechet(given, "real.npz")
     assert measure(given.samples(), given) == Statistics.of(drawn(30, seed=1)).distance(expected)
     assert measure.protocol(given) == {
-        **{"features": "given", "transform": "none", "reference_images": None, "statistics": "real.npz"}
+        **{"features": "given", "transform": "none", "reference_images": None, "statistics": "real.npz"},
+        "reference": expected.digest()[:8],
     }
-    assert Frechet(given).protocol(given)["reference_images"] == 30
+    against_training = Frechet(given).protocol(given)
+    assert against_training["reference_images"] == 30 and against_training["reference"] != expected.digest()[:8]
     with pytest.raises(MissingData, match=re.escape(f"{tmp_path}/no.npz does not exist: `statistics` names it")):
         Frechet(given, "no.npz")
 
@@ -290,12 +292,12 @@ def test_a_report_of_several_measures_draws_the_first_and_says_which_way_is_bett
     assert re.search(r"kid: +0\.0125 pruned", run)
     shown = (tmp_path / "one" / "report.html").read_text()
     assert "clip_score (higher is better)" in shown and "kid (lower is better)" in shown
-    assert "clip_score: better higher, transform none; kid: better lower, transform clean" in shown
+    assert "clip_score: better higher, features ffffffff, transform none; kid: better lower, features eeeeeeee" in shown
 
 
 def test_a_protocol_in_words_has_what_is_shared_and_one_or_all_measures():
-    measures = {"a": {"better": "lower", "features": "f"}, "b": {"better": "higher", "k": 3}}
+    measures = {"a": {"better": "lower", "features": "0123456789abcdef"}, "b": {"better": "higher", "k": 3}}
     protocol = {"samples": 8, "measures": measures}
-    assert described(protocol) == "samples 8; a: better lower; b: better higher, k 3"
+    assert described(protocol) == "samples 8; a: better lower, features 01234567; b: better higher, k 3"
     assert described(protocol, "b") == "samples 8; b: better higher, k 3"
     assert described({}) == ""

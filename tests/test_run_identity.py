@@ -85,11 +85,22 @@ def test_the_run_id_does_not_depend_on_how_the_same_values_were_given(configure,
 
 def test_the_run_id_is_the_same_wherever_the_repository_lies(configure, monkeypatch, tmp_path):
     here = identity(configure())
+    (tmp_path / "another place é").mkdir()
+    (tmp_path / "another place é" / "assets").symlink_to(schema.ROOT / "assets")
     for module in (schema, run_module):
         monkeypatch.setattr(module, "ROOT", tmp_path / "another place é")
     cfg = configure()
     assert cfg.teacher.path == f"{tmp_path}/another place é/assets/teacher"
     assert identity(cfg) == here
+
+
+def test_other_weights_of_a_measure_under_the_same_path_are_another_run(configure, monkeypatch, tmp_path):
+    weights = tmp_path / "resnet20.safetensors"
+    job, found = f"evaluation.metrics.frechet_resnet20.features.path={weights}", []
+    for content in (b"these", b"those"):
+        weights.write_bytes(content)
+        found.append(identity(configure(job)))
+    assert len({*found, identity(configure())}) == 3
 
 
 json_values = st.recursive(
