@@ -16,10 +16,12 @@ def model_card(
     scores: dict[str, Any],
     metrics: dict[str, Any],
     without: Sequence[str] = (),
+    captions: Sequence[str] = (),
 ) -> str:
     """README.md of an export, in Markdown, from the run's own artefacts; figures nobody measured are not in it.
 
-    `without`: parts of the pipeline that are None, which have to be named when it is loaded.
+    `without`: parts of the pipeline that are None, which have to be named when it is loaded; `captions`: those whose
+    text states are stored in the place of a text encoder.
     """
     teacher, changes = cfg.teacher, plan["changes"]
     name, licence = teacher.get("name", "network"), teacher.get("license", "unknown")
@@ -31,6 +33,7 @@ def model_card(
     rows = "\n".join(
         f"| {key} | {value} |" for key, value in sorted(metrics.items()) if isinstance(value, int | float | str)
     )
+    absent = "".join(f", {name}=None" for name in without)
     made = "\n".join(line_of(change, scores) for change in changes)
     protocol = described(metrics["protocol"]) if "protocol" in metrics else None
     return f"""---
@@ -42,10 +45,10 @@ tags: [pruned]
 
 Made by secateur from {source}. The teacher's licence ({licence}) holds for these weights, too.
 
-    DiffusionPipeline.from_pretrained(folder, trust_remote_code=True{"".join(f", {name}=None" for name in without)})
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True{absent})
 
 (`trust_remote_code` is needed where a file `pruned_unet.py` lies beside the weights.)
-
+{stored(captions)}
 {f"Criterion `{cfg.criterion.name}`, sum of the removed units' scores {plan['predicted_harm']:.6g}. " if scores else ""}
 Selection `{cfg.selection.name}`, distillation `{cfg.distillation.name}`
 ({cfg.trainer.steps if "_target_" in cfg.distillation else 0} steps), seed {cfg.seed}. Teacher's fingerprint:
@@ -62,6 +65,22 @@ Selection `{cfg.selection.name}`, distillation `{cfg.distillation.name}`
 {rows}
 
 {f"Protocol: {protocol}." if protocol else "No samples were evaluated."}
+"""
+
+
+def stored(captions: Sequence[str]) -> str:
+    """How to ask for pictures where there is no text encoder."""
+    if not captions:
+        return ""
+    rows = "\n".join(f"- {row}: {caption or '(no caption)'}" for row, caption in enumerate(captions[:20]))
+    return f"""
+There is no text encoder: the states of {len(captions)} captions lie in `text/`, by row.
+
+    from safetensors.torch import load_file
+    states = load_file(f"{{folder}}/text/text-00000.safetensors")["encoder_hidden_states"].float()
+    pipeline(prompt_embeds=states[1:2], negative_prompt_embeds=states[:1], guidance_scale=3.0)
+
+{rows}
 """
 
 

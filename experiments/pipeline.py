@@ -286,8 +286,9 @@ class Job:
         cfg = self.cfg.export
         with self.stages("export"), staged(self.run / "export") as partial:
             scores = read_json(self.run / "scores.json")["scores"] if (self.run / "scores.json").exists() else {}
-            without = network.surroundings.missing() if network.surroundings else []
-            export(network, partial, model_card(self.cfg, plan, scores, metrics, without))
+            around = network.surroundings
+            without, texts = ([], []) if around is None else (around.missing(), list(around.table or ()))
+            export(network, partial, model_card(self.cfg, plan, scores, metrics, without, texts))
             measured["export_max_difference"] = verify(network, partial)
             if cfg.dense_twin:
                 dense_twin(self.teacher, network).save_pretrained(partial / "dense_twin")

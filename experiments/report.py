@@ -19,7 +19,7 @@ from experiments.dashboard import flat
 from experiments.measures import described
 from experiments.run import digest, effective, read_json
 from experiments.sounds import page_sounds
-from experiments.tables import markdown, others, warnings_of
+from experiments.tables import by_teacher, metric_of, others, warnings_of
 
 PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
@@ -259,7 +259,9 @@ def methods(table: pd.DataFrame) -> list[str]:
         and not key.startswith(("evaluation.metric", "criterion."))
         and any(
             part[key].nunique() > 1
-            for _, part in fields.groupby(fields["distillation.name"] + fields["selection.name"])
+            for _, part in fields.groupby(
+                fields[["teacher.name", "distillation.name", "selection.name"]].agg("".join, axis=1)
+            )
         )
     ]
     return [
@@ -280,14 +282,14 @@ def report_set(root: Path) -> Path:
     table = averaged(runs)
     notes = warnings_of(table)
     print(*notes, sep="\n")
-    metric = ", ".join(sorted({str(name) for name in runs["metric"].dropna()})) or "output loss"
+    metric = metric_of(runs)
     better = " or ".join(sorted(set(runs["better"])))
     folder = root / "report"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
     runs.drop(columns=["setting", "page"]).to_csv(folder / "results.csv", index=False)
-    (folder / "table.md").write_text(markdown(table, metric))
+    (folder / "table.md").write_text(by_teacher(table))
     for number, (_, part) in enumerate(table.groupby(["teacher", "protocol"])):  # what may share one pair of axes
         suffix = f"_{number + 1}" if number else ""
         name, level = part["metric"].iloc[0], part["quality_teacher"].mean()

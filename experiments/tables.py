@@ -5,8 +5,20 @@ from typing import Any
 import pandas as pd
 
 
-def markdown(table: pd.DataFrame, metric: str) -> str:
+def metric_of(table: pd.DataFrame) -> str:
+    """What the qualities in a table are."""
+    return ", ".join(sorted({str(name) for name in table["metric"].dropna()})) or "output loss"
+
+
+def by_teacher(table: pd.DataFrame) -> str:
+    """A table a teacher: what different teachers are measured by need not be the same."""
+    parts = list(table.groupby("teacher"))
+    return "\n".join((f"{name}\n\n" if len(parts) > 1 else "") + markdown(part) for name, part in parts)
+
+
+def markdown(table: pd.DataFrame) -> str:
     """The table people read; spreads where there are several runs."""
+    metric = metric_of(table)
 
     def spread(row: Any, name: str, digits: int) -> str:
         value, std = row[name], row[f"{name} std"]
@@ -14,18 +26,7 @@ def markdown(table: pd.DataFrame, metric: str) -> str:
             return ""
         return f"{value:.{digits}f}" + (f" ± {std:.{digits}f}" if not pd.isna(std) and std > 0 else "")
 
-    told = ["teacher"] if table["teacher"].nunique() > 1 else []
-    heads = [
-        *told,
-        "criterion",
-        "selection",
-        "distillation (steps)",
-        "ratio",
-        "achieved",
-        "parameters",
-        "MACs",
-        "latency",
-    ]
+    heads = ["criterion", "selection", "distillation (steps)", "ratio", "achieved", "parameters", "MACs", "latency"]
     judged = [("output_loss_pruned", "output loss, pruned", 4), ("output_loss", "output loss", 4)]
     if metric != "output loss":
         judged += [("quality_pruned", f"{metric}, pruned", 2), ("quality", metric, 2)]
@@ -35,7 +36,6 @@ def markdown(table: pd.DataFrame, metric: str) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for _, row in table.iterrows():
         cells = [
-            *row[told],
             row["criterion"],
             row["selection"],
             f"{row['distillation']} ({row['steps']})",
@@ -53,7 +53,8 @@ def markdown(table: pd.DataFrame, metric: str) -> str:
 
 def others(table: pd.DataFrame) -> list[str]:
     """The columns of what runs deliver in the measures after the first."""
-    return [name for name in table if name.startswith("eval/") and not name.endswith(" std")]
+    names = [name for name in table if name.startswith("eval/") and not name.endswith(" std")]
+    return [name for name in names if table[name].notna().any()]
 
 
 def warnings_of(table: pd.DataFrame) -> list[str]:

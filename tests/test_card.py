@@ -24,3 +24,12 @@ def test_a_card_of_a_plan_without_scores_speaks_of_no_criterion(configure):
     plan = {**PLAN, "predicted_harm": 0.0, "changes": [{"kind": "restage", "variant": "tiny"}]}
     card = model_card(configure("selection=bk_sdm", "selection.variant=tiny"), plan, {}, {})
     assert "restage: `tiny`" in card and "Criterion" not in card
+
+
+def test_a_card_of_a_pipeline_without_a_text_encoder_says_how_to_ask_it(configure):
+    parts, captions = ["text_encoder", "tokenizer"], ["", "a photo of a ship"]
+    card = model_card(configure("task=t2i"), PLAN, {}, {}, parts, captions)
+    assert "from_pretrained(folder, trust_remote_code=True, text_encoder=None, tokenizer=None)" in card
+    assert "negative_prompt_embeds=states[:1]" in card
+    assert "- 0: (no caption)" in card and "- 1: a photo of a ship" in card
+    assert "text_encoder" not in model_card(configure(), PLAN, {}, {})

@@ -86,9 +86,7 @@ def new_pipeline(
 def part(cls: Any, path: str, field: str) -> Any:
     """A pretrained part, in float32."""
     local = Path(path).expanduser()
-    options = {"torch_dtype": torch.float32, "use_safetensors": True} if hasattr(cls, "config_class") else {}
-    if cls is AutoModel:
-        options = {"dtype": torch.float32, "use_safetensors": True}
+    options = {} if cls is AutoTokenizer else {"dtype": torch.float32, "use_safetensors": True}
     try:
         return cls.from_pretrained(local if local.exists() else path, **options)
     except Exception as error:

@@ -100,7 +100,7 @@ def load_network(folder: Path) -> nn.Module:
     safe = not say_if_pickled(folder)
     try:
         network, info = CLASSES[name].from_pretrained(
-            folder, use_safetensors=safe, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
+            folder, use_safetensors=safe, dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
         )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:  # damaged, cut off, of another shape, unsafe
         raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
@@ -194,7 +194,7 @@ def open_pipeline(folder: Path, network: nn.Module, component: str, noise_schedu
         absent |= {"safety_checker": None, "feature_extractor": None} if "safety_checker" in index else {}
         absent[component] = None  # it comes afterwards: diffusers would look up its class, and knows none of an export
         with quietly():  # diffusers warns of every class it does not know, among them the pruned one
-            pipeline = DiffusionPipeline.from_pretrained(folder, **absent, torch_dtype=torch.float32)
+            pipeline = DiffusionPipeline.from_pretrained(folder, **absent, dtype=torch.float32)
         pipeline.register_modules(**{component: network})
         mend_scaling(pipeline, folder)
         for part in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != component):
