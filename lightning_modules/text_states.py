@@ -38,7 +38,7 @@ def store_texts(
     for number, start in enumerate(range(0, len(texts) + 1, ROWS)):
         path = folder / f"text-{number:05d}.safetensors"
         part = ["", *texts][start : start + ROWS]
-        about = {"rows": str(len(part)), "captions": hashlib.sha256("\0".join(part).encode()).hexdigest()}
+        about = {"captions": hashlib.sha256("\0".join(part).encode()).hexdigest()}
         if path.exists():
             if safe_open(path, "pt").metadata() != about:
                 raise ValueError(f"{path} has other captions than the data; choose another folder, or delete it")

@@ -163,7 +163,8 @@ def test_vggish_weights_as_published_and_as_safetensors_are_the_same(vggish, tmp
     found = first(PICTURES)
     assert found.shape == (4, 4) == (4, first.dimension) and np.array_equal(found, second(PICTURES))
     assert not np.allclose(found[0], found[1]) and first.fingerprint() != second.fingerprint()
-    assert first.transform == "Griffin-Lim (32 iterations), 8000 Hz -> 16000 Hz"
+    front = "Griffin-Lim (32 iterations), 8000 Hz -> 16000 Hz"
+    assert first.transform == f"{front}, the mean over windows of 0.96 s"
 
 
 def test_a_long_sound_has_the_mean_of_its_examples(vggish):
