@@ -62,6 +62,8 @@ class Trainer:
 
 @dataclass
 class Calibration:
+    data: Any = None
+    """another data set whose training samples are taken, such as /data@calibration.data=bookcorpus; null: data.train"""
     samples: int = 128
     batch_size: int = 16
     seed: int = 0
@@ -83,6 +85,8 @@ class Evaluation:
     """edge in pixels to which samples (and reference images) are resized before they are kept and measured"""
     prompts: Any = None
     """a `_target_` that gives a list of prompts; null: the captions of the held-out samples. Sample k has prompt k"""
+    tokens: int = 48
+    """of each prompt's continuation by a language model"""
     reference_images: int = 10000
     """most training images whose features are kept, for measures that need more than their mean and covariance"""
     batch_size: int = 32
@@ -221,7 +225,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
             *("trainer.steps", "trainer.accumulate_grad_batches", "trainer.checkpoint_every", "trainer.devices"),
             *("trainer.num_nodes", "trainer.log_every_n_steps", "calibration.samples", "calibration.batch_size"),
             *("evaluation.batch_size", "evaluation.loss_samples", "evaluation.latency_batch", "data.batch_size"),
-            *("evaluation.resize", "evaluation.reference_images"),
+            *("evaluation.resize", "evaluation.reference_images", "evaluation.tokens"),
             *("evaluation.latency_repeats", "sampler.steps"),
             *("precompute.batch_size", "precompute.samples_per_shard"),
         ),

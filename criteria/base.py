@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-SCORING_VERSION = 2
+SCORING_VERSION = 3
 """Goes up when the same criterion would give other scores; part of the key under which scores are cached."""
 
 LEVELS = ("depth", "operator", "channel")
@@ -90,6 +90,11 @@ class Backbone(Protocol):
     @property
     def takes_text(self) -> bool:
         """Is the network conditioned on captions?"""
+        ...
+
+    @property
+    def writes_text(self) -> bool:
+        """Is it a language model?"""
         ...
 
     def generate(self, batch: Batch, sampler: Callable[..., Any], steps: int, guidance: float = 1.0) -> Tensor:

@@ -9,10 +9,10 @@ from criteria.per_sample import PerSample
 class BlockInfluence(PerSample):
     """s_i = 1 - E[ cos(what the bypass of unit i would give, the unit's output) ], between 0 and 2.
 
-    One dense forward pass scores all units. ShortGPT compares the hidden states before and after a decoder layer token
-    by token. To take a sample's whole feature map as one vector is our choice, and so is to compare with the output
-    of the bypass instead of with the input: the two are the same where the bypass is the identity, and a ResNet block
-    that changes channels has no input of its output's shape.
+    One dense forward pass scores all units. Hidden states of tokens (N,L,D) are compared token by token, as ShortGPT
+    does before and after a decoder layer, and averaged over a sample's. To take a feature map (N,C,H,W) as one vector
+    is our choice, and so is to compare with the output of the bypass instead of with the input: the two are the same
+    where the bypass is the identity, and a ResNet block that changes channels has no input of its output's shape.
     """
 
     def update(self, batch: Batch) -> None:
@@ -20,5 +20,6 @@ class BlockInfluence(PerSample):
         with self.backbone.watching(list(self.place)) as seen:
             self.backbone.predict(inputs)
         for name in self.place:
-            one, other = (tensor.double().flatten(1) for tensor in seen[name])
-            self.add(name, 1 - F.cosine_similarity(one, other, dim=1))
+            one, other = (tensor.double() for tensor in seen[name])
+            one, other = (tensor if tensor.dim() == 3 else tensor.flatten(1)[:, None] for tensor in (one, other))
+            self.add(name, (1 - F.cosine_similarity(one, other, dim=2)).mean(1))

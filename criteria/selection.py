@@ -7,6 +7,7 @@ minimal harm alone would then remove without limit.
 
 import difflib
 import math
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from criteria.base import Shared, Unit
 from criteria.solver import Program, greatest_cost, harm, least_cost, reachable, solve
 
 BUDGETS = ("params", "macs", "latency")
+SLICE = re.compile(r"(-?\d+)?:(-?\d+)?")
 
 Measure = Callable[[Sequence[str]], float]
 """The measured loss of the network without a set of units: their joint harm, not the sum of their scores."""
@@ -92,7 +94,8 @@ class Selection:
 class Budgeted(Selection):
     """What every way of meeting a budget shares; subclasses give `choose`, or a `check` and `select` of their own.
 
-    `ratio`: fraction of the backbone's `budget` (params | macs | latency) to remove. `protected`: units that stay.
+    `ratio`: fraction of the backbone's `budget` (params | macs | latency) to remove. `protected`: units that stay, by
+    name or as slices of the units in the order of the forward pass (":4" the first four, "-2:" the last two).
     """
 
     ratio: float
@@ -111,7 +114,6 @@ class Budgeted(Selection):
 
     def check(self, pool: Pool) -> None:
         """Raises InfeasibleBudget, and ValueError for an unknown protected unit, naming the nearest."""
-        known(self.protected, pool.units, "selection.protected")
         program, window = self.program(pool), self.window(pool)
         if not reachable(program, window):
             largest = greatest_cost(program, sum(program.every))
@@ -131,13 +133,28 @@ class Budgeted(Selection):
 
     def free(self, pool: Pool) -> list[Unit]:
         """The units that may go."""
-        return [unit for unit in pool.units if unit.name not in self.protected]
+        staying = self.staying(pool.units)
+        return [unit for unit in pool.units if unit.name not in staying]
+
+    def staying(self, units: Sequence[Unit]) -> list[str]:
+        """The names of the protected units; raises ValueError for an unknown one, naming the nearest."""
+        names = [unit.name for unit in units]
+        found: list[str] = []
+        for entry in self.protected:
+            part = SLICE.fullmatch(entry)
+            found += names[slice(*(int(end) if end else None for end in part.groups()))] if part else [entry]
+        known(found, units, "selection.protected")
+        return [name for name in names if name in found]
 
     def program(self, pool: Pool) -> Program:
         """The costs of sets of the units that may go; ValueError where they are no sums over the units."""
         if pool.cost is not None:
-            raise ValueError("these units are channels, whose costs do not add up; choose selection=threshold")
-        free = [i for i, unit in enumerate(pool.units) if unit.name not in self.protected]
+            raise ValueError(
+                "these units are channels, whose costs do not add up; choose selection=threshold, or for language "
+                "models selection=uniform"
+            )
+        staying = self.staying(pool.units)
+        free = [i for i, unit in enumerate(pool.units) if unit.name not in staying]
         return pool.program(self.budget).after(set(), free)
 
     def window(self, pool: Pool) -> tuple[int, int]:
@@ -153,7 +170,7 @@ class Budgeted(Selection):
         return InfeasibleBudget(
             f"selection.ratio={self.ratio} (tolerance {self.tolerance}) of {self.budget} cannot be had: the largest "
             f"achievable ratio is {largest / total:.3f}, the nearest achievable {near or 'none'}"
-            + (f", with {len(self.protected)} units protected" if self.protected else "")
+            + (f", with {len(self.staying(pool.units))} units protected" if self.protected else "")
         )
 
 
@@ -230,7 +247,7 @@ class Threshold(Budgeted):
 
     def check(self, pool: Pool) -> None:
         """Raises ValueError for a pool that is not of channels, and for an unknown protected unit."""
-        known(self.protected, pool.units, "selection.protected")
+        self.staying(pool.units)
         pool.total(self.budget)
         if pool.cost is None:
             raise ValueError(
@@ -262,7 +279,7 @@ class Threshold(Budgeted):
 
     def order(self, pool: Pool, scores: Mapping[str, float]) -> list[str]:
         """The units that may go, the lowest score first, then in the order of the forward pass."""
-        protected = set(self.protected)
+        protected = set(self.staying(pool.units))
         staying = {group(name) for name in protected}
         names = sorted((unit.name for unit in pool.units), key=scores.__getitem__)
         last = {group(name): name for name in names}  # of each group, the one of the highest score

@@ -177,13 +177,44 @@ class Tiles(Arrays):
         super().__init__(tiles[start:stop], labels, names, caption)
 
 
+def hub_table(
+    path: str,
+    split: str,
+    columns: Sequence[str],
+    subset: str | None = None,
+    data_files: str | list[str] | None = None,
+    revision: str | None = None,
+) -> Any:
+    """Some columns of a split of a data set on the Hugging Face hub (or of a local copy), as a table of `datasets`.
+
+    `path` is an id, a folder, or a builder such as `parquet` with `data_files`; `subset` is the configuration of a
+    data set that has several, `revision` a branch or commit of it. Needs the extra `secateur[hf]`. Raises ValueError
+    for an unknown column, listing those there are, and MissingData where neither a network nor a cached copy is there.
+    """
+    try:
+        import datasets  # noqa: PLC0415  an optional extra
+    except ImportError as error:
+        raise MissingData(f"data set {path!r} needs the Hugging Face reader: pip install -e '.[hf]'") from error
+    try:
+        table = datasets.load_dataset(path, subset, data_files=data_files, split=split, revision=revision)
+    except Exception as error:
+        if isinstance(error, ValueError) and "split" in str(error).lower():
+            raise
+        raise MissingData(
+            f"data set {path!r} ({split}) could be read neither from the hub nor from a cache "
+            f"({type(error).__name__}: {error}); download it where there is a network, or give a local copy"
+        ) from error
+    for column in columns:
+        if column not in table.column_names:
+            raise ValueError(f"{path} has no column {column!r}; it has: {', '.join(table.column_names)}")
+    return table.select_columns(list(dict.fromkeys(columns)))
+
+
 class HuggingFace:
     """A split of a data set on the Hugging Face hub (or of a local copy), decoded when asked for.
 
-    `path` is an id, a folder, or a builder such as `parquet` with `data_files`; `subset` is the configuration of a
-    data set that has several. The image column holds images (or encoded ones as binary). Needs the extra
-    `secateur[hf]`. Raises ValueError for an unknown column, listing those there are, and for one of the wrong type,
-    and MissingData where neither a network nor a cached copy is at hand.
+    `path`, `subset`, `data_files` and `revision` are those of hub_table. The image column holds images (or encoded ones
+    as binary). Raises what hub_table does, and ValueError for a column of the wrong type.
     """
 
     def __init__(
@@ -197,30 +228,16 @@ class HuggingFace:
         caption: str | None = None,
         subset: str | None = None,
         data_files: str | list[str] | None = None,
+        revision: str | None = None,
     ) -> None:
-        try:
-            import datasets  # noqa: PLC0415  an optional extra
-        except ImportError as error:
-            raise MissingData(f"data set {path!r} needs the Hugging Face reader: pip install -e '.[hf]'") from error
-        try:
-            table = datasets.load_dataset(path, subset, data_files=data_files, split=split)
-        except Exception as error:
-            if isinstance(error, ValueError) and "split" in str(error).lower():
-                raise
-            raise MissingData(
-                f"data set {path!r} ({split}) could be read neither from the hub nor from a cache "
-                f"({type(error).__name__}: {error}); download it where there is a network, or give a local copy"
-            ) from error
         wanted = [column for column in (image, label, caption) if column is not None]
-        for column in wanted:
-            if column not in table.column_names:
-                raise ValueError(f"{path} has no column {column!r}; it has: {', '.join(table.column_names)}")
+        table = hub_table(path, split, wanted, subset, data_files, revision)
         if caption is not None and getattr(table.features[caption], "dtype", "") not in ("string", "large_string"):
             raise ValueError(f"{path}: column {caption!r} has {table.features[caption]} where a caption is text")
         feature = table.features[image]
         if hasattr(feature, "decode"):  # decoded here, so that a damaged one can be told
             table = table.cast_column(image, type(feature)(decode=False))
-        self.table = table.select_columns(list(dict.fromkeys(wanted)))
+        self.table = table
         self.path, self.split, self.image, self.label, self.caption = path, split, image, label, caption
         self.size, self.mode = size, mode
         self.texts = table.select_columns([caption]) if caption is not None else None

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import ROOT
 from experiments.measures import described
+from lightning_modules.backbones.base import NetworkBackbone
 
 
 def model_card(
@@ -15,14 +16,9 @@ def model_card(
     plan: dict[str, Any],
     scores: dict[str, Any],
     metrics: dict[str, Any],
-    without: Sequence[str] = (),
-    captions: Sequence[str] = (),
+    network: NetworkBackbone,
 ) -> str:
-    """README.md of an export, in Markdown, from the run's own artefacts; figures nobody measured are not in it.
-
-    `without`: parts of the pipeline that are None, which have to be named when it is loaded; `captions`: those whose
-    text states are stored in the place of a text encoder.
-    """
+    """README.md of an export, in Markdown, from the run's own artefacts; figures nobody measured are not in it."""
     teacher, changes = cfg.teacher, plan["changes"]
     name, licence = teacher.get("name", "network"), teacher.get("license", "unknown")
     chosen = ROOT / "conf" / "teacher" / f"{name}.yaml"
@@ -33,11 +29,10 @@ def model_card(
     rows = "\n".join(
         f"| {key} | {value} |" for key, value in sorted(metrics.items()) if isinstance(value, int | float | str)
     )
-    absent = "".join(f", {name}=None" for name in without)
     made = "\n".join(line_of(change, scores) for change in changes)
     protocol = described(metrics["protocol"]) if "protocol" in metrics else None
     return f"""---
-library_name: diffusers
+library_name: {network.library}
 license: {licence}
 tags: [pruned]
 ---
@@ -45,10 +40,7 @@ tags: [pruned]
 
 Made by secateur from {source}. The teacher's licence ({licence}) holds for these weights, too.
 
-    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True{absent})
-
-(`trust_remote_code` is needed where a file `pruned_unet.py` lies beside the weights.)
-{stored(captions)}
+{usage(network)}
 {f"Criterion `{cfg.criterion.name}`, sum of the removed units' scores {plan['predicted_harm']:.6g}. " if scores else ""}
 Selection `{cfg.selection.name}`, distillation `{cfg.distillation.name}`
 ({cfg.trainer.steps if "_target_" in cfg.distillation else 0} steps), seed {cfg.seed}. Teacher's fingerprint:
@@ -66,6 +58,21 @@ Selection `{cfg.selection.name}`, distillation `{cfg.distillation.name}`
 
 {f"Protocol: {protocol}." if protocol else "No samples were evaluated."}
 """
+
+
+def usage(network: NetworkBackbone) -> str:
+    """How an export of this network is loaded, in Markdown."""
+    if network.library == "transformers":
+        return """    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+"""
+    around: Any = network.surroundings
+    without, captions = ([], []) if around is None else (around.missing(), list(around.table or ()))
+    absent = "".join(f", {name}=None" for name in without)
+    return f"""    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True{absent})
+
+(`trust_remote_code` is needed where a file `pruned_unet.py` lies beside the weights.)
+{stored(captions)}"""
 
 
 def stored(captions: Sequence[str]) -> str:

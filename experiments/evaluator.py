@@ -1,77 +1,66 @@
-"""The evaluation stage: one protocol for teacher, pruned and distilled network."""
+"""The evaluation stage: one protocol for teacher, pruned and distilled network, whatever their family."""
 
-import contextlib
 import functools
-import os
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
-from conf.schema import build
-from experiments.measures import TrainingImages, build_measures, check_measures, measured
-from experiments.run import RESULT_VERSION, Run, barrier, digest, effective, is_rank_zero, locked, read_json, staged
+from experiments.drawn import Drawn
+from experiments.measures import (
+    build_measures,
+    check_network_measures,
+    finite,
+    of_networks,
+    of_samples,
+    taken_of_network,
+)
+from experiments.run import RESULT_VERSION, Run, cached, effective, read_json
 from experiments.stages import Stages
+from experiments.texts import Texts
+from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.diffusion import DiffusionBackbone
-from lightning_modules.evaluation import Generation, JointLoss, seeds
+from lightning_modules.evaluation import JointLoss
 from lightning_modules.metrics.cost import device_name, latencies, peak_memory
-from lightning_modules.metrics.measures import Labels, Samples
-from lightning_modules.training import make_trainer
+from lightning_modules.metrics.measures import NetworkMeasure
+from lightning_modules.training import autocast, make_trainer
 
 
 class Evaluator:
-    """Measures networks against the teacher and the training images, as `cfg.evaluation` says."""
+    """Measures networks against the teacher and the data, as `cfg.evaluation` says."""
 
     def __init__(
-        self, cfg: DictConfig, run: Run, data: Any, teacher: DiffusionBackbone, teacher_id: str, stages: Stages
+        self, cfg: DictConfig, run: Run, data: Any, teacher: NetworkBackbone, teacher_id: str, stages: Stages
     ) -> None:
         self.cfg, self.run, self.data, self.stages = cfg, run, data, stages
         self.teacher, self.teacher_id = teacher, teacher_id
         self.measures = build_measures(cfg)
-        if self.measures:
-            check_measures(self.measures, self.shape(), self.asked_captions(), self.labels())
+        self.drawn: Drawn | None = None
+        if measures := of_samples(self.measures):
+            if not isinstance(teacher, DiffusionBackbone):
+                raise ValueError(
+                    f"evaluation.metrics.{next(iter(measures))} measures generated samples, and this teacher generates "
+                    "none; choose measures of the network, such as evaluation=perplexity for a language model"
+                )
+            self.drawn = Drawn(cfg, run, data, teacher, teacher_id, stages, measures)
+        check_network_measures(of_networks(self.measures), list(self.measures), teacher, data)
+        self.texts: Texts | None = None
+        if teacher.writes_text and cfg.evaluation.prompts is not None:
+            self.texts = Texts(cfg, run, teacher, self.teacher_key(), stages)
+
+    def teacher_key(self) -> dict[str, Any]:
+        """What the teacher's evaluations are kept under, whatever the run."""
+        options = {key: value for key, value in effective(self.cfg)["teacher"].items() if key not in ("name", "path")}
+        return {"teacher": self.teacher_id, "options": options}
 
     def held_out(self) -> DataLoader:
         """The samples on which losses are measured."""
         evaluation = self.cfg.evaluation
         return self.data.subset("holdout", evaluation.loss_samples, evaluation.seed, evaluation.batch_size)
 
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the samples, as they are kept."""
-        shape, size = self.teacher.image_shape(), self.cfg.evaluation.resize
-        return shape if size is None else (shape[0], size, size)
-
-    @functools.cached_property
-    def prompts(self) -> list[str] | None:
-        """The captions that samples are asked for by, one after another, for networks that take text."""
-        if not self.teacher.takes_text:
-            return None
-        evaluation = self.cfg.evaluation
-        if evaluation.prompts is not None:
-            return build(evaluation.prompts)[: evaluation.samples]
-        return self.data.captions("holdout", evaluation.samples)
-
-    def asked_captions(self) -> list[str] | None:
-        """The caption of each sample: where there are fewer, they go round, as in `seeds`."""
-        if self.prompts is None:
-            return None
-        return [self.prompts[k % len(self.prompts)] for k in range(self.cfg.evaluation.samples)]
-
-    def labels(self) -> Labels:
-        """The class of each sample, for class-conditional networks: that which they take for its seed."""
-        if self.teacher.takes_text:
-            return None
-        evaluation = self.cfg.evaluation
-        numbers = next(iter(seeds(evaluation.seed, evaluation.samples, evaluation.samples, None)))
-        found = self.teacher.conditions(numbers, torch.device("cpu")).get("class_labels")
-        return None if found is None else found.numpy()
-
-    def metrics(self, plan: dict[str, Any], networks: dict[str, DiffusionBackbone]) -> dict[str, Any]:
+    def metrics(self, plan: dict[str, Any], networks: dict[str, NetworkBackbone]) -> dict[str, Any]:
         """Quality of teacher, pruned and distilled network; counts; nothing that depends on time."""
         cfg, path = self.cfg, self.run / "metrics.json"
         if path.exists():
@@ -108,77 +97,49 @@ class Evaluator:
                     f"{name}/{key}": value for key, value in module.metrics.items() if key != "teacher_task_loss"
                 }
                 metrics["teacher/task_loss"] = module.metrics["teacher_task_loss"]
+        if self.drawn is not None:
+            metrics |= self.drawn.values(networks)
+        for name, measure in of_networks(self.measures).items():
+            metrics |= self.values(name, measure, networks)
         if self.measures:
-            metrics |= self.quality({name: self.samples(name, network) for name, network in networks.items()})
+            metrics["protocol"] = self.protocol()
+        if self.texts is not None:
+            for name, network in networks.items():
+                self.texts.write(name, network)
         # "eval/..." is what the run delivers: one name for dashboards, whether it was distilled or not.
         metrics |= {f"eval/{key.split('/')[1]}": value for key, value in metrics.items() if key.startswith(f"{final}/")}
         self.run.write("metrics.json", metrics)
         return metrics
 
-    def samples(self, name: str, network: DiffusionBackbone) -> np.ndarray:
-        """Images of one network from the evaluation's seeds, uint8 (N,H,W,C); the teacher's are shared by all runs."""
-        cfg, evaluation = self.cfg, self.cfg.evaluation
-        protocol = {key: effective(cfg)[key] for key in ("sampler", "noise_scheduler")}
-        protocol |= {"samples": evaluation.samples, "seed": evaluation.seed, "precision": evaluation.precision}
-        protocol["batch_size"] = evaluation.batch_size  # can move the last bit
-        protocol["prompts"] = digest(self.prompts)
-        protocol["size"] = [self.teacher.data_shape(), self.shape()]
-        shown = self.run / "samples" / name
-        if name == "teacher":  # shared by all runs, so made once, under a lock
-            key = digest({"teacher": self.teacher_id, "version": RESULT_VERSION, **protocol})[:16]
-            folder = self.run.cache / "samples" / key
-            with locked(folder):
-                self.generate(name, network, folder)
-        else:
-            folder = shown
-            self.generate(name, network, folder)
-        if is_rank_zero() and not shown.exists():
-            with staged(shown) as partial:
-                link(folder / "images.npy", partial / "images.npy")
-        return np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+    def values(self, name: str, measure: NetworkMeasure, networks: dict[str, NetworkBackbone]) -> dict[str, float]:
+        """A measure of each network, {network/measure: value}; the teacher's is taken once for all runs."""
+        precision, device = self.cfg.evaluation.precision, self.stages.device
 
-    def generate(self, name: str, network: DiffusionBackbone, folder: Path) -> None:
-        """Write images.npy into `folder`, unless it is there."""
-        cfg, evaluation = self.cfg, self.cfg.evaluation
-        if (folder / "images.npy").exists():
-            return
-        with self.stages("generate"), staged(folder) if is_rank_zero() else contextlib.nullcontext() as partial:
-            batches = seeds(evaluation.seed, evaluation.samples, evaluation.batch_size, self.prompts)
-            module = Generation(
-                network,
-                build(cfg.sampler.scheduler),
-                cfg.sampler.steps,
-                cfg.sampler.guidance,
-                size=evaluation.resize,
-                file=None if partial is None else partial / "images.npy",
-            )
-            trainer = make_trainer(cfg.trainer, f"samples of {name}", evaluation.precision)
-            trainer.test(module, batches, verbose=False)
-        barrier()
+        def taken(network: NetworkBackbone) -> dict[str, float]:
+            with self.stages("measure networks"), autocast(precision, device):
+                return taken_of_network(measure, name, network, device)
 
-    def quality(self, images: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Every measure of each network's samples, with what has to agree for values to be comparable."""
-        cfg, evaluation, device = self.cfg, self.cfg.evaluation, self.stages.device
-        reference = TrainingImages(self.data, self.run.cache, device, evaluation.reference_images, evaluation.resize)
-        metrics: dict[str, Any] = {}
-        with self.stages("measure samples"):
-            for name, found in images.items():
-                samples = Samples(found, name, self.asked_captions(), self.labels(), device)
-                metrics |= measured(self.measures, samples, reference)
-        metrics["protocol"] = {
-            "samples": evaluation.samples,
-            "size": list(self.shape()),
-            "resized": evaluation.resize is not None,
-            "sampler": cfg.sampler.name,
-            "steps": cfg.sampler.steps,
-            "guidance": cfg.sampler.guidance,
-            "prompts": None if self.prompts is None else f"{len(self.prompts)} ({digest(self.prompts)[:8]})",
-            "measures": {
-                name: {"better": measure.better, **measure.protocol(reference)}
-                for name, measure in self.measures.items()
-            },
-        }
-        return metrics
+        key = {**self.teacher_key(), "measure": effective(self.cfg)["evaluation"]["metrics"][name], "name": name}
+        key |= {"protocol": measure.protocol(), "precision": precision, "version": RESULT_VERSION}
+        found: dict[str, float] = {}
+        for of, network in networks.items():
+            once = functools.partial(taken, network)
+            values = cached(self.run.cache / "measures", key, once) if of == "teacher" else once()
+            found |= {f"{of}/{column}": value for column, value in values.items()}
+        return finite(found, "the network's output is broken")
+
+    def protocol(self) -> dict[str, Any]:
+        """What has to agree for values to be comparable: what all measures share, then each one's own."""
+        own: dict[str, dict[str, Any]] = {}
+        if self.drawn is not None:
+            own = {name: measure.protocol(self.drawn.reference) for name, measure in self.drawn.measures.items()}
+        for name, measure in of_networks(self.measures).items():
+            own[name] = {"of": "network", **measure.protocol()}
+            if parts := getattr(measure, "parts", ()):
+                own[name]["parts"] = list(parts)
+        shared = {"precision": self.cfg.evaluation.precision} if self.drawn is None else self.drawn.protocol()
+        measures = {name: {"better": measure.better, **own[name]} for name, measure in self.measures.items()}
+        return {**shared, "measures": measures}
 
     def latency_achieved(self, ratio: float) -> dict[str, float]:
         """The built student's own share of a latency budget; says so where it is not what was asked for."""
@@ -192,7 +153,7 @@ class Evaluator:
             )
         return {"plan/achieved_ratio": ratio}
 
-    def measured(self, student: DiffusionBackbone) -> dict[str, Any]:
+    def measured(self, student: NetworkBackbone) -> dict[str, Any]:
         """Latency of teacher and student, taken in turns, and the job's time and peak memory."""
         device = self.stages.device
         batch, repeats = self.cfg.evaluation.latency_batch, self.cfg.evaluation.latency_repeats
@@ -213,11 +174,3 @@ class Evaluator:
             "peak_memory_bytes": peak_memory(device),
         }
         return measured
-
-
-def link(path: Path, other: Path) -> None:
-    """One file under two names, or a copy where the file system has no such thing."""
-    try:
-        os.link(path, other)
-    except OSError:
-        shutil.copyfile(path, other)

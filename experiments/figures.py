@@ -13,11 +13,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-KEPT, REMOVED = "#4c78a8", "#e45756"
+KEPT, REMOVED, PROTECTED = "#4c78a8", "#e45756", "#9d9d9d"
 
 
-def unit_scores(scores: dict[str, dict[str, float]], removed: Sequence[str], criterion: str, path: Path) -> None:
-    """A bar a unit, in the order of the forward pass; removed ones in red; standard errors where there are any.
+def unit_scores(
+    scores: dict[str, dict[str, float]],
+    removed: Sequence[str],
+    criterion: str,
+    path: Path,
+    protected: Sequence[str] = (),
+) -> None:
+    """A bar a unit, in the order of the forward pass; removed ones in red, protected ones in grey; standard errors.
 
     Blocks of channels are too many for that: there is a bar a group, the sum of its scores, red as far as it goes.
     """
@@ -27,14 +33,15 @@ def unit_scores(scores: dict[str, dict[str, float]], removed: Sequence[str], cri
     names, values = list(scores), np.array([entry["score"] for entry in scores.values()])
     errors = np.array([entry.get("standard_error", 0.0) for entry in scores.values()])
     figure, axis = plt.subplots(figsize=(8, 0.22 * len(names) + 1.2))
-    colours = [REMOVED if name in removed else KEPT for name in names]
+    colours = [REMOVED if name in removed else PROTECTED if name in protected else KEPT for name in names]
     axis.barh(names, values, color=colours, xerr=errors if errors.any() else None, error_kw={"lw": 0.8})
     if (values > 0).all() and values.max() > 50 * values.min():
         axis.set_xscale("log")
     axis.invert_yaxis()
     axis.tick_params(labelsize=7)
     axis.set_xlabel(f"{criterion}: harm if removed")
-    axis.set_title(f"{len(removed)} of {len(names)} units removed (red)", fontsize=10)
+    note = f", {len(protected)} protected (grey)" if protected else ""
+    axis.set_title(f"{len(removed)} of {len(names)} units removed (red){note}", fontsize=10)
     save(figure, path)
 
 
@@ -95,6 +102,12 @@ def grid(images_NHWC: np.ndarray, side: int) -> np.ndarray:
     return (
         shown.reshape(side, side, height, width, channels).swapaxes(1, 2).reshape(side * height, side * width, channels)
     )
+
+
+def spans(values: Sequence[float | None], factor: float) -> bool:
+    """Do positive values differ by more than this factor, so that a logarithmic axis shows them better?"""
+    there = [value for value in values if value is not None and not math.isnan(value)]
+    return bool(there) and min(there) > 0 and max(there) > factor * min(there)
 
 
 def curves(

@@ -1,9 +1,10 @@
 """The measures of an evaluation: made and checked before anything runs, taken of one network's samples at a time."""
 
+import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 from safetensors.numpy import load_file, save_file
 
-from conf.schema import build
+from conf.schema import RESERVED, build
 from datamodules.sources import MissingData
 from experiments.run import RESULT_VERSION, barrier, digest, is_rank_zero
 from lightning_modules.metrics.frechet import Features, Statistics, resized
-from lightning_modules.metrics.measures import Labels, Measure, Samples, in_parts, origin
+from lightning_modules.metrics.measures import Labels, Measure, NetworkMeasure, Samples, in_parts, origin
+
+Measures = dict[str, Measure | NetworkMeasure]
 
 
-def build_measures(cfg: DictConfig) -> dict[str, Measure]:
+def build_measures(cfg: DictConfig) -> Measures:
     """Those of `cfg.evaluation.metrics`.
 
     Raises MissingData naming the one whose weights are not on this machine, ValueError one that cannot be made.
@@ -123,9 +126,13 @@ def write(path: Path, save: Any) -> None:
 def measured(measures: dict[str, Measure], samples: Samples, reference: TrainingImages) -> dict[str, float]:
     """{network/measure: value} of one network's samples. Raises FloatingPointError for a value that is not finite."""
     found = {f"{samples.name}/{name}": measure(samples, reference) for name, measure in measures.items()}
+    return finite(found, "the samples or the features are broken")
+
+
+def finite(found: dict[str, float], reason: str) -> dict[str, float]:
     for name, value in found.items():
         if not np.isfinite(value):
-            raise FloatingPointError(f"{name} is {value}: the samples or the features are broken")
+            raise FloatingPointError(f"{name} is {value}: {reason}")
     return found
 
 
@@ -134,10 +141,64 @@ def check_measures(
 ) -> None:
     """Raise ValueError naming the measure that cannot be taken of such samples."""
     for name, measure in measures.items():
-        try:
+        with naming(name):
             measure.check(shape, captions, labels)
-        except ValueError as error:
-            raise ValueError(f"evaluation.metrics.{name}: {error}") from error
+
+
+def check_network_measures(measures: dict[str, NetworkMeasure], taken: Sequence[str], network: Any, data: Any) -> None:
+    """Raise ValueError naming the measure that cannot be taken of a network, or has a part of a name that is `taken`.
+
+    MissingData where what it needs is not on this machine.
+    """
+    for name, measure in measures.items():
+        with naming(name):
+            for part in getattr(measure, "parts", ()):
+                if f"{name}_{part}" in (*taken, *RESERVED):
+                    raise ValueError(f"its part {part} would be {name}_{part}, which is taken; choose another name")
+            measure.check(network, data)
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Name the measure that an error is about."""
+    try:
+        yield
+    except (MissingData, ValueError) as error:
+        kind = MissingData if isinstance(error, MissingData) else ValueError
+        raise kind(f"evaluation.metrics.{name}: {error}") from error
+
+
+def of_samples(measures: Measures) -> dict[str, Measure]:
+    """Those that are taken of what a network generates."""
+    return {name: each for name, each in measures.items() if not of_network(each)}  # type: ignore[misc]
+
+
+def of_networks(measures: Measures) -> dict[str, NetworkMeasure]:
+    """Those that are taken of a network itself."""
+    return {name: each for name, each in measures.items() if of_network(each)}  # type: ignore[misc]
+
+
+def of_network(measure: Measure | NetworkMeasure) -> bool:
+    return getattr(measure, "of", "samples") == "network"
+
+
+def columns(measures: dict[str, Any]) -> list[str]:
+    """What measures of such protocols are called in metrics.json, each followed by its parts."""
+    return [column for name, part in measures.items() for column in (name, *parts_of(name, part))]
+
+
+def parts_of(name: str, protocol: dict[str, Any]) -> list[str]:
+    """The names of a measure's parts; none where its protocol lists none."""
+    return [f"{name}_{part}" for part in protocol.get("parts", ())]
+
+
+def taken_of_network(measure: NetworkMeasure, name: str, network: Any, device: torch.device) -> dict[str, float]:
+    """{measure: value} and that of each part, as {measure_part: value}; the value is then their plain mean."""
+    found = measure(network, device)
+    if not isinstance(found, dict):
+        return {name: float(found)}
+    assert list(found) == list(measure.parts)
+    return {name: float(np.mean(list(found.values())))} | {f"{name}_{part}": value for part, value in found.items()}
 
 
 def described(protocol: dict[str, Any], only: str | None = None) -> str:
@@ -148,7 +209,7 @@ def described(protocol: dict[str, Any], only: str | None = None) -> str:
 
     def words(content: dict[str, Any]) -> str:
         shown = {key: value[:8] if key == "features" else value for key, value in content.items()}
-        return ", ".join(f"{key} {value}" for key, value in shown.items() if key != "measures")
+        return ", ".join(f"{key} {value}" for key, value in shown.items() if key not in ("measures", "parts"))
 
     own = {name: part for name, part in protocol.get("measures", {}).items() if only in (None, name)}
     return "; ".join([words(protocol), *(f"{name}: {words(part)}" for name, part in own.items())])

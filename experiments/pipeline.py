@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from conf.schema import ConfigError, build
 from criteria.base import SCORING_VERSION, check_scores
 from criteria.bk_sdm import BkSdm
-from criteria.selection import Pool, known
+from criteria.selection import Budgeted, Pool, known
 from experiments.card import model_card
 from experiments.dashboard import Dashboard
 from experiments.evaluator import Evaluator
@@ -39,9 +39,11 @@ from experiments.run import (
 from experiments.scoring_stage import batches_for, data_of, teacher_of
 from experiments.stages import Stages
 from experiments.train_stage import train
-from lightning_modules.backbones.diffusion import DiffusionBackbone, is_flow
+from lightning_modules.backbones.base import NetworkBackbone
+from lightning_modules.backbones.diffusion import is_flow
 from lightning_modules.backbones.files import load_network, weight_files
 from lightning_modules.backbones.restage import student_config
+from lightning_modules.backbones.unet import UNetBackbone
 from lightning_modules.distillation import check_levels
 from lightning_modules.evaluation import JointMeasure, unit_savings
 from lightning_modules.export import check_hub, dense_twin, export, push, verify
@@ -76,7 +78,7 @@ class Job:
         self.cfg, self.run, self.teacher_id, self.dashboard = cfg, run, teacher_id, dashboard
         self.stages = Stages(cfg, device, run / "seconds.json")
         self.data = data_of(cfg)
-        self.data.image_shape()  # a wrong path or column is said before any weight is read
+        self.data.sample_shape()  # a wrong path or column is said before any weight is read
         self.criterion, self.selection = build(cfg.criterion), build(cfg.selection)
         with self.stages("load the teacher"):
             self.teacher = teacher_of(cfg)
@@ -108,29 +110,33 @@ class Job:
     def check(self) -> None:
         """Raise ValueError for whatever would fail later, after the expensive parts."""
         cfg = self.cfg
-        found, wanted = self.data.image_shape(), self.teacher.image_shape()
-        if found != wanted:
-            raise ValueError(
-                f"data={cfg.data.get('name', '?')} has images of (channels, height, width) {found}, but the "
-                f"teacher takes {wanted}; resize or convert them in the data's configuration (size, mode), or choose "
-                "another teacher"
-            )
-        check_latents(cfg, self.data, self.teacher)
-        for split in ("train", "holdout"):  # one sample: its text goes through encoders on the CPU
-            self.teacher.conditions(next(iter(self.data.subset(split, 1, 0, 1))), torch.device("cpu"))
+        data_sets = {"data": self.data}
+        if cfg.calibration.data is not None:
+            data_sets["calibration.data"] = self.calibration_data
+        for field, data in data_sets.items():
+            try:
+                self.teacher.check_data(data)
+            except ValueError as error:
+                name = OmegaConf.select(cfg, field + ".name")
+                raise ValueError(f"{field}={name}: {error}") from error
+        if cfg.latents is not None:
+            check_latents(cfg, self.data, self.teacher)
         self.evaluator.held_out()
-        check_parts(cfg, self.teacher.noise_scheduler)
-        if cfg.export.dense_twin and (self.criterion.level != "depth" or isinstance(self.selection, BkSdm)):
+        check_parts(cfg, getattr(self.teacher, "noise_scheduler", None))
+        bypasses = self.criterion.level == "depth" and not isinstance(self.selection, BkSdm)
+        if cfg.export.dense_twin and not (bypasses and self.teacher.library == "diffusers"):
             raise ValueError(
-                "export.dense_twin=true: only a plan that bypasses whole blocks has such a twin; choose false"
+                "export.dense_twin=true: only a plan that bypasses whole blocks of a diffusion network has such a "
+                "twin; choose false"
             )
-        protected = getattr(self.selection, "protected", None)  # of selections that meet a budget
         if isinstance(self.selection, BkSdm):
+            if not isinstance(self.teacher, UNetBackbone):
+                raise ValueError("selection.name='bk_sdm' is for the U-Nets of Stable Diffusion; choose knapsack")
             student_config(self.teacher.network.config, self.selection.variant)
-        elif self.selection.budget != "latency" or protected is None:
+        elif not isinstance(self.selection, Budgeted) or self.selection.budget != "latency":
             self.selection.check(self.pool())
         else:  # what units save is measured later
-            known(protected, self.units, "selection.protected")
+            self.selection.staying(self.units)
             if self.criterion.level == "channel":
                 raise ValueError(
                     "selection.budget='latency' is for blocks and operators; of channels choose params, macs"
@@ -138,7 +144,8 @@ class Job:
         if cfg.export.push_to_hub is not None:
             check_hub(cfg.export.push_to_hub)
         if self.distils:
-            if self.criterion.level == "channel" and cfg.distillation.get("w_feat"):
+            narrower = self.criterion.level == "channel" and self.teacher.width_changes_stages
+            if narrower and cfg.distillation.get("w_feat"):
                 raise ValueError(
                     f"distillation.w_feat={cfg.distillation.w_feat}: a student with fewer channels has no feature maps "
                     "like the teacher's; choose distillation=task_only, output_only or none"
@@ -146,10 +153,16 @@ class Job:
             self.data.train_dataloader()
             check_levels(self.teacher, **{key: cfg.distillation.get(key) for key in ("normalization", "taps")})
 
+    @functools.cached_property
+    def calibration_data(self) -> Any:
+        node = self.cfg.calibration.data
+        return self.data if node is None else build(node)
+
     def calibration_batches(self) -> DataLoader:
         calibration = self.cfg.calibration
         spread = self.cfg.criterion.get("stable_for") is not None  # a part of the batches has to speak for all
-        return self.data.subset("train", calibration.samples, calibration.seed, calibration.batch_size, spread)
+        data = self.calibration_data
+        return data.subset("train", calibration.samples, calibration.seed, calibration.batch_size, spread)
 
     # Scores and plan
 
@@ -223,6 +236,7 @@ class Job:
             "scores": scores_key,
             "selection": effective(self.cfg)["selection"],
             "changes": changes,
+            "protected": self.selection.staying(self.units) if isinstance(self.selection, Budgeted) else [],
             "predicted_harm": float(sum(flat[change["unit"]] for change in changes if "unit" in change)),
         }
         write_json(path, plan)
@@ -253,25 +267,25 @@ class Job:
 
     # Networks
 
-    def student(self, plan: dict[str, Any]) -> DiffusionBackbone:
+    def student(self, plan: dict[str, Any]) -> NetworkBackbone:
         """The pruned network before any training."""
         with self.stages("build the student"):
             pruned = self.teacher.pruned(plan["changes"])
             self.save_network(pruned, self.run / "student")
         return pruned
 
-    def distil(self, plan: dict[str, Any]) -> DiffusionBackbone:
+    def distil(self, plan: dict[str, Any]) -> NetworkBackbone:
         """The student after distillation; its weights are the moving average's where that is on."""
         cfg, folder = self.cfg, self.run / "distilled"
         if not folder.exists():
             with self.stages("distil"):
                 student = self.teacher.adopt(load_network(self.run / "student"), plan["changes"])
                 networks = {"student": student, "teacher": self.teacher}
-                train(cfg, cfg.distillation, self.run, self.data, "distil", self.dashboard, **networks)
-                self.save_network(student, folder)
+                module = train(cfg, cfg.distillation, self.run, self.data, "distil", self.dashboard, **networks)
+                self.save_network(module.result(), folder)
         return self.teacher.adopt(load_network(folder), plan["changes"])
 
-    def save_network(self, network: DiffusionBackbone, folder: Path) -> None:
+    def save_network(self, network: NetworkBackbone, folder: Path) -> None:
         if is_rank_zero() and not folder.exists():
             with staged(folder) as partial:
                 network.save(partial)
@@ -280,15 +294,13 @@ class Job:
     # The end
 
     def export(
-        self, network: DiffusionBackbone, plan: dict[str, Any], metrics: dict[str, Any], measured: dict[str, Any]
+        self, network: NetworkBackbone, plan: dict[str, Any], metrics: dict[str, Any], measured: dict[str, Any]
     ) -> None:
         """Export, prove that it reloads, draw the report, and only then call the run finished; rank 0 alone."""
         cfg = self.cfg.export
         with self.stages("export"), staged(self.run / "export") as partial:
             scores = read_json(self.run / "scores.json")["scores"] if (self.run / "scores.json").exists() else {}
-            around = network.surroundings
-            without, texts = ([], []) if around is None else (around.missing(), list(around.table or ()))
-            export(network, partial, model_card(self.cfg, plan, scores, metrics, without, texts))
+            export(network, partial, model_card(self.cfg, plan, scores, metrics, network))
             measured["export_max_difference"] = verify(network, partial)
             if cfg.dense_twin:
                 dense_twin(self.teacher, network).save_pretrained(partial / "dense_twin")
@@ -302,15 +314,19 @@ class Job:
 
 
 def check_parts(cfg: DictConfig, noise_scheduler: Any) -> None:
-    """Make optimiser, schedule, sampler and trainers once for nothing; raises ConfigError naming the group."""
+    """Make optimiser, schedule, trainers and sampler once for nothing; raises ConfigError naming the group.
+
+    `noise_scheduler` is None for networks without one, which need no sampler.
+    """
     weight = torch.nn.Parameter(torch.zeros(1))
     tries: dict[str, Callable[[], Any]] = {
         "optimizer and lr_scheduler": lambda: build(cfg.lr_scheduler)(build(cfg.optimizer)([weight])),
-        "sampler": lambda: check_sampler(build(cfg.sampler.scheduler)(noise_scheduler.config), noise_scheduler),
         "trainer": lambda: [
             make_trainer(cfg.trainer, "", p) for p in (cfg.trainer.precision, cfg.evaluation.precision)
         ],
     }
+    if noise_scheduler is not None:
+        tries["sampler"] = lambda: check_sampler(build(cfg.sampler.scheduler)(noise_scheduler.config), noise_scheduler)
     for group, make in tries.items():
         try:
             make()

@@ -6,6 +6,7 @@ python -m experiments.report runs/prune        # table (CSV, Markdown), curves a
 import argparse
 import base64
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import figures
 from experiments.dashboard import flat
-from experiments.measures import described
+from experiments.measures import columns, described
 from experiments.run import digest, effective, read_json
 from experiments.sounds import page_sounds
 from experiments.tables import by_teacher, metric_of, others, warnings_of
+from experiments.texts import texts_of
 
 PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
@@ -35,11 +37,12 @@ def report_run(folder: Path) -> str:
     plan = read_json(folder / "plan.json")
     config = OmegaConf.load(folder / "config.yaml")
     removed = [change["unit"] for change in plan["changes"] if "unit" in change]
+    protected = plan.get("protected", [])
     scores: dict[str, Any] = {}
     if (folder / "scores.json").exists():  # selections with sets of their own need none
         stored = read_json(folder / "scores.json")
         scores = stored["scores"]
-        figures.unit_scores(scores, removed, stored["criterion"], folder / "figures" / "scores.png")
+        figures.unit_scores(scores, removed, stored["criterion"], folder / "figures" / "scores.png", protected)
     if (folder / "metrics.csv").exists():
         figures.loss_curves(pd.read_csv(folder / "metrics.csv"), folder / "figures" / "losses.png")
     images = {name: folder / "samples" / name / "images.npy" for name in NETWORKS}
@@ -50,7 +53,7 @@ def report_run(folder: Path) -> str:
             folder / "figures" / "samples.png",
         )
 
-    summary = summarise(folder, metrics, measured)
+    summary = summarise(folder, metrics, measured, protected)
     measures = sorted({key.split("/")[1] for key in metrics if key.startswith("pruned/")})
     page = PAGES.get_template("run.html.j2").render(
         quality={key: [metrics.get(f"{name}/{key}") for name in NETWORKS] for key in measures},
@@ -59,9 +62,11 @@ def report_run(folder: Path) -> str:
         title=folder.name,
         summary=summary,
         sounds=page_sounds(folder, config, NETWORKS),
+        written=texts_of(folder, NETWORKS),
         metrics=metrics,
         measured=measured,
         removed=removed,
+        protected=protected,
         units=scores,
         config=OmegaConf.to_yaml(config),
         pictures={path.stem: inline(path) for path in sorted((folder / "figures").glob("*.png"))},
@@ -70,7 +75,7 @@ def report_run(folder: Path) -> str:
     return summary
 
 
-def summarise(folder: Path, metrics: dict[str, Any], measured: dict[str, Any]) -> str:
+def summarise(folder: Path, metrics: dict[str, Any], measured: dict[str, Any], protected: Sequence[str] = ()) -> str:
     """The block at the end of a job."""
     requested = metrics["plan/requested_ratio"]
     achieved = achieved_ratio(metrics, measured)
@@ -81,6 +86,7 @@ def summarise(folder: Path, metrics: dict[str, Any], measured: dict[str, Any]) -
             f"({f'asked for {requested}' if requested else 'a given plan'})"
             + (f", {metrics['plan/removed_units']} units" if metrics["plan/removed_units"] else ""),
         ),
+        *([("protected", f"{len(protected)} units ({first_of(protected)})")] if protected else []),
         ("parameters", f"{metrics['teacher/params']:,} -> {metrics['student/params']:,}"),
         ("MACs, conv + linear", f"{metrics['teacher/macs'] / 1e9:.3f} G -> {metrics['student/macs'] / 1e9:.3f} G"),
         (
@@ -102,21 +108,31 @@ def summarise(folder: Path, metrics: dict[str, Any], measured: dict[str, Any]) -
             ),
         ),
     ]
-    for metric in measures_of(metrics):
+    for metric, own in measures_of(metrics).items():
         values = [
             f"{shown(metrics[f'{name}/{metric}'])} {name}"
             for name in ("pruned", "distilled", "teacher")
             if f"{name}/{metric}" in metrics
         ]
-        protocol = metrics["protocol"]
-        drawn = f"{protocol['samples']} samples, {protocol['sampler']}, {protocol['steps']} steps"
-        lines.append((metric, f"{', '.join(values)} ({drawn})"))
+        lines.append((metric, f"{', '.join(values)} ({taken_how(metrics['protocol'], own)})"))
     lines += [
         ("report", str(folder / "report.html")),
         ("exported network", str(folder / "export")),
         ("everything", str(folder)),
     ]
     return "\n".join(f"{name + ':':<24}{value}" for name, value in lines)
+
+
+def first_of(names: Sequence[str], count: int = 3) -> str:
+    """Some names in a line."""
+    return ", ".join([*names[:count], *(["..."] if len(names) > count else [])])
+
+
+def taken_how(protocol: dict[str, Any], own: dict[str, Any]) -> str:
+    """The samples that a measure was taken of; of a measure of the network itself, its own protocol."""
+    if own.get("of") == "network":
+        return ", ".join(f"{key} {value}" for key, value in own.items() if key not in ("better", "of", "parts"))
+    return f"{protocol['samples']} samples, {protocol['sampler']}, {protocol['steps']} steps"
 
 
 def measures_of(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +201,7 @@ def collect(root: Path) -> pd.DataFrame:
             row["ratio"] = round(row["achieved"], 4)
         for name, key in (("quality_pruned", "pruned"), ("quality", "eval"), ("quality_teacher", "teacher")):
             row[name] = metrics.get(f"{key}/{metric}") if metric else None
-            row |= {f"{key}/{other}": metrics.get(f"{key}/{other}") for other in list(measures)[1:]}
+            row |= {f"{key}/{other}": metrics.get(f"{key}/{other}") for other in columns(measures)[1:]}
         rows.append(row)
     if not rows:
         raise ValueError(f"{root} has no finished run below it (looked for finished.json beside plan.json)")
@@ -297,7 +313,9 @@ def report_set(root: Path) -> Path:
         for x, label in (("ratio", "fraction removed"), ("latency_ratio", "latency, student / teacher")):
             labels = (label, f"{name} ({part['better'].iloc[0]} is better)")
             path = folder / f"quality_over_{x}{suffix}.png"
-            figures.curves(part, x, "quality", labels, path, None if pd.isna(level) else level)
+            level = None if pd.isna(level) else level
+            wide = part["better"].iloc[0] == "lower" and figures.spans([*part["quality"], level], 20)
+            figures.curves(part, x, "quality", labels, path, level, log=wide)
         labels = ("fraction removed", "joint output loss right after pruning")
         path = folder / f"output_loss_over_ratio{suffix}.png"
         figures.curves(part, "ratio", "output_loss_pruned", labels, path, log=True)

@@ -173,17 +173,18 @@ def cached(folder: Path, key: Any, compute: Callable[[], Any]) -> Any:
 
 
 def named_files(content: Any) -> list[Path]:
-    """The files that part of a configuration names, also below $SECATEUR_DATA; of folders, weights and their notes."""
+    """The files that part of a configuration names, also below $SECATEUR_DATA; of folders weights, notes and texts."""
     if isinstance(content, dict | list):
         parts = content.values() if isinstance(content, dict) else content
         return [file for part in parts for file in named_files(part)]
     if not isinstance(content, str) or not content:
         return []
-    for place in (Path(content).expanduser(), data_root() / content):
-        if place.is_file():
+    for place in (Path(content).expanduser(), data_root() / content, data_root() / "shared" / "text" / content):
+        if os.path.isfile(place):  # a Path says no of a name that is too long, such as a prompt's, by an error
             return [place]
-        if place.is_dir():
-            return sorted(file for ending in ("*.safetensors", "*.json") for file in place.rglob(ending))
+        if os.path.isdir(place):
+            endings = ("*.safetensors", "*.json", "*.txt", "*.yaml", "*.jsonl")
+            return sorted(file for ending in endings for file in place.rglob(ending))
     return []
 
 

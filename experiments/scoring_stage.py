@@ -7,14 +7,14 @@ from torch.utils.data import DataLoader
 
 from conf.schema import ConfigError, build
 from criteria.base import Criterion
-from lightning_modules.backbones.diffusion import DiffusionBackbone
+from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.evaluation import seeds
 
 
-def teacher_of(cfg: DictConfig) -> DiffusionBackbone:
+def teacher_of(cfg: DictConfig) -> NetworkBackbone:
     """The teacher, under the noise schedule of its own pipeline unless the configuration gives another."""
-    schedule = build(cfg.noise_scheduler) if "_target_" in cfg.noise_scheduler else None
-    return build(cfg.teacher, noise_scheduler=schedule)
+    schedule = {"noise_scheduler": build(cfg.noise_scheduler)} if "_target_" in cfg.noise_scheduler else {}
+    return build(cfg.teacher, **schedule)
 
 
 def data_of(cfg: DictConfig) -> Any:
@@ -28,7 +28,7 @@ def data_of(cfg: DictConfig) -> Any:
 
 
 def batches_for(
-    criterion: Criterion, cfg: DictConfig, teacher: DiffusionBackbone, data: Any, calibration: DataLoader
+    criterion: Criterion, cfg: DictConfig, teacher: NetworkBackbone, data: Any, calibration: DataLoader
 ) -> DataLoader:
     """The calibration batches, or those of seeds, with training captions where the teacher takes text."""
     if criterion.needs != "seeds":

@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.backbones.diffusion import DiffusionBackbone
+from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.base import Optimizer, Schedule, TrainedModule
+from lightning_modules.lora import Lora
 from lightning_modules.losses import LevelWeights, features
 
 
 class Reference:
     """Holds a network that is neither trained, nor saved, nor copied with the module that uses it."""
 
-    def __init__(self, network: DiffusionBackbone) -> None:
+    def __init__(self, network: NetworkBackbone) -> None:
         self.network = network.eval().requires_grad_(False)
 
     def __deepcopy__(self, memo: Any) -> Self:
@@ -31,20 +32,25 @@ class Distillation(TrainedModule):
     student's}. With `skip_emptied` a stage that lost every unit it had is not compared: nothing is left in it that
     could follow the teacher. Every term is logged by level, before and after its weight alpha_l (see LevelWeights).
 
+    The squared error of the outputs is that of noise predictions; a language model's outputs are compared by the
+    backbone's own `distance`. With `lora` only low-rank adapters are trained, and `result`
+    has them merged into the weights.
+
     The three terms are BK-SDM's (arXiv 2305.15798), the weights alpha_l follow LAPTOP-Diff (arXiv 2404.11098); the
     weights of the terms in the latter are not known, the defaults are ours.
     """
 
     def __init__(
         self,
-        student: DiffusionBackbone,
-        teacher: DiffusionBackbone,
+        student: NetworkBackbone,
+        teacher: NetworkBackbone,
         w_task: float = 1.0,
         w_out: float = 1.0,
         w_feat: float = 1.0,
         normalization: str = "teacher_energy",
         taps: Any = "stages",
         skip_emptied: bool = True,
+        lora: Lora | None = None,
         *,
         optimizer: Optimizer,
         lr_scheduler: Schedule,
@@ -56,9 +62,15 @@ class Distillation(TrainedModule):
         self.w_task, self.w_out, self.w_feat = w_task, w_out, w_feat
         self.levels = tap_pairs(student, teacher, taps, skip_emptied) if w_feat else {}
         self.weights = LevelWeights(normalization, len(self.levels))
+        self.merge = (lambda: None) if lora is None else lora.into(student.network, seed)
+
+    def result(self) -> NetworkBackbone:
+        """The student as trained, in its own shape."""
+        self.merge()
+        return self.student
 
     @property
-    def teacher(self) -> DiffusionBackbone:
+    def teacher(self) -> NetworkBackbone:
         return self.reference.network
 
     def on_fit_start(self) -> None:
@@ -77,7 +89,7 @@ class Distillation(TrainedModule):
                 features({name: self.teacher.network.get_submodule(name) for name in self.levels}) as features_t,
             ):
                 eps_t = self.teacher.predict(inputs).float()
-            losses["output"] = F.mse_loss(eps_s, eps_t)
+            losses["output"] = self.student.distance(eps_s, eps_t)
             total = total + self.w_out * losses["output"]
             for level, name in enumerate(self.levels):
                 raw = F.mse_loss(features_s[name].float(), features_t[name].float())
@@ -87,7 +99,7 @@ class Distillation(TrainedModule):
         return {"loss": total} | losses
 
 
-def check_levels(teacher: DiffusionBackbone, normalization: str | None, taps: Any) -> None:
+def check_levels(teacher: NetworkBackbone, normalization: str | None, taps: Any) -> None:
     """Raise ValueError for a normalisation or a tap that is not there, before any work is done; None is not checked."""
     if normalization is not None:
         LevelWeights(normalization, 0)
@@ -95,7 +107,7 @@ def check_levels(teacher: DiffusionBackbone, normalization: str | None, taps: An
         tap_names(teacher, taps)
 
 
-def tap_names(teacher: DiffusionBackbone, taps: Any) -> list[str]:
+def tap_names(teacher: NetworkBackbone, taps: Any) -> list[str]:
     """The teacher's module paths whose outputs are compared; raises ValueError for a path that is not there."""
     stages = list(teacher.stages())
     if isinstance(taps, str):
@@ -111,7 +123,7 @@ def tap_names(teacher: DiffusionBackbone, taps: Any) -> list[str]:
     return list(taps)
 
 
-def tap_pairs(student: DiffusionBackbone, teacher: DiffusionBackbone, taps: Any, skip_emptied: bool) -> dict[str, str]:
+def tap_pairs(student: NetworkBackbone, teacher: NetworkBackbone, taps: Any, skip_emptied: bool) -> dict[str, str]:
     """{module path of the teacher: that of the student}, of the taps that the student has.
 
     Raises ValueError for a path that the student has not, and where the student's counterparts of a list or of the

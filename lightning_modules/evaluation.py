@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from criteria.base import Unit
-from lightning_modules.backbones.diffusion import DiffusionBackbone, move
+from lightning_modules.backbones.base import NetworkBackbone
+from lightning_modules.backbones.conditions import move
+from lightning_modules.backbones.diffusion import DiffusionBackbone
 from lightning_modules.base import sum_over_ranks
 from lightning_modules.distillation import Reference
 from lightning_modules.metrics.cost import latencies
@@ -86,9 +88,12 @@ def seeds(seed: int, count: int, batch_size: int, captions: Sequence[str] | None
 
 
 class JointLoss(pl.LightningModule):
-    """The joint output loss E ||eps_student - eps_teacher||^2 and both task losses, on fixed held-out samples."""
+    """The joint output loss E ||eps_student - eps_teacher||^2 and both task losses, on fixed held-out samples.
 
-    def __init__(self, student: DiffusionBackbone, teacher: DiffusionBackbone, seed: int) -> None:
+    Of a language model the outputs are logits.
+    """
+
+    def __init__(self, student: NetworkBackbone, teacher: NetworkBackbone, seed: int) -> None:
         super().__init__()
         self.student, self.reference, self.noise_seed = student, Reference(teacher), seed
 
@@ -100,10 +105,11 @@ class JointLoss(pl.LightningModule):
         if batch_idx % self.trainer.world_size != self.global_rank:
             return
         inputs = self.student.calibration_inputs(batch, self.noise_seed, "evaluation")
-        eps_s, eps_t = (network.predict(inputs).double() for network in (self.student, self.reference.network))
-        joint = (eps_s - eps_t).square().mean()
-        means = [joint, *(self.student.losses(eps, inputs).mean() for eps in (eps_s, eps_t))]
-        self.sums += len(eps_s) * torch.tensor([*map(float, means), 1.0], dtype=torch.float64)
+        output_s, output_t = (network.predict(inputs) for network in (self.student, self.reference.network))
+        losses = [float(self.student.losses(output, inputs).mean()) for output in (output_s, output_t)]
+        count = len(output_s)
+        found = [square_errors(output_s, output_t), *(count * loss for loss in losses), count]
+        self.sums += torch.tensor(found, dtype=torch.float64)
 
     def on_test_epoch_end(self) -> None:
         joint, task, teacher, count = sum_over_ranks(self, self.sums).tolist()
@@ -114,10 +120,21 @@ class JointLoss(pl.LightningModule):
         self.metrics = {"output_loss": joint / count, "task_loss": task / count, "teacher_task_loss": teacher / count}
 
 
+AT_ONCE = 2**26
+"""Numbers that are turned into float64 at once: the logits of a batch of texts may be many."""
+
+
+def square_errors(output: Tensor, other: Tensor) -> float:
+    """The sum over samples of mean((output - other)^2), in float64, of as many samples at once as AT_ONCE allows."""
+    part = max(1, AT_ONCE // output[0].numel())
+    pairs = zip(output.split(part), other.split(part), strict=True)
+    return sum(len(a) * float(a.to(torch.float64, copy=True).sub_(b).square_().mean()) for a, b in pairs)
+
+
 class JointMeasure:
     """measure(names): E ||eps without all of these units - eps||^2 on fixed calibration samples, one call a plan."""
 
-    def __init__(self, backbone: DiffusionBackbone, batches: DataLoader, seed: int, device: torch.device) -> None:
+    def __init__(self, backbone: NetworkBackbone, batches: DataLoader, seed: int, device: torch.device) -> None:
         self.backbone, self.batches, self.seed, self.device = backbone.to(device).eval(), batches, seed, device
 
     @functools.cached_property
@@ -125,7 +142,7 @@ class JointMeasure:
     def dense(self) -> list[tuple[dict[str, Any], Tensor]]:
         """Inputs and the whole network's outputs, kept from the first call on."""
         made = [self.backbone.calibration_inputs(move(batch, self.device), self.seed) for batch in self.batches]
-        return [(inputs, self.backbone.predict(inputs).double()) for inputs in made]
+        return [(inputs, self.backbone.predict(inputs)) for inputs in made]
 
     @torch.no_grad()
     def __call__(self, names: Sequence[str]) -> float:
@@ -139,7 +156,7 @@ class JointMeasure:
 
 
 def unit_savings(
-    backbone: DiffusionBackbone, units: Sequence[Unit], protocol: Any, device: torch.device
+    backbone: NetworkBackbone, units: Sequence[Unit], protocol: Any, device: torch.device
 ) -> dict[str, int]:
     """Microseconds of one forward that the removal of each unit saves; under "" those of the whole network.
 

@@ -1,4 +1,4 @@
-"""A folder that opens with diffusers alone, and the proof that it does."""
+"""A folder that opens with diffusers (or transformers) alone, and the proof that it does."""
 
 import json
 import os
@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_modules.backbones import pruned_unet
-from lightning_modules.backbones.diffusion import DiffusionBackbone, move
+from lightning_modules.backbones.base import NetworkBackbone
+from lightning_modules.backbones.conditions import move
+from lightning_modules.backbones.language import greedy
 
-CLEAN_LOAD = """
+BEGIN = """
 import json, pathlib, sys
 class Absent:  # this project must not be needed
     def find_spec(self, name, path=None, target=None):
@@ -27,12 +29,8 @@ sys.meta_path.insert(0, Absent())
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
-from diffusers import DiffusionPipeline
-folder, component, trust, inputs, output, threads = sys.argv[1:]
+folder, inputs, output, threads, *words = sys.argv[1:]
 torch.set_num_threads(int(threads))
-index = json.loads((pathlib.Path(folder) / "model_index.json").read_text())
-without = {name: None for name, value in index.items() if value == [None, None]}
-pipeline = DiffusionPipeline.from_pretrained(folder, **without, trust_remote_code=trust == "1", low_cpu_mem_usage=False)
 arguments = {}
 for path, value in load_file(inputs).items():
     *parents, name = path.split("/")
@@ -40,10 +38,33 @@ for path, value in load_file(inputs).items():
     for parent in parents:
         place = place.setdefault(parent, {})
     place[name] = value
-with torch.inference_mode():
-    result = getattr(pipeline, component).eval()(**arguments, return_dict=False)[0]
-save_file({"output": result.contiguous()}, output)
 """
+DIFFUSERS = """
+from diffusers import DiffusionPipeline
+component, trust = words
+index = json.loads((pathlib.Path(folder) / "model_index.json").read_text())
+without = {name: None for name, value in index.items() if value == [None, None]}
+pipeline = DiffusionPipeline.from_pretrained(folder, **without, trust_remote_code=trust == "1", low_cpu_mem_usage=False)
+with torch.inference_mode():
+    found = {"output": getattr(pipeline, component).eval()(**arguments, return_dict=False)[0]}
+"""
+TRANSFORMERS = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+ids = arguments["input_ids"]
+with torch.inference_mode():
+    found = {"output": model(**arguments, use_cache=False, return_dict=False)[0]}
+    found["tokens"] = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False,
+                                     pad_token_id=model.config.pad_token_id or 0)
+if words[0]:
+    found["text"] = torch.tensor(AutoTokenizer.from_pretrained(folder)(words[0])["input_ids"])
+"""
+END = """
+save_file({name: value.contiguous() for name, value in found.items()}, output)
+"""
+LOAD = {"diffusers": DIFFUSERS, "transformers": TRANSFORMERS}
+"""How an export of each library is opened by somebody who has only that library, and what it then computes."""
+TEXT = "Once upon a time, 3 researchers pruned a model.\n"
 
 
 TOLERANCE = 1e-5
@@ -59,27 +80,39 @@ def is_stock(network: nn.Module) -> bool:
     return type(network).__module__.startswith("diffusers.")
 
 
-def export(student: DiffusionBackbone, folder: Path, card: str = "") -> None:
-    """Write the teacher's pipeline around the student, in safetensors, with a model card.
+def export(student: NetworkBackbone, folder: Path, card: str = "") -> None:
+    """Write what the network's library opens by itself, in safetensors, with a model card.
 
-    Where the plan allows it the network is a stock one. Else its class lies beside its weights:
-    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens it where only diffusers is installed, and
-    without `trust_remote_code` it is refused, rather than opened as a stock network with untrained parts.
+    Of a diffusion network it is the teacher's pipeline around the student. Where the plan allows it the network is a
+    stock one. Else its class lies beside its weights: `DiffusionPipeline.from_pretrained(folder,
+    trust_remote_code=True)` opens it where only diffusers is installed, and without `trust_remote_code` it is refused,
+    rather than opened as a stock network with untrained parts. A language model is a stock one, with its tokenizer.
     """
-    assert student.surroundings is not None, "a teacher is loaded with its pipeline"
-    network = student.network.to("cpu")
-    student.surroundings.to(torch.device("cpu"))
-    student.surroundings.save(network, folder)
+    student.network.to("cpu")
+    if student.library == "diffusers":
+        export_pipeline(student, folder)
+    else:
+        student.save(folder)
+        if student.tokenizer is not None:
+            student.tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card)
+
+
+def export_pipeline(student: NetworkBackbone, folder: Path) -> None:
+    """A diffusers pipeline around the student."""
+    network, surroundings = student.network, student.surroundings
+    assert surroundings is not None, "a teacher is loaded with its pipeline"
+    surroundings.to(torch.device("cpu"))
+    surroundings.save(network, folder)
     if not is_stock(network):
         index = folder / "model_index.json"
         content = json.loads(index.read_text())
         content[student.component] = ["pruned_unet", type(network).__name__]
         index.write_text(json.dumps(content, indent=2) + "\n")
         shutil.copyfile(pruned_unet.__file__, folder / student.component / "pruned_unet.py")
-    (folder / "README.md").write_text(card)
 
 
-def dense_twin(teacher: DiffusionBackbone, student: DiffusionBackbone) -> Any:
+def dense_twin(teacher: NetworkBackbone, student: NetworkBackbone) -> Any:
     """The teacher's own class and shape with the student's weights, and zeros where bypassed units were.
 
     For tools that know only the stock network. Equal to the student, as a block whose last layer is zero does nothing.
@@ -137,10 +170,12 @@ def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
-def random_arguments(student: DiffusionBackbone) -> dict[str, Any]:
+def random_arguments(student: NetworkBackbone) -> dict[str, Any]:
     """Arguments of the network for two samples, with noise where there are numbers to be had."""
     rng = torch.Generator().manual_seed(0)
     inputs = student.example_inputs(2, "cpu")
+    if student.writes_text:
+        return {"input_ids": torch.randint(student.network.config.vocab_size, inputs["sample"].shape, generator=rng)}
     inputs["sample"] = torch.randn(inputs["sample"].shape, generator=rng)
     inputs["timestep"] = torch.tensor([10, 500])
     states = inputs["conditions"].get("encoder_hidden_states")
@@ -155,33 +190,40 @@ def output_of(network: nn.Module, arguments: dict[str, Any]) -> Tensor:
         return network.eval()(**arguments, return_dict=False)[0]
 
 
+def outputs(student: NetworkBackbone, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """What a reloaded export has to compute, too: the output, and of a language model the tokens it writes."""
+    found = {"output": output_of(student.network, arguments)}
+    if student.writes_text:
+        found["tokens"] = greedy(student.network, arguments["input_ids"], 16)
+        if student.tokenizer is not None:
+            found["text"] = torch.tensor(student.tokenizer(TEXT)["input_ids"])
+    return found
+
+
 def difference(found: Tensor, expected: Tensor) -> tuple[float, bool]:
     """The largest difference of two outputs, and whether it is within TOLERANCE."""
     largest = float((found - expected).abs().max())
     return largest, largest <= TOLERANCE * float(expected.abs().max())
 
 
-def verify(student: DiffusionBackbone, folder: Path) -> float:
+def verify(student: NetworkBackbone, folder: Path) -> float:
     """Load an export in a process that cannot import this project; returns the largest difference of its output.
 
     Raises ExportMismatch where it does not load or differs by more than TOLERANCE.
     """
-    network = student.network.to("cpu")
+    student.network.to("cpu")
     arguments = move(random_arguments(student), "cpu")
-    expected = output_of(network, arguments)
+    expected = outputs(student, arguments)
+    words: list[Any] = [TEXT if "text" in expected else ""]
+    if student.library == "diffusers":
+        words = [student.component, int(not is_stock(student.network))]
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         save_file(flat(arguments), work / "inputs.safetensors")
-        words = [
-            folder.resolve(),
-            student.component,
-            int(not is_stock(network)),
-            work / "inputs.safetensors",
-            work / "output.safetensors",
-            torch.get_num_threads(),
-        ]
+        files = [folder.resolve(), work / "inputs.safetensors", work / "output.safetensors"]
+        script = BEGIN + LOAD[student.library] + END
         process = subprocess.run(
-            [sys.executable, "-c", CLEAN_LOAD, *map(str, words)],
+            [sys.executable, "-c", script, *map(str, [*files, torch.get_num_threads(), *words])],
             cwd=work,
             capture_output=True,
             text=True,
@@ -189,12 +231,15 @@ def verify(student: DiffusionBackbone, folder: Path) -> float:
         )
         if process.returncode:
             raise ExportMismatch(f"{folder} does not load in a clean process:\n{process.stderr[-2000:]}")
-        found = load_file(work / "output.safetensors")["output"]
-    largest, same = difference(found, expected)
+        found = load_file(work / "output.safetensors")
+    largest, same = difference(found["output"], expected["output"])
     if not same:
         raise ExportMismatch(
             f"{folder} reloads, but its output differs by {largest:.3g} from the network that was exported"
         )
+    for name in expected.keys() - {"output"}:
+        if not torch.equal(found[name], expected[name]):
+            raise ExportMismatch(f"{folder} reloads, but its {name} are not those of the network that was exported")
     return largest
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.backbones.diffusion import hidden
+from lightning_modules.backbones.base import hidden
 
 NORMALIZATIONS = ("teacher_energy", "teacher_norm", "running", "none")
 

@@ -24,6 +24,7 @@ class Fake(nn.Module):
     """
 
     takes_text = True
+    writes_text = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,10 +14,12 @@ from diffusers.models.attention import BasicTransformerBlock, JointTransformerBl
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from helpers_language import tiny_language, tiny_tokens
 from helpers_pipelines import LATENT, TEXT, tiny_pipeline
 from torch import Tensor, nn
 
 from lightning_modules.backbones import load_teacher
+from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.diffusion import DiffusionBackbone
 from lightning_modules.backbones.unet import UNetBackbone
 
@@ -69,8 +71,10 @@ def tiny_backbone(family: str) -> Any:
 
 
 @functools.cache
-def made(family: str) -> DiffusionBackbone:
-    backbone: DiffusionBackbone
+def made(family: str) -> NetworkBackbone:
+    backbone: NetworkBackbone
+    if family == "llama":
+        return tiny_language()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if family in UNETS:
@@ -87,6 +91,8 @@ def made(family: str) -> DiffusionBackbone:
 
 def tiny_batch(backbone: DiffusionBackbone, count: int = 4, of: int | None = None) -> dict[str, Any]:
     """The first `count` of `of` samples, as Images.subset gives them, with captions or conditions as needed."""
+    if backbone.writes_text:
+        return part(tiny_tokens(of or count), 0, count)
     rng = torch.Generator().manual_seed(1)
     images = torch.rand(of or count, *backbone.image_shape(), generator=rng) * 2 - 1
     batch = {"image": images[:count], "number": torch.arange(count), "of": torch.full((count,), of or count)}

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.schema import build
-from datamodules.images import Images, ImageSet, Stream
+from datamodules.images import Images, ImageSet
 from datamodules.seeding import derive, numpy_rng, torch_rng
 from datamodules.sources import Arrays
+from datamodules.streams import Stream
 from experiments.pipeline import prune
 
 quickly = settings(derandomize=True, database=None, deadline=None, max_examples=60)

@@ -282,13 +282,14 @@ def test_what_broke_is_saved_also_where_the_data_have_captions(tmp_path, monkeyp
 
 FIXED = {"bk_sdm": ["selection=bk_sdm"], "bk_sdm_tiny": ["selection=bk_sdm", "selection.variant=tiny"]}
 """What goes with a distillation that is for certain students of four stages."""
+FURTHER = {"lora": ["distillation.lora.targets=[to_q,to_v]"]}  # layers of language models by default
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "distillation").glob("*.yaml")))
 @pytest.mark.usefixtures("quick_end")
 def test_every_choice_of_distillation_makes_a_job(configure, overrides, text_job, tmp_path, name):
     job = [*text_job, *FIXED[name]] if name in FIXED else overrides
-    cfg = configure(*job, f"distillation={name}")
+    cfg = configure(*job, f"distillation={name}", *FURTHER.get(name, []))
     assert cfg.distillation.name == name
     prune(cfg)
     run = the_run(tmp_path / "runs")

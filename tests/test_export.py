@@ -18,7 +18,8 @@ from helpers_pipelines import FACTOR, LATENT, tiny_pipeline
 from helpers_surroundings import opened
 from test_teachers import CALL
 
-from lightning_modules.backbones.diffusion import Change, DiffusionBackbone
+from lightning_modules.backbones.base import Change
+from lightning_modules.backbones.diffusion import DiffusionBackbone
 from lightning_modules.export import dense_twin, export, is_stock, output_of, random_arguments, verify
 
 PIXELS = LATENT * FACTOR

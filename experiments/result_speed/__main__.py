@@ -24,7 +24,8 @@ from tqdm import tqdm
 from conf.schema import ROOT
 from criteria.bk_sdm import VARIANTS
 from criteria.selection import InfeasibleBudget, Knapsack, Pool
-from lightning_modules.backbones.diffusion import Change, move
+from lightning_modules.backbones.base import Change
+from lightning_modules.backbones.conditions import move
 from lightning_modules.backbones.unet import UNetBackbone
 from lightning_modules.metrics.cost import device_name, latencies
 

@@ -23,7 +23,76 @@ Cuts = dict[tuple[str, str], Tensor]
 """{(layer, "out" or "in"): indices of channels}; what has the same channels on both sides, as norms do, has "out"."""
 
 
-class Channels:
+class Blocks:
+    """Blocks of coupled channels of a network, named `<group>:<number>`.
+
+    `blocks` are {group: one Cuts a block}, groups in the order of the forward pass; `uses` says of a layer how often an
+    element of its weight is multiplied for one sample.
+    """
+
+    def __init__(self, network: nn.Module, blocks: Mapping[str, list[Cuts]], uses: Mapping[str, int]) -> None:
+        self.network, self.blocks, self.uses = network, blocks, uses
+        self.cuts = {f"{group}:{i}": cuts for group, several in blocks.items() for i, cuts in enumerate(several)}
+
+    def units(self) -> list[Unit]:
+        """The blocks in the order of the forward pass, with what each frees alone.
+
+        `macs` counts one sample of the inputs that `uses` is for. Where blocks of different groups share weights, they
+        free less together than the sum.
+        """
+        shapes = {name: parameter.to("meta") for name, parameter in self.network.named_parameters()}
+        units = []
+        for name in self.cuts:
+            freed = {key: sum(p.numel() for p in parts) for key, parts in self.parts(name, shapes).items()}
+            macs = sum(n * self.uses.get(key.removesuffix(".weight"), 0) for key, n in freed.items())
+            units.append(Unit(name, "channel", sum(freed.values()), macs, change="slice"))
+        return units
+
+    def slices(self, name: str) -> list[tuple[str, int, Tensor]]:
+        """(parameter, dimension, indices) of what goes with a block; two entries where both dimensions are cut."""
+        if name not in self.cuts:
+            choices = ", ".join(f"{root}:0..{len(blocks) - 1}" for root, blocks in self.blocks.items())
+            raise ValueError(f"unit {name!r} is no block of channels; choose among: {choices}")
+        found = []
+        for (layer, side), indices in self.cuts[name].items():
+            module = self.network.get_submodule(layer)
+            for tensor, dim in axes(module, side):
+                if isinstance(getattr(module, tensor), nn.Parameter):
+                    found.append((f"{layer}.{tensor}", dim, indices))
+        return found
+
+    def weights(self, name: str, tensors: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """The parts of the parameters that go with a block, each element once.
+
+        `tensors` may hold something else of the parameters' names and shapes: gradients, averages.
+        """
+        parts = self.parts(name, dict(self.network.named_parameters()) if tensors is None else tensors)
+        return [part for several in parts.values() for part in several]
+
+    def parts(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """`weights` by parameter."""
+        cuts: dict[str, list[tuple[int, Tensor]]] = {}
+        for key, dim, indices in self.slices(name):
+            cuts.setdefault(key, []).append((dim, indices))
+        return {key: parts_of(tensors[key], dims) for key, dims in cuts.items()}
+
+    def together(self, names: Iterable[str]) -> Cuts:
+        """What goes with several blocks; raises ValueError where a group would be empty."""
+        names = set(names)
+        for name in names:
+            self.slices(name)
+        removed: dict[tuple[str, str], list[Tensor]] = {}
+        for root, blocks in self.blocks.items():
+            chosen = [cuts for i, cuts in enumerate(blocks) if f"{root}:{i}" in names]
+            if len(chosen) == len(blocks):
+                raise ValueError(f"all {len(blocks)} blocks of {root!r} would go; at least one of each group stays")
+            for cuts in chosen:
+                for key, indices in cuts.items():
+                    removed.setdefault(key, []).append(indices)
+        return {key: torch.cat(indices).sort().values for key, indices in removed.items()}
+
+
+class Channels(Blocks):
     """The groups of coupled channels of a network, each cut into blocks of consecutive channels.
 
     `forward(network)` runs the network once on example inputs and returns its output tensors. A group's root is the
@@ -49,55 +118,9 @@ class Channels:
     ) -> None:
         if block < 1:
             raise ValueError(f"block={block} is not a number of channels; choose 1 or more (8 suits most hardware)")
-        self.network = network
         kept = {id(layer) for layer in [*ignored, *attention_projections(network)]}
         graph = Graph(network, forward, {name for name, module in network.named_modules() if id(module) in kept})
-        self.uses = graph.uses
-        self.blocks = graph.blocks(block)
-        """{root: one Cuts a block}"""
-
-    def units(self) -> list[Unit]:
-        """The blocks in the order of the forward pass, named `<root>:<number>`, with what each frees alone.
-
-        `macs` counts one sample of the inputs that `forward` gave. Blocks of different groups share weights, so
-        together they free less than the sum.
-        """
-        shapes = {name: parameter.to("meta") for name, parameter in self.network.named_parameters()}
-        units = []
-        for name in [f"{root}:{i}" for root, blocks in self.blocks.items() for i in range(len(blocks))]:
-            freed = {key: sum(p.numel() for p in parts) for key, parts in self.parts(name, shapes).items()}
-            macs = sum(n * self.uses.get(key.removesuffix(".weight"), 0) for key, n in freed.items())
-            units.append(Unit(name, "channel", sum(freed.values()), macs, change="slice"))
-        return units
-
-    def slices(self, name: str) -> list[tuple[str, int, Tensor]]:
-        """(parameter, dimension, indices) of what goes with a block; two entries where both dimensions are cut."""
-        root, _, number = name.rpartition(":")
-        if root not in self.blocks or number not in map(str, range(len(self.blocks[root]))):
-            choices = ", ".join(f"{root}:0..{len(blocks) - 1}" for root, blocks in self.blocks.items())
-            raise ValueError(f"unit {name!r} is no block of channels; choose among: {choices}")
-        found = []
-        for (layer, side), indices in self.blocks[root][int(number)].items():
-            module = self.network.get_submodule(layer)
-            for tensor, dim in axes(module, side):
-                if isinstance(getattr(module, tensor), nn.Parameter):
-                    found.append((f"{layer}.{tensor}", dim, indices))
-        return found
-
-    def weights(self, name: str, tensors: Mapping[str, Tensor] | None = None) -> list[Tensor]:
-        """The parts of the parameters that go with a block, each element once.
-
-        `tensors` may hold something else of the parameters' names and shapes: gradients, averages.
-        """
-        parts = self.parts(name, dict(self.network.named_parameters()) if tensors is None else tensors)
-        return [part for several in parts.values() for part in several]
-
-    def parts(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-        """`weights` by parameter."""
-        cuts: dict[str, list[tuple[int, Tensor]]] = {}
-        for key, dim, indices in self.slices(name):
-            cuts.setdefault(key, []).append((dim, indices))
-        return {key: parts_of(tensors[key], dims) for key, dims in cuts.items()}
+        super().__init__(network, graph.blocks(block), graph.uses)
 
     def sliced(self, names: Iterable[str]) -> nn.Module:
         """A copy of the network without these blocks, without gradients.
@@ -124,21 +147,6 @@ class Channels:
         resize(student, smaller)
         student.load_state_dict(state)
         return student
-
-    def together(self, names: Iterable[str]) -> Cuts:
-        """What goes with several blocks; raises ValueError where a group would be empty."""
-        names = set(names)
-        for name in names:
-            self.slices(name)
-        removed: dict[tuple[str, str], list[Tensor]] = {}
-        for root, blocks in self.blocks.items():
-            chosen = [cuts for i, cuts in enumerate(blocks) if f"{root}:{i}" in names]
-            if len(chosen) == len(blocks):
-                raise ValueError(f"all {len(blocks)} blocks of {root!r} would go; at least one of each group stays")
-            for cuts in chosen:
-                for key, indices in cuts.items():
-                    removed.setdefault(key, []).append(indices)
-        return {key: torch.cat(indices).sort().values for key, indices in removed.items()}
 
 
 class Graph:

@@ -1,141 +1,55 @@
-"""What every diffusion network shares as a backbone: batches, noise, prediction, generation, taps, costs."""
+"""What every diffusion network shares as a backbone: batches, noise, prediction, generation."""
 
-import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from criteria.base import Batch, Shared, Unit
+from criteria.base import Batch
 from datamodules.seeding import torch_rng
+from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.conditions import Surroundings, move
-from lightning_modules.backbones.pruned_unet import put
-from lightning_modules.backbones.replay import outputs_without_each
-from lightning_modules.metrics.cost import Macs, count_macs
-
-Change = Mapping[str, Any]
-"""An entry of a plan: {"unit": name, "kind": "bypass" | "replace" | "slice"} or {"kind": "restage", "variant": ...}."""
 
 
-class DiffusionBackbone(nn.Module):
+class DiffusionBackbone(NetworkBackbone):
     """A network that predicts noise (or velocity, sample, flow), with the noise schedule it was trained under.
 
     `surroundings` are the other parts of its pipeline (VAE, text encoders), frozen and outside the module tree; None
-    where the network works on images and takes no conditions. `options` are those of the family: see its `units`.
-    Families say what their units are and what the network takes.
+    where the network works on images and takes no conditions. Families say what their units are and what the network
+    takes.
     """
 
-    network: Any  # a diffusers model; their mix-ins are not typed
+    library = "diffusers"
     component = "unet"
     """the network's name in its pipeline"""
 
     def __init__(
         self, network: nn.Module, noise_scheduler: Any, surroundings: Surroundings | None = None, **options: Any
     ) -> None:
-        super().__init__()
-        self.network, self.noise_scheduler, self.options = network, noise_scheduler, options
-        self.surroundings = surroundings
-        self.counted: Macs | None = None
-        self.called: list[str] = []
-        self.memory_bound: int | None = None
-        """bytes of activations that prefix reuse may hold"""
-        self.compiled: dict[nn.Module, Any] | None = None
-        """compiled forward functions of the parts that scoring calls; None compiles nothing"""
-        self.moved: dict[str, str] = {}
-        """module paths of the unpruned network -> those in this one, where a plan renumbered them"""
+        super().__init__(network, **options)
+        self.noise_scheduler, self.surroundings = noise_scheduler, surroundings
 
-    # Units and their removal: given by the families
-
-    def units(self, level: str = "depth") -> list[Unit]:
-        raise NotImplementedError
-
-    def shared(self, level: str = "depth") -> list[Shared]:
-        """Parts outside the units that go when all of some units go."""
-        return []
-
-    def weights(self) -> dict[str, Tensor]:
-        """The network's parameters by name."""
-        return dict(self.network.named_parameters())
-
-    def freed_weights(self, name: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """What goes with a unit, of tensors with the names and shapes of the weights: themselves, or gradients."""
-        raise NotImplementedError
-
-    def cost(self, names: Sequence[str], budget: str) -> int:
-        """What a set of units frees together, where that is not a sum (channels)."""
-        raise NotImplementedError
-
-    def survivors(self) -> list[str]:
-        """The depth units, by module path, that are still there."""
-        raise NotImplementedError
-
-    def kept(self) -> list[str]:
-        """The same, under the names they had in the unpruned network."""
-        return self.survivors()
-
-    def remove(self, names: Iterable[str]) -> dict[str, nn.Module]:
-        """Put stand-ins where units were; returns what was there, for `put`."""
-        raise NotImplementedError
-
-    def stand_in(self, unit: nn.Module) -> nn.Module:
-        """What takes a unit's place."""
-        raise NotImplementedError
-
-    def pruned(self, changes: Sequence[Change]) -> Self:
-        """A student of its own: the same weights after the changes of a plan."""
-        raise NotImplementedError
-
-    def adopt(self, network: nn.Module, changes: Sequence[Change] = ()) -> Self:
-        """A backbone like this one around another network, made from this one's by these changes."""
-        raise NotImplementedError
-
-    def stages(self) -> dict[str, nn.Module]:
-        """The stages whose outputs can be compared between teacher and student, in the order of the forward pass."""
-        raise NotImplementedError
-
-    @contextlib.contextmanager
-    def without(self, names: Iterable[str]) -> Iterator[None]:
-        """Remove some units while the context lasts; the network is restored bit for bit, also after an error."""
-        removed = self.remove(names)
-        try:
-            yield
-        finally:
-            put(self.network, removed)
-
-    @contextlib.contextmanager
-    def watching(self, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        """Each unit's output, and what its bypass would give for the same input, of the forward pass inside."""
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-        def keep(name: str, bypass: nn.Module) -> Any:
-            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                # Not bypass(...), whose hooks would call it again: a 1x1 convolution stands in for itself.
-                seen[name] = hidden(output), hidden(bypass.forward(*args, **kwargs))
-
-            return hook
-
-        handles = []
-        for name in names:
-            unit = self.network.get_submodule(name)
-            handles.append(unit.register_forward_hook(keep(name, self.stand_in(unit)), with_kwargs=True))
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def student(self, network: nn.Module, moved: dict[str, str] | None = None) -> Self:
-        """The same schedule, surroundings and options around another network."""
-        made = type(self)(network.eval(), self.noise_scheduler, self.surroundings, **self.options)
-        made.moved = moved or {}
-        return made.to(next(self.network.parameters()).device)
+    def twin(self, network: nn.Module) -> Self:
+        return type(self)(network, self.noise_scheduler, self.surroundings, **self.options)
 
     # Batches
+
+    def check_data(self, data: Any) -> None:
+        """Pictures of another size, and samples without the conditions that the network takes."""
+        found, wanted = data.image_shape(), self.image_shape()
+        if found != wanted:
+            raise ValueError(
+                f"images are of (channels, height, width) {found}, but the teacher takes {wanted}; resize or convert "
+                "them in the data's configuration (size, mode), or choose another teacher"
+            )
+        for split in ("train", "holdout"):  # one sample: its text goes through encoders on the CPU
+            self.conditions(next(iter(data.subset(split, 1, 0, 1))), torch.device("cpu"))
 
     def calibration_inputs(self, batch: Batch, seed: int, purpose: str = "calibration") -> Batch:
         """Noised samples with noise and timestep a function of (seed, purpose, sample number), in whatever batch.
@@ -241,21 +155,13 @@ class DiffusionBackbone(nn.Module):
         output = self.network(**self.arguments(inputs), return_dict=False)[0]
         return output[:, : inputs["sample"].shape[1]]
 
-    def predict_without_each(self, inputs: Batch, names: Sequence[str]) -> Iterator[tuple[str | None, Tensor]]:
-        """Outputs with one unit removed at a time, reusing what the dense pass computed before that unit.
-
-        Equal to `without([name])` around `predict`, bit for bit on a CPU and not compiled. The dense pass's
-        activations are held meanwhile; with a `memory_bound` the batch goes through in parts that keep to it.
-        """
-        yield from outputs_without_each(self, inputs, names)
-
     def losses(self, output: Tensor, inputs: Batch) -> Tensor:
         """The task loss of each sample, (N,): mean squared error to the target (noise, velocity, flow or sample)."""
         return (output.float() - inputs["target"].float()).square().flatten(1).mean(1)
 
-    def loss(self, inputs: Batch) -> Tensor:
-        """The task loss of a batch."""
-        return self.losses(self.predict(inputs), inputs).mean()
+    def distance(self, output: Tensor, reference: Tensor) -> Tensor:
+        """The mean squared difference."""
+        return F.mse_loss(output, reference)
 
     # Generation
 
@@ -344,38 +250,12 @@ class DiffusionBackbone(nn.Module):
         """Zeros for the network's other arguments."""
         return {}
 
-    def macs(self) -> Macs:
-        """Multiply-accumulates of one forward at batch 1, counted once on the meta device."""
-        if self.counted is None:
-            with torch.device("meta"):
-                network = type(self.network).from_config(dict(self.network.config))
-            twin = type(self)(network, self.noise_scheduler, None, **self.options)
-            inputs = twin.example_inputs(1, "meta")
-            handles = [
-                module.register_forward_pre_hook(lambda *_, name=name: self.called.append(name))
-                for name, module in network.named_modules()
-            ]
-            self.counted = count_macs(network, lambda: twin.predict(inputs))
-            for handle in handles:
-                handle.remove()
-        return self.counted
-
-    def forward_order(self) -> dict[str, int]:
-        """{module path: place among the calls of one forward pass}."""
-        self.macs()
-        return {name: place for place, name in reversed(list(enumerate(self.called)))}
-
-    def params(self) -> int:
-        return sum(p.numel() for p in self.network.parameters())
+    def meta_network(self) -> nn.Module:
+        with torch.device("meta"):
+            return type(self.network).from_config(dict(self.network.config))
 
     def save(self, folder: Path) -> None:
-        """config.json and safetensors weights, as diffusers writes them."""
         self.network.save_pretrained(folder, safe_serialization=True)
-
-
-def hidden(output: Any) -> Tensor:
-    """The feature map among a module's outputs: the last tensor (joint blocks give the text stream first)."""
-    return output if isinstance(output, Tensor) else [part for part in output if isinstance(part, Tensor)][-1]
 
 
 def is_flow(schedule: Any) -> bool:

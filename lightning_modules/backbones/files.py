@@ -1,5 +1,6 @@
-"""Teachers from folders and hub ids: which files, of which class, read how."""
+"""Networks from folders and hub ids: which files, of which class, read how; and the teachers of diffusion."""
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -13,12 +14,14 @@ from diffusers import (
     PixArtTransformer2DModel,
     UNet2DModel,
 )
-from huggingface_hub import HfApi
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from datamodules.hub import hub_files, hub_folder, or_missing
 from datamodules.latents import TextTable
-from datamodules.sources import MissingData
+from datamodules.sources import MissingData, located
+from datamodules.tokenizers import ENDINGS, tokenizer_files
 from lightning_modules.backbones import transformer, unet
 from lightning_modules.backbones.conditions import TEXT_FOLDER, Surroundings, quietly
 from lightning_modules.backbones.diffusion import DiffusionBackbone, is_flow
@@ -31,34 +34,26 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.th")
 """Endings of weights; all but the first are pickles, which are read with weights_only=True alone."""
 
 
-def find_pipeline(path: str) -> Path:
-    """The local folder of a pipeline or a network: `path` itself, or a hub id, downloaded or from the cache.
+def find_model(path: str) -> Path:
+    """The folder of a pipeline or a network, or the file of a network: as given, in $SECATEUR_DATA, or by a hub id.
 
-    Raises MissingData at once where it is neither here nor to be had, saying what to download and how.
+    What a hub id names is downloaded, or taken from the cache. Raises MissingData at once where it is neither here nor
+    to be had, saying what to download and how.
     """
-    local = Path(path).expanduser()
-    if local.exists():
-        return local
-    if local.is_absolute() or path.count("/") != 1:
+    with contextlib.suppress(MissingData):
+        return located(path)
+    if Path(path).expanduser().is_absolute() or path.count("/") != 1:
         raise MissingData(
-            f"teacher.path={path!r} does not exist: it names a folder with config.json and *.safetensors, or a hub id"
+            f"teacher.path={path!r} does not exist, nor in $SECATEUR_DATA: it names a folder with config.json and "
+            "*.safetensors, a hub id, or the file of a language model (.gguf, .bin)"
         )
-    try:
-        return Path(DiffusionPipeline.download(path, safety_checker=None, local_files_only=not on_the_hub(path)))
-    except Exception as error:
-        raise MissingData(
-            f"teacher.path={path!r} is not a folder here, and could not be downloaded ({type(error).__name__}); "
-            f"where there is a network, run `hf download {path} --local-dir FOLDER`, then set teacher.path to FOLDER"
-        ) from error
-
-
-def on_the_hub(path: str) -> bool:
-    """Can the hub be asked for this model? Says so in seconds, where a download would try for half a minute."""
-    try:
-        HfApi().model_info(path, timeout=5)
-    except Exception:
-        return False
-    return True
+    with or_missing("teacher.path", path):
+        names = hub_files(path)
+        index = hub_folder(path, ["model_index.json"], names)
+        if (index / "model_index.json").exists():
+            return Path(DiffusionPipeline.download(path, safety_checker=None, local_files_only=names is None))
+        safe = any(name.endswith(".safetensors") for name in names or ())
+        return hub_folder(path, [*ENDINGS, ".safetensors" if safe else ".bin"], names)
 
 
 def network_folder(pipeline: Path) -> Path:
@@ -70,52 +65,85 @@ def network_folder(pipeline: Path) -> Path:
             return folder
     raise MissingData(
         f"{pipeline} has no config.json (nor has its folder {' or '.join(COMPONENTS)}/): teacher.path names a folder "
-        "saved by diffusers"
+        "saved by diffusers or transformers"
     )
 
 
-def weight_files(path: str) -> list[Path]:
-    """The files that make a teacher what it is: for its fingerprint, without reading a weight."""
-    pipeline = find_pipeline(path)
-    network_folder(pipeline)
-    if not (pipeline / "model_index.json").exists():
-        pipeline = network_folder(pipeline)
-    wanted = (*WEIGHTS, "*.json", "*.txt", "*.model")
-    return sorted(file for ending in wanted for file in pipeline.rglob(ending) if "safety_checker" not in file.parts)
+def weight_files(path: str, tokenizer: str | None = None) -> list[Path]:
+    """The files that make a teacher what it is: for its fingerprint, without reading a weight.
+
+    `tokenizer` is where that of a language model lies, if not beside its weights.
+    """
+    place, others = find_model(path), tokenizer_files(tokenizer) if tokenizer not in (None, path) else []
+    if place.is_file():
+        return sorted([place, *others])
+    network = network_folder(place)
+    if not (place / "model_index.json").exists():
+        place = network
+    wanted = (*WEIGHTS, *(f"*{ending}" for ending in ENDINGS))
+    found = [file for ending in wanted for file in place.rglob(ending) if "safety_checker" not in file.parts]
+    return sorted([*found, *others])
 
 
 def load_network(folder: Path) -> nn.Module:
-    """The denoiser in a folder, float32 and in eval mode; safetensors first, pickles with weights_only=True only.
+    """The denoiser or language model in a folder, float32 and in eval mode.
 
-    Raises ValueError for an architecture that is none of CLASSES, for a damaged file, and for weights that are not
-    finite, naming the tensor.
+    Safetensors first, pickles with weights_only=True only. Raises ValueError for an architecture that is none of
+    CLASSES nor a causal language model of transformers, for a damaged file, and for weights that are not finite, naming
+    the tensor.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise ValueError(f"{folder}/config.json is not readable JSON ({error})") from error
     name = remapped(config)
-    if name not in CLASSES:
+    if is_language := "_class_name" not in config and "architectures" in config:
+        kind: Any = AutoModelForCausalLM
+        # Sizes that do not fit are named below.
+        options = {"trust_remote_code": False, "local_files_only": True, "ignore_mismatched_sizes": True}
+    elif name in CLASSES:
+        kind, options = CLASSES[name], {"low_cpu_mem_usage": False}
+    else:
         raise ValueError(f"{folder}/config.json says _class_name={name!r}; choose one of: {', '.join(CLASSES)}")
     safe = not say_if_pickled(folder)
     try:
-        network, info = CLASSES[name].from_pretrained(
-            folder, use_safetensors=safe, dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
+        network, info = kind.from_pretrained(
+            folder, use_safetensors=safe, dtype=torch.float32, output_loading_info=True, **options
         )
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:  # damaged, cut off, of another shape, unsafe
-        raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
+    except Exception as error:  # damaged, cut off, of another shape, unsafe: readers raise almost anything
+        raise ValueError(f"the weights in {folder}{damaged(folder)} cannot be read: {error}") from error
+    check_weights(network, info, folder)
+    if is_language:
+        network.config.name_or_path = ""
+    else:
+        network.register_to_config(_name_or_path="")  # where it lay here is nobody's business in an export
+    return network.eval()
+
+
+def damaged(folder: Path) -> str:
+    """The names of a folder's safetensors that cannot be opened, in parentheses; "" where there is none."""
+    names = []
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            names.append(file.name)
+    return f" ({', '.join(names)})" if names else ""
+
+
+def check_weights(network: nn.Module, info: dict[str, Any], place: Path) -> None:
+    """Raise ValueError for weights that do not fit their configuration (see a loader's `info`) or are not finite."""
     wrong = [
         f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
         if info[kind]
     ]
     if wrong:
-        raise ValueError(f"the weights in {folder} do not fit its config.json ({'; '.join(wrong)})")
+        raise ValueError(f"the weights in {place} do not fit its config.json ({'; '.join(wrong)})")
     for key, tensor in network.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"the weights in {folder} are not finite: {key}")
-    network.register_to_config(_name_or_path="")  # where it lay here is nobody's business in an export
-    return network.eval()
+            raise ValueError(f"the weights in {place} are not finite: {key}")
 
 
 def say_if_pickled(folder: Path) -> bool:
@@ -153,8 +181,13 @@ def load_teacher(
     ):
         if value not in valid:
             raise ValueError(f"teacher.{field}={value!r} is unknown; choose one of: {', '.join(valid)}")
-    folder = find_pipeline(path)
+    folder = find_model(path)
     network = load_network(network_folder(folder))
+    if isinstance(network, PreTrainedModel):
+        raise ValueError(
+            f"teacher.path={path!r} is a {type(network).__name__}: choose the configuration of a language model, such "
+            "as teacher=llama_7b, and give it this path"
+        )
     family: Any = transformer.family(network) if type(network).__name__ in transformer.CLASSES else unet.UNetBackbone
     if family is unet.UNetBackbone:
         unet.check_channels(network.config, path)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from criteria.base import Batch, Unit, check_level
 from criteria.selection import known
-from lightning_modules.backbones.diffusion import Change, DiffusionBackbone, is_flow
+from lightning_modules.backbones.base import Change
+from lightning_modules.backbones.diffusion import DiffusionBackbone, is_flow
 from lightning_modules.backbones.pruned_unet import put
 
 JOINT = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from criteria.base import Batch, Shared, Unit, check_level
 from criteria.selection import known
+from lightning_modules.backbones.base import Change
 from lightning_modules.backbones.channels import Channels
-from lightning_modules.backbones.diffusion import Change, DiffusionBackbone, copied
+from lightning_modules.backbones.diffusion import DiffusionBackbone, copied
 from lightning_modules.backbones.pruned_unet import (
     Bypass,
     PrunedUNet2DConditionModel,

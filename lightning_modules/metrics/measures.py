@@ -69,11 +69,14 @@ class Samples:
         return np.concatenate(list(in_parts(len(self), compute, f"{what} of {self.name}")))
 
 
-def in_parts(count: int, compute: Callable[[np.ndarray], np.ndarray], what: str) -> Iterator[np.ndarray]:
-    """compute(indices) of `PART` indices at a time, in their order on every rank; each rank computes its share."""
+def in_parts(
+    count: int, compute: Callable[[np.ndarray], np.ndarray], what: str, size: int | None = None
+) -> Iterator[np.ndarray]:
+    """compute(indices) of `size` (or PART) at a time, in their order on every rank; each rank computes its share."""
     spread = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if spread else (0, 1)
-    parts = np.split(np.arange(count), range(PART, count, PART))
+    size = size or PART
+    parts = np.split(np.arange(count), range(size, count, size))
     for start in tqdm(range(0, len(parts), world), desc=what, disable=rank > 0 or len(parts) <= world):
         mine = start + rank
         found: list[Any] = [compute(parts[mine]) if mine < len(parts) else None]
@@ -90,7 +93,7 @@ def origin(features: Features) -> dict[str, str]:
 
 
 class Measure(Protocol):
-    """One number for a set of samples."""
+    """One number for a set of samples. (What is measured without samples is a `NetworkMeasure`.)"""
 
     better: Literal["lower", "higher"]
 
@@ -103,6 +106,27 @@ class Measure(Protocol):
         ...
 
     def __call__(self, samples: Samples, reference: Reference) -> float: ...
+
+
+class NetworkMeasure(Protocol):
+    """One number for a network, or the mean of several, taken without samples: told by `of = "network"`."""
+
+    of: Literal["network"]
+    better: Literal["lower", "higher"]
+    parts: Sequence[str]
+    """Names of what the number is the mean of, which are values of their own, `<measure>_<part>`; () for none."""
+
+    def check(self, backbone: Any, data: Any) -> None:
+        """Raise ValueError where this network (a backbone) cannot be measured, or trains on what measures it."""
+        ...
+
+    def protocol(self) -> dict[str, Any]:
+        """What has to agree for two values to be comparable, for metrics.json."""
+        ...
+
+    def __call__(self, backbone: Any, device: torch.device) -> float | dict[str, float]:
+        """The number; or, of a measure with `parts`, that of each. Called on all ranks, under the precision."""
+        ...
 
 
 class OnFeatures:

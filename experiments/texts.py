@@ -1,0 +1,48 @@
+"""What language models write for an evaluation: the same prompts for all of them, side by side."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from conf.schema import build
+from experiments.run import RESULT_VERSION, Run, barrier, cached, is_rank_zero, read_json, write_json
+from experiments.stages import Stages
+from lightning_modules.training import autocast
+
+
+class Texts:
+    """Continuations of `evaluation.prompts`, no more than `evaluation.samples`, `evaluation.tokens` tokens each.
+
+    They are to be looked at, and are no measure.
+    """
+
+    def __init__(self, cfg: DictConfig, run: Run, teacher: Any, teacher_key: Any, stages: Stages) -> None:
+        self.cfg, self.run, self.teacher_key, self.stages = cfg, run, teacher_key, stages
+        if teacher.tokenizer is None:
+            raise ValueError("evaluation.prompts: the teacher has no tokenizer to read them by; choose null")
+        self.prompts: list[str] = build(cfg.evaluation.prompts)[: cfg.evaluation.samples]
+
+    def write(self, name: str, network: Any) -> None:
+        """Write samples/<name>/texts.json, unless it is there; the teacher's are shared by all runs."""
+        path, evaluation = self.run / "samples" / name / "texts.json", self.cfg.evaluation
+
+        def written() -> dict[str, Any]:
+            with self.stages("write texts"), autocast(evaluation.precision, self.stages.device):
+                texts = network.write(self.prompts, evaluation.tokens, self.stages.device)
+            return {"prompts": self.prompts, "tokens": evaluation.tokens, "texts": texts}
+
+        if is_rank_zero() and not path.exists():
+            protocol = {"prompts": self.prompts, "tokens": evaluation.tokens, "precision": evaluation.precision}
+            key = {**self.teacher_key, **protocol, "version": RESULT_VERSION}
+            write_json(path, cached(self.run.cache / "texts", key, written) if name == "teacher" else written())
+        barrier()
+
+
+def texts_of(folder: Path, networks: Any) -> dict[str, Any]:
+    """{"prompts": list, "texts": {network: list}} of what some networks of a run wrote; nothing where none did."""
+    paths = {name: folder / "samples" / name / "texts.json" for name in networks}
+    found = {name: read_json(path) for name, path in paths.items() if path.exists()}
+    if not found:
+        return {}
+    return {"prompts": next(iter(found.values()))["prompts"], "texts": {name: f["texts"] for name, f in found.items()}}
