@@ -33,11 +33,11 @@ class Kind:
 class Uniform(Budgeted):
     """Every group of channels of one kind (heads, feed-forward channels) loses equally many units, the lowest scores.
 
-    A group is what stands before the ':' of a unit's name. Among the counts that meet the budget those are taken whose
-    fractions of their kinds are closest together, then the ones that overshoot least: of a network with three
-    key-value heads a layer, no head, a third or two thirds of them can go, and the feed-forwards make up the rest. Only
-    units of one group are compared, so that scores need no common scale. Protected units stay, and their groups lose
-    others.
+    A group is what stands before the ':' of a unit's name. Of the kind with the most units a group as few go as meet
+    the budget, for each number of the others: of a network with three key-value heads a layer, no head, a third or two
+    thirds of them go, and the feed-forwards make up the rest. Taken are those counts whose fractions of their kinds are
+    closest together, then those that overshoot least. Only units of one group are compared, so that scores need no
+    common scale. Protected units stay, and their groups lose others.
     """
 
     def check(self, pool: Pool) -> None:
@@ -82,11 +82,12 @@ class Uniform(Budgeted):
             fractions = [count / kind.size for count, kind in zip(counts, kinds, strict=True)]
             return max(fractions) - min(fractions)
 
-        met = list(between(kinds, low, high))
+        most, reaching = kinds[-1].most, list(least(kinds, low))
+        met = [counts for counts in reaching if counts[-1] <= most and spent(counts) <= high]
         if not met:
             everything = spent(tuple(kind.most for kind in kinds))
-            below = max(map(spent, between(kinds, 0, low - 1)))
-            above = min(map(spent, between(kinds, high + 1, everything)), default=None)
+            below = max(spent((*coarse, min(fine - 1, most))) for *coarse, fine in reaching if fine > 0)
+            above = min((spent(counts) for counts in reaching if counts[-1] <= most), default=None)
             raise self.infeasible(pool, everything, below, above)
         best = min(met, key=lambda counts: (uneven(counts), spent(counts)))
         units = [unit.name for kind, n in zip(kinds, best, strict=True) for some in kind.free for unit in some[:n]]
@@ -95,13 +96,12 @@ class Uniform(Budgeted):
         return best
 
 
-def between(kinds: list[Kind], low: int, high: int) -> Iterator[tuple[int, ...]]:
-    """All counts of units, one a kind, that free at least `low` and at most `high`."""
-    *coarse, fine = kinds
-    for counts in itertools.product(*(range(kind.most + 1) for kind in coarse)):
-        spent = sum(count * kind.cost for count, kind in zip(counts, coarse, strict=True))
-        first, last = max(-((spent - low) // fine.cost), 0), min((high - spent) // fine.cost, fine.most)
-        yield from ((*counts, count) for count in range(first, last + 1))
+def least(kinds: list[Kind], low: int) -> Iterator[tuple[int, ...]]:
+    """For all counts of the other kinds, the fewest units of the last (perhaps too many) with which `low` is freed."""
+    *others, last = kinds
+    for counts in itertools.product(*(range(kind.most + 1) for kind in others)):
+        spent = sum(count * kind.cost for count, kind in zip(counts, others, strict=True))
+        yield (*counts, max(-((spent - low) // last.cost), 0))
 
 
 def unlike() -> ValueError:

@@ -263,7 +263,7 @@ class Corpus(Tokens):
     def made(self, split: str) -> Source:
         texts, name = self.texts[split], f"data.{split}"
         if texts.hub is not None:
-            self.check_rows(texts.rows.table.info.splits or {})
+            self.check_rows(texts.rows.table.info.splits)
         if self.documents is not None:
             return Documents(texts.read(), self.tokenizer, self.length, self.documents, name)
         return Text("\n\n".join(texts.read()), self.tokenizer, self.length, name)

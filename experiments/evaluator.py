@@ -81,6 +81,8 @@ class Evaluator:
                 f"{name}/macs": macs.linear,
                 f"{name}/macs_attention": macs.attention,
             }
+        if self.teacher.writes_text:
+            metrics["macs_tokens"] = self.teacher.length
         if budget != "latency":  # that is measured, and stands in measured.json
             metrics["plan/achieved_ratio"] = 1 - metrics[f"student/{budget}"] / metrics[f"teacher/{budget}"]
         metrics["eval/weights"] = ("ema" if cfg.ema_decay is not None else "last") if final == "distilled" else "pruned"

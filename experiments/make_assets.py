@@ -1,7 +1,7 @@
-"""Make the embedded samples and their reference statistics: python -m experiments.make_assets [cifar10 | digits]
+"""Make the embedded samples and their statistics: python -m experiments.make_assets [cifar10 | digits | stories]
 
 Reads the whole of CIFAR-10 as data=cifar10 does, and all spoken digits as data=spoken_digits does; and assets/resnet20/
-and assets/digits_classifier/. The networks themselves are made by `python train.py experiment=pretrain_cifar10`,
+and assets/digits_classifier/. Stories are written by teacher=stories15m. The networks themselves are made by `python train.py experiment=pretrain_cifar10`,
 `experiment=pretrain_resnet20` and `experiment=pretrain_digits_classifier`.
 """
 
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from hydra import compose, initialize_config_module
 from PIL import Image
+from tqdm import tqdm
 
 from conf import schema
-from datamodules.seeding import numpy_rng
+from datamodules.seeding import derive, numpy_rng
 from datamodules.sources import Record, Source
 from lightning_modules.metrics.audio import Digits
 from lightning_modules.metrics.frechet import CPU, Features, ResNet20, Statistics
@@ -68,8 +70,27 @@ def digits() -> None:
     write_statistics(folder, data.source("train"), Digits(str(ASSETS / "digits_classifier/model.safetensors")))
 
 
+def stories() -> None:
+    """512 stories to train on and 128 others, drawn from the distribution of stories15m: what it knows by definition."""
+    with initialize_config_module("conf", version_base="1.3"):
+        teacher = schema.build(compose("train", ["teacher=stories15m"]).teacher)
+    tokenizer, count, batch, texts = teacher.tokenizer, 640, 64, []
+    for number in tqdm(range(count // batch), desc="stories"):
+        torch.manual_seed(derive("stories", number))
+        begin = torch.full((batch, 1), tokenizer.bos_token_id)
+        # llama2.c's stories end where the next one begins.
+        ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+        options = {"do_sample": True, "top_k": 0, "max_new_tokens": 255, "eos_token_id": ends, "pad_token_id": ends[1]}
+        made = teacher.network.generate(begin, attention_mask=torch.ones_like(begin), **options)
+        texts += [" ".join(tokenizer.decode(ids, skip_special_tokens=True).split()) for ids in made]
+    folder = ASSETS / "stories"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.txt").write_text("\n\n".join(texts[:512]) + "\n")
+    (folder / "holdout.txt").write_text("\n\n".join(texts[512:]) + "\n")
+
+
 def main() -> None:
-    parts = {"cifar10": cifar10, "digits": digits}
+    parts = {"cifar10": cifar10, "digits": digits, "stories": stories}
     parser = argparse.ArgumentParser(prog="python -m experiments.make_assets", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=list(parts), default=list(parts))
     schema.register()

@@ -59,7 +59,7 @@ def prune(cfg: DictConfig) -> None:
     """Run every stage of one job that is not there yet, and print its summary."""
     build(cfg.selection)  # a ratio out of range fails before anything is read
     device = torch.device(accelerator_of(cfg.trainer.accelerator))
-    teacher_id = fingerprint(weight_files(cfg.teacher.path), Path(cfg.paths.cache))
+    teacher_id = fingerprint(weight_files(cfg.teacher.path, cfg.teacher.get("tokenizer")), Path(cfg.paths.cache))
     run = Run(cfg, teacher_id)
     if run.finished and not cfg.force:
         print(f"finished already: {run.folder} (force=true runs it again)\n")

@@ -79,6 +79,7 @@ def summarise(folder: Path, metrics: dict[str, Any], measured: dict[str, Any], p
     """The block at the end of a job."""
     requested = metrics["plan/requested_ratio"]
     achieved = achieved_ratio(metrics, measured)
+    tokens = f" ({metrics['macs_tokens']} tokens)" if "macs_tokens" in metrics else ""
     lines = [
         (
             "removed",
@@ -88,10 +89,13 @@ def summarise(folder: Path, metrics: dict[str, Any], measured: dict[str, Any], p
         ),
         *([("protected", f"{len(protected)} units ({first_of(protected)})")] if protected else []),
         ("parameters", f"{metrics['teacher/params']:,} -> {metrics['student/params']:,}"),
-        ("MACs, conv + linear", f"{metrics['teacher/macs'] / 1e9:.3f} G -> {metrics['student/macs'] / 1e9:.3f} G"),
+        (
+            "MACs, conv + linear",
+            f"{metrics['teacher/macs'] / 1e9:.3f} G -> {metrics['student/macs'] / 1e9:.3f} G{tokens}",
+        ),
         (
             "MACs, with attention",
-            f"{with_attention(metrics, 'teacher'):.3f} G -> {with_attention(metrics, 'student'):.3f} G",
+            f"{with_attention(metrics, 'teacher'):.3f} G -> {with_attention(metrics, 'student'):.3f} G{tokens}",
         ),
         (
             "latency",

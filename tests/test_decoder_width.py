@@ -286,7 +286,8 @@ def test_uniform_takes_the_counts_whose_fractions_are_closest(heads, budget, rat
         ):
             selection.check(pool)
         return
-    best = min(met, key=lambda c: (abs(c[0] / heads - c[1] / 24), spent(c)))
+    tight = [(h, min(c for n, c in met if n == h)) for h in {h for h, _ in met}]
+    best = min(tight, key=lambda c: (abs(c[0] / heads - c[1] / 24), spent(c)))
     chosen = selection.select(pool, {unit.name: 0.0 for unit in pool.units})
     for layer in "ab":
         found = [sum(name.startswith(f"{layer}.{kind}:") for name in chosen) for kind in ("head", "channel")]

@@ -43,7 +43,7 @@ def test_the_page_of_a_run_plays_the_first_sounds_of_each_network(run):
     assert base64.b64decode(content) == (run / "sounds/pruned/00.wav").read_bytes()
     given = {"title": "a", "summary": "", "pictures": {}, "quality": {}, "better": {}, "protocol": None, "units": {}}
     page = PAGES.get_template("run.html.j2").render(
-        **given, metrics={}, measured={"seconds": {}}, removed=[], config="", sounds=sounds
+        **given, metrics={}, measured={"seconds": {}}, removed=[], protected=[], config="", sounds=sounds, written={}
     )
     assert page.count("<audio controls") == 2 and f'src="{sounds["teacher"][0]}"' in page
 

@@ -59,10 +59,11 @@ class DecoderChannels(Blocks):
         self.block = len(next(iter(parts["mlp"][0].values())))
         linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
         super().__init__(network, blocks, dict.fromkeys(linear, length))
-        self.freed = {unit.name: {"params": unit.params, "macs": unit.macs} for unit in self.units()}
+        self.found = [replace(u, kind="head") if ".self_attn:" in u.name else u for u in super().units()]
+        self.freed = {unit.name: {"params": unit.params, "macs": unit.macs} for unit in self.found}
 
     def units(self) -> list[Unit]:
-        return [replace(unit, kind="head") if ".self_attn:" in unit.name else unit for unit in super().units()]
+        return list(self.found)
 
     def consumers(self, name: str) -> dict[str, Tensor]:
         """{layer: which of its inputs are the channels of a unit}."""

@@ -217,8 +217,10 @@ class LanguageBackbone(NetworkBackbone):
         texts = []
         for prompt in prompts:
             given = self.tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
-            made = greedy(network, given, tokens)
-            texts.append(self.tokenizer.decode(made[0, given.shape[1] :], skip_special_tokens=True))
+            made = greedy(network, given, tokens)[0]
+            # New tokens alone would lose the space between them and the prompt in some tokenizers.
+            whole, begun = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (made, given[0]))
+            texts.append(whole.removeprefix(begun))
         return texts
 
     # Costs, files
