@@ -71,7 +71,7 @@ def digits() -> None:
 
 
 def stories() -> None:
-    """512 stories to train on and 128 others, drawn from the distribution of stories15m: what it knows by definition."""
+    """512 stories to train on and 128 others, drawn from the distribution of stories15m: what it knows best."""
     with initialize_config_module("conf", version_base="1.3"):
         teacher = schema.build(compose("train", ["teacher=stories15m"]).teacher)
     tokenizer, count, batch, texts = teacher.tokenizer, 640, 64, []

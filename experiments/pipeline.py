@@ -40,7 +40,7 @@ from experiments.scoring_stage import batches_for, data_of, teacher_of
 from experiments.stages import Stages
 from experiments.train_stage import train
 from lightning_modules.backbones.base import NetworkBackbone
-from lightning_modules.backbones.diffusion import is_flow
+from lightning_modules.backbones.diffusion import DiffusionBackbone, is_flow
 from lightning_modules.backbones.files import load_network, weight_files
 from lightning_modules.backbones.restage import student_config
 from lightning_modules.backbones.unet import UNetBackbone
@@ -119,7 +119,7 @@ class Job:
             except ValueError as error:
                 name = OmegaConf.select(cfg, field + ".name")
                 raise ValueError(f"{field}={name}: {error}") from error
-        if cfg.latents is not None:
+        if isinstance(self.teacher, DiffusionBackbone):
             check_latents(cfg, self.data, self.teacher)
         self.evaluator.held_out()
         check_parts(cfg, getattr(self.teacher, "noise_scheduler", None))

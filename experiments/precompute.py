@@ -44,7 +44,10 @@ NO_PART = ("name", "license", "batch_size", "seed", "num_workers", "max_bad_frac
 def backbone_of(cfg: DictConfig) -> DiffusionBackbone:
     """The teacher, or the network that a recipe trains from nothing: what matters is its pipeline."""
     if cfg.pretrain is None:
-        return teacher_of(cfg)
+        teacher = teacher_of(cfg)
+        if not isinstance(teacher, DiffusionBackbone):
+            raise ConfigError(f"teacher={cfg.teacher.get('name', '?')} has no latents; choose a diffusion model")
+        return teacher
     module = build(cfg.pretrain, optimizer=None, lr_scheduler=None, seed=cfg.seed, dump=None)()
     if not hasattr(module, "backbone"):
         raise ConfigError(f"latents={cfg.latents}: a {type(module).__name__} is not trained on latents; choose null")

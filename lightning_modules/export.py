@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_modules.backbones import pruned_unet
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.conditions import move
+from lightning_modules.backbones.diffusion import DiffusionBackbone
 from lightning_modules.backbones.language import greedy
 
 BEGIN = """
@@ -89,7 +90,7 @@ def export(student: NetworkBackbone, folder: Path, card: str = "") -> None:
     rather than opened as a stock network with untrained parts. A language model is a stock one, with its tokenizer.
     """
     student.network.to("cpu")
-    if student.library == "diffusers":
+    if isinstance(student, DiffusionBackbone):
         export_pipeline(student, folder)
     else:
         student.save(folder)
@@ -98,7 +99,7 @@ def export(student: NetworkBackbone, folder: Path, card: str = "") -> None:
     (folder / "README.md").write_text(card)
 
 
-def export_pipeline(student: NetworkBackbone, folder: Path) -> None:
+def export_pipeline(student: DiffusionBackbone, folder: Path) -> None:
     """A diffusers pipeline around the student."""
     network, surroundings = student.network, student.surroundings
     assert surroundings is not None, "a teacher is loaded with its pipeline"
@@ -181,6 +182,7 @@ def random_arguments(student: NetworkBackbone) -> dict[str, Any]:
     states = inputs["conditions"].get("encoder_hidden_states")
     if states is not None:
         inputs["conditions"]["encoder_hidden_states"] = torch.randn(states.shape, generator=rng)
+    assert isinstance(student, DiffusionBackbone)
     return student.arguments(inputs)
 
 
@@ -215,7 +217,7 @@ def verify(student: NetworkBackbone, folder: Path) -> float:
     arguments = move(random_arguments(student), "cpu")
     expected = outputs(student, arguments)
     words: list[Any] = [TEXT if "text" in expected else ""]
-    if student.library == "diffusers":
+    if isinstance(student, DiffusionBackbone):
         words = [student.component, int(not is_stock(student.network))]
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)

@@ -18,7 +18,7 @@ class Lora:
 
     targets: list[str]
     rank: int = 8
-    alpha: float = 16
+    alpha: int = 16
     dropout: float = 0.05
 
     def __post_init__(self) -> None:

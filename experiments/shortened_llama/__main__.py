@@ -1,7 +1,9 @@
-"""The figures and tables of this study: python -m experiments.shortened_llama runs/shortened_llama [--speed results.csv]
+"""The tables and figures of this study, from its runs.
 
-Perplexity over what was removed, a panel a way of retraining; what the networks write; and, with the results of
-`python -m experiments.generation_speed`, how much faster depth and width make them.
+    python -m experiments.shortened_llama runs/shortened_llama
+
+Perplexities on the text that networks were retrained on and on another one, over what was removed, a panel a way of
+retraining; and what the networks write.
 """
 
 import argparse
@@ -16,145 +18,143 @@ from experiments.figures import save
 from experiments.report import collect
 from experiments.run import read_json
 
-HERE = Path(__file__).parent
 RETRAINED = {
     "none": "as pruned",
     "lora": "adapters (LoRA)",
     "task_only": "all weights (continued pretraining)",
-    "language": "distillation from the unpruned network",
+    "language": "distilled from the unpruned network",
 }
-COLUMNS = {
-    "method": "criterion",
-    "distillation": "retraining",
-    "ratio": "ratio",
-    "achieved": "removed",
-    "layers": "layers",
-    "params": "parameters",
-    "runs": "runs",
-    "pruned": "perplexity_pruned",
-    "quality": "perplexity",
-    "spread": "perplexity_std",
-    "teacher": "perplexity_unpruned",
-}
+TEXTS = {"perplexity": "WikiText-2 test", "perplexity_stories": "stories"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.shortened_llama", description=__doc__)
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.shortened_llama",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--speed", type=Path, help="results.csv of experiments.generation_speed")
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
-    table = results(options.runs)
-    table.rename(columns=COLUMNS)[list(COLUMNS.values())].to_csv(options.out / "results.csv", index=False)
+    options.out.mkdir(parents=True, exist_ok=True)
+    table, unpruned = results(options.runs)
+    table.to_csv(options.out / "results.csv", index=False)
     (options.out / "table.md").write_text(markdown(table))
-    draw(table, options.out / "perplexity.png")
     (options.out / "samples.md").write_text(samples(options.runs))
-    if options.speed is not None:
-        speed(pd.read_csv(options.speed), options.out / "speed.png")
+    draw(table, unpruned, options.out / "perplexity.png")
     print(markdown(table))
 
 
-def results(root: Path) -> pd.DataFrame:
-    """A row a method, way of retraining and ratio; runs that differ in the seed of a random order are averaged."""
+def results(root: Path) -> tuple[pd.DataFrame, dict[str, float]]:
+    """A row a criterion, ratio and way of retraining, with "none" for the network as pruned; the unpruned perplexities.
+
+    "+" behind a criterion's name says that the first four and the last two layers were kept.
+    """
     runs = collect(root)
-    runs["method"] = [
-        row.criterion + ("+" if row.setting.get("selection.protected") else "") for row in runs.itertuples()
-    ]
-    runs["layers"] = [row.setting["teacher.name"] for row in runs.itertuples()]
-    runs["layers"] = [layers(root / Path(page).parent) for page in runs["page"]]
-    grouped = runs.groupby(["method", "distillation", "ratio"])
-    table = grouped[["achieved", "params", "layers"]].mean().assign(
-        runs=grouped.size(),
-        pruned=grouped["quality_pruned"].mean(),
-        quality=grouped["quality"].mean(),
-        spread=grouped["quality"].std(),
-        teacher=grouped["quality_teacher"].mean(),
+    rows: list[dict[str, Any]] = []
+    for run in runs.to_dict("records"):
+        folder = root / Path(run["page"]).parent
+        plan, measured = read_json(folder / "plan.json"), read_json(folder / "measured.json")
+        fields: dict[str, Any] = {"criterion": run["criterion"] + ("+" if plan["protected"] else "")}
+        fields |= {"ratio": run["ratio"], "removed": run["achieved"], "parameters": run["params"]}
+        fields["layers"] = sum(change["kind"] == "bypass" for change in plan["changes"])
+        fields["device"] = measured["device"]
+        tokens = run["steps"] * run["setting"]["data.batch_size"] * run["setting"]["data.length"]
+        trained = {"retraining": run["distillation"], "tokens": tokens, "lr": run["setting"]["optimizer.lr"]}
+        values = {"perplexity": run["quality"], "perplexity_stories": run["eval/perplexity_stories"]}
+        before = {"perplexity": run["quality_pruned"], "perplexity_stories": run["pruned/perplexity_stories"]}
+        rows.append(fields | {"retraining": "none", "tokens": 0, "lr": None} | before)
+        if run["distillation"] != "none":
+            rows.append(fields | trained | values)
+    table = pd.DataFrame(rows).drop_duplicates(["criterion", "ratio", "retraining"])
+    order = {name: place for place, name in enumerate(RETRAINED)}
+    table = table.sort_values(
+        ["retraining", "ratio", "perplexity"],
+        key=lambda column: column.map(order) if column.name == "retraining" else column,
     )
-    return table.reset_index().sort_values(["distillation", "ratio", "quality"], ignore_index=True)
-
-
-def layers(run: Path) -> int:
-    """Layers that a run removed; none of width."""
-    return sum(change["kind"] == "bypass" for change in read_json(run / "plan.json")["changes"])
+    unpruned = {
+        "perplexity": runs["quality_teacher"].mean(),
+        "perplexity_stories": runs["teacher/perplexity_stories"].mean(),
+    }
+    return table.reset_index(drop=True), unpruned
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Perplexities: a row a method, a column a way of retraining and ratio; the best of each column in bold."""
-    columns = [(kind, ratio) for kind in RETRAINED for ratio in sorted(table["ratio"].unique())]
-    found = table.set_index(["method", "distillation", "ratio"])["quality"]
-    best = {column: found.xs(column, level=("distillation", "ratio")).min() for column in columns if column in keys(found)}
-    heads = ["criterion", *(f"{kind} {ratio:g}" for kind, ratio in best)]
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    order = table.groupby("method")["quality"].mean().sort_values().index
-    for method in order:
-        cells = []
-        for column, least in best.items():
-            value = found.get((method, *column))
-            cells.append("" if value is None else f"**{value:.1f}**" if value == least else f"{value:.1f}")
-        lines.append("| " + " | ".join([method, *cells]) + " |")
+    """Perplexities on both texts: a row a criterion and ratio, a column a way of retraining."""
+    kinds = [kind for kind in RETRAINED if (table["retraining"] == kind).any()]
+    lines = ["| criterion | layers | removed | " + " | ".join(RETRAINED[kind] for kind in kinds) + " |"]
+    lines.append("| --- |" + " --- |" * (2 + len(kinds)))
+    best = set(table.loc[table.groupby(["ratio", "retraining"], observed=True)["perplexity"].idxmin()].index)
+    table = table.assign(least=table.groupby(["ratio", "criterion"])["perplexity"].transform("min"))
+    for _, rows in table.sort_values(["ratio", "least"]).groupby(["ratio", "criterion"], sort=False):
+        first = rows.iloc[0]
+        cells = dict.fromkeys(kinds, "")
+        for index, row in rows.iterrows():
+            value = shown(row["perplexity"])
+            value = f"**{value}**" if index in best else value
+            cells[row["retraining"]] = f"{value} / {shown(row['perplexity_stories'])}"
+        line = [first["criterion"], str(first["layers"] or "width"), f"{first['removed']:.3f}", *cells.values()]
+        lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines) + "\n"
 
 
-def keys(found: pd.Series) -> set[Any]:
-    """The (retraining, ratio) pairs that there are."""
-    return {(kind, ratio) for _, kind, ratio in found.index}
+def shown(value: float) -> str:
+    return f"{value:.4g}" if value < 1000 else f"{value:,.0f}"
 
 
-def draw(table: pd.DataFrame, path: Path) -> None:
-    """A panel a way of retraining: perplexity over the fraction of parameters removed; width is dashed."""
-    kinds = [kind for kind in RETRAINED if (table["distillation"] == kind).any()]
-    figure, axes = plt.subplots(1, len(kinds), figsize=(4.2 * len(kinds), 4.4), squeeze=False)
-    methods = sorted(table["method"].unique(), key=lambda name: ("channels" in name, name))
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        for place, method in enumerate(methods):
-            rows = table[(table["distillation"] == kind) & (table["method"] == method)].sort_values("achieved")
-            style = {"color": colours[(2 * place) % 20 + place // 10], "marker": "os^Dv"[place % 5], "ms": 4, "lw": 1.2}
-            axis.plot(rows["achieved"], rows["quality"], "--" if "channels" in method else "-", label=method, **style)
-        axis.axhline(table["teacher"].mean(), color="black", ls=":", lw=1, label="unpruned")
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.set_xlabel("fraction of parameters removed")
+def draw(table: pd.DataFrame, unpruned: dict[str, float], path: Path) -> None:
+    """A column a way of retraining, a row a text: perplexity over the fraction removed; width is dashed."""
+    kinds = [kind for kind in RETRAINED if (table["retraining"] == kind).any()]
+    figure, axes = plt.subplots(
+        len(TEXTS), len(kinds), figsize=(3.6 * len(kinds), 3.4 * len(TEXTS)), squeeze=False, sharex=True
+    )
+    names = sorted(table["criterion"].unique(), key=lambda name: ("channels" in name, name))
+    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    style = {
+        name: {"color": colours[i % 10], "marker": "os^Dv"[i % 5], "ls": "--" if "channels" in name else "-"}
+        for i, name in enumerate(names)
+    }
+    for (column, text), panels in zip(TEXTS.items(), axes, strict=True):
+        for kind, axis in zip(kinds, panels, strict=True):
+            for name in names:
+                rows = table[(table["retraining"] == kind) & (table["criterion"] == name)].sort_values("removed")
+                axis.plot(rows["removed"], rows[column], ms=4, lw=1.2, label=name, **style[name])
+            axis.axhline(unpruned[column], color="black", ls=":", lw=1, label="unpruned")
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.grid(alpha=0.3)
+        panels[0].set_ylabel(f"perplexity, {text}")
+    for kind, axis in zip(kinds, axes[0], strict=True):
         axis.set_title(RETRAINED[kind], fontsize=10)
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("perplexity, WikiText-2 test, 128 tokens")
-    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    for axis in axes[-1]:
+        axis.set_xlabel("fraction of parameters removed")
+    axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
     save(figure, path)
 
 
 def samples(root: Path) -> str:
-    """What the networks make of the first prompts, as Markdown: runs by perplexity at every ratio."""
-    lines = ["# What the networks write", ""]
+    """What the networks write, as Markdown: the retrained students of criterion perplexity, every prompt."""
+    blocks: dict[str, list[str]] = {}
     for finished in sorted(root.rglob("finished.json")):
         run = finished.parent
-        if not run.name.startswith("perplexity-") or not (run / "samples").exists():
-            continue
-        lines += [f"## {run.name.rpartition('-')[0]}", ""]
         written = {path.parent.name: read_json(path) for path in sorted((run / "samples").rglob("texts.json"))}
-        for name, texts in written.items():
-            first = texts[1]
-            lines += [f"- {name}: *{first['prompt']}* {' '.join(first['text'].split())}"]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def speed(table: pd.DataFrame, path: Path) -> None:
-    """Latency relative to the unpruned network over the batch size, a panel an output length."""
-    lengths = sorted(table["length"].unique())
-    figure, axes = plt.subplots(1, len(lengths), figsize=(5 * len(lengths), 4), squeeze=False)
-    for axis, length in zip(axes[0], lengths, strict=True):
-        for model, rows in table[table["length"] == length].groupby("model", sort=False):
-            ordered = rows.sort_values("batch")
-            axis.plot(ordered["batch"], ordered["latency_ratio"], "--" if "uniform" in str(model) else "-", marker="o",
-                      ms=4, label=model)
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel("batch size")
-        axis.set_title(f"{length} tokens written")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("latency, as a share of the unpruned network's")
-    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    save(figure, path)
+        if not run.name.startswith("perplexity-") or "distilled" not in written:
+            continue
+        _, _, ratio, kind, *_ = run.name.split("-")
+        for name, label in (
+            ("teacher", "unpruned"),
+            ("pruned", f"{ratio}, as pruned"),
+            ("distilled", f"{ratio}, {kind}"),
+        ):
+            for prompt, text in zip(written[name]["prompts"], written[name]["texts"], strict=True):
+                line = f"- {label}: {' '.join(text.split())}"
+                lines = blocks.setdefault(prompt, [])
+                lines += [line] if line not in lines else []
+    return "# What the networks write\n\nGreedy continuations, 48 tokens.\n" + "".join(
+        f"\n## {prompt} ...\n\n" + "\n".join(lines) + "\n" for prompt, lines in blocks.items()
+    )
 
 
 if __name__ == "__main__":

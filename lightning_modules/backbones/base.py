@@ -26,8 +26,10 @@ class NetworkBackbone(nn.Module):
     network: Any  # a model of diffusers or transformers; their mix-ins are not typed
     library = ""
     """the package whose loaders open an export: diffusers | transformers"""
-    takes_text = False
-    """is the network conditioned on captions?"""
+    surroundings: Any = None
+    """the other parts of a diffusion pipeline, where there is one"""
+    tokenizer: Any = None
+    """what a language model reads and writes text by, where it is known"""
     writes_text = False
     """is it a language model?"""
     width_changes_stages = True
@@ -44,6 +46,11 @@ class NetworkBackbone(nn.Module):
         """compiled forward functions of the parts that scoring calls; None compiles nothing"""
         self.moved: dict[str, str] = {}
         """module paths of the unpruned network -> those in this one, where a plan renumbered them"""
+
+    @property
+    def takes_text(self) -> bool:
+        """Is the network conditioned on captions?"""
+        return False
 
     # Units and their removal: given by the families
 
