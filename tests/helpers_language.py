@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 64
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ \n.,:?!"
 
 
 def tiny_llama(layers: int = 4, tie: bool = True) -> LlamaForCausalLM:
@@ -44,3 +46,13 @@ def tiny_tokens(count: int = 4, length: int = 12) -> dict[str, Any]:
     tokens = torch.randint(0, VOCABULARY, (count, length), generator=rng)
     number = torch.arange(count)
     return {"tokens": tokens, "number": number, "of": torch.full((count,), count), "index": number}
+
+
+def letters(bos: str | None = "<s>") -> PreTrainedTokenizerFast:
+    """A token a character."""
+    vocabulary = {piece: i for i, piece in enumerate(["<s>", "</s>", "<unk>", *LETTERS])}
+    assert len(vocabulary) <= VOCABULARY
+    model = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    model.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=model, bos_token=bos, eos_token="</s>", unk_token="<unk>")

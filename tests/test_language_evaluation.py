@@ -7,10 +7,8 @@ import re
 
 import pytest
 import torch
-from helpers_language import VOCABULARY, tiny_llama
+from helpers_language import LETTERS, VOCABULARY, letters, tiny_llama
 from omegaconf import OmegaConf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import lightning_modules.evaluation as evaluation_module
 from conf.schema import build
@@ -28,19 +26,8 @@ from lightning_modules.evaluation import square_errors
 from lightning_modules.metrics.language import Perplexity
 from lightning_modules.metrics.zero_shot import ZeroShot
 
-LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ \n.,:?!"
 CPU = torch.device("cpu")
 TEXT = "Once upon a time, there was a cat. It sat on a mat, and it was a black cat: a cat of cats!"
-
-
-def letters(bos: str | None = "<s>") -> PreTrainedTokenizerFast:
-    """A token a character."""
-    vocabulary = {piece: i for i, piece in enumerate(["<s>", "</s>", "<unk>", *LETTERS])}
-    assert len(vocabulary) <= VOCABULARY
-    model = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    model.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    model.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=model, bos_token=bos, eos_token="</s>", unk_token="<unk>")
 
 
 def reader(bos: str | None = "<s>") -> LanguageBackbone:
