@@ -1,8 +1,8 @@
 """Make the embedded samples and their statistics: python -m experiments.make_assets [cifar10 | digits | stories]
 
 Reads the whole of CIFAR-10 as data=cifar10 does, and all spoken digits as data=spoken_digits does; and assets/resnet20/
-and assets/digits_classifier/. Stories are written by teacher=stories15m. The networks themselves are made by `python train.py experiment=pretrain_cifar10`,
-`experiment=pretrain_resnet20` and `experiment=pretrain_digits_classifier`.
+and assets/digits_classifier/. Stories are written by teacher=stories15m. The networks themselves are made by
+`python train.py experiment=pretrain_cifar10`, `experiment=pretrain_resnet20`, `experiment=pretrain_digits_classifier`.
 """
 
 import argparse

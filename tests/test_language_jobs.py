@@ -155,6 +155,52 @@ def test_calibration_can_be_on_another_text(configure, words, tmp_path):
     assert first["key"] != second["key"] and first["scores"] != second["scores"]
 
 
+SMALL = ["data.length=12", "data.batch_size=4", "trainer.steps=2", "trainer.accumulate_grad_batches=1"]
+
+
+@pytest.mark.usefixtures("unverified")
+@pytest.mark.parametrize("recipe", ["shortened_llama", "shortened_llama_stories15m"])
+def test_a_recipe_runs_on_a_tiny_network_and_texts(configure, words, tmp_path, recipe):
+    given = [word for word in words if word not in ("debug=tiny", "task=language")]
+    given += ["calibration.samples=4", "evaluation.loss_samples=4", "logger.wandb=false"]
+    if recipe == "shortened_llama":
+        text = f"evaluation.metrics.perplexity.text={tmp_path}/holdout.txt"
+        given += [text, "evaluation.metrics.perplexity.length=12", "evaluation.metrics.perplexity.tokens=null"]
+    cfg = configure(f"experiment={recipe}", *given, *SMALL, "selection.ratio=0.2", "selection.tolerance=0.1")
+    prune(cfg)
+    metrics = json.loads((the_run(cfg) / "metrics.json").read_text())
+    assert metrics["plan/removed_units"] == 1 and metrics["distilled/perplexity_stories"] > 1
+    if recipe == "shortened_llama":
+        assert metrics["pruned/perplexity"] == metrics["pruned/perplexity_stories"]  # of the same text here
+
+
+@pytest.mark.usefixtures("unverified")
+def test_the_papers_recipe_calibrates_on_books_and_trains_on_instructions(configure, words, tmp_path):
+    rows = [{"instruction": f"say {i}", "input": "" if i % 2 else "now", "output": f"a cat, {i}"} for i in range(30)]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+    for name in ("books", "other"):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(f"{name} {i}: " + TRAIN[:80] for i in range(30)))
+    given = [word for word in words if not word.startswith(("data.", "task=", "debug="))]
+    data = [f"data.path={tmp_path}/alpaca.json", "data.holdout_rows=10", "data.prompt='say {instruction} {input}'"]
+    data += ["data.short_prompt='say {instruction}'", "data.length=30", "data.batch_size=4"]
+    books = ["hub=null", f"train={tmp_path}/books.txt", f"holdout={tmp_path}/other.txt", "length=12", "documents=10"]
+    books = [f"calibration.data.{word}" for word in [*books, "separator='\n\n'"]]
+    cfg = configure(
+        "experiment=shortened_llama_7b",
+        *given,
+        *data,
+        *books,
+        *("evaluation=perplexity_stories", "evaluation.loss_samples=4", "logger.wandb=false"),
+        *("trainer.steps=2", "trainer.accumulate_grad_batches=2", "lr_scheduler.num_warmup_steps=1"),
+        *("selection.ratio=0.2", "selection.tolerance=0.1", 'selection.protected=[":1","-2:"]'),
+    )
+    prune(cfg)
+    run = the_run(cfg)
+    assert [change["unit"] for change in json.loads((run / "plan.json").read_text())["changes"]] == ["model.layers.1"]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["distilled/task_loss"] != metrics["pruned/task_loss"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -37,6 +37,8 @@ LATENT_IMAGES = (*FACES, "laptop_diff_ldm_church")
 """Unconditional, on CelebA-HQ's folder and on LSUN's LMDB."""
 CLASSES = tuple(f"laptop_diff_dit_{size}_imagenet" for size in ("b", "l", "xl"))
 """Tested in test_class_conditional.py."""
+LANGUAGE = ("shortened_llama", "shortened_llama_7b", "shortened_llama_stories15m")
+"""Tested in test_language_jobs.py."""
 UNCONDITIONAL = ("ld_pruner_uig", "diff_pruning", "criteria")
 
 
@@ -168,7 +170,7 @@ def test_a_recipe_for_unconditional_latents_runs_on_data_as_published(
 
 def test_every_recipe_of_the_papers_is_tested_here():
     there = {path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")}
-    tested = {*RECIPES, *UNCONDITIONAL, *STUDIES, *LATENT_IMAGES, *CLASSES}
+    tested = {*RECIPES, *UNCONDITIONAL, *STUDIES, *LATENT_IMAGES, *CLASSES, *LANGUAGE}
     assert {name for name in there if not name.startswith("pretrain_")} == tested
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.figures import save
 from experiments.report import collect
@@ -56,7 +56,8 @@ def results(root: Path) -> tuple[pd.DataFrame, dict[str, float]]:
     for run in runs.to_dict("records"):
         folder = root / Path(run["page"]).parent
         plan, measured = read_json(folder / "plan.json"), read_json(folder / "measured.json")
-        fields: dict[str, Any] = {"criterion": run["criterion"] + ("+" if plan["protected"] else "")}
+        name = run["criterion"].removesuffix(" (channels)") + ("+" if plan["protected"] else "")
+        fields: dict[str, Any] = {"criterion": name + (" (width)" if run["selection"] == "uniform" else "")}
         fields |= {"ratio": run["ratio"], "removed": run["achieved"], "parameters": run["params"]}
         fields["layers"] = sum(change["kind"] == "bypass" for change in plan["changes"])
         fields["device"] = measured["device"]
@@ -104,50 +105,54 @@ def shown(value: float) -> str:
 
 
 def draw(table: pd.DataFrame, unpruned: dict[str, float], path: Path) -> None:
-    """A column a way of retraining, a row a text: perplexity over the fraction removed; width is dashed."""
-    kinds = [kind for kind in RETRAINED if (table["retraining"] == kind).any()]
-    figure, axes = plt.subplots(
-        len(TEXTS), len(kinds), figsize=(3.6 * len(kinds), 3.4 * len(TEXTS)), squeeze=False, sharex=True
-    )
-    names = sorted(table["criterion"].unique(), key=lambda name: ("channels" in name, name))
-    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
-    style = {
-        name: {"color": colours[i % 10], "marker": "os^Dv"[i % 5], "ls": "--" if "channels" in name else "-"}
-        for i, name in enumerate(names)
-    }
-    for (column, text), panels in zip(TEXTS.items(), axes, strict=True):
-        for kind, axis in zip(kinds, panels, strict=True):
-            for name in names:
-                rows = table[(table["retraining"] == kind) & (table["criterion"] == name)].sort_values("removed")
-                axis.plot(rows["removed"], rows[column], ms=4, lw=1.2, label=name, **style[name])
+    """Perplexity over the fraction removed, a row a text: every criterion as pruned and with adapters, width dashed;
+    and every way of retraining of what was removed by perplexity."""
+    names = sorted(table["criterion"].unique(), key=lambda name: ("width" in name, name))
+    of_perplexity = table[table["criterion"] == "perplexity"]
+    panels: list[tuple[str, dict[str, pd.DataFrame]]] = [
+        (RETRAINED[kind], {name: table[(table["criterion"] == name) & (table["retraining"] == kind)] for name in names})
+        for kind in ("none", "lora")
+    ]
+    ways = {label: of_perplexity[of_perplexity["retraining"] == kind] for kind, label in RETRAINED.items()}
+    panels.append(("removed by perplexity", ways))
+    figure, axes = plt.subplots(len(TEXTS), len(panels), figsize=(13.5, 7.2), sharex=True)
+    for (column, text), row in zip(TEXTS.items(), axes, strict=True):
+        for (title, curves), axis in zip(panels, row, strict=True):
+            for place, (name, points) in enumerate(curves.items()):
+                ordered = points.sort_values("removed")
+                style = {"marker": "os^Dv"[place % 5], "ms": 4, "lw": 1.2, "ls": "--" if "width" in name else "-"}
+                axis.plot(ordered["removed"], ordered[column], label=name, color=f"C{place % 10}", **style)
             axis.axhline(unpruned[column], color="black", ls=":", lw=1, label="unpruned")
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.tick_params(labelsize=8)
             axis.grid(alpha=0.3)
-        panels[0].set_ylabel(f"perplexity, {text}")
-    for kind, axis in zip(kinds, axes[0], strict=True):
-        axis.set_title(RETRAINED[kind], fontsize=10)
-    for axis in axes[-1]:
-        axis.set_xlabel("fraction of parameters removed")
-    axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
+            if column == "perplexity":
+                axis.set_title(title, fontsize=10)
+            else:
+                axis.set_xlabel("fraction of parameters removed")
+        row[0].set_ylabel(f"perplexity, {text}")
+    axes[1][2].legend(fontsize=8)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=len(names) + 1, fontsize=8)
     save(figure, path)
 
 
 def samples(root: Path) -> str:
-    """What the networks write, as Markdown: the retrained students of criterion perplexity, every prompt."""
+    """What the networks write, as Markdown: those whose layers were removed by perplexity, every prompt."""
     blocks: dict[str, list[str]] = {}
     for finished in sorted(root.rglob("finished.json")):
         run = finished.parent
         written = {path.parent.name: read_json(path) for path in sorted((run / "samples").rglob("texts.json"))}
-        if not run.name.startswith("perplexity-") or "distilled" not in written:
+        if not run.name.startswith("perplexity-"):
             continue
         _, _, ratio, kind, *_ = run.name.split("-")
-        for name, label in (
-            ("teacher", "unpruned"),
-            ("pruned", f"{ratio}, as pruned"),
-            ("distilled", f"{ratio}, {kind}"),
-        ):
+        labels = {"teacher": "unpruned", "pruned": f"{ratio}, as pruned", "distilled": f"{ratio}, {kind}"}
+        for name, label in labels.items():
+            if name not in written:
+                continue
             for prompt, text in zip(written[name]["prompts"], written[name]["texts"], strict=True):
                 line = f"- {label}: {' '.join(text.split())}"
                 lines = blocks.setdefault(prompt, [])
