@@ -89,7 +89,7 @@ class Distillation(TrainedModule):
                 features({name: self.teacher.network.get_submodule(name) for name in self.levels}) as features_t,
             ):
                 eps_t = self.teacher.predict(inputs).float()
-            losses["output"] = self.student.distance(eps_s, eps_t)
+            losses["output"] = self.student.distance(eps_s, eps_t, inputs)
             total = total + self.w_out * losses["output"]
             for level, name in enumerate(self.levels):
                 raw = F.mse_loss(features_s[name].float(), features_t[name].float())

@@ -168,8 +168,12 @@ def test_the_distance_of_outputs_is_their_divergence():
     a, b = torch.randn(2, 3, 5, VOCABULARY, generator=torch.Generator().manual_seed(0)).unbind()
     p, q = b.double().softmax(-1), a.double().softmax(-1)
     expected = (p * (p.log() - q.log())).sum(-1).mean()
-    torch.testing.assert_close(shared().distance(a, b).double(), expected, rtol=1e-6, atol=0)
-    assert shared().distance(b, b) == 0
+    torch.testing.assert_close(shared().distance(a, b, {}).double(), expected, rtol=1e-6, atol=0)
+    assert shared().distance(b, b, {}) == 0
+    mask = torch.tensor([[False, True, True, False, False], [True, False, False, False, True], [False] * 5])
+    each = (p * (p.log() - q.log())).sum(-1)
+    found = shared().distance(a, b, {"mask": mask}).double()  # of the predictions of tokens 1 and 2, and of 4
+    torch.testing.assert_close(found, (each[0, 0] + each[0, 1] + each[1, 3]) / 3, rtol=1e-6, atol=0)
 
 
 # Criteria
@@ -319,7 +323,7 @@ def test_distillation_compares_each_layer_that_stays_with_its_own(tmp_path):
     assert losses["feature/model.layers.0"] == 0  # nothing is missing before it
     assert losses["feature/model.layers.2"] > 0
     with torch.no_grad():
-        expected = student.distance(student.predict(INPUTS), backbone.predict(INPUTS))
+        expected = student.distance(student.predict(INPUTS), backbone.predict(INPUTS), INPUTS)
     torch.testing.assert_close(losses["output"].detach(), expected)
 
 

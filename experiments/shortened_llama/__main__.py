@@ -40,7 +40,6 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     table, unpruned = results(options.runs)
     table.to_csv(options.out / "results.csv", index=False)
-    (options.out / "table.md").write_text(markdown(table))
     (options.out / "samples.md").write_text(samples(options.runs))
     draw(table, unpruned, options.out / "perplexity.png")
     print(markdown(table))

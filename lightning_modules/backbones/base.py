@@ -180,8 +180,8 @@ class NetworkBackbone(nn.Module):
         """The task loss of a batch."""
         return self.losses(self.predict(inputs), inputs).mean()
 
-    def distance(self, output: Tensor, reference: Tensor) -> Tensor:
-        """How far an output is from the teacher's, as distillation sees it; a scalar."""
+    def distance(self, output: Tensor, reference: Tensor, inputs: Batch) -> Tensor:
+        """How far an output is from the teacher's for the same inputs, as distillation sees it; a scalar."""
         raise NotImplementedError
 
     # Costs, files

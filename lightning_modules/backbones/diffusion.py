@@ -159,7 +159,7 @@ class DiffusionBackbone(NetworkBackbone):
         """The task loss of each sample, (N,): mean squared error to the target (noise, velocity, flow or sample)."""
         return (output.float() - inputs["target"].float()).square().flatten(1).mean(1)
 
-    def distance(self, output: Tensor, reference: Tensor) -> Tensor:
+    def distance(self, output: Tensor, reference: Tensor, inputs: Batch) -> Tensor:
         """The mean squared difference."""
         return F.mse_loss(output, reference)
 

@@ -198,13 +198,18 @@ class LanguageBackbone(NetworkBackbone):
         mask = inputs["mask"][:, 1:].to(nll)
         return (nll * mask).sum(1) / mask.sum(1).clamp_min(1)
 
-    def distance(self, output: Tensor, reference: Tensor) -> Tensor:
+    def distance(self, output: Tensor, reference: Tensor, inputs: Batch) -> Tensor:
         """Kullback-Leibler divergence of the next-token distributions from the teacher's, the mean over tokens.
 
-        Our choice for language models, in the place of the squared error between noise predictions.
+        Where not all tokens count, only the predictions of those that do. Our choice for language models, in the place
+        of the squared error between noise predictions.
         """
-        log_s, log_t = (logits.float().log_softmax(-1).flatten(0, -2) for logits in (output, reference))
-        return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+        log_s, log_t = (logits.float().log_softmax(-1) for logits in (output, reference))
+        divergence_NL = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
+        if "mask" not in inputs:
+            return divergence_NL.mean()
+        mask = inputs["mask"][:, 1:].to(divergence_NL)
+        return (divergence_NL[:, :-1] * mask).sum() / mask.sum().clamp_min(1)
 
     @torch.no_grad()
     def write(self, prompts: Sequence[str], tokens: int, device: torch.device) -> list[str]:
