@@ -2,6 +2,7 @@
 
 python -m experiments.scoring_speed                                              # the embedded model, on a CPU
 python -m experiments.scoring_speed --architecture sd15 --latents 8 --batch 1    # real shapes, small latents
+python -m experiments.scoring_speed --language smollm2_135m --batch 10           # 10 x 128 tokens, as it is calibrated
 python -m experiments.scoring_speed --architecture sdxl_base --device cuda --dtype bfloat16 --compile
 """
 
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from conf.schema import ROOT
 from criteria.selection import Knapsack, Pool
+from experiments.generation_speed.__main__ import load as load_language_model_named
 from experiments.result_speed.__main__ import cast, filled, on_meta
 from lightning_modules.backbones import load_teacher
-from lightning_modules.backbones.diffusion import DiffusionBackbone
+from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.replay import Replay
 from lightning_modules.backbones.unet import UNetBackbone
 from lightning_modules.metrics.cost import device_name
@@ -31,7 +33,7 @@ Outputs = dict[str | None, Tensor]
 
 
 @torch.inference_mode()
-def bound(backbone: DiffusionBackbone, inputs: dict[str, Any]) -> float:
+def bound(backbone: NetworkBackbone, inputs: dict[str, Any]) -> float:
     """The largest speed-up there can be by MACs: all forwards, over one dense pass and what is behind each unit."""
     macs, units = backbone.macs(), backbone.units()
     names = {module: name for name, module in backbone.network.named_modules()}
@@ -47,7 +49,7 @@ def bound(backbone: DiffusionBackbone, inputs: dict[str, Any]) -> float:
 
 
 @torch.inference_mode()
-def plain(backbone: DiffusionBackbone, inputs: dict[str, Any], names: list[str]) -> Outputs:
+def plain(backbone: NetworkBackbone, inputs: dict[str, Any], names: list[str]) -> Outputs:
     """One whole forward for each unit."""
     found: Outputs = {None: backbone.predict(inputs)}
     for name in names:
@@ -57,7 +59,7 @@ def plain(backbone: DiffusionBackbone, inputs: dict[str, Any], names: list[str])
 
 
 @torch.inference_mode()
-def reuse(backbone: DiffusionBackbone, inputs: dict[str, Any], names: list[str]) -> Outputs:
+def reuse(backbone: NetworkBackbone, inputs: dict[str, Any], names: list[str]) -> Outputs:
     """As scoring does it."""
     return dict(backbone.predict_without_each(inputs, names))
 
@@ -83,7 +85,7 @@ def difference(a: Outputs, b: Outputs) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a) / largest
 
 
-def plan(backbone: DiffusionBackbone, outputs: Outputs) -> list[str]:
+def plan(backbone: NetworkBackbone, outputs: Outputs) -> list[str]:
     """What the knapsack takes at half of the parameters, by the output loss of these outputs."""
     scores = {name: float((out - outputs[None]).double().square().mean()) for name, out in outputs.items() if name}
     pool = Pool(backbone.units(), {"params": backbone.params()}, backbone.shared())
@@ -94,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.scoring_speed", description=__doc__)
     parser.add_argument("--teacher", default=str(ROOT / "assets" / "teacher"), help="a folder or hub id")
     parser.add_argument("--architecture", help="a file of assets/architectures, with random weights, instead")
+    parser.add_argument("--language", help="a language model instead: a teacher's name, a folder or a hub id")
     parser.add_argument("--latents", type=int, help="size of the samples; by default the network's own")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
@@ -108,22 +111,29 @@ def main() -> None:
     if options.architecture:
         network = filled(on_meta(options.architecture, None).network, device, dtype)
         backbone = UNetBackbone(network, DDPMScheduler(), sample_size=options.latents)
+    elif options.language:
+        backbone = load_language_model_named(options.language).to(device, dtype)
     else:
         backbone = load_teacher(options.teacher, sample_size=options.latents).to(device, dtype)
-    inputs = cast(backbone.example_inputs(options.batch, device), dtype)
+    inputs = backbone.example_inputs(options.batch, device)
     shape, rng = inputs["sample"].shape, torch.Generator().manual_seed(0)
-    inputs["sample"] = torch.randn(shape, generator=rng).to(device, dtype)
-    inputs["timestep"] = torch.arange(options.batch, device=device) * 1000 // options.batch
+    if backbone.writes_text:
+        inputs["sample"] = torch.randint(backbone.network.config.vocab_size, shape, generator=rng).to(device)
+    else:
+        inputs = cast(inputs, dtype)
+        inputs["sample"] = torch.randn(shape, generator=rng).to(device, dtype)
+        inputs["timestep"] = torch.arange(options.batch, device=device) * 1000 // options.batch
     names = [unit.name for unit in backbone.units()]
+    name = options.architecture or options.language or "embedded"
 
     calls = {"plain": lambda: plain(backbone, inputs, names), "reuse": lambda: reuse(backbone, inputs, names)}
     seconds, outputs = timed(calls, options.repeats, device)
     limit = bound(backbone, inputs)
     row = {
-        "network": options.architecture or "embedded",
+        "network": name,
         "units": len(names),
         "batch": options.batch,
-        "latents": shape[-1],
+        "tokens" if backbone.writes_text else "latents": shape[-1],
         "plain_s": f"{seconds['plain']:.3f}",
         "reuse_s": f"{seconds['reuse']:.3f}",
         "speedup": f"{seconds['plain'] / seconds['reuse']:.2f}",
@@ -138,7 +148,7 @@ def main() -> None:
         row["difference_compiled"] = f"{difference(outputs['plain'], made['compiled']):.1e}"
         row["same_plan_compiled"] = plan(backbone, outputs["plain"]) == plan(backbone, made["compiled"])
     row |= {"machine": f"{device_name(device)}, {platform.machine()}, {options.dtype}", "torch": torch.__version__}
-    default = "results.csv" if not options.architecture else f"results_{options.architecture}.csv"
+    default = "results.csv" if name == "embedded" else f"results_{Path(name).name}.csv"
     with open(options.out or Path(__file__).parent / default, "w", newline="") as file:
         writer = csv.DictWriter(file, row)
         writer.writeheader()
