@@ -197,6 +197,9 @@ def check(cfg: DictConfig) -> None:
     for group in ("criterion", "selection", "distillation", "data", "teacher", "noise_scheduler"):
         if isinstance(cfg[group], DictConfig) and "_target_" not in cfg[group]:
             unknown(group, [key for key in cfg[group] if key != "name"], ["name"])
+    if cfg.calibration.data is not None and not isinstance(cfg.calibration.data, DictConfig):
+        name = cfg.calibration.data
+        raise ConfigError(f"calibration.data={name!r} is no data set; say +data@calibration.data={name}")
     for name, node in cfg.evaluation.metrics.items():
         if not isinstance(node, DictConfig) or "_target_" not in node:
             raise ConfigError(f"evaluation.metrics.{name}={node} is no measure: choose a class as its _target_")

@@ -27,7 +27,7 @@ class OfInputs(Criterion):
     """A unit's score is the sum over its channels of what a subclass's `columns` says of them.
 
     Looked at are the layers that take the channels as inputs (of heads the output projection, of a feed-forward the
-    last layer), and all tokens of the calibration samples count.
+    last layer), and all tokens of the calibration samples, of samples with targets of their own those targets.
     """
 
     level = "channel"
@@ -50,13 +50,14 @@ class OfInputs(Criterion):
 
     def update(self, batch: Batch) -> None:
         inputs = self.backbone.calibration_inputs(batch, self.seed)
-        self.states["tokens"] += inputs["sample"].numel()
-        with self.decoder.listening({layer: functools.partial(self.add, layer) for layer in self.readers}):
+        counts_NL = inputs.get("mask", torch.ones_like(inputs["sample"])).bool()
+        self.states["tokens"] += int(counts_NL.sum())
+        with self.decoder.listening({layer: functools.partial(self.add, layer, counts_NL) for layer in self.readers}):
             self.backbone.predict(inputs)
 
-    def add(self, layer: str, x_NLC: Tensor) -> None:
-        for x_LC in x_NLC.detach():  # sample by sample: in float64 a batch would be large
-            x_LC = x_LC.double()
+    def add(self, layer: str, counts_NL: Tensor, x_NLC: Tensor) -> None:
+        for x_LC, counts_L in zip(x_NLC.detach(), counts_NL, strict=True):  # in float64 a batch would be large
+            x_LC = x_LC[counts_L].double()
             self.states[f"sum {layer}"] += x_LC.sum(0).cpu()
             self.states[f"square {layer}"] += x_LC.square().sum(0).cpu()
 

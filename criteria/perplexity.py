@@ -12,7 +12,8 @@ from criteria.per_sample import OneRemoved
 class Perplexity(OneRemoved):
     """s_i = exp( mean negative log-likelihood of the calibration tokens with only unit i removed ).
 
-    The mean is over samples of equal length, so over all predicted tokens. `standard_error` is that of the mean
+    The mean is over samples, which is that over all predicted tokens where samples are equally long, as in the paper;
+    of samples with padding it is the mean of their own means. `standard_error` is that of the mean
     log-likelihood over samples, times the perplexity.
     """
 

@@ -142,6 +142,8 @@ class Budgeted(Selection):
         found: list[str] = []
         for entry in self.protected:
             part = SLICE.fullmatch(entry)
+            if part and any(":" in name for name in names):
+                raise ValueError(f"selection.protected={entry!r}: slices are of blocks; name channels one by one")
             found += names[slice(*(int(end) if end else None for end in part.groups()))] if part else [entry]
         known(found, units, "selection.protected")
         return [name for name in names if name in found]

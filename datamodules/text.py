@@ -144,9 +144,13 @@ class Texts:
         return texts if self.separator is None else [part for text in texts for part in text.split(self.separator)]
 
     def identities(self) -> dict[str, str]:
-        """What tells these texts from others, {sha256: name}: of each file's content, or of the split's full name."""
+        """What tells these texts from others, {sha256: name}: of each file's content, or of the names of the splits.
+
+        Parts of a split, such as train[:1%], are not told from the whole of it.
+        """
         if self.hub is not None:
-            return {split_sha256(self.hub, self.subset, self.path): self.path}
+            splits = [part.partition("[")[0] for part in self.path.split("+")]
+            return {split_sha256(self.hub.rstrip("/"), self.subset, split): self.path for split in splits}
         return {file_sha256(file): str(file) for file in self.files if file.stat().st_size}
 
 
@@ -252,7 +256,7 @@ class Corpus(Tokens):
             split: Texts(part, hub, subset, revision, column, separator)
             for split, part in (("train", train), ("holdout", holdout))
         }
-        trained, held = (texts.identities() for texts in self.texts.values())
+        trained, held = ({} if hub and train != holdout else texts.identities() for texts in self.texts.values())
         if shared := trained.keys() & held.keys():
             key = min(shared, key=trained.__getitem__)
             twin = "" if held[key] == trained[key] else f" (the same as {held[key]})"

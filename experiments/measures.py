@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from conf.schema import RESERVED, build
 from datamodules.sources import MissingData
-from experiments.run import RESULT_VERSION, barrier, digest, is_rank_zero
+from experiments.run import RESULT_VERSION, agreed, barrier, digest, is_rank_zero
 from lightning_modules.metrics.frechet import Features, Statistics, resized
 from lightning_modules.metrics.measures import Labels, Measure, NetworkMeasure, Samples, in_parts, origin
 
@@ -103,14 +103,6 @@ class TrainingImages:
                 write(path, lambda partial: save_file({"features": found}, partial))
             self.known[key] = load_file(path)["features"]
         return self.known[key]
-
-
-def agreed(value: bool) -> bool:
-    """What rank 0 says, on all ranks."""
-    said = [value]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(said)
-    return said[0]
 
 
 def write(path: Path, save: Any) -> None:

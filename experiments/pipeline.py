@@ -21,6 +21,7 @@ from criteria.selection import Budgeted, Pool, known
 from experiments.card import model_card
 from experiments.dashboard import Dashboard
 from experiments.evaluator import Evaluator
+from experiments.measures import check_network_measures, of_networks
 from experiments.precompute import check_latents
 from experiments.report import report_run
 from experiments.run import (
@@ -119,6 +120,9 @@ class Job:
             except ValueError as error:
                 name = OmegaConf.select(cfg, field + ".name")
                 raise ValueError(f"{field}={name}: {error}") from error
+        if cfg.calibration.data is not None:  # a text that scores were made on is no measure, either
+            measures = self.evaluator.measures
+            check_network_measures(of_networks(measures), list(measures), self.teacher, self.calibration_data)
         if isinstance(self.teacher, DiffusionBackbone):
             check_latents(cfg, self.data, self.teacher)
         self.evaluator.held_out()
@@ -151,6 +155,8 @@ class Job:
                     "like the teacher's; choose distillation=task_only, output_only or none"
                 )
             self.data.train_dataloader()
+            if cfg.distillation.get("lora") is not None:
+                build(cfg.distillation.lora).check(self.teacher.network)
             check_levels(self.teacher, **{key: cfg.distillation.get(key) for key in ("normalization", "taps")})
 
     @functools.cached_property
@@ -170,14 +176,14 @@ class Job:
         """Scores of all units; computed once per teacher, criterion and calibration, whatever the ratio or seed."""
         cfg, calibration = self.cfg, self.cfg.calibration
         criterion, fields = self.criterion, effective(cfg)
-        batches = batches_for(criterion, cfg, self.teacher, self.data, self.calibration_batches())
+        batches = batches_for(criterion, cfg, self.teacher, self.calibration_data, self.calibration_batches())
         key = {
             "teacher": self.teacher_id,
             "options": {k: v for k, v in fields["teacher"].items() if k not in ("name", "path")},
             "criterion": fields["criterion"],
             "files": fingerprint(criterion.files(), self.run.cache),
             "units": [unit.name for unit in self.units],
-            "calibration": fields["calibration"],
+            "calibration": {k: v for k, v in fields["calibration"].items() if k != "data"},  # known by its content
             "data": None if criterion.needs == "nothing" else content_hash(batches),
             "noise_scheduler": fields["noise_scheduler"],
             "ranks": cfg.trainer.devices * cfg.trainer.num_nodes if fields["criterion"].get("stable_for") else None,

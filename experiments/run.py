@@ -99,6 +99,8 @@ def effective(cfg: DictConfig) -> dict[str, Any]:
             continue  # what is measured decides the plan
         for name in names:
             (content[group] if group else content).pop(name, None)
+    for name in NO_EFFECT["data"] if content["calibration"]["data"] else ():
+        content["calibration"]["data"].pop(name, None)
     if content["latents"] is not None:  # what they are, not where
         content["latents"] = read_manifest(content["latents"])["id"]
     return content
@@ -108,7 +110,7 @@ def fingerprint(files: list[Path], cache: Path) -> str:
     """sha256 over the contents of some files; each file's own is remembered by (path, size, mtime)."""
     make_folder(cache / "fingerprints")
     total = hashlib.sha256()
-    for file in sorted(files):
+    for file in sorted(files, key=lambda file: (file.name, file)):
         target = file.resolve()
         if target.parent.name == "blobs" and len(target.name) == 64:  # the hub's cache names files by their sha256
             total.update(f"{file.name}:{target.name}\n".encode())
@@ -157,6 +159,14 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def agreed(value: bool) -> bool:
+    """What rank 0 says, on all ranks."""
+    said = [value]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(said)
+    return said[0]
+
+
 def cached(folder: Path, key: Any, compute: Callable[[], Any]) -> Any:
     """A JSON result under the hash of `key`: computed once, also by processes that ask at the same time.
 
@@ -164,7 +174,7 @@ def cached(folder: Path, key: Any, compute: Callable[[], Any]) -> Any:
     """
     path = folder / f"{digest(key)}.json"
     with locked(path):
-        if path.exists():
+        if agreed(path.exists()):
             return read_json(path)["result"]
         result = compute()
         if is_rank_zero():
@@ -179,7 +189,7 @@ def named_files(content: Any) -> list[Path]:
         return [file for part in parts for file in named_files(part)]
     if not isinstance(content, str) or not content:
         return []
-    for place in (Path(content).expanduser(), data_root() / content, data_root() / "shared" / "text" / content):
+    for place in (Path(os.path.expanduser(content)), data_root() / content, data_root() / "shared" / "text" / content):
         if os.path.isfile(place):  # a Path says no of a name that is too long, such as a prompt's, by an error
             return [place]
         if os.path.isdir(place):
@@ -198,6 +208,9 @@ class Run:
         assert isinstance(content, dict)
         named = [content["evaluation"]["metrics"], content["evaluation"]["prompts"], content["pretrain"]]
         named.append((content["data"] or {}).get("statistics"))
+        for data in (content["data"], content["calibration"]["data"]):
+            if data and "tokenizer" in data and not data.get("hub"):  # texts are small
+                named.append([data["tokenizer"], *(data.get(name) for name in ("train", "holdout", "path"))])
         key = {"config": effective(cfg), "teacher": teacher, "version": RESULT_VERSION}
         if files := named_files(named):
             key["files"] = fingerprint(files, self.cache)

@@ -1,7 +1,9 @@
 """What every program that scores units needs: teacher and data as configured, and the batches of a criterion."""
 
+import inspect
 from typing import Any
 
+import hydra.utils
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
@@ -13,6 +15,11 @@ from lightning_modules.evaluation import seeds
 
 def teacher_of(cfg: DictConfig) -> NetworkBackbone:
     """The teacher, under the noise schedule of its own pipeline unless the configuration gives another."""
+    parameters = inspect.signature(hydra.utils.get_object(cfg.teacher._target_)).parameters
+    if "_target_" in cfg.noise_scheduler and "noise_scheduler" not in parameters:
+        raise ConfigError(
+            f"noise_scheduler={cfg.noise_scheduler.get('name', '?')}: this teacher has none; leave it out"
+        )
     schedule = {"noise_scheduler": build(cfg.noise_scheduler)} if "_target_" in cfg.noise_scheduler else {}
     return build(cfg.teacher, **schedule)
 

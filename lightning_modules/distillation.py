@@ -61,6 +61,7 @@ class Distillation(TrainedModule):
         self.student, self.reference = student.train(), Reference(teacher)
         self.w_task, self.w_out, self.w_feat = w_task, w_out, w_feat
         self.levels = tap_pairs(student, teacher, taps, skip_emptied) if w_feat else {}
+        self.needs_teacher = bool(w_out or self.levels)
         self.weights = LevelWeights(normalization, len(self.levels))
         self.merge = (lambda: None) if lora is None else lora.into(student.network, seed)
 
@@ -74,16 +75,16 @@ class Distillation(TrainedModule):
         return self.reference.network
 
     def on_fit_start(self) -> None:
-        self.teacher.to(self.device)
+        if self.needs_teacher:
+            self.teacher.to(self.device)
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = self.student.training_inputs(batch)
-        needs_teacher = bool(self.w_out or self.levels)
         with features({name: self.student.network.get_submodule(at) for name, at in self.levels.items()}) as features_s:
             eps_s = self.student.predict(inputs).float()
         losses = {"task": self.student.losses(eps_s, inputs).mean()}
         total = self.w_task * losses["task"]
-        if needs_teacher:
+        if self.needs_teacher:
             with (
                 torch.no_grad(),
                 features({name: self.teacher.network.get_submodule(name) for name in self.levels}) as features_t,
@@ -91,9 +92,12 @@ class Distillation(TrainedModule):
                 eps_t = self.teacher.predict(inputs).float()
             losses["output"] = self.student.distance(eps_s, eps_t, inputs)
             total = total + self.w_out * losses["output"]
+            counts = inputs.get("mask")  # of tokens, where not all of them do
             for level, name in enumerate(self.levels):
-                raw = F.mse_loss(features_s[name].float(), features_t[name].float())
-                weighted = self.weights(level, features_t[name].float()) * raw
+                pair = (found[name].float() for found in (features_s, features_t))
+                f_s, f_t = pair if counts is None else (feature[counts] for feature in pair)
+                raw = F.mse_loss(f_s, f_t)
+                weighted = self.weights(level, f_t) * raw
                 losses[f"feature/{name}"], losses[f"weighted_feature/{name}"] = raw.detach(), weighted.detach()
                 total = total + self.w_feat * weighted
         return {"loss": total} | losses

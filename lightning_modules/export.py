@@ -56,6 +56,7 @@ ids = arguments["input_ids"]
 with torch.inference_mode():
     found = {"output": model(**arguments, use_cache=False, return_dict=False)[0]}
     found["tokens"] = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False,
+                                     num_beams=1, repetition_penalty=1.0,
                                      pad_token_id=model.config.pad_token_id or 0)
 if words[0]:
     found["text"] = torch.tensor(AutoTokenizer.from_pretrained(folder)(words[0])["input_ids"])

@@ -13,15 +13,24 @@ from helpers_language import VOCABULARY, tiny_language, tiny_llama, tiny_tokens
 from helpers_networks import bypasses, same_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from criteria.block_influence import BlockInfluence
+from criteria.flap import Flap
 from criteria.output_loss import OutputLoss
 from criteria.perplexity import Perplexity
 from criteria.selection import Pool, Ranked
 from criteria.task_loss import TaskLoss
 from criteria.taylor import Taylor
+from criteria.wanda import Wanda
 from lightning_modules.backbones.language import LanguageBackbone, greedy
+from lightning_modules.backbones.language_files import check_shorter
 from lightning_modules.distillation import Distillation
 from lightning_modules.export import ExportMismatch, export, verify
 from lightning_modules.lora import Lora
@@ -127,6 +136,25 @@ def test_lists_of_one_entry_a_layer_go_along():
     assert backbone.network.config.num_hidden_layers == 5  # the teacher's own is as it was
 
 
+def test_networks_whose_layers_differ_by_their_places_are_refused_when_they_are_loaded():
+    config = Qwen2MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mlp_only_layers=[0],
+    )
+    with pytest.raises(ValueError, match=r"teacher\.path=/moe: .* without model\.layers\.0 is no stock network"):
+        check_shorter(LanguageBackbone(Qwen2MoeForCausalLM(config)), "/moe")
+    check_shorter(sliding(), "/qwen2")
+
+
 def test_a_plan_that_leaves_nothing_or_does_something_else_is_an_error():
     with pytest.raises(ValueError, match="at least one stays"):
         shared().pruned(bypasses(LAYERS))
@@ -154,6 +182,17 @@ def test_tokens_outside_the_mask_are_no_targets():
         alone = shared().losses(logits[n : n + 1, :length], {"sample": INPUTS["sample"][n : n + 1, :length]})
         torch.testing.assert_close(found[n : n + 1], alone, rtol=1e-6, atol=0)
     assert found[3] == 0  # nothing to predict
+
+
+@torch.no_grad()
+def test_what_does_not_count_moves_no_output_at_all():
+    mask = torch.arange(12) < torch.tensor([12, 7, 2, 1])[:, None]
+    found = shared().predict(INPUTS | {"mask": mask})
+    other = shared().predict({"sample": torch.where(mask, INPUTS["sample"], 0), "mask": mask})
+    torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-5)
+    dense = shared().predict(INPUTS)
+    for n, length in enumerate([12, 7, 2, 1]):
+        assert torch.equal(found[n, : length - 1], dense[n, : length - 1]) and not found[n, length - 1 :].any()
 
 
 @torch.no_grad()
@@ -204,6 +243,21 @@ def test_perplexity_orders_layers_as_the_task_loss_does():
     dense = float(shared().losses(shared().predict(INPUTS), INPUTS).detach().double().mean())
     for name in LAYERS:
         np.testing.assert_allclose(np.log(found[name]["score"]), other[name]["score"] + dense, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [Perplexity, OutputLoss, BlockInfluence, TaskLoss, Taylor, Wanda, Flap])
+def test_padding_plays_no_part_in_a_score(make):
+    mask = torch.arange(12) < torch.tensor([12, 7, 3, 2])[:, None]
+    units = shared().units("channel" if make in (Wanda, Flap) else "depth")
+    found = []
+    for fill in (0, 5):
+        criterion = make()
+        criterion.start(shared(), units, 0)
+        with torch.no_grad():
+            tokens = torch.where(mask, INPUTS["sample"], fill)
+            criterion.update(tiny_tokens() | {"tokens": tokens, "mask": mask})
+        found.append([entry["score"] for entry in criterion.finish().values()])
+    np.testing.assert_allclose(*found, rtol=1e-3)
 
 
 def test_what_the_calibration_set_is_cut_into_does_not_matter():
@@ -310,7 +364,10 @@ def test_the_same_seed_makes_the_same_adapters(tmp_path):
 
 
 def test_adapters_for_layers_that_are_not_there_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"distillation\.lora\.targets=\['query'\]"):
+    for targets, message in {("q_proj", "queer"): "'queer' is no linear", ("lm_head",): "shares its weight"}.items():
+        with pytest.raises(ValueError, match=message):
+            Lora([*targets]).check(tiny_language().network)
+    with pytest.raises(ValueError, match=r"targets: 'query' is no linear layer .* nearest are"):
         module_of(tiny_language(), tiny_language(), tmp_path, w_feat=0, lora=Lora(["query"]))
 
 
@@ -322,6 +379,11 @@ def test_distillation_compares_each_layer_that_stays_with_its_own(tmp_path):
     losses = module.losses(tiny_tokens())
     assert losses["feature/model.layers.0"] == 0  # nothing is missing before it
     assert losses["feature/model.layers.2"] > 0
+    mask = torch.arange(12) < torch.tensor([12, 7, 3, 2])[:, None]
+    padded = [tiny_tokens() | {"tokens": torch.where(mask, INPUTS["sample"], fill), "mask": mask} for fill in (0, 5)]
+    first, second = (module.losses(batch) for batch in padded)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         expected = student.distance(student.predict(INPUTS), backbone.predict(INPUTS), INPUTS)
     torch.testing.assert_close(losses["output"].detach(), expected)

@@ -19,6 +19,7 @@ from datamodules.text import found
 from experiments.pipeline import prune
 from experiments.precompute import backbone_of
 from experiments.report import report_set
+from experiments.shortened_llama.__main__ import markdown, results
 
 pytest_plugins = ["helpers_jobs"]
 
@@ -89,7 +90,7 @@ def test_a_job_ends_in_a_stock_network_with_its_tokenizer(configure, words):
 
 
 @pytest.mark.usefixtures("unverified")
-def test_adapters_resume_at_the_same_bits(configure, words, tmp_path):
+def test_adapters_resume_at_the_same_bits(configure, words, capsys):
     cfg = configure(*words, "trainer.steps=4", "trainer.checkpoint_every=2", "distillation.lora.dropout=0.3")
     prune(cfg)
     run = the_run(cfg)
@@ -100,7 +101,9 @@ def test_adapters_resume_at_the_same_bits(configure, words, tmp_path):
         (run / name).unlink()
     (last,) = (run / "checkpoints").glob("step=0000004.ckpt")
     last.unlink()
+    capsys.readouterr()
     prune(cfg)
+    assert "resuming from step 2 of 4" in capsys.readouterr().out
     assert same_tensors(load_file(run / "distilled" / "model.safetensors"), whole)
     assert not any("lora" in name for name in whole)
 
@@ -201,11 +204,62 @@ def test_the_papers_recipe_calibrates_on_books_and_trains_on_instructions(config
     assert metrics["distilled/task_loss"] != metrics["pruned/task_loss"]
 
 
+def test_a_text_that_scores_were_made_on_is_no_measure(configure, words, tmp_path):
+    given = ["+data@calibration.data=wikitext2", "calibration.data.length=12"]
+    given += [f"calibration.data.train={tmp_path}/holdout.txt", f"calibration.data.holdout={tmp_path}/train.txt"]
+    with pytest.raises(ValueError, match=r"evaluation\.metrics\.perplexity_stories: .*is trained or calibrated on"):
+        prune(configure(*words, *given))
+
+
+@pytest.mark.usefixtures("quick_end")
+def test_another_text_under_the_same_name_is_another_run(configure, words, tmp_path):
+    cfg = configure(*(w for w in words if "lora" not in w), "distillation=none")
+    prune(cfg)
+    (tmp_path / "train.txt").write_text(TRAIN[::-1])
+    prune(cfg)
+    assert len(list(tmp_path.rglob("finished.json"))) == 2
+
+
+@pytest.mark.usefixtures("unverified")
+def test_the_study_tells_its_runs_apart(configure, words, tmp_path):
+    small = [word for word in words if word not in ("debug=tiny", "task=language") and "lora" not in word]
+    small += ["selection.ratio=0.2", "selection.tolerance=0.1", "calibration.samples=4", "evaluation.loss_samples=4"]
+    small += [f"evaluation.metrics.perplexity.text={tmp_path}/holdout.txt", "evaluation.metrics.perplexity.length=16"]
+    small += ["logger.wandb=false", "experiment=shortened_llama", "evaluation.metrics.perplexity.tokens=null", *SMALL]
+    for given in (
+        ["distillation=none"],
+        ["distillation=task_only"],
+        ["distillation=none", 'selection.protected=[":2"]'],
+    ):
+        prune(configure(*small, *given))
+    root = tmp_path / "runs" / "shortened_llama"
+    table, unpruned = results(root)
+    assert list(zip(table["criterion"], table["retraining"], strict=True)) == [
+        ("perplexity", "none"),
+        ("perplexity+", "none"),
+        ("perplexity", "task_only"),
+    ] or list(table["criterion"]) == ["perplexity+", "perplexity", "perplexity"]
+    runs = [json.loads((path.parent / "metrics.json").read_text()) for path in root.rglob("finished.json")]
+    assert unpruned == {name: runs[0][f"teacher/{name}"] for name in ("perplexity", "perplexity_stories")}
+    trained = next(run for run in runs if "distilled/perplexity" in run)
+    last = table.iloc[-1]
+    assert (last["perplexity"], last["perplexity_stories"]) == (
+        trained["distilled/perplexity"],
+        trained["distilled/perplexity_stories"],
+    )
+    assert "| perplexity+ | 1 |" in markdown(table)
+    prune(configure(*small, "distillation=task_only", "seed=1"))
+    with pytest.raises(ValueError, match="several runs of"):
+        results(root)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (["data=tiny"], "data=tiny: Images gives no tokens"),
         (["data.length=65"], "data.length=65 is more than the 64 tokens"),
+        (["distillation.lora.targets=[qproj]"], "'qproj' is no linear layer"),
+        (["noise_scheduler=linear"], "noise_scheduler=linear: this teacher has none"),
         (["export.dense_twin=true"], "of a diffusion network"),
         (["selection=bk_sdm", "~selection.ratio", "~selection.tolerance"], "selection.name='bk_sdm' is for the U-Nets"),
         (["evaluation=frechet_resnet20"], "measures generated samples"),
@@ -220,6 +274,11 @@ def test_what_does_not_go_with_a_language_model_is_said_before_it_is_scored(conf
     with pytest.raises(ValueError, match=message):
         prune(cfg)
     assert not list(Path(cfg.paths.runs).rglob("scores.json"))
+
+
+def test_a_data_set_is_no_value_of_calibration_data(configure):
+    with pytest.raises(ConfigError, match=r"say \+data@calibration\.data=wikitext2"):
+        configure("task=language", "calibration.data=wikitext2")
 
 
 def test_a_language_model_has_no_latents_to_store(configure, words):

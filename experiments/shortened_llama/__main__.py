@@ -39,7 +39,8 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     table, unpruned = results(options.runs)
-    table.to_csv(options.out / "results.csv", index=False)
+    rows = [table, pd.DataFrame([{"criterion": "unpruned", "ratio": 0, "removed": 0, **unpruned}])]
+    pd.concat(rows).to_csv(options.out / "results.csv", index=False)
     (options.out / "samples.md").write_text(samples(options.runs))
     draw(table, unpruned, options.out / "perplexity.png")
     print(markdown(table))
@@ -48,36 +49,35 @@ def main() -> None:
 def results(root: Path) -> tuple[pd.DataFrame, dict[str, float]]:
     """A row a criterion, ratio and way of retraining, with "none" for the network as pruned; the unpruned perplexities.
 
-    "+" behind a criterion's name says that the first four and the last two layers were kept.
+    "+" behind a criterion's name says that the first four and the last two layers were kept. Raises ValueError where
+    two runs differ in something else.
     """
-    runs = collect(root)
     rows: list[dict[str, Any]] = []
-    for run in runs.to_dict("records"):
+    unpruned: dict[str, float] = {}
+    for run in collect(root).to_dict("records"):
         folder = root / Path(run["page"]).parent
-        plan, measured = read_json(folder / "plan.json"), read_json(folder / "measured.json")
+        plan, metrics = read_json(folder / "plan.json"), read_json(folder / "metrics.json")
         name = run["criterion"].removesuffix(" (channels)") + ("+" if plan["protected"] else "")
         fields: dict[str, Any] = {"criterion": name + (" (width)" if run["selection"] == "uniform" else "")}
         fields |= {"ratio": run["ratio"], "removed": run["achieved"], "parameters": run["params"]}
         fields["layers"] = sum(change["kind"] == "bypass" for change in plan["changes"])
-        fields["device"] = measured["device"]
+        fields["device"] = read_json(folder / "measured.json")["device"]
         tokens = run["steps"] * run["setting"]["data.batch_size"] * run["setting"]["data.length"]
         trained = {"retraining": run["distillation"], "tokens": tokens, "lr": run["setting"]["optimizer.lr"]}
-        values = {"perplexity": run["quality"], "perplexity_stories": run["eval/perplexity_stories"]}
-        before = {"perplexity": run["quality_pruned"], "perplexity_stories": run["pruned/perplexity_stories"]}
-        rows.append(fields | {"retraining": "none", "tokens": 0, "lr": None} | before)
+        of = {
+            network: {text: metrics[f"{network}/{text}"] for text in TEXTS} for network in ("teacher", "pruned", "eval")
+        }
+        unpruned = of["teacher"]
+        rows.append(fields | {"retraining": "none", "tokens": 0, "lr": None} | of["pruned"])
         if run["distillation"] != "none":
-            rows.append(fields | trained | values)
-    table = pd.DataFrame(rows).drop_duplicates(["criterion", "ratio", "retraining"])
-    order = {name: place for place, name in enumerate(RETRAINED)}
-    table = table.sort_values(
-        ["retraining", "ratio", "perplexity"],
-        key=lambda column: column.map(order) if column.name == "retraining" else column,
-    )
-    unpruned = {
-        "perplexity": runs["quality_teacher"].mean(),
-        "perplexity_stories": runs["teacher/perplexity_stories"].mean(),
-    }
-    return table.reset_index(drop=True), unpruned
+            rows.append(fields | trained | of["eval"])
+    table, key = pd.DataFrame(rows), ["criterion", "ratio", "retraining"]
+    twice = table[(table["retraining"] != "none") & table.duplicated(key)]
+    if len(twice):
+        raise ValueError(f"{root} has several runs of {twice.iloc[0][key].to_dict()}; remove all but one")
+    table = table.drop_duplicates(key)
+    table["retraining"] = pd.Categorical(table["retraining"], list(RETRAINED))
+    return table.sort_values(["retraining", "ratio", "perplexity"], ignore_index=True), unpruned
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -85,14 +85,14 @@ def markdown(table: pd.DataFrame) -> str:
     kinds = [kind for kind in RETRAINED if (table["retraining"] == kind).any()]
     lines = ["| criterion | layers | removed | " + " | ".join(RETRAINED[kind] for kind in kinds) + " |"]
     lines.append("| --- |" + " --- |" * (2 + len(kinds)))
-    best = set(table.loc[table.groupby(["ratio", "retraining"], observed=True)["perplexity"].idxmin()].index)
+    best = table.groupby(["ratio", "retraining"], observed=True)["perplexity"].transform("min")
     table = table.assign(least=table.groupby(["ratio", "criterion"])["perplexity"].transform("min"))
     for _, rows in table.sort_values(["ratio", "least"]).groupby(["ratio", "criterion"], sort=False):
         first = rows.iloc[0]
         cells = dict.fromkeys(kinds, "")
         for index, row in rows.iterrows():
             value = shown(row["perplexity"])
-            value = f"**{value}**" if index in best else value
+            value = f"**{value}**" if row["perplexity"] == best[index] else value
             cells[row["retraining"]] = f"{value} / {shown(row['perplexity_stories'])}"
         line = [first["criterion"], str(first["layers"] or "width"), f"{first['removed']:.3f}", *cells.values()]
         lines.append("| " + " | ".join(line) + " |")

@@ -8,6 +8,7 @@ Shapes: N samples, L tokens, V entries of the vocabulary.
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -54,6 +55,11 @@ class LanguageBackbone(NetworkBackbone):
     @property
     def length(self) -> int:
         return self.options.get("length", 128)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that the network was made for; sys.maxsize where its configuration does not say it."""
+        return getattr(self.network.config, "max_position_embeddings", sys.maxsize)
 
     # Units and their removal
 
@@ -167,9 +173,8 @@ class LanguageBackbone(NetworkBackbone):
                 f"data.tokenizer has {data.vocabulary} kinds of tokens, and the teacher knows {config.vocab_size}; "
                 "choose the teacher's own tokenizer"
             )
-        longest = getattr(config, "max_position_embeddings", length)
-        if length > longest:
-            raise ValueError(f"data.length={length} is more than the {longest} tokens that the teacher was made for")
+        if length > self.longest:
+            raise ValueError(f"data.length={length} is more than the {self.longest} tokens the teacher was made for")
 
     def training_inputs(self, batch: Batch) -> Batch:
         """{"sample": (N,L), "mask": (N,L) of the tokens that count as targets, where not all do}."""
@@ -185,9 +190,13 @@ class LanguageBackbone(NetworkBackbone):
         return inputs
 
     def predict(self, inputs: Batch) -> Tensor:
-        """Logits (N,L,V). Where samples end early, what comes after their end is behind all that counts."""
+        """Logits (N,L,V); zeros where they predict a token that does not count, such as padding behind a sample."""
         mask = inputs.get("attention_mask")
-        return self.network(input_ids=inputs["sample"], attention_mask=mask, use_cache=False, return_dict=False)[0]
+        logits = self.network(input_ids=inputs["sample"], attention_mask=mask, use_cache=False, return_dict=False)[0]
+        if "mask" not in inputs:
+            return logits
+        counts_NL = F.pad(inputs["mask"][:, 1:], (0, 1))
+        return logits.masked_fill(~counts_NL[..., None], 0)
 
     def losses(self, output: Tensor, inputs: Batch) -> Tensor:
         """Mean negative log-likelihood of each sample's tokens after the first, as far as they count: (N,)."""
@@ -245,9 +254,8 @@ def greedy(network: Any, tokens: Tensor, new: int) -> Tensor:
         attention_mask=torch.ones_like(tokens),
         max_new_tokens=new,
         do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
+        num_beams=1,
+        repetition_penalty=1.0,  # whatever the model's own configuration says
         pad_token_id=network.config.pad_token_id or 0,
     )
 

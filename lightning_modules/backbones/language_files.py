@@ -23,24 +23,26 @@ ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
 """the weights whose output is turned by rotary embeddings"""
 
 
-def load_language_model(path: str, tokenizer: str | None = None, length: int = 128) -> LanguageBackbone:
+def load_language_model(path: str, tokenizer: str | None = None, length: int = 128, block: int = 8) -> LanguageBackbone:
     """A decoder-only language model with its tokenizer, float32 and in eval mode.
 
     `path` is a folder or a hub id of transformers, a .gguf file, or a checkpoint of llama2.c (.bin); files are looked
     up in $SECATEUR_DATA, too. `tokenizer` is a folder, a hub id, a .gguf or a SentencePiece .model file; None is the
-    one beside the weights, if there is one. `length` is the number of tokens of a sample when costs are counted. Raises
-    MissingData for what is not to be had, and ValueError for files that cannot be read and for other architectures.
+    one beside the weights, if there is one. `length` is the number of tokens of a sample when costs are counted,
+    `block` the most channels of a unit of width. Raises MissingData for what is not to be had, and ValueError for files
+    that cannot be read, for other architectures, and for networks that are no stock ones any more without a layer.
     """
     place = find_model(path)
     network = read_network(place)
-    longest = network.config.max_position_embeddings
-    if not 2 <= length <= longest:
-        raise ValueError(f"teacher.length={length} is out of range; choose 2 to {longest} tokens")
+    backbone = LanguageBackbone(network, length=length, block=block)
+    if not 2 <= length <= backbone.longest:
+        raise ValueError(f"teacher.length={length} is out of range; choose 2 to {backbone.longest} tokens")
+    check_shorter(backbone, path)
     if tokenizer is None and (place.suffix == ".gguf" or has_tokenizer(place)):
         tokenizer = str(place)
     if tokenizer is None:
         log.warning("teacher.path=%s has no tokenizer beside it: it reads and writes token ids only", path)
-        return LanguageBackbone(network, length=length)
+        return backbone
     words = load_tokenizer(tokenizer)
     kinds = max(words.get_vocab().values()) + 1
     if kinds > network.config.vocab_size:
@@ -48,7 +50,25 @@ def load_language_model(path: str, tokenizer: str | None = None, length: int = 1
             f"teacher.tokenizer={tokenizer!r} has {kinds} tokens, and the network in {place} knows "
             f"{network.config.vocab_size}; choose the one it was trained with"
         )
-    return LanguageBackbone(network, words, length=length)
+    backbone.tokenizer = words
+    return backbone
+
+
+def check_shorter(backbone: LanguageBackbone, path: str) -> None:
+    """Raise ValueError where the stock class does not build what stays when a layer is removed."""
+    meta = LanguageBackbone(backbone.meta_network())
+    for name in (next(iter(meta.layers())), list(meta.layers())[-1]):
+        if len(meta.layers()) == 1:
+            return
+        student = meta.pruned([{"unit": name, "kind": "bypass"}])
+        shapes = {key: tensor.shape for key, tensor in student.network.state_dict().items()}
+        stock = {key: tensor.shape for key, tensor in student.meta_network().state_dict().items()}
+        if stock != shapes:
+            key = min(stock.items() ^ shapes.items())[0]
+            raise ValueError(
+                f"teacher.path={path}: a {type(backbone.network).__name__} without {name} is no stock network: its "
+                f"layers are of several kinds by their places ({key})"
+            )
 
 
 def read_network(place: Path) -> Any:

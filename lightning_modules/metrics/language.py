@@ -61,6 +61,7 @@ class Perplexity:
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} is out of range; choose a whole number of {least} or more")
         self.length, self.bos, self.batch_size, self.tokens = length, bos, batch_size, tokens
+        self.taken: int | str = "full"  # until `check` has seen the network
         self.source = Texts(text, hub, subset, revision, column, separator)
         self.name = Path(text).name if hub is None else f"{Path(hub).name if Path(hub).exists() else hub} ({text})"
         self.source.identities()  # a wrong path is said at once
@@ -72,25 +73,26 @@ class Perplexity:
             texts = (text.strip() for text in texts if text.strip())
         return "\n\n".join(texts)
 
-    def check(self, backbone: NetworkBackbone, data: Any) -> None:
+    def check(self, backbone: Any, data: Any) -> None:
         """No tokenizer, segments the network is not made for, a text too short for one, or one that is trained on."""
         if getattr(backbone, "tokenizer", None) is None:
             raise ValueError("perplexity is of a language model with a tokenizer; choose a teacher that has one")
-        length, longest = self.context(backbone), backbone.network.config.max_position_embeddings
+        length, longest = self.context(backbone), backbone.longest
         if length > longest:
             raise ValueError(
                 f"length={self.length}, bos={self.bos!r}: segments of {length} tokens are more than the {longest} that "
                 "the teacher was made for"
             )
         self.segments(backbone)
+        self.taken = length
         trained_on = data.trained_on() if hasattr(data, "trained_on") else set()
         if shared := [name for key, name in self.source.identities().items() if key in trained_on]:
             raise ValueError(f"text={shared[0]} is trained or calibrated on, too; choose another text")
 
-    def context(self, backbone: NetworkBackbone) -> int:
+    def context(self, backbone: Any) -> int:
         """Tokens of a segment, its first one included."""
         if self.length is None:
-            return backbone.network.config.max_position_embeddings
+            return backbone.longest
         return self.length + (self.bos == "each")
 
     def segments(self, backbone: NetworkBackbone) -> Tensor:
@@ -112,7 +114,7 @@ class Perplexity:
     def protocol(self) -> dict[str, Any]:
         content = hashlib.sha256(self.text.encode()).hexdigest()[:8]
         limit = {} if self.tokens is None else {"tokens": self.tokens}
-        return {"text": self.name, "content": content, "length": self.length or "full", "bos": self.bos} | limit
+        return {"text": self.name, "content": content, "length": self.length or self.taken, "bos": self.bos} | limit
 
     @torch.no_grad()
     def __call__(self, backbone: NetworkBackbone, device: torch.device) -> float:
