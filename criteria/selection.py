@@ -152,8 +152,8 @@ class Budgeted(Selection):
         """The costs of sets of the units that may go; ValueError where they are no sums over the units."""
         if pool.cost is not None:
             raise ValueError(
-                "these units are channels, whose costs do not add up; choose selection=threshold, or for language "
-                "models selection=uniform"
+                "these units are channels, whose costs do not add up; choose selection=uniform for a language model, "
+                "selection=threshold for other networks"
             )
         staying = self.staying(pool.units)
         free = [i for i, unit in enumerate(pool.units) if unit.name not in staying]
@@ -172,7 +172,11 @@ class Budgeted(Selection):
         return InfeasibleBudget(
             f"selection.ratio={self.ratio} (tolerance {self.tolerance}) of {self.budget} cannot be had: the largest "
             f"achievable ratio is {largest / total:.3f}, the nearest achievable {near or 'none'}"
-            + (f", with {len(self.staying(pool.units))} units protected" if self.protected else "")
+            + (
+                f", with {len(self.staying(pool.units))} of {len(pool.units)} units protected (selection.protected)"
+                if self.protected
+                else ""
+            )
         )
 
 

@@ -63,8 +63,10 @@ Selection `{cfg.selection.name}`, distillation `{cfg.distillation.name}`
 def usage(network: NetworkBackbone) -> str:
     """How an export of this network is loaded, in Markdown."""
     if network.library == "transformers":
-        return """    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+        return """    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokens = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
+    print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 """
     around: Any = network.surroundings
     without, captions = ([], []) if around is None else (around.missing(), list(around.table or ()))

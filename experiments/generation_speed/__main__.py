@@ -179,7 +179,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto is cuda where there is one, else cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent, help="a folder for results.csv and speed.png"
+        "--out", type=Path, default=Path("runs/generation_speed"), help="a folder for results.csv and speed.png"
     )
     options = parser.parse_args(arguments)
     if not 0 <= options.warmup < options.runs:

@@ -1,9 +1,9 @@
 """The tables and figures of this study, from its runs.
 
-    python -m experiments.shortened_llama runs/shortened_llama
+    python -m experiments.shortened_llama runs/shortened_llama runs/shortened_llama_stories15m
 
 Perplexities on the text that networks were retrained on and on another one, over what was removed, a panel a way of
-retraining; and what the networks write.
+retraining; and what the networks write, also those of further folders.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from omegaconf import OmegaConf
 
 from experiments.figures import save
 from experiments.report import collect
@@ -34,14 +35,14 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    table, unpruned = results(options.runs)
+    table, unpruned = results(options.runs[0])
     rows = [table, pd.DataFrame([{"criterion": "unpruned", "ratio": 0, "removed": 0, **unpruned}])]
     pd.concat(rows).to_csv(options.out / "results.csv", index=False)
-    (options.out / "samples.md").write_text(samples(options.runs))
+    (options.out / "samples.md").write_text("".join(samples(root) for root in options.runs))
     draw(table, unpruned, options.out / "perplexity.png")
     print(markdown(table))
 
@@ -144,21 +145,18 @@ def samples(root: Path) -> str:
     blocks: dict[str, list[str]] = {}
     for finished in sorted(root.rglob("finished.json")):
         run = finished.parent
+        cfg: Any = OmegaConf.load(run / "config.yaml")
         written = {path.parent.name: read_json(path) for path in sorted((run / "samples").rglob("texts.json"))}
-        if not run.name.startswith("perplexity-"):
+        if cfg.criterion.name != "perplexity":
             continue
-        _, _, ratio, kind, *_ = run.name.split("-")
-        labels = {"teacher": "unpruned", "pruned": f"{ratio}, as pruned", "distilled": f"{ratio}, {kind}"}
-        for name, label in labels.items():
-            if name not in written:
-                continue
+        part = f"{cfg.selection.ratio:g} removed"
+        labels = {"teacher": "unpruned", "pruned": part, "distilled": f"{part}, {RETRAINED[cfg.distillation.name]}"}
+        for name in (name for name in labels if name in written):
             for prompt, text in zip(written[name]["prompts"], written[name]["texts"], strict=True):
-                line = f"- {label}: {' '.join(text.split())}"
-                lines = blocks.setdefault(prompt, [])
+                line, lines = f"- {labels[name]}: {' '.join(text.split())}", blocks.setdefault(prompt, [])
                 lines += [line] if line not in lines else []
-    return "# What the networks write\n\nGreedy continuations, 48 tokens.\n" + "".join(
-        f"\n## {prompt} ...\n\n" + "\n".join(lines) + "\n" for prompt, lines in blocks.items()
-    )
+    shown = "".join(f"\n## {prompt} ...\n\n" + "\n".join(lines) + "\n" for prompt, lines in blocks.items())
+    return f"# What the networks in {root.name} write, 48 tokens by the most likely one\n{shown}\n"
 
 
 if __name__ == "__main__":
