@@ -327,7 +327,7 @@ def test_uniform_is_for_language_models() -> None:
     for pool in (depth, channels):
         with pytest.raises(ValueError, match="choose threshold for channels of other networks, knapsack for blocks"):
             Uniform(0.3).check(pool)
-    with pytest.raises(ValueError, match="for language models selection=uniform"):
+    with pytest.raises(ValueError, match="selection=uniform for a language model"):
         Knapsack(0.3).check(fake_pool())
 
 
