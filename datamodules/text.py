@@ -326,8 +326,8 @@ def tokenizer(path: str | None) -> Tokenizer:
     """
     if path is None:
         raise ValueError(
-            "data.tokenizer.path=null: the teacher has no tokenizer; choose a language model (such as teacher=stories15m), "
-            "or a path"
+            "data.tokenizer.path=null: the teacher has no tokenizer; choose a language model (teacher=stories15m), or "
+            "a path"
         )
     from datamodules.tokenizers import load_tokenizer  # noqa: PLC0415  which imports transformers
 
