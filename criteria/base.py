@@ -28,7 +28,7 @@ class Unit:
     name: str
     """module path"""
     kind: str
-    """resnet | attention | transformer | block; conv | attention | norm for operators; channel for width"""
+    """resnet | attention | transformer | block | layer; operators: conv | attention | norm; width: channel | head"""
     params: int
     macs: int
     """multiply-accumulates of one forward at batch 1, convolutions and linear layers"""
