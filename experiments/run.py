@@ -99,8 +99,8 @@ def effective(cfg: DictConfig) -> dict[str, Any]:
             continue  # what is measured decides the plan
         for name in names:
             (content[group] if group else content).pop(name, None)
-    for name in NO_EFFECT["data"] if content["calibration"]["data"] else ():
-        content["calibration"]["data"].pop(name, None)
+    for name in NO_EFFECT["data"]:
+        (content["calibration"].get("data") or {}).pop(name, None)
     if content["latents"] is not None:  # what they are, not where
         content["latents"] = read_manifest(content["latents"])["id"]
     return content
@@ -208,7 +208,7 @@ class Run:
         assert isinstance(content, dict)
         named = [content["evaluation"]["metrics"], content["evaluation"]["prompts"], content["pretrain"]]
         named.append((content["data"] or {}).get("statistics"))
-        for data in (content["data"], content["calibration"]["data"]):
+        for data in (content["data"], content["calibration"].get("data")):
             if data and "tokenizer" in data and not data.get("hub"):  # texts are small
                 named.append([data["tokenizer"], *(data.get(name) for name in ("train", "holdout", "path"))])
         key = {"config": effective(cfg), "teacher": teacher, "version": RESULT_VERSION}

@@ -24,7 +24,7 @@ class Fake(nn.Module):
     """
 
     takes_text = True
-    writes_text = True
+    writes_text = False
 
     def __init__(self) -> None:
         super().__init__()
