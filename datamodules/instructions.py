@@ -14,7 +14,7 @@ import torch
 
 from datamodules.seeding import torch_rng
 from datamodules.sources import BadSample, Source, hub_table
-from datamodules.text import Tokenizer, Tokens, file_sha256, found, read, split_sha256
+from datamodules.text import Texts, Tokenizer, Tokens, file_sha256, found, read
 
 Row = Mapping[str, Any]
 
@@ -149,7 +149,7 @@ class Instructions(Tokens):
     def trained_on(self) -> set[str]:
         if self.file is not None:
             return {file_sha256(self.file)}
-        return {split_sha256(self.path, self.configuration, self.part)}
+        return set(Texts(self.part, self.path, self.configuration).identities())
 
 
 def columns_of(field: str, template: str) -> list[str]:

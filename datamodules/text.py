@@ -150,7 +150,8 @@ class Texts:
         """
         if self.hub is not None:
             splits = [part.partition("[")[0] for part in self.path.split("+")]
-            return {split_sha256(self.hub.rstrip("/"), self.subset, split): self.path for split in splits}
+            names = [f"{self.hub.rstrip('/')}/{self.subset}/{split}" for split in splits]
+            return {hashlib.sha256(name.encode()).hexdigest(): self.path for name in names}
         return {file_sha256(file): str(file) for file in self.files if file.stat().st_size}
 
 
@@ -313,10 +314,6 @@ def read(file: Path) -> str:
 def file_sha256(file: Path) -> str:
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def split_sha256(hub: str, subset: str | None, split: str) -> str:
-    return hashlib.sha256(f"{hub}/{subset}/{split}".encode()).hexdigest()
 
 
 def tokenizer(path: str | None) -> Tokenizer:
