@@ -61,6 +61,7 @@ class Perplexity:
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} is out of range; choose a whole number of {least} or more")
         self.length, self.bos, self.batch_size, self.tokens = length, bos, batch_size, tokens
+        self.encoded: tuple[Any, list[int]] | None = None
         self.taken: int | str = "full"  # until `check` has seen the network
         self.source = Texts(text, hub, subset, revision, column, separator)
         self.name = Path(text).name if hub is None else f"{Path(hub).name if Path(hub).exists() else hub} ({text})"
@@ -98,7 +99,9 @@ class Perplexity:
     def segments(self, backbone: NetworkBackbone) -> Tensor:
         """Token ids (N,L). Raises ValueError where there is not one segment, or no token to begin with."""
         tokenizer: Any = backbone.tokenizer
-        tokens = tokenizer.encode(self.text, add_special_tokens=False, verbose=False)[: self.tokens]
+        if self.encoded is None or self.encoded[0] is not tokenizer:  # all networks of a run share one
+            self.encoded = tokenizer, tokenizer.encode(self.text, add_special_tokens=False, verbose=False)
+        tokens = self.encoded[1][: self.tokens]
         first = [] if self.bos == "none" else [tokenizer.bos_token_id]
         if first == [None]:
             raise ValueError(f"bos={self.bos!r}: the tokenizer has no token for a beginning; choose bos=none")
