@@ -31,7 +31,7 @@ NOTES = ("name", "license")
 """Keys beside a `_target_` that are no parameters."""
 
 
-RESERVED = ("output_loss", "task_loss", "params", "macs", "macs_attention", "latency_ms", "weights")
+RESERVED = ("output_loss", "task_loss", "params", "macs", "macs_attention", "flops", "latency_ms", "weights")
 """What metrics.json and measured.json have of a network beside `evaluation.metrics`."""
 
 
@@ -182,9 +182,15 @@ class Config:
 
 
 def register() -> None:
-    """Make the schema known to Hydra, and `${root:}` (this repository's folder) to OmegaConf."""
+    """Make the schema known to Hydra, and `${root:}` (this repository's folder) and `${either:a,b}` to OmegaConf."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
+    OmegaConf.register_new_resolver("either", either, replace=True)
+
+
+def either(*values: Any) -> Any:
+    """The first value that is not null."""
+    return next((value for value in values if value is not None), None)
 
 
 def check(cfg: DictConfig) -> None:

@@ -37,6 +37,11 @@ class Unit:
     inside: str | None = None
     """the unit that contains this one, where there is one: only one of the two can be removed"""
 
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What has to go for this to go, as `Shared` has it: itself."""
+        return (self.name,)
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -77,6 +82,21 @@ class Backbone(Protocol):
 
     def losses(self, output: Tensor, inputs: Batch) -> Tensor:
         """The task loss of an output, one value a sample: (N,)."""
+        ...
+
+    def gated(self, gates: Mapping[str, Tensor], level: str) -> AbstractContextManager[None]:
+        """Each unit's part in the output is multiplied by its gate while the context lasts: 1 leaves it, 0 removes it.
+
+        `gates` are {group: (its units,)}; the group of unit "a:3" is "a", that of any other the unit itself.
+        """
+        ...
+
+    def soft_cost(self, gates: Mapping[str, Tensor], budget: str, level: str) -> Tensor:
+        """What is left of a cost under gates: float64, with gradients; with gates of 0 and 1 what is counted."""
+        ...
+
+    def totals(self) -> dict[str, int]:
+        """{budget: what the whole network costs}."""
         ...
 
     def weights(self) -> dict[str, Tensor]:

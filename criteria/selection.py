@@ -1,14 +1,13 @@
 """An exact choice of the units to remove under a budget.
 
-The budget is the fraction of a cost (parameters, MACs or measured latency) to remove; what is achieved lies in
-[ratio, ratio + tolerance]. That is a constraint of the program, not a stopping rule: scores may be negative, and
-minimal harm alone would then remove without limit.
+The budget is the fraction of a cost (parameters, MACs, FLOPs or measured latency) to remove, or how much of it is to be
+left; the fraction that is achieved lies in [ratio, ratio + tolerance]. That is a constraint of the program, not a
+stopping rule: scores may be negative, and minimal harm alone would then remove without limit.
 """
 
 import difflib
 import math
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -16,7 +15,7 @@ from fractions import Fraction
 from criteria.base import Shared, Unit
 from criteria.solver import Program, greatest_cost, harm, least_cost, reachable, solve
 
-BUDGETS = ("params", "macs", "latency")
+BUDGETS = ("params", "macs", "flops", "latency")
 SLICE = re.compile(r"(-?\d+)?:(-?\d+)?")
 
 Measure = Callable[[Sequence[str]], float]
@@ -34,7 +33,7 @@ class Pool:
     units: Sequence[Unit]
     """in the order of the forward pass"""
     totals: Mapping[str, int]
-    """{budget: the whole backbone's cost}: params, macs and, where it was measured, latency in microseconds"""
+    """{budget: the whole backbone's cost}: params, macs, of classifiers flops, if measured latency in microseconds"""
     shared: Sequence[Shared] = ()
     savings: Mapping[str, int] | None = None
     """{unit, or shared part: microseconds that its removal alone saves}; measured, and so perhaps below zero"""
@@ -42,7 +41,7 @@ class Pool:
     """cost(names, budget): what a set of units frees, where that is not the sum over units (channels)"""
 
     def total(self, budget: str) -> int:
-        """The whole backbone's cost; ValueError where it was not measured."""
+        """The whole backbone's cost; ValueError where this network has none such, or it was not measured."""
         if budget not in self.totals:
             raise ValueError(
                 f"selection.budget={budget!r} has no total in this pool; choose one of: {', '.join(self.totals)}"
@@ -68,6 +67,9 @@ class Pool:
         """What one part frees; a removal that was measured to save nothing, or less, frees 0."""
         if budget == "latency":
             return max((self.savings or {}).get(part.name, 0), 0)
+        if budget == "flops":  # only classifiers have them, and of those only channels go
+            assert self.cost is not None
+            return self.cost([part.name], budget)
         return part.params if budget == "params" else part.macs
 
 
@@ -94,27 +96,42 @@ class Selection:
 class Budgeted(Selection):
     """What every way of meeting a budget shares; subclasses give `choose`, or a `check` and `select` of their own.
 
-    `ratio`: fraction of the backbone's `budget` (params | macs | latency) to remove. `protected`: units that stay, by
-    name or as slices of the units in the order of the forward pass (":4" the first four, "-2:" the last two).
+    `ratio`: fraction of the backbone's `budget` (params | macs | flops | latency) to remove. `target`: what is to be
+    left of it at most, in parameters, MACs or FLOPs, instead of `ratio`, which is then None. `tolerance`: how much more
+    may go, as a fraction of the whole backbone's cost. `protected`: units that stay, by name, as slices of the units in
+    the order of the forward pass (":4" the first four, "-2:" the last two), or all channels of a group by its name.
     """
 
-    ratio: float
+    ratio: float | None = None
     tolerance: float = 0.02
     budget: str = "params"
     protected: list[str] = field(default_factory=list)
+    target: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
+        if (self.ratio is None) == (self.target is None):
+            raise ValueError(
+                f"selection.ratio={self.ratio}, selection.target={self.target}: give exactly one of the two (the "
+                "fraction to remove, or what is to be left), and say null for the other"
+            )
+        if self.ratio is not None and not 0 < self.ratio < 1:
             percent = f" (a fraction, not a percentage: {self.ratio / 100:g}?)" if 1 <= self.ratio < 100 else ""
             raise ValueError(f"selection.ratio={self.ratio} is out of range; choose 0 < ratio < 1{percent}")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"selection.tolerance={self.tolerance} is out of range; choose 0 <= tolerance < 1")
-        if self.budget not in BUDGETS:
-            raise ValueError(f"selection.budget={self.budget!r} is unknown; choose one of: {', '.join(BUDGETS)}")
+        check_budget(self.budget)
+        if self.target is not None and self.budget == "latency":
+            raise ValueError(
+                f"selection.target={self.target}: of the budget latency choose a ratio, or for a target one of: "
+                "params, macs, flops"
+            )
 
     def check(self, pool: Pool) -> None:
-        """Raises InfeasibleBudget, and ValueError for an unknown protected unit, naming the nearest."""
-        program, window = self.program(pool), self.window(pool)
+        """Raises InfeasibleBudget, and ValueError for a budget or a target that this network cannot have.
+
+        ValueError as well for an unknown protected unit, naming the nearest.
+        """
+        window, program = self.window(pool), self.program(pool)
         if not reachable(program, window):
             largest = greatest_cost(program, sum(program.every))
             below, above = greatest_cost(program, window[0] - 1), least_cost(program, window[1] + 1)
@@ -139,12 +156,16 @@ class Budgeted(Selection):
     def staying(self, units: Sequence[Unit]) -> list[str]:
         """The names of the protected units; raises ValueError for an unknown one, naming the nearest."""
         names = [unit.name for unit in units]
-        found: list[str] = []
+        found: set[str] = set()
         for entry in self.protected:
             part = SLICE.fullmatch(entry)
             if part and any(":" in name for name in names):
-                raise ValueError(f"selection.protected={entry!r}: slices are of blocks; name channels one by one")
-            found += names[slice(*(int(end) if end else None for end in part.groups()))] if part else [entry]
+                raise ValueError(
+                    f"selection.protected={entry!r}: slices are of blocks; name channels, or groups of them, such as "
+                    f"{group(names[0])!r}"
+                )
+            named = [name for name in names if entry in (name, group(name))] or [entry]
+            found.update(names[slice(*(int(end) if end else None for end in part.groups()))] if part else named)
         known(found, units, "selection.protected")
         return [name for name in names if name in found]
 
@@ -160,23 +181,37 @@ class Budgeted(Selection):
         return pool.program(self.budget).after(set(), free)
 
     def window(self, pool: Pool) -> tuple[int, int]:
-        """The least and the greatest cost to remove, in whole parameters, MACs or microseconds."""
-        ratio, tolerance = Fraction(str(self.ratio)), Fraction(str(self.tolerance))  # as written, not as rounded
+        """The least and the greatest cost to remove, in whole parameters, MACs, FLOPs or microseconds."""
+        least, tolerance = self.least(pool), Fraction(str(self.tolerance))
+        return math.ceil(least), math.floor(least + tolerance * pool.total(self.budget))
+
+    def least(self, pool: Pool) -> Fraction:
+        """The least cost to remove; raises ValueError for a target that is not below the whole network's cost."""
         total = pool.total(self.budget)
-        return math.ceil(ratio * total), math.floor((ratio + tolerance) * total)
+        if self.target is None:
+            return Fraction(str(self.ratio)) * total  # as written, not as rounded
+        if not 0 < self.target < total:
+            raise ValueError(
+                f"selection.target={self.target:,} is out of range: the whole network has {total:,} {self.budget}; "
+                f"choose 0 < target < {total:,}"
+            )
+        return total - Fraction(str(self.target))
 
     def infeasible(self, pool: Pool, largest: int, below: int, above: int | None) -> InfeasibleBudget:
-        """The error that names the largest cost that can be had, and the nearest below and above the window."""
-        total = pool.total(self.budget)
-        near = " and ".join(f"{cost / total:.4f}" for cost in (below, above) if cost)
+        """The error that names the largest cost that can be removed, and the nearest below and above the window."""
+        total, near = pool.total(self.budget), [cost for cost in (below, above) if cost]
+        if self.target is None:
+            asked, most = f"selection.ratio={self.ratio}", f"the largest achievable ratio is {largest / total:.3f}"
+            nearest = [f"{cost / total:.4f}" for cost in near]
+        else:
+            asked = f"selection.target={self.target:,}"
+            most = f"the smallest cost that can be had is {total - largest:,} of {total:,}"
+            nearest = [f"{total - cost:,}" for cost in near]
+        protected = len(self.staying(pool.units)) if self.protected else 0
         return InfeasibleBudget(
-            f"selection.ratio={self.ratio} (tolerance {self.tolerance}) of {self.budget} cannot be had: the largest "
-            f"achievable ratio is {largest / total:.3f}, the nearest achievable {near or 'none'}"
-            + (
-                f", with {len(self.staying(pool.units))} of {len(pool.units)} units protected (selection.protected)"
-                if self.protected
-                else ""
-            )
+            f"{asked} (tolerance {self.tolerance}) of {self.budget} cannot be had: {most}, the nearest achievable "
+            + (" and ".join(nearest) or "none")
+            + (f", with {protected} of {len(pool.units)} units protected (selection.protected)" if protected else "")
         )
 
 
@@ -242,65 +277,22 @@ class Greedy(InOrder):
 
 
 @dataclass
-class Threshold(Budgeted):
-    """Channels by one global threshold: every unit of this score or less goes (AutoBot, arXiv 2111.09635).
-
-    A group is what stands before the ':' of a unit's name, and its unit of the highest score stays (the last one
-    where several have it). What a set frees is not the sum over its units, so the threshold is bisected over the
-    scores that there are with the pool's exact `cost`. Where the scores that lie at one threshold jump over the
-    budget, they go one by one in the order of the forward pass (our choice; AutoBot stops near the target instead).
-    """
-
-    def check(self, pool: Pool) -> None:
-        """Raises ValueError for a pool that is not of channels, and for an unknown protected unit."""
-        self.staying(pool.units)
-        pool.total(self.budget)
-        if pool.cost is None:
-            raise ValueError(
-                "selection.name='threshold' is for channels; for blocks and operators choose one of: knapsack, "
-                "refined, greedy, ranked, given"
-            )
-
-    def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
-        self.check(pool)
-        order, (low, high), cost = self.order(pool, scores), self.window(pool), pool.cost
-        assert cost is not None
-
-        def freed(count: int) -> int:
-            return cost(order[:count], self.budget) if count else 0
-
-        # Where a threshold can lie: behind the last unit of each score.
-        ends = [i for i in range(1, len(order) + 1) if i == len(order) or scores[order[i]] > scores[order[i - 1]]]
-        tie = bisect_left(ends, low, key=freed)
-        if tie == len(ends):
-            largest = freed(len(order))
-            raise self.infeasible(pool, largest, largest, None)
-        count = ends[tie]
-        if freed(count) > high:
-            start = ends[tie - 1] if tie else 0
-            count = bisect_left(range(count), low, lo=start, key=freed)
-        if freed(count) > high:
-            raise self.infeasible(pool, freed(len(order)), freed(count - 1), freed(count))
-        return [unit.name for unit in pool.units if unit.name in set(order[:count])]
-
-    def order(self, pool: Pool, scores: Mapping[str, float]) -> list[str]:
-        """The units that may go, the lowest score first, then in the order of the forward pass."""
-        protected = set(self.staying(pool.units))
-        staying = {group(name) for name in protected}
-        names = sorted((unit.name for unit in pool.units), key=scores.__getitem__)
-        last = {group(name): name for name in names}  # of each group, the one of the highest score
-        return [n for n in names if n not in protected and (last[group(n)] != n or group(n) in staying)]
-
-
-@dataclass
 class Given(Selection):
     """Exactly the units that are listed, at whatever ratio they come to."""
 
     units: list[str]
     budget: str = "params"
 
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+
     def check(self, pool: Pool) -> None:
-        """Raises ValueError for an empty list, for an unknown unit (naming the nearest) and for one inside another."""
+        """Raises ValueError for an empty list, for an unknown unit (naming the nearest) and for one inside another.
+
+        ValueError as well for a budget that this network has not.
+        """
+        if self.budget != "latency":  # that is measured at the end
+            pool.total(self.budget)
         if not self.units:
             raise ValueError("selection.units is empty; list at least one unit to remove")
         known(self.units, pool.units, "selection.units")
@@ -318,12 +310,18 @@ def group(name: str) -> str:
     return name.partition(":")[0]
 
 
+def check_budget(budget: str) -> None:
+    """Raise ValueError for what is none of BUDGETS."""
+    if budget not in BUDGETS:
+        raise ValueError(f"selection.budget={budget!r} is unknown; choose one of: {', '.join(BUDGETS)}")
+
+
 def known(names: Iterable[str], units: Sequence[Unit], field_name: str) -> None:
     """Raise ValueError for a name that is no unit, with the nearest that are."""
-    there = [unit.name for unit in units]
+    there = dict.fromkeys(unit.name for unit in units)
     for name in names:
         if name not in there:
-            near = difflib.get_close_matches(name, there, n=3, cutoff=0.3) or there[:3]
+            near = difflib.get_close_matches(name, there, n=3, cutoff=0.3) or list(there)[:3]
             raise ValueError(
                 f"{field_name}: {name!r} is not a unit of this network; the nearest are: {', '.join(near)}"
             )

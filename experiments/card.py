@@ -1,5 +1,6 @@
 """The model card of an export: what it is, what it was made of, and what was measured."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import ROOT
+from criteria.selection import group
 from experiments.measures import described
 from lightning_modules.backbones.base import NetworkBackbone
 
@@ -29,12 +31,15 @@ def model_card(
     rows = "\n".join(
         f"| {key} | {value} |" for key, value in sorted(metrics.items()) if isinstance(value, int | float | str)
     )
-    made = "\n".join(line_of(change, scores) for change in changes)
+    channels = [change["unit"] for change in changes if ":" in change.get("unit", "")]
+    lines = width_lines(channels, scores, network) if channels else [line_of(change, scores) for change in changes]
+    made = "\n".join(lines)
+    task = "\npipeline_tag: image-classification" if network.library == "torch" else ""
     protocol = described(metrics["protocol"]) if "protocol" in metrics else None
     return f"""---
-library_name: {network.library}
+library_name: {"pytorch" if network.library == "torch" else network.library}
 license: {licence}
-tags: [pruned]
+tags: [pruned]{task}
 ---
 # {name}, pruned
 
@@ -62,6 +67,8 @@ Selection `{cfg.selection.name}`, distillation `{cfg.distillation.name}`
 
 def usage(network: NetworkBackbone) -> str:
     """How an export of this network is loaded, in Markdown."""
+    if network.library == "torch":
+        return classifying(*network.example_inputs(1, "meta")["sample"].shape[1:])
     if network.library == "transformers":
         return """    from transformers import AutoModelForCausalLM, AutoTokenizer
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -75,6 +82,23 @@ def usage(network: NetworkBackbone) -> str:
 
 (`trust_remote_code` is needed where a file `pruned_unet.py` lies beside the weights.)
 {stored(captions)}"""
+
+
+def classifying(channels: int, height: int, width: int) -> str:
+    """How an image classifier is loaded and asked about a picture, in Markdown."""
+    return f"""    import sys
+    import numpy, torch
+    from PIL import Image
+    sys.path.insert(0, folder)
+    from image_networks import load  # the file beside the weights
+    network = load(folder).eval()
+    picture = Image.open("picture.png").convert("{"RGB" if channels == 3 else "L"}").resize(({width}, {height}))
+    image = torch.from_numpy(numpy.atleast_3d(picture).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.inference_mode():
+        print(network(image).softmax(1))
+
+`image_networks.py` needs torch and safetensors (and torchvision for the networks that are torchvision's).
+"""
 
 
 def stored(captions: Sequence[str]) -> str:
@@ -98,3 +122,14 @@ def line_of(change: dict[str, Any], scores: dict[str, Any]) -> str:
     unit = change.get("unit")
     score = f", score {scores[unit]['score']:.4g}" if unit in scores else ""
     return f"- {change['kind']}: `{unit or change['variant']}`{score}"
+
+
+def width_lines(removed: Sequence[str], scores: dict[str, Any], network: NetworkBackbone) -> list[str]:
+    """Of channels, which may be thousands, a line a group: how many it had, where that is known, and has."""
+    unit = "channels" if network.library == "torch" else "units"
+    gone = Counter(group(name) for name in removed)
+    had = Counter(group(name) for name in scores)
+    return [
+        f"- slice: `{name}`: " + (f"{had[name]} -> {had[name] - less} {unit}" if name in had else f"{less} {unit} less")
+        for name, less in gone.items()
+    ]

@@ -1,7 +1,7 @@
 """The evaluation stage: one protocol for teacher, pruned and distilled network, whatever their family."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ class Evaluator:
             if not isinstance(teacher, DiffusionBackbone):
                 raise ValueError(
                     f"evaluation.metrics.{next(iter(measures))} measures generated samples, and this teacher generates "
-                    "none; choose measures of the network, such as evaluation=perplexity for a language model"
+                    "none; choose measures of the network: evaluation=perplexity for a language model, "
+                    "evaluation=accuracy for an image classifier"
                 )
             self.drawn = Drawn(cfg, run, data, teacher, teacher_id, stages, measures)
         check_network_measures(of_networks(self.measures), list(self.measures), teacher, data)
@@ -69,18 +70,14 @@ class Evaluator:
         final = "distilled" if "distilled" in networks else "pruned"
         metrics: dict[str, Any] = {
             "run_id": self.run.id,
-            "plan/requested_ratio": cfg.selection.get("ratio"),
+            **requested(cfg.selection, self.teacher.totals()),
             "plan/budget": budget,
             "plan/removed_units": sum("unit" in change for change in plan["changes"]),
             "plan/predicted_harm": plan["predicted_harm"],
         }
         for name, network in (("teacher", self.teacher), ("student", networks["pruned"])):
-            macs = network.macs()
-            metrics |= {
-                f"{name}/params": network.params(),
-                f"{name}/macs": macs.linear,
-                f"{name}/macs_attention": macs.attention,
-            }
+            metrics |= {f"{name}/{cost}": total for cost, total in network.totals().items()}
+            metrics[f"{name}/macs_attention"] = network.macs().attention
         if self.teacher.writes_text:
             metrics["macs_tokens"] = self.teacher.length
         if budget != "latency":  # that is measured, and stands in measured.json
@@ -148,7 +145,7 @@ class Evaluator:
         selection = self.cfg.selection
         if selection.get("budget") != "latency":
             return {}
-        if not selection.ratio <= ratio <= selection.ratio + selection.tolerance:
+        if "ratio" in selection and not selection.ratio <= ratio <= selection.ratio + selection.tolerance:
             print(
                 f"the built student saves {ratio:.3f} of the latency, selection.ratio={selection.ratio} (tolerance "
                 f"{selection.tolerance}) was asked for: what units save alone did not add up"
@@ -176,3 +173,14 @@ class Evaluator:
             "peak_memory_bytes": peak_memory(device),
         }
         return measured
+
+
+def requested(selection: DictConfig, totals: Mapping[str, int]) -> dict[str, float | None]:
+    """The ratio that was asked for, as an entry of metrics.json, and the target it comes from where one was given.
+
+    The ratio is None where units were given; `totals` are the teacher's.
+    """
+    target = selection.get("target")
+    if target is None:
+        return {"plan/requested_ratio": selection.get("ratio")}
+    return {"plan/requested_ratio": 1 - target / totals[selection.budget], "plan/requested_target": target}

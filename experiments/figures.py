@@ -13,6 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from experiments.tables import are_channels, channel_units
+
 KEPT, REMOVED, PROTECTED = "#4c78a8", "#e45756", "#9d9d9d"
 
 
@@ -25,9 +27,9 @@ def unit_scores(
 ) -> None:
     """A bar a unit, in the order of the forward pass; removed ones in red, protected ones in grey; standard errors.
 
-    Blocks of channels are too many for that: there is a bar a group, the sum of its scores, red as far as it goes.
+    Channels are too many for that: there is a column a group.
     """
-    if any(":" in name for name in scores):
+    if are_channels(scores):
         channel_groups(scores, set(removed), criterion, path)
         return
     names, values = list(scores), np.array([entry["score"] for entry in scores.values()])
@@ -46,18 +48,29 @@ def unit_scores(
 
 
 def channel_groups(scores: dict[str, dict[str, float]], removed: set[str], criterion: str, path: Path) -> None:
-    """A bar a group of channels: how many of its blocks stay and go, with its mean score beside the name."""
-    rows = [(name.partition(":")[0], entry["score"], name in removed) for name, entry in scores.items()]
-    table = pd.DataFrame(rows, columns=["group", "score", "removed"]).groupby("group", sort=False)
-    gone, count, mean = table["removed"].sum(), table.size(), table["score"].mean()
-    names = [f"{group}  ({mean[group]:.2g})" for group in count.index]
-    figure, axis = plt.subplots(figsize=(8, 0.22 * len(names) + 1.2))
-    axis.barh(names, gone, color=REMOVED)
-    axis.barh(names, count - gone, left=gone, color=KEPT)
-    axis.invert_yaxis()
-    axis.tick_params(labelsize=7)
-    axis.set_xlabel(f"blocks of channels; in brackets the mean {criterion} of a group")
-    axis.set_title(f"{len(removed)} of {len(rows)} blocks of channels removed (red)", fontsize=10)
+    """A column a group of channels: the share of it that stays and goes, and below it the score of every unit.
+
+    Thousands of units stay readable, and one sees how far a threshold divides the scores of each layer.
+    """
+    table = channel_units(scores, removed)
+    gone = table.groupby("group", sort=False)["removed"].agg(["sum", "size", "mean"])
+    places = table["group"].map({name: place for place, name in enumerate(gone.index)})
+    figure, (above, below) = plt.subplots(
+        2, 1, sharex=True, figsize=(min(max(0.15 * len(gone) + 1.5, 6), 18), 5.5), gridspec_kw={"hspace": 0.05}
+    )
+    above.bar(range(len(gone)), 1 - gone["mean"], color=KEPT, width=0.9)
+    above.bar(range(len(gone)), gone["mean"], bottom=1 - gone["mean"], color=REMOVED, width=0.9)
+    above.set_ylabel("share that stays")
+    above.set_title(f"{len(removed)} of {len(table)} units in {len(gone)} groups removed (red)", fontsize=10)
+    for is_gone, colour in ((False, KEPT), (True, REMOVED)):
+        some = table["removed"] == is_gone
+        below.scatter(places[some], table["score"][some], s=4, color=colour, linewidths=0)
+    if spans(list(table["score"].quantile([0.5, 0.9])), 20) and (table["score"] > 0).all():
+        below.set_yscale("log")
+    below.set_ylabel(criterion)
+    names = [f"{name}  {row['size'] - row['sum']:.0f}/{row['size']:.0f}" for name, row in gone.iterrows()]
+    below.set_xticks(range(len(gone)), names, rotation=90, fontsize=6)
+    below.set_xlim(-0.7, len(gone) - 0.3)
     save(figure, path)
 
 

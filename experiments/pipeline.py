@@ -60,7 +60,8 @@ def prune(cfg: DictConfig) -> None:
     """Run every stage of one job that is not there yet, and print its summary."""
     build(cfg.selection)  # a ratio out of range fails before anything is read
     device = torch.device(accelerator_of(cfg.trainer.accelerator))
-    teacher_id = fingerprint(weight_files(cfg.teacher.path, cfg.teacher.get("tokenizer")), Path(cfg.paths.cache))
+    files = weight_files(cfg.teacher.path, cfg.teacher.get("tokenizer"), cfg.teacher.get("get"))
+    teacher_id = fingerprint(files, Path(cfg.paths.cache))
     run = Run(cfg, teacher_id)
     if run.finished and not cfg.force:
         print(f"finished already: {run.folder} (force=true runs it again)\n")
@@ -214,7 +215,7 @@ class Job:
     def pool(self, savings: dict[str, int] | None = None) -> Pool:
         """What can be removed, and what everything costs."""
         teacher = self.teacher
-        totals = {"params": teacher.params(), "macs": teacher.macs().linear}
+        totals = teacher.totals()
         if savings is not None:
             totals["latency"] = savings.pop("")
         level = self.criterion.level

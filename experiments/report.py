@@ -20,13 +20,28 @@ from experiments.dashboard import flat
 from experiments.measures import columns, described
 from experiments.run import digest, effective, read_json
 from experiments.sounds import page_sounds
-from experiments.tables import by_teacher, metric_of, others, warnings_of
+from experiments.tables import (
+    amounts,
+    are_channels,
+    by_teacher,
+    channel_groups,
+    metric_of,
+    others,
+    warnings_of,
+)
 from experiments.texts import texts_of
 
 PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
 )
 NETWORKS = ("teacher", "pruned", "distilled")
+COSTS = {
+    "params": "parameters",
+    "macs": "MACs, conv + linear",
+    "macs_attention": "MACs, with attention",
+    "flops": "FLOPs, as thop counts",
+}
+"""What metrics.json has of a network's costs, and what they are called."""
 SEEDS = ("seed", "criterion.seed", "calibration.seed", "evaluation.seed", "data.seed")
 """Runs whose configurations agree in all but these are one row of a table, averaged."""
 
@@ -65,9 +80,10 @@ def report_run(folder: Path) -> str:
         written=texts_of(folder, NETWORKS),
         metrics=metrics,
         measured=measured,
-        removed=removed,
+        removed=set(removed),
         protected=protected,
-        units=scores,
+        units={} if are_channels(scores) else scores,
+        groups=channel_groups(scores, set(removed)) if are_channels(scores) else [],
         config=OmegaConf.to_yaml(config),
         pictures={path.stem: inline(path) for path in sorted((folder / "figures").glob("*.png"))},
     )
@@ -79,24 +95,15 @@ def summarise(folder: Path, metrics: dict[str, Any], measured: dict[str, Any], p
     """The block at the end of a job."""
     requested = metrics["plan/requested_ratio"]
     achieved = achieved_ratio(metrics, measured)
-    tokens = f" ({metrics['macs_tokens']} tokens)" if "macs_tokens" in metrics else ""
     lines = [
         (
             "removed",
             f"{achieved:.4f} of {metrics['plan/budget']} "
-            f"({f'asked for {requested}' if requested else 'a given plan'})"
+            f"({f'asked for {round(requested, 4)}' if requested else 'a given plan'})"
             + (f", {metrics['plan/removed_units']} units" if metrics["plan/removed_units"] else ""),
         ),
         *([("protected", f"{len(protected)} units ({first_of(protected)})")] if protected else []),
-        ("parameters", f"{metrics['teacher/params']:,} -> {metrics['student/params']:,}"),
-        (
-            "MACs, conv + linear",
-            f"{metrics['teacher/macs'] / 1e9:.3f} G -> {metrics['student/macs'] / 1e9:.3f} G{tokens}",
-        ),
-        (
-            "MACs, with attention",
-            f"{with_attention(metrics, 'teacher'):.3f} G -> {with_attention(metrics, 'student'):.3f} G{tokens}",
-        ),
+        *costs(metrics),
         (
             "latency",
             f"{measured['teacher/latency_ms']:.1f} ms -> {measured['student/latency_ms']:.1f} ms "
@@ -154,8 +161,20 @@ def achieved_ratio(metrics: dict[str, Any], measured: dict[str, Any]) -> float:
     return (metrics | measured)["plan/achieved_ratio"]
 
 
-def with_attention(metrics: dict[str, Any], name: str) -> float:
-    return (metrics[f"{name}/macs"] + metrics[f"{name}/macs_attention"]) / 1e9
+def costs(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lines of what teacher and student cost, as far as such networks have it, and of the target if there was one."""
+    lines = []
+    for cost, head in COSTS.items():
+        if not metrics.get(f"teacher/{cost}"):
+            continue
+        summed = ("macs", cost) if cost == "macs_attention" else (cost,)
+        counts = [sum(metrics[f"{name}/{part}"] for part in summed) for name in ("teacher", "student")]
+        if cost == metrics["plan/budget"] and "plan/requested_target" in metrics:
+            counts.append(metrics["plan/requested_target"])
+        teacher, student, *target = [f"{count:,.0f}" for count in counts] if cost == "params" else amounts(counts)
+        tokens = f" ({metrics['macs_tokens']} tokens)" if "macs_tokens" in metrics and cost != "params" else ""
+        lines.append((head, f"{teacher} -> {student}{tokens}" + (f" (target {target[0]})" if target else "")))
+    return lines
 
 
 def inline(path: Path) -> str:
@@ -188,11 +207,13 @@ def collect(root: Path) -> pd.DataFrame:
             "steps": cfg.trainer.steps if "_target_" in cfg.distillation else 0,
             "budget": metrics["plan/budget"],
             "ratio": metrics["plan/requested_ratio"],
+            "target": metrics.get("plan/requested_target"),
             "seed": cfg.seed,
             "criterion_seed": cfg.criterion.get("seed"),
             "achieved": achieved_ratio(metrics, measured),
             "params": metrics["student/params"],
             "macs": metrics["student/macs"],
+            "flops": metrics.get("student/flops"),
             "latency_ratio": measured["latency_ratio"],
             "latency_ms": measured["student/latency_ms"],
             "output_loss_pruned": metrics["pruned/output_loss"],
@@ -237,6 +258,8 @@ def averaged(runs: pd.DataFrame) -> pd.DataFrame:
         "achieved",
         "params",
         "macs",
+        "flops",
+        "target",
         "latency_ratio",
         "output_loss_pruned",
         "output_loss",
@@ -263,6 +286,7 @@ def methods(table: pd.DataFrame) -> list[str]:
     known = {
         "criterion.name",
         "selection.ratio",
+        "selection.target",
         "teacher.name",
         "selection.name",
         "selection.variant",  # BK-SDM's sets are the points of one curve
@@ -331,6 +355,7 @@ def report_set(root: Path) -> Path:
         "steps",
         "ratio",
         "achieved",
+        *(name for name in ("target", "flops") if table[name].notna().any()),
         "latency_ratio",
         "output_loss_pruned",
         "quality_pruned",
@@ -342,7 +367,7 @@ def report_set(root: Path) -> Path:
         title=root.name,
         metric=metric,
         better=better,
-        rows=table[shown].to_dict("records"),
+        rows=table.assign(**{name: amounts(table[name]) for name in ("target", "flops")})[shown].to_dict("records"),
         columns=shown,
         runs=runs.to_dict("records"),
         waiting=waiting,

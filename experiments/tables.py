@@ -1,8 +1,12 @@
 """Sets of runs as tables: what people read, and what they have to know before they compare rows."""
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
+
+from criteria.selection import group
 
 
 def metric_of(table: pd.DataFrame) -> str:
@@ -26,7 +30,10 @@ def markdown(table: pd.DataFrame) -> str:
             return ""
         return f"{value:.{digits}f}" + (f" ± {std:.{digits}f}" if not pd.isna(std) and std > 0 else "")
 
-    heads = ["criterion", "selection", "distillation (steps)", "ratio", "achieved", "parameters", "MACs", "latency"]
+    optional = [(head, name) for head, name in (("target", "target"), ("FLOPs", "flops")) if table[name].notna().any()]
+    counts = [(head, amounts(table[name])) for head, name in (("MACs", "macs"), *optional)]
+    heads = ["criterion", "selection", "distillation (steps)", "ratio", "achieved", "parameters"]
+    heads += [*(head for head, _ in counts), "latency"]
     judged = [("output_loss_pruned", "output loss, pruned", 4), ("output_loss", "output loss", 4)]
     if metric != "output loss":
         judged += [("quality_pruned", f"{metric}, pruned", 2), ("quality", metric, 2)]
@@ -34,21 +41,28 @@ def markdown(table: pd.DataFrame) -> str:
     judged = [(name, head, digits if table[name].abs().max() >= 1 else 4) for name, head, digits in judged]
     heads += [*(head for _, head, _ in judged), "runs"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    for _, row in table.iterrows():
+    for place, (_, row) in enumerate(table.iterrows()):
         cells = [
             row["criterion"],
             row["selection"],
             f"{row['distillation']} ({row['steps']})",
-            f"{row['ratio']:g}",
+            f"{row['ratio']:.4g}",
             spread(row, "achieved", 3),
             f"{row['params'] / 1e6:.2f} M",
-            f"{row['macs'] / 1e9:.3f} G",
+            *(values[place] for _, values in counts),
             "x" + spread(row, "latency_ratio", 2),
             *(spread(row, name, digits) for name, _, digits in judged),
             str(row["runs"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def amounts(values: Iterable[float]) -> list[str]:
+    """Counts in one unit for all, billions (G) or millions (M), whichever suits the largest; nothing for NaN."""
+    counts = [float(value) for value in values]
+    size, letter, digits = (1e9, "G", 3) if any(count >= 1e9 for count in counts) else (1e6, "M", 2)
+    return ["" if math.isnan(count) else f"{count / size:.{digits}f} {letter}" for count in counts]
 
 
 def others(table: pd.DataFrame) -> list[str]:
@@ -66,3 +80,25 @@ def warnings_of(table: pd.DataFrame) -> list[str]:
     if len(selections) > 1 and any(chosen != selections.iloc[0] for chosen in selections):
         notes.append("The criteria were not all used with the same selection; compare rows of one selection only.")
     return notes
+
+
+# Units of channels
+
+
+def are_channels(scores: Iterable[str]) -> bool:
+    """Are units of these names channels? Then they may be thousands, and what is shown of them goes by group."""
+    return any(":" in name for name in scores)
+
+
+def channel_units(scores: dict[str, dict[str, float]], removed: set[str]) -> pd.DataFrame:
+    """A row a unit, in the order of the forward pass: its group, its score, and whether it goes."""
+    rows = [(group(name), entry["score"], name in removed) for name, entry in scores.items()]
+    return pd.DataFrame(rows, columns=["group", "score", "removed"])
+
+
+def channel_groups(scores: dict[str, dict[str, float]], removed: set[str]) -> list[dict[str, Any]]:
+    """A row a group: how many units it has and keeps, and their lowest, mean and highest score."""
+    found = channel_units(scores, removed).groupby("group", sort=False)
+    table = found["score"].agg(["min", "mean", "max"])
+    table = table.assign(units=found.size(), kept=found.size() - found["removed"].sum())
+    return table.reset_index().to_dict("records")

@@ -1,22 +1,23 @@
-"""Training a classifier: it makes the feature extractors of `frechet_resnet20` and `frechet_digits`."""
+"""Training a classifier: a teacher to be pruned, or the features of `frechet_resnet20` and `frechet_digits`."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_modules.backbones.resnet_cifar import CIFAR_MEAN, CIFAR_STD, CifarResNet
+from lightning_modules.backbones.image_files import named
+from lightning_modules.backbones.image_networks import ImageNetwork, build, save
 from lightning_modules.base import Optimizer, Schedule, TrainedModule, sum_over_ranks
 
 
 class Classifier(TrainedModule):
-    """Cross-entropy training of a CIFAR ResNet; `test_step` measures the accuracy on the held-out images."""
+    """Cross-entropy training; `test_step` measures the accuracy on the held-out images."""
 
     def __init__(
-        self, network: CifarResNet, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path
+        self, network: ImageNetwork, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed, dump)
         self.network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
@@ -39,20 +40,26 @@ class Classifier(TrainedModule):
         self.metrics = {"test_accuracy": correct / count, "test_images": int(count)}
 
     def save(self, folder: Path) -> None:
-        """model.safetensors in half precision."""
-        half = {name: t.half() if t.is_floating_point() else t for name, t in self.network.state_dict().items()}
-        save_file({name: tensor.contiguous() for name, tensor in half.items()}, folder / "model.safetensors")
+        """config.json and model.safetensors in half precision, which opens as a teacher."""
+        save(copy.deepcopy(self.network).half(), folder)
 
 
-def from_blocks(
-    blocks: int,
+def from_architecture(
+    architecture: str,
     optimizer: Optimizer,
     lr_scheduler: Schedule,
     seed: int,
     dump: Path,
-    mean: Sequence[float] = CIFAR_MEAN,
-    std: Sequence[float] = CIFAR_STD,
+    classes: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    image_size: int | None = None,
 ) -> Classifier:
-    """A Classifier with fresh weights, drawn from `seed`; `mean` and `std` have a value a channel of the images."""
+    """A Classifier with fresh weights, drawn from `seed`.
+
+    `architecture` is a name such as resnet56; `classes`, `image_size`, and `mean` and `std` (a value a channel of the
+    images) are the architecture's unless given.
+    """
     torch.manual_seed(seed)
-    return Classifier(CifarResNet(blocks, mean=mean, std=std), optimizer, lr_scheduler, seed, dump)
+    network = build(named(architecture, classes=classes, mean=mean, std=std, image_size=image_size))
+    return Classifier(network, optimizer, lr_scheduler, seed, dump)

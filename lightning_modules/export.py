@@ -1,4 +1,4 @@
-"""A folder that opens with diffusers (or transformers) alone, and the proof that it does."""
+"""A folder that opens with diffusers (or transformers, or torch) alone, and the proof that it does."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_modules.backbones import pruned_unet
+from lightning_modules.backbones import image_networks, pruned_unet
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.conditions import move
 from lightning_modules.backbones.diffusion import DiffusionBackbone
@@ -28,7 +28,6 @@ class Absent:  # this project must not be needed
             raise ModuleNotFoundError(f"{name} belongs to the exporting project")
 sys.meta_path.insert(0, Absent())
 import torch
-from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 folder, inputs, output, threads, *words = sys.argv[1:]
 torch.set_num_threads(int(threads))
@@ -61,10 +60,16 @@ with torch.inference_mode():
 if words[0]:
     found["text"] = torch.tensor(AutoTokenizer.from_pretrained(folder)(words[0])["input_ids"])
 """
+TORCH = """
+sys.path.insert(0, folder)
+from image_networks import load
+with torch.inference_mode():
+    found = {"output": load(folder).eval()(arguments["image"])}
+"""
 END = """
 save_file({name: value.contiguous() for name, value in found.items()}, output)
 """
-LOAD = {"diffusers": DIFFUSERS, "transformers": TRANSFORMERS}
+LOAD = {"diffusers": DIFFUSERS, "transformers": TRANSFORMERS, "torch": TORCH}
 """How an export of each library is opened by somebody who has only that library, and what it then computes."""
 TEXT = "Once upon a time, 3 researchers pruned a model.\n"
 
@@ -88,7 +93,8 @@ def export(student: NetworkBackbone, folder: Path, card: str = "") -> None:
     Of a diffusion network it is the teacher's pipeline around the student. Where the plan allows it the network is a
     stock one. Else its class lies beside its weights: `DiffusionPipeline.from_pretrained(folder,
     trust_remote_code=True)` opens it where only diffusers is installed, and without `trust_remote_code` it is refused,
-    rather than opened as a stock network with untrained parts. A language model is a stock one, with its tokenizer.
+    rather than opened as a stock network with untrained parts. A language model is a stock one, with its tokenizer. An
+    image classifier has the file of its class beside its weights, which needs torch and safetensors.
     """
     student.network.to("cpu")
     if isinstance(student, DiffusionBackbone):
@@ -97,6 +103,8 @@ def export(student: NetworkBackbone, folder: Path, card: str = "") -> None:
         student.save(folder)
         if student.tokenizer is not None:
             student.tokenizer.save_pretrained(folder)
+        if student.library == "torch":
+            shutil.copyfile(image_networks.__file__, folder / "image_networks.py")
     (folder / "README.md").write_text(card)
 
 
@@ -176,6 +184,8 @@ def random_arguments(student: NetworkBackbone) -> dict[str, Any]:
     """Arguments of the network for two samples, with noise where there are numbers to be had."""
     rng = torch.Generator().manual_seed(0)
     inputs = student.example_inputs(2, "cpu")
+    if student.library == "torch":
+        return {"image": torch.rand(inputs["sample"].shape, generator=rng) * 2 - 1}
     if student.writes_text:
         return {"input_ids": torch.randint(student.network.config.vocab_size, inputs["sample"].shape, generator=rng)}
     inputs["sample"] = torch.randn(inputs["sample"].shape, generator=rng)
@@ -195,6 +205,9 @@ def output_of(network: nn.Module, arguments: dict[str, Any]) -> Tensor:
 
 def outputs(student: NetworkBackbone, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """What a reloaded export has to compute, too: the output, and of a language model the tokens it writes."""
+    if student.library == "torch":
+        with torch.inference_mode():
+            return {"output": student.network.eval()(arguments["image"])}
     found = {"output": output_of(student.network, arguments)}
     if student.writes_text:
         found["tokens"] = greedy(student.network, arguments["input_ids"], 16)

@@ -1,6 +1,7 @@
 """Driving a criterion under a Lightning Trainer: the same devices, precision and ranks as training."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -8,7 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from criteria.base import Criterion, Unit
+from criteria.bottleneck import Bottleneck
 from lightning_modules.base import sum_over_ranks
+from lightning_modules.bottleneck import BottleneckTraining
 
 
 class Scoring(pl.LightningModule):
@@ -53,13 +56,29 @@ def score(
     if criterion.needs == "nothing":
         criterion.start(backbone, units, seed)  # type: ignore[arg-type]
         return criterion.finish()
-    modes = {module: module.training for module in backbone.modules()}
-    gradients = {parameter: parameter.grad for parameter in backbone.parameters()}  # a Trainer drops them
-    backbone.eval()
-    module = Scoring(criterion, backbone, units, seed)
-    trainer.test(module, batches, verbose=False)
-    for part, mode in modes.items():
-        part.training = mode
-    for parameter, gradient in gradients.items():
-        parameter.grad = gradient
-    return module.scores
+    with as_before(backbone):
+        backbone.eval()
+        if isinstance(criterion, Bottleneck):
+            criterion.start(backbone, units, seed)  # type: ignore[arg-type]
+            backbone.requires_grad_(False)
+            trainer.fit_loop.max_epochs = 1
+            trainer.fit(BottleneckTraining(criterion, backbone), batches)
+            return criterion.finish()
+        module = Scoring(criterion, backbone, units, seed)
+        trainer.test(module, batches, verbose=False)
+        return module.scores
+
+
+@contextlib.contextmanager
+def as_before(network: nn.Module) -> Iterator[None]:
+    """Modes, gradients and what asks for them are afterwards what they were; a Trainer drops gradients."""
+    modes = {module: module.training for module in network.modules()}
+    kept = {parameter: (parameter.requires_grad, parameter.grad) for parameter in network.parameters()}
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+        for parameter, (flag, gradient) in kept.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient

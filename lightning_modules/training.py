@@ -27,6 +27,7 @@ for message in (
     ".*isinstance.treespec, LeafSpec.*",
     ".*does not have many workers.*",
     ".*exists and is not empty.*",
+    ".*in eval mode at the start of training.*",
 ):
     warnings.filterwarnings("ignore", message=message)
 

@@ -14,7 +14,8 @@ from transformers import ClapConfig, ClapFeatureExtractor, ClapModel
 from conf.schema import build
 from datamodules.audio import Mel
 from datamodules.sources import MissingData
-from lightning_modules.backbones.resnet_cifar import CifarResNet, load_resnet
+from lightning_modules.backbones.image_files import load_resnet
+from lightning_modules.backbones.image_networks import CifarResNet
 from lightning_modules.metrics.audio import Clap, Digits, DigitsClasses, Vggish, VggishNetwork, vggish_examples
 from lightning_modules.metrics.frechet import Statistics
 

@@ -166,6 +166,7 @@ def test_a_key_that_nothing_reads_is_refused_in_a_users_own_file_of_any_group(co
         "calibration.samples=2.5",
         "ema_decay=slow",
         "selection.ratio=half",
+        "selection.target=half",
         "selection.protected=mid_block",
         "data.batch_size=2.5",
         "data.batch_size=true",
@@ -288,7 +289,8 @@ def test_an_impossible_ratio_fails_before_the_teacher_is_looked_for(configure, t
     ("override", "message"),
     [
         ("selection.tolerance=-0.1", "selection.tolerance=-0.1 is out of range; choose 0 <= tolerance < 1"),
-        ("selection.budget=flops", "selection.budget='flops' is unknown; choose one of: params, macs"),
+        ("selection.budget=flop", "selection.budget='flop' is unknown; choose one of: params, macs"),
+        ("selection.target=5e6", "selection.ratio=0.5, selection.target=5000000.0: give exactly one of the two"),
         ("trainer.accelerator=tpu", "trainer.accelerator='tpu' is unknown; choose one of: auto, cpu, gpu"),
     ],
 )

@@ -383,7 +383,7 @@ def test_a_report_says_how_perplexity_was_taken_and_what_was_protected(job, tmp_
         summary,
     )
     assert re.search(r"protected: +4 units \(model\.layers\.0, model\.layers\.2, model\.layers\.3, \.\.\.\)", summary)
-    assert re.search(r"MACs, conv \+ linear: +[\d.]+ G -> [\d.]+ G \(12 tokens\)", summary)
+    assert re.search(r"MACs, conv \+ linear: +[\d.]+ M -> [\d.]+ M \(12 tokens\)", summary)
     page = (run / "report.html").read_text()
     assert "Protected, whatever their scores: model.layers.0, model.layers.2, model.layers.3, model.layers.4." in page
     assert page.count("<td>protected</td>") == 3  # of the four units that there are

@@ -18,7 +18,7 @@ from conf.schema import ROOT, build
 from datamodules.seeding import numpy_rng
 from datamodules.sources import MissingData, Npz, data_root
 from experiments.pipeline import prune
-from lightning_modules.backbones.resnet_cifar import load_resnet
+from lightning_modules.backbones.image_files import load_resnet
 from lightning_modules.metrics.cost import count_macs, latencies, peak_memory
 from lightning_modules.metrics.frechet import Inception, ResNet20, Statistics
 

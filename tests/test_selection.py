@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from criteria.base import Shared, Unit
 from criteria.selection import Given, Greedy, InfeasibleBudget, Knapsack, Pool, Ranked
+from criteria.uniform import Uniform
 
 WAYS = [Knapsack, Ranked, Greedy]
 NAMES = ["down_blocks.0.resnets.0", "mid_block.attentions.0", "up_blocks.0.resnets.0", "up_blocks.1.resnets.0"]
@@ -184,6 +185,71 @@ def test_a_budget_that_was_not_measured_lists_those_that_were():
         Knapsack(0.5, budget="latency").check(pool)
 
 
+@pytest.mark.parametrize("way", [*WAYS, Uniform])
+def test_flops_of_a_network_that_has_none_lists_what_it_has(way):
+    with pytest.raises(ValueError, match=r"selection\.budget='flops' has no total .*choose one of: params, macs"):
+        way(0.5, budget="flops").check(POOL)
+
+
+# What is to be left
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(thoroughly, max_examples=50)
+@given(problem=problems())
+def test_a_target_is_the_ratio_that_leaves_it(way, problem):
+    target = problem.total - problem.ratio * problem.total  # a multiple of 1/64
+    assert problem.solved(way, ratio=None, target=target) == problem.solved(way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_at_most_the_target_is_left_and_the_tolerance_is_a_fraction_of_the_whole(way):
+    def removed(target: float, tolerance: float) -> list[str]:
+        return way(target=target, tolerance=tolerance).select(POOL, SCORES)
+
+    assert removed(30, 0.0) == NAMES[:1] and removed(20, 0.0) == NAMES[:2]
+    for target, tolerance in ((29.5, 0.2375), (29, 0.225), (21, 0.025)):
+        assert removed(target, tolerance) == NAMES[:2]
+        with pytest.raises(InfeasibleBudget):
+            removed(target, tolerance - 0.001)
+
+
+def test_a_target_that_cannot_be_had_names_the_nearest_and_the_smallest_cost():
+    message = (
+        "selection.target=25 (tolerance 0.1) of macs cannot be had: the smallest cost that can be had is 10 of 40, "
+    )
+    with pytest.raises(
+        InfeasibleBudget, match=re.escape(message + "the nearest achievable 30 and 20, with 1 of 4 units")
+    ):
+        Knapsack(target=25, tolerance=0.1, budget="macs", protected=NAMES[:1]).check(POOL)
+    units = [Unit("a", "resnet", 4_000_000, 0), Unit("b", "resnet", 1_000_000, 0)]
+    with pytest.raises(
+        InfeasibleBudget, match=r"selection\.target=1,500,000\.0 .* 3,000,000 of 8,000,000, .* 3,000,000$"
+    ):
+        Ranked(target=1.5e6).check(Pool(units, {"params": 8_000_000}))
+
+
+@pytest.mark.parametrize("target", [40, 40.0, 1e9, 0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_target_that_is_no_part_of_the_whole_names_it(way, target):
+    with pytest.raises(
+        ValueError, match=r"selection\.target=.* the whole network has 40 params; choose 0 < target < 40"
+    ):
+        way(target=target).check(POOL)
+
+
+@pytest.mark.parametrize("given", [{}, {"ratio": 0.5, "target": 20}])
+@pytest.mark.parametrize("way", WAYS)
+def test_either_a_ratio_or_a_target_is_given(way, given):
+    with pytest.raises(ValueError, match=r"selection\.ratio=.*, selection\.target=.*: give exactly one of the two"):
+        way(**given)
+
+
+def test_a_target_of_latency_is_refused():
+    with pytest.raises(ValueError, match=r"selection\.target=100: of the budget latency choose a ratio"):
+        Knapsack(target=100, budget="latency")
+
+
 # Ranked and greedy
 
 
@@ -271,9 +337,19 @@ def test_giving_no_unit_at_all_is_an_error():
 
 def test_two_given_units_of_which_one_is_inside_the_other_are_refused():
     units = [Unit("outer", "attention", 10, 10), Unit("inner", "conv", 5, 5, inside="outer")]
-    assert Given(["inner"]).select(Pool(units, {}), {}) == ["inner"]
+    assert Given(["inner"]).select(Pool(units, {"params": 20}), {}) == ["inner"]
     with pytest.raises(ValueError, match=r"'inner' is inside 'outer'; list only one of the two"):
-        Given(["inner", "outer"]).check(Pool(units, {}))
+        Given(["inner", "outer"]).check(Pool(units, {"params": 20}))
+
+
+def test_the_cost_that_given_units_are_stated_in_is_one_of_the_networks_own():
+    assert Given(NAMES[:1], budget="latency").select(POOL, {}) == NAMES[:1]  # measured at the end
+    with pytest.raises(
+        ValueError, match=r"selection\.budget='flops' has no total in this pool; choose .*: params, macs"
+    ):
+        Given(NAMES[:1], budget="flops").check(POOL)
+    with pytest.raises(ValueError, match=r"selection\.budget='flop' is unknown"):
+        Given(NAMES[:1], budget="flop")
 
 
 # Budgets that cannot be met
@@ -327,9 +403,9 @@ def test_a_tolerance_outside_0_to_1_is_refused(tolerance):
         Knapsack(0.5, tolerance)
 
 
-@pytest.mark.parametrize("budget", ["flops", "", "Params"])
+@pytest.mark.parametrize("budget", ["flop", "", "Params"])
 def test_an_unknown_budget_lists_those_there_are(budget):
-    message = f"selection.budget={budget!r} is unknown; choose one of: params, macs, latency"
+    message = f"selection.budget={budget!r} is unknown; choose one of: params, macs, flops, latency"
     with pytest.raises(ValueError, match=re.escape(message)):
         Knapsack(0.5, budget=budget)
 

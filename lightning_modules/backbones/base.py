@@ -24,6 +24,8 @@ class NetworkBackbone(nn.Module):
     """
 
     network: Any  # a model of diffusers or transformers; their mix-ins are not typed
+    channels: Any
+    """blocks of channels (Blocks), made when first asked for; not of every family"""
     library = ""
     """the package whose loaders open an export: diffusers | transformers"""
     surroundings: Any = None
@@ -70,8 +72,8 @@ class NetworkBackbone(nn.Module):
         raise NotImplementedError
 
     def cost(self, names: Sequence[str], budget: str) -> int:
-        """What a set of units frees together, where that is not a sum (channels)."""
-        raise NotImplementedError
+        """What a set of units of channels frees together: not a sum, as they share weights."""
+        return self.channels.cost(names, budget)
 
     def survivors(self) -> list[str]:
         """The depth units, by module path, that are still there."""
@@ -109,6 +111,44 @@ class NetworkBackbone(nn.Module):
             yield
         finally:
             put(self.network, removed)
+
+    @contextlib.contextmanager
+    def gated(self, gates: Mapping[str, Tensor], level: str) -> Iterator[None]:
+        """Each unit's part in the output is multiplied by its gate while the context lasts; others are as they are.
+
+        `gates` are {group: (units of the group,)}; a unit of depth, and an operator, is a group of its own. At 1 the
+        network is as without gates, at 0 as without the unit; in between the output of a unit is weighed against that
+        of its stand-in. Gradients reach the gates. Of channels see Blocks.
+        """
+        if level == "channel":
+            with self.channels.gated(gates):
+                yield
+            return
+        whole = {part.name: 1 - joint(gates, part) for part in self.shared(level) if gates.keys() >= set(part.units)}
+        handles = []
+        for name, gate in (dict(gates) | whole).items():
+            unit = self.network.get_submodule(name)
+            handles.append(unit.register_forward_hook(blend(self.stand_in(unit), gate), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def soft_cost(self, gates: Mapping[str, Tensor], budget: str, level: str) -> Tensor:
+        """What is left of a cost (see `totals`) under gates, a float64 scalar with gradients.
+
+        With gates of 0 and 1 it is the cost of the network without the units of gate 0, exactly. In between every unit
+        frees its share, and what goes only with several units the product of theirs (our choice).
+        """
+        device = next(iter(gates.values())).device
+        left = torch.tensor(self.totals()[budget], dtype=torch.float64, device=device)
+        if level == "channel":
+            return left - self.channels.freed(gates, budget)
+        for part in [*self.units(level), *self.shared(level)]:
+            if gates.keys() >= set(part.units):
+                left = left - (part.params if budget == "params" else part.macs) * joint(gates, part).double()
+        return left
 
     @contextlib.contextmanager
     def watching(self, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
@@ -209,12 +249,34 @@ class NetworkBackbone(nn.Module):
         self.macs()
         return {name: place for place, name in reversed(list(enumerate(self.called)))}
 
+    def totals(self) -> dict[str, int]:
+        """{budget: what the whole network costs}."""
+        return {"params": self.params(), "macs": self.macs().linear}
+
     def params(self) -> int:
         return sum(p.numel() for p in self.network.parameters())
 
     def save(self, folder: Path) -> None:
         """config.json and safetensors weights, as the network's library writes them."""
         raise NotImplementedError
+
+
+def joint(gates: Mapping[str, Tensor], part: Unit | Shared) -> Tensor:
+    """How far a part is gone that goes with its units: the product of 1 - gate."""
+    return torch.stack([1 - gates[name].squeeze() for name in part.units]).prod()
+
+
+def blend(bypass: nn.Module, gate: Tensor) -> Any:
+    """A forward hook that weighs a module's outputs against those of what stands in for it."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        other = bypass.forward(*args, **kwargs)  # not bypass(...): see `watching`
+        if isinstance(output, Tensor):
+            return torch.lerp(other, output, gate.to(output))  # at 0 and 1 one of them, bit for bit
+        pairs = zip(output, other, strict=True)
+        return tuple(torch.lerp(b, a, gate.to(a)) if isinstance(a, Tensor) else a for a, b in pairs)
+
+    return hook
 
 
 def hidden(output: Any) -> Tensor:

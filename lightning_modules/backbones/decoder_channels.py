@@ -9,7 +9,7 @@ layers lose equally many heads and channels.
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,8 @@ from transformers import LlamaConfig, MistralConfig, MistralForCausalLM
 
 from criteria.base import Unit
 from criteria.selection import group
-from lightning_modules.backbones.channels import Blocks, Channels, Cuts, without
-from lightning_modules.backbones.pruned_unet import axes
+from lightning_modules.backbones.blocks import Blocks, Cuts
+from lightning_modules.backbones.channels import Channels
 
 
 class DecoderChannels(Blocks):
@@ -60,7 +60,6 @@ class DecoderChannels(Blocks):
         linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
         super().__init__(network, blocks, dict.fromkeys(linear, length))
         self.found = [replace(u, kind="head") if ".self_attn:" in u.name else u for u in super().units()]
-        self.freed = {unit.name: {"params": unit.params, "macs": unit.macs} for unit in self.found}
 
     def units(self) -> list[Unit]:
         return list(self.found)
@@ -69,10 +68,11 @@ class DecoderChannels(Blocks):
         """{layer: which of its inputs are the channels of a unit}."""
         return {layer: indices for (layer, side), indices in self.cuts[name].items() if side == "in"}
 
-    def cost(self, names: Sequence[str], budget: str) -> int:
+    def cost(self, names: Iterable[str], budget: str) -> int:
         """What a set of units frees, in params or macs; raises what `config` raises."""
+        names = list(names)
         self.config(names)
-        return sum(self.freed[name][budget] for name in names)
+        return super().cost(names, budget)
 
     def config(self, names: Iterable[str]) -> Any:
         """The configuration of the stock network without these units.
@@ -103,11 +103,8 @@ class DecoderChannels(Blocks):
         raises.
         """
         names = list(names)
-        removed, config = self.together(names), self.config(names)
-        state = {key: tensor.detach().to("cpu", copy=True) for key, tensor in self.network.state_dict().items()}
-        for (layer, side), indices in removed.items():
-            for tensor, dim in axes(self.network.get_submodule(layer), side):
-                state[f"{layer}.{tensor}"] = without(state[f"{layer}.{tensor}"], dim, indices)
+        (_, state), config = self.remaining(names), self.config(names)
+        state = {key: tensor.to("cpu", copy=True) for key, tensor in state.items()}
         same = type(config) is type(self.network.config)
         student = (type(self.network) if same else MistralForCausalLM).from_pretrained(
             None,

@@ -22,7 +22,7 @@ from datamodules.hub import hub_files, hub_folder, or_missing
 from datamodules.latents import TextTable
 from datamodules.sources import MissingData, located
 from datamodules.tokenizers import ENDINGS, tokenizer_files
-from lightning_modules.backbones import transformer, unet
+from lightning_modules.backbones import image_networks, transformer, unet
 from lightning_modules.backbones.conditions import TEXT_FOLDER, Surroundings, quietly
 from lightning_modules.backbones.diffusion import DiffusionBackbone, is_flow
 
@@ -34,18 +34,21 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.th")
 """Endings of weights; all but the first are pickles, which are read with weights_only=True alone."""
 
 
-def find_model(path: str) -> Path:
+def find_model(path: str, get: str | None = None) -> Path:
     """The folder of a pipeline or a network, or the file of a network: as given, in $SECATEUR_DATA, or by a hub id.
 
     What a hub id names is downloaded, or taken from the cache. Raises MissingData at once where it is neither here nor
-    to be had, saying what to download and how.
+    to be had, saying what to download and how: `get`, where it is given.
     """
-    with contextlib.suppress(MissingData):
-        return located(path)
+    for name in (path, f"shared/resnet_cifar10/{path}"):
+        with contextlib.suppress(MissingData):
+            return located(name)
+    if get is not None:
+        return located(path, get)
     if Path(path).expanduser().is_absolute() or path.count("/") != 1:
         raise MissingData(
             f"teacher.path={path!r} does not exist, nor in $SECATEUR_DATA: it names a folder with config.json and "
-            "*.safetensors, a hub id, or the file of a language model (.gguf, .bin)"
+            "*.safetensors, a hub id, the file of a language model (.gguf, .bin) or of a classifier (.th, .pt, .pth)"
         )
     with or_missing("teacher.path", path):
         names = hub_files(path)
@@ -69,12 +72,12 @@ def network_folder(pipeline: Path) -> Path:
     )
 
 
-def weight_files(path: str, tokenizer: str | None = None) -> list[Path]:
+def weight_files(path: str, tokenizer: str | None = None, get: str | None = None) -> list[Path]:
     """The files that make a teacher what it is: for its fingerprint, without reading a weight.
 
-    `tokenizer` is where that of a language model lies, if not beside its weights.
+    `tokenizer` is where that of a language model lies, if not beside its weights; `get` says how to get what is absent.
     """
-    place, others = find_model(path), tokenizer_files(tokenizer) if tokenizer not in (None, path) else []
+    place, others = find_model(path, get), tokenizer_files(tokenizer) if tokenizer not in (None, path) else []
     if place.is_file():
         return sorted([place, *others])
     network = network_folder(place)
@@ -86,16 +89,15 @@ def weight_files(path: str, tokenizer: str | None = None) -> list[Path]:
 
 
 def load_network(folder: Path) -> nn.Module:
-    """The denoiser or language model in a folder, float32 and in eval mode.
+    """The denoiser, language model or image classifier in a folder, float32 and in eval mode.
 
     Safetensors first, pickles with weights_only=True only. Raises ValueError for an architecture that is none of
     CLASSES nor a causal language model of transformers, for a damaged file, and for weights that are not finite, naming
     the tensor.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder}/config.json is not readable JSON ({error})") from error
+    config = read_config(folder)
+    if is_image_network(folder):
+        return load_image_network(folder)
     name = remapped(config)
     if is_language := "_class_name" not in config and "architectures" in config:
         kind: Any = AutoModelForCausalLM
@@ -118,6 +120,27 @@ def load_network(folder: Path) -> nn.Module:
     else:
         network.register_to_config(_name_or_path="")  # where it lay here is nobody's business in an export
     return network.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json says. Raises ValueError where it cannot be read."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text()))
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json is not readable JSON ({error})") from error
+
+
+def is_image_network(folder: Path) -> bool:
+    """Does a folder hold an image classifier as `image_networks.save` writes it?"""
+    return "image_size" in (config := read_config(folder)) and "architecture" in config
+
+
+def load_image_network(folder: Path) -> image_networks.ImageNetwork:
+    """The image classifier in a folder, at the widths of its weights."""
+    try:
+        return image_networks.load(folder)
+    except (ValueError, SafetensorError, OSError) as error:
+        raise ValueError(f"the weights in {folder}{damaged(folder)} cannot be read: {error}") from error
 
 
 def damaged(folder: Path) -> str:
@@ -183,11 +206,15 @@ def load_teacher(
             raise ValueError(f"teacher.{field}={value!r} is unknown; choose one of: {', '.join(valid)}")
     folder = find_model(path)
     network = load_network(network_folder(folder))
-    if isinstance(network, PreTrainedModel):
-        raise ValueError(
-            f"teacher.path={path!r} is a {type(network).__name__}: choose the configuration of a language model, such "
-            "as teacher=llama_7b, and give it this path"
-        )
+    for kind, choice in (
+        (PreTrainedModel, "a language model, such as teacher=llama_7b"),
+        (image_networks.ImageNetwork, "an image classifier, such as teacher=resnet56"),
+    ):
+        if isinstance(network, kind):
+            raise ValueError(
+                f"teacher.path={path!r} is a {type(network).__name__}: choose the configuration of {choice}, and give "
+                "it this path"
+            )
     family: Any = transformer.family(network) if type(network).__name__ in transformer.CLASSES else unet.UNetBackbone
     if family is unet.UNetBackbone:
         unet.check_channels(network.config, path)

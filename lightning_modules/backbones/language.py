@@ -87,9 +87,6 @@ class LanguageBackbone(NetworkBackbone):
         """The heads and blocks of channels."""
         return DecoderChannels(self.network, self.meta_network(), self.length, self.options.get("block", 8))
 
-    def cost(self, names: Sequence[str], budget: str) -> int:
-        return self.channels.cost(names, budget)
-
     def consumers(self, name: str) -> dict[str, Tensor]:
         """{layer: which of its inputs are the channels of a unit}."""
         return self.channels.consumers(name)

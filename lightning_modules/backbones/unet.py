@@ -119,13 +119,6 @@ class UNetBackbone(DiffusionBackbone):
         inputs = self.arguments(self.example_inputs(1, next(self.network.parameters()).device))
         return Channels(self.network, lambda network: network(**inputs, return_dict=False)[0])
 
-    def cost(self, names: Sequence[str], budget: str) -> int:
-        """What a set of blocks of channels frees together, counted on the network without them."""
-        sliced = self.as_pruned(self.channels.sliced(names))
-        if budget == "params":
-            return self.params() - sliced.params()
-        return self.macs().linear - sliced.macs().linear
-
     def as_pruned(self, sliced: nn.Module) -> Self:
         """A network whose layers have other widths, as one of a class that says so in its configuration."""
         config = self.network.config

@@ -21,7 +21,8 @@ from transformers.audio_utils import mel_filter_bank
 
 from datamodules.audio import Mel
 from datamodules.sources import MissingData, data_root
-from lightning_modules.backbones.resnet_cifar import CifarResNet, load_resnet
+from lightning_modules.backbones.image_files import load_resnet
+from lightning_modules.backbones.image_networks import CifarResNet
 from lightning_modules.metrics.frechet import CPU, ResNet20, ResNet20Classes
 from lightning_modules.metrics.published import digest_of_weights
 

@@ -24,7 +24,8 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from datamodules.sources import MissingData, data_root
-from lightning_modules.backbones.resnet_cifar import CifarResNet, load_resnet
+from lightning_modules.backbones.image_files import load_resnet
+from lightning_modules.backbones.image_networks import CifarResNet
 
 CPU = torch.device("cpu")
 

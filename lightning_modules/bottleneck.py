@@ -1,0 +1,60 @@
+"""Training the gates of criteria/bottleneck.py."""
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from criteria.bottleneck import Bottleneck
+from lightning_modules.backbones.replay import part_of
+from lightning_modules.base import NonFiniteLoss, sum_over_ranks
+
+
+class BottleneckTraining(pl.LightningModule):
+    """An Adam step on the gates for each calibration batch, in order; on several ranks each takes a share of every one.
+
+    `criterion` has been started; the backbone is registered here to be moved to the device, and has to be frozen.
+    """
+
+    def __init__(self, criterion: Bottleneck, backbone: nn.Module) -> None:
+        super().__init__()
+        self.criterion, self.backbone = criterion, backbone
+        self.alphas = nn.ParameterList(criterion.alphas.values())
+
+    def on_train_start(self) -> None:
+        if self.trainer.num_training_batches < 2:
+            raise ValueError(
+                f"calibration has {self.trainer.num_training_batches} batch, and criterion=bottleneck takes an Adam "
+                "step a batch; raise calibration.samples or lower calibration.batch_size (the paper: 200 batches of 64)"
+            )
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The loss of the whole batch, with the gradient of a rank's share of it: their mean is that of the whole."""
+        criterion, ranks = self.criterion, self.trainer.world_size
+        gates = criterion.gates()
+        task_N, unit_N = criterion.task_losses(part_of(batch, slice(self.global_rank, None, ranks)), gates)
+        own, unit = task_N.double().sum(), unit_N.double().sum()
+        total = sum_over_ranks(self, torch.stack([own.detach(), unit])).to(own.device)
+        share, mean = own * ranks / total[1], total[0] / total[1]
+        losses = criterion.objective(share + (mean - share).detach(), gates)
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        self.check(values, batch_idx)
+        criterion.record(values, gates, int(self.trainer.num_training_batches))
+        shown = {"loss": values["loss"], "cost": values["cost"] / criterion.whole}
+        self.log_dict(shown | {"target": criterion.wanted / criterion.whole}, prog_bar=True, logger=False)
+        return losses["loss"]
+
+    def check(self, values: dict[str, float], iteration: int) -> None:
+        """Raise NonFiniteLoss before a step is taken with a loss that is not finite, on all ranks alike."""
+        if not math.isfinite(values["loss"]):
+            told = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
+            raise NonFiniteLoss(
+                f"the loss of criterion=bottleneck is not finite at iteration {iteration + 1} of "
+                f"{self.trainer.num_training_batches} ({told}); a lower criterion.lr or calibration.precision=32-true "
+                "usually mends it"
+            )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.alphas, lr=self.criterion.lr)
