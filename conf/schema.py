@@ -68,6 +68,8 @@ class Calibration:
     batch_size: int = 16
     seed: int = 0
     """which samples, their noise and timesteps"""
+    augment: bool = False
+    """take them as they are trained on: mirrored and shifted as the data say"""
     precision: str = "32-true"
     memory_gib: float | None = None
     """activations that prefix reuse (output_loss, task_loss) may hold, by taking a batch in parts; null: no bound"""

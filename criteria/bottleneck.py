@@ -19,12 +19,11 @@ class Bottleneck(Criterion):
 
     where L_g (`budget_loss`) draws the cost under gates to what is wanted and L_h (`binary_loss`) draws the gates to 0
     or 1. Wanted is `target`, in units of `budget` (params | macs | flops), or a fraction 1 - `ratio` of the whole
-    network's. The gates are those of the iteration of the lowest loss, of all behind the share `keep_after` of them. The
-    scores therefore belong to one target, which is given along with them.
+    network's. The gates kept are those of the iteration of the lowest loss, of all behind the share `keep_after`. The
+    scores therefore belong to one cost, which is given along with them.
 
-    The paper has gates of the channels of classifiers, whose task loss is cross-entropy. Ours: gates of whole blocks
-    (`level` depth), and with `relative` the task loss in units of the whole network's on the same samples, for the
-    diffusion networks, whose squared errors are of the order of 0.01.
+    The paper has gates of the channels of classifiers, whose task loss is cross-entropy. Gates of other units, such as
+    whole blocks of a diffusion network (`level` depth) with its squared error, are ours.
     """
 
     needs_grad = True
@@ -40,7 +39,6 @@ class Bottleneck(Criterion):
         lr: float = 0.5,
         init: float = 0.9,
         keep_after: float = 0.6,
-        relative: bool = False,
     ) -> None:
         if (ratio is None) == (target is None):
             raise ValueError(
@@ -49,7 +47,7 @@ class Bottleneck(Criterion):
             )
         if ratio is not None and not 0 < ratio < 1:
             raise ValueError(f"criterion.ratio={ratio} is out of range; choose 0 < ratio < 1")
-        if target is not None and not 0 < target:
+        if target is not None and target <= 0:
             raise ValueError(f"criterion.target={target} is out of range; choose more than 0")
         if min(beta, gamma) < 0:
             raise ValueError(f"criterion.beta={beta}, criterion.gamma={gamma}: choose 0 or more for both")
@@ -62,7 +60,7 @@ class Bottleneck(Criterion):
         self.level = check_level(level)
         self.ratio, self.target, self.budget = ratio, target, budget
         self.beta, self.gamma, self.lr, self.init = beta, gamma, lr, init
-        self.keep_after, self.relative = keep_after, relative
+        self.keep_after = keep_after
         self.history: list[dict[str, float]] = []
         """of each iteration: loss, task, L_g, L_h, and the cost under gates"""
 
@@ -97,15 +95,11 @@ class Bottleneck(Criterion):
         """lambda = sigmoid(alpha), by group."""
         return {name: alpha.sigmoid() for name, alpha in self.alphas.items()}
 
-    def task_losses(self, batch: Batch, gates: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The task loss of each sample under gates, and what it is measured in: (N,) and (N,)."""
+    def task_losses(self, batch: Batch, gates: Mapping[str, Tensor]) -> Tensor:
+        """The task loss of each sample under gates: (N,)."""
         inputs = self.backbone.calibration_inputs(batch, self.seed)
         with self.backbone.gated(gates, self.level):
-            task_N = self.backbone.losses(self.backbone.predict(inputs), inputs)
-        if not self.relative:
-            return task_N, torch.ones_like(task_N)
-        with torch.no_grad():
-            return task_N, self.backbone.losses(self.backbone.predict(inputs), inputs)
+            return self.backbone.losses(self.backbone.predict(inputs), inputs)
 
     def objective(self, task: Tensor, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is minimised ("loss") and what it is made of, scalars; "cost" is that of the network under gates."""
@@ -116,9 +110,9 @@ class Bottleneck(Criterion):
 
     def record(self, losses: Mapping[str, float], gates: Mapping[str, Tensor], iterations: int) -> None:
         """Note one of so many iterations, and keep its gates where its loss is the lowest of those that count."""
-        place = len(self.history)
+        place, first = len(self.history), min(int(self.keep_after * iterations) + 1, iterations - 1)
         self.history.append(dict(losses))
-        if place > self.keep_after * iterations and losses["loss"] < self.lowest:
+        if place >= first and losses["loss"] < self.lowest:
             self.lowest = losses["loss"]
             self.kept = {name: gate.detach().clone() for name, gate in gates.items()}
 

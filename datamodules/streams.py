@@ -146,13 +146,17 @@ class DataModule(pl.LightningDataModule):
             collate_fn=collated,
         )
 
-    def subset(self, split: str, count: int, seed: int, batch_size: int, spread: bool = False) -> DataLoader:
+    def subset(
+        self, split: str, count: int, seed: int, batch_size: int, spread: bool = False, augment: bool = False
+    ) -> DataLoader:
         """`count` fixed samples of a split, drawn without replacement as a function of `seed`, in fixed batches.
 
         They come in the order of their numbers, or `spread`: in a random order, so that the first batches are like
-        all (timesteps go with the numbers). Raises ValueError if the split has fewer.
+        all (timesteps go with the numbers). With `augment` they are the training samples as they are trained on in
+        the first pass: mirrored, shifted. Raises ValueError if the split has fewer.
         """
-        dataset = self.dataset(split)
+        assert not augment or split == "train"
+        dataset = self.training() if augment else self.dataset(split)
         if count > len(dataset):
             raise ValueError(f"{count} samples of data.{split} were asked for; it has {len(dataset)}")
         order = torch.randperm(len(dataset), generator=torch_rng(seed, "subset", split))[:count]

@@ -144,7 +144,8 @@ class Job:
             self.selection.staying(self.units)
             if self.criterion.level == "channel":
                 raise ValueError(
-                    "selection.budget='latency' is for blocks and operators; of channels choose params, macs"
+                    "selection.budget='latency' is for blocks and operators; of channels choose params, macs, or for "
+                    "image classifiers flops"
                 )
         if cfg.export.push_to_hub is not None:
             check_hub(cfg.export.push_to_hub)
@@ -169,7 +170,9 @@ class Job:
         calibration = self.cfg.calibration
         spread = self.cfg.criterion.get("stable_for") is not None  # a part of the batches has to speak for all
         data = self.calibration_data
-        return data.subset("train", calibration.samples, calibration.seed, calibration.batch_size, spread)
+        return data.subset(
+            "train", calibration.samples, calibration.seed, calibration.batch_size, spread, calibration.augment
+        )
 
     # Scores and plan
 

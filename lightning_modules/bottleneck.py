@@ -34,9 +34,9 @@ class BottleneckTraining(pl.LightningModule):
         """The loss of the whole batch, with the gradient of a rank's share of it: their mean is that of the whole."""
         criterion, ranks = self.criterion, self.trainer.world_size
         gates = criterion.gates()
-        task_N, unit_N = criterion.task_losses(part_of(batch, slice(self.global_rank, None, ranks)), gates)
-        own, unit = task_N.double().sum(), unit_N.double().sum()
-        total = sum_over_ranks(self, torch.stack([own.detach(), unit])).to(own.device)
+        task_N = criterion.task_losses(part_of(batch, slice(self.global_rank, None, ranks)), gates).double()
+        own = task_N.sum()
+        total = sum_over_ranks(self, torch.stack([own.detach(), torch.ones_like(task_N).sum()])).to(own.device)
         share, mean = own * ranks / total[1], total[0] / total[1]
         losses = criterion.objective(share + (mean - share).detach(), gates)
         values = {name: float(value.detach()) for name, value in losses.items()}

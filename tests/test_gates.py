@@ -38,7 +38,7 @@ def classifier(architecture: str) -> ClassifierBackbone:
 
 def images(backbone: ClassifierBackbone, count: int = 3) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(1)
-    return {"sample": torch.rand(count, *backbone.image_shape, generator=rng) * 2 - 1, "target": torch.arange(count)}
+    return {"sample": torch.rand(count, *backbone.image_shape(), generator=rng) * 2 - 1, "target": torch.arange(count)}
 
 
 def grouped(backbone: Any, level: str) -> dict[str, int]:
@@ -48,7 +48,7 @@ def grouped(backbone: Any, level: str) -> dict[str, int]:
 
 
 def drawn(backbone: Any, level: str, share: float, seed: int = 0) -> tuple[dict[str, Tensor], list[str]]:
-    """Gates of 0 and 1, `share` of them 0, and the names of the units of gate 0; a group of channels keeps its first."""
+    """Gates of 0 and 1, `share` of them 0, and the units of gate 0; a group of channels keeps its first."""
     rng = torch.Generator().manual_seed(seed)
     gates = {name: (torch.rand(n, generator=rng) >= share).float() for name, n in grouped(backbone, level).items()}
     gone = []
@@ -103,9 +103,8 @@ def test_open_gates_of_channels_change_no_bit_and_others_are_not_touched(network
 def test_all_that_write_to_a_stream_share_its_gates():
     cuts = classifier("torchvision").channels.cuts
     first = next(part for part in cuts.values() if ("network.layer2.1.conv2", "out") in part)
-    assert {layer for layer, side in first if side == "out"} == {
-        f"network.layer2.{part}" for part in ("0.conv2", "0.bn2", "0.downsample.0", "0.downsample.1", "1.conv2", "1.bn2")
-    }
+    writers = ("0.conv2", "0.bn2", "0.downsample.0", "0.downsample.1", "1.conv2", "1.bn2")
+    assert {layer for layer, side in first if side == "out"} == {f"network.layer2.{part}" for part in writers}
     readers = {"network.layer2.1.conv1", "network.layer3.0.conv1", "network.layer3.0.downsample.0"}
     assert {layer for layer, side in first if side == "in"} == readers
 

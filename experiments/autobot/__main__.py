@@ -66,9 +66,12 @@ def results(root: Path) -> tuple[pd.DataFrame, pd.DataFrame, float]:
         row |= {"pruned": run["quality_pruned"], "accuracy": run["quality"], "unpruned": run["quality_teacher"]}
         rows.append(row)
         removed = {change["unit"] for change in read_json(folder / "plan.json")["changes"]}
-        kept = 1 - channel_units(read_json(folder / "scores.json")["scores"], removed).groupby("group", sort=False)[
-            "removed"
-        ].mean()
+        kept = (
+            1
+            - channel_units(read_json(folder / "scores.json")["scores"], removed)
+            .groupby("group", sort=False)["removed"]
+            .mean()
+        )
         for place, (group, share) in enumerate(kept.items()):
             layers.append({**{key: row[key] for key in COLUMNS[:3]}, "place": place, "group": group, "kept": share})
     table = pd.DataFrame(rows).sort_values([*COLUMNS[:3], "distillation", "steps"], ignore_index=True)
@@ -92,10 +95,10 @@ def by_iterations(table: pd.DataFrame) -> str:
     lines.append("| --- | --- | --- | --- | --- | --- |")
     gated = as_pruned(table)[table["criterion"] == "bottleneck"]
     for iterations, rows in gated.groupby("iterations"):
-        paper = PAPER.get(int(iterations))  # type: ignore[call-overload]
+        paper = PAPER.get(int(iterations))
         told = "" if paper is None else f"{paper[0]:.2f}" + (f" ± {paper[1]:.2f}" if paper[1] else "")
         flops = spread(rows["flops"] / 1e6)
-        images = f"{64 * int(iterations):,}"  # type: ignore[call-overload]
+        images = f"{64 * int(iterations):,}"
         lines.append(f"| {iterations} | {images} | {flops} | {spread(rows['pruned'])} | {len(rows)} | {told} |")
     return "\n".join(lines) + "\n"
 

@@ -145,7 +145,8 @@ class NetworkBackbone(nn.Module):
         left = torch.tensor(self.totals()[budget], dtype=torch.float64, device=device)
         if level == "channel":
             return left - self.channels.freed(gates, budget)
-        for part in [*self.units(level), *self.shared(level)]:
+        parts: list[Unit | Shared] = [*self.units(level), *self.shared(level)]
+        for part in parts:
             if gates.keys() >= set(part.units):
                 left = left - (part.params if budget == "params" else part.macs) * joint(gates, part).double()
         return left

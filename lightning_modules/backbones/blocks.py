@@ -91,8 +91,10 @@ class Blocks:
     def whole(self, budget: str) -> int:
         """What all layers cost."""
         layers = {name: module for name, module in self.network.named_modules() if size(module)}
-        widths = {name: [width_of(module, side) for side in ("in", "out")] for name, module in layers.items()}
-        return sum(self.layer_cost(name, *widths[name], budget) for name in layers)
+        return sum(
+            self.layer_cost(name, width_of(module, "in"), width_of(module, "out"), budget)
+            for name, module in layers.items()
+        )
 
     def layer_cost(self, layer: str, into: Any, out: Any, budget: str) -> Any:
         """What a layer of these widths costs: params, or macs of a sample."""

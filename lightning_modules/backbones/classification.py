@@ -29,10 +29,12 @@ class ConvolutionChannels(Channels):
     to the stream (see BasicBlock), and whose gates are behind `bn2`. The outputs of linear layers stay, too.
     """
 
-    def __init__(self, network: ImageNetwork, forward: Callable[[nn.Module], Any], block: int) -> None:
+    network: Any  # an ImageNetwork
+
+    def __init__(self, network: Any, forward: Callable[[nn.Module], Any], block: int) -> None:
         check_block(block)
         self.adders = {name: part for name, part in network.named_modules() if isinstance(part, BasicBlock)}
-        ignored = [part for part in network.modules() if isinstance(part, nn.Linear)]
+        ignored: list[nn.Module] = [part for part in network.modules() if isinstance(part, nn.Linear)]
         ignored += [network.conv1] if self.adders else []
         ignored += [part.conv2 for part in self.adders.values()]
         further = {f"{name}.conv2": added(name, part, block) for name, part in self.adders.items()}
@@ -86,7 +88,6 @@ class ClassifierBackbone(NetworkBackbone):
 
     library = "torch"
 
-    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the images it takes."""
         size = self.network.config["image_size"]
@@ -143,9 +144,9 @@ class ClassifierBackbone(NetworkBackbone):
         """Samples that are no images of this size, and images without labels, or with labels of other classes."""
         if not hasattr(data, "image_shape"):
             raise ValueError(f"{type(data).__name__} gives no images, and the teacher is an image classifier")
-        if data.image_shape() != self.image_shape:
+        if data.image_shape() != self.image_shape():
             raise ValueError(
-                f"its images are {data.image_shape()}, the teacher takes {self.image_shape} (channels, height, width)"
+                f"its images are {data.image_shape()}, the teacher takes {self.image_shape()} (channels, height, width)"
             )
         labels = data.take("train", np.arange(min(256, len(data.source("train"))))).get("label")
         if labels is None:
@@ -162,7 +163,7 @@ class ClassifierBackbone(NetworkBackbone):
 
     def example_inputs(self, batch: int, device: torch.device | str) -> Batch:
         return {
-            "sample": torch.zeros(batch, *self.image_shape, device=device),
+            "sample": torch.zeros(batch, *self.image_shape(), device=device),
             "target": torch.zeros(batch, dtype=torch.long, device=device),
         }
 
