@@ -107,8 +107,8 @@ class Images(DataModule):
             return ImageSet(self.source(split), seed, flip, crop)
         return LatentSet(StoredSplit(self.latents, split, self.manifest), seed, flip)
 
-    def training(self) -> ImageSet:
-        return self.dataset("train", self.seed, self.flip, self.crop)
+    def training(self, seed: int) -> ImageSet:
+        return self.dataset("train", seed, self.flip, self.crop)
 
     def sample_shape(self) -> tuple[int, int, int]:
         return self.image_shape()

@@ -97,8 +97,8 @@ class DataModule(pl.LightningDataModule):
         """The samples of a split as they are calibrated and evaluated on."""
         raise NotImplementedError
 
-    def training(self) -> Samples:
-        """The training samples as they are trained on."""
+    def training(self, seed: int) -> Samples:
+        """The training samples as they are trained on: what is random in that is a function of (seed, position)."""
         raise NotImplementedError
 
     def counted(self, split: str, samples: int) -> Skipped:
@@ -129,7 +129,7 @@ class DataModule(pl.LightningDataModule):
     # Batches
 
     def train_dataloader(self) -> StatefulDataLoader:
-        dataset = self.training()
+        dataset = self.training(self.seed)
         if len(dataset) < self.batch_size:
             raise ValueError(
                 f"data.batch_size={self.batch_size} is more than the {len(dataset)} training samples there are; "
@@ -152,18 +152,19 @@ class DataModule(pl.LightningDataModule):
         """`count` fixed samples of a split, drawn without replacement as a function of `seed`, in fixed batches.
 
         They come in the order of their numbers, or `spread`: in a random order, so that the first batches are like
-        all (timesteps go with the numbers). With `augment` they are the training samples as they are trained on in
-        the first pass: mirrored, shifted. Raises ValueError if the split has fewer.
+        all (timesteps go with the numbers). With `augment` they are training samples as they are trained on
+        (mirrored, shifted), as a function of `seed`, too. Raises ValueError if the split has fewer.
         """
         assert not augment or split == "train"
-        dataset = self.training() if augment else self.dataset(split)
+        dataset = self.training(seed) if augment else self.dataset(split)
         if count > len(dataset):
             raise ValueError(f"{count} samples of data.{split} were asked for; it has {len(dataset)}")
         order = torch.randperm(len(dataset), generator=torch_rng(seed, "subset", split))[:count]
         numbered = Numbered(dataset, order.tolist())
         places = torch.randperm(count, generator=torch_rng(seed, "spread")).tolist() if spread else range(count)
         count_anew = functools.partial(self.counted, split, count)
-        return Counting(numbered, count_anew, batch_size=batch_size, collate_fn=collated, sampler=places)
+        workers = {"num_workers": self.num_workers, "batch_size": batch_size}
+        return Counting(numbered, count_anew, collate_fn=collated, sampler=places, **workers)
 
 
 class Counting(DataLoader):

@@ -200,8 +200,8 @@ class Tokens(DataModule):
     def dataset(self, split: str, seed: int = 0) -> Samples:
         return Samples(self.source(split), seed)
 
-    def training(self) -> Samples:
-        return self.dataset("train", self.seed)
+    def training(self, seed: int) -> Samples:
+        return self.dataset("train", seed)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"length": self.length}

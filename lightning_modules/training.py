@@ -112,7 +112,8 @@ class StageBar(ProgressBar):
         self.open(trainer.num_training_batches, trainer.fit_loop.epoch_loop.total_batch_idx + 1)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.bar.set_postfix_str(f"loss={trainer.progress_bar_metrics.get('loss', float('nan')):.4g}", refresh=False)
+        told = ", ".join(f"{name}={float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
+        self.bar.set_postfix_str(told, refresh=False)
         self.bar.update()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

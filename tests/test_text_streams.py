@@ -331,4 +331,4 @@ def test_the_text_on_the_page_is_read_as_it_says(tmp_path):
     cfg.data.tokenizer = None
     data = build(cfg.data, tokenizer=LETTERS)
     assert (data.sample_shape(), len(data.source("train")), len(data.source("holdout"))) == ((128,), 2, 1)
-    assert isinstance(data.training(), Samples) and data.training().seed == 3
+    assert isinstance(data.training(3), Samples) and data.training(3).seed == 3
