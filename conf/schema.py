@@ -96,7 +96,7 @@ class Evaluation:
     """of the samples, and of the noise under which the joint output loss is measured"""
     precision: str = "32-true"
     loss_samples: int = 128
-    """held-out samples on which losses are measured (and, of a classifier, the accuracy)"""
+    """held-out samples on which losses are measured (and, by the training of a classifier, its accuracy)"""
     latency_batch: int = 16
     latency_repeats: int = 10
 

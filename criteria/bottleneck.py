@@ -22,8 +22,9 @@ class Bottleneck(Criterion):
     network's. The gates kept are those of the iteration of the lowest loss, of all behind the share `keep_after`. The
     scores therefore belong to one cost, which is given along with them.
 
-    The paper has gates of the channels of classifiers, whose task loss is cross-entropy. Gates of other units, such as
-    whole blocks of a diffusion network (`level` depth) with its squared error, are ours.
+    The paper has gates of the channels of classifiers, whose task loss is cross-entropy. In a residual stream that is
+    narrowed, gates are on what is read from it, not on the stream itself (ours; the same at 0 and 1). Gates of other
+    units, such as whole blocks of a diffusion network (`level` depth) with its squared error, are ours.
     """
 
     needs_grad = True
@@ -46,9 +47,9 @@ class Bottleneck(Criterion):
                 "of selection.ratio and selection.target (the criterion takes over what the selection has)"
             )
         if ratio is not None and not 0 < ratio < 1:
-            raise ValueError(f"criterion.ratio={ratio} is out of range; choose 0 < ratio < 1")
+            raise ValueError(f"selection.ratio={ratio} is out of range; choose 0 < ratio < 1")
         if target is not None and target <= 0:
-            raise ValueError(f"criterion.target={target} is out of range; choose more than 0")
+            raise ValueError(f"selection.target={target} is out of range; choose more than 0")
         if min(beta, gamma) < 0:
             raise ValueError(f"criterion.beta={beta}, criterion.gamma={gamma}: choose 0 or more for both")
         if not lr > 0:
@@ -72,9 +73,8 @@ class Bottleneck(Criterion):
         if self.budget not in totals:
             return f"gates are trained for a cost that is counted; choose selection.budget from: {', '.join(totals)}"
         if self.target is not None and self.target >= totals[self.budget]:
-            return (
-                f"selection.target={self.target} is not below the whole network's {totals[self.budget]} {self.budget}"
-            )
+            whole = totals[self.budget]
+            return f"selection.target={self.target:,.0f} is not below the whole network's {whole:,} {self.budget}"
         return None
 
     def start(self, backbone: Backbone, units: Sequence[Unit], seed: int) -> None:

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from criteria.selection import Budgeted, Measure, Pool, group
 
 NEAR = 50_000
-"""How near to a target AutoBot's bisection stops, in FLOPs."""
+"""How near to a target AutoBot's bisection stops, in FLOPs; for parameters 0.001 of the whole network's (ours)."""
 
 
 @dataclass
 class Threshold(Budgeted):
     """Channels by one global threshold: every unit of this score or less goes (AutoBot, arXiv 2111.09635).
 
-    A group is what stands before the ':' of a unit's name, and its unit of the highest score stays (the last one
-    where several have it). What a set frees is not the sum over its units, so the threshold is bisected over the
-    scores that there are with the pool's exact `cost`.
+    A group is what stands before the ':' of a unit's name (the paper: a layer), and its unit of the highest score stays
+    (the last one where several have it). What a set frees is not the sum over its units, so the threshold is bisected
+    over the scores that there are with the pool's exact `cost`.
 
     With a `ratio` the set lies in the window of every budget: where the scores that lie at one threshold jump over it,
     they go one by one in the order of the forward pass (our choice). With a `target` the set is the one nearest to it,
@@ -28,7 +28,10 @@ class Threshold(Budgeted):
     """
 
     def check(self, pool: Pool) -> None:
-        """Raises ValueError for a pool that is not of channels, a target out of range and an unknown protected unit."""
+        """Raises ValueError for a pool that is not of channels, a target out of range and an unknown protected unit.
+
+        Also what the pool's `cost` raises for a single unit, where layers can only lose alike.
+        """
         self.staying(pool.units)
         self.least(pool)
         if pool.cost is None:
@@ -36,6 +39,7 @@ class Threshold(Budgeted):
                 "selection.name='threshold' is for channels; for blocks and operators choose one of: knapsack, "
                 "refined, greedy, ranked, given"
             )
+        pool.cost([pool.units[0].name], self.budget)  # raises for networks whose layers have to lose alike
 
     def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
         self.check(pool)
@@ -80,7 +84,8 @@ class Threshold(Budgeted):
         if above > len(order):
             raise self.infeasible(pool, most, most, None)
         count = above if freed(above) - least <= least - freed(above - 1) else above - 1
-        if abs(freed(count) - least) > NEAR:
+        near = pool.total(self.budget) / 1000 if self.budget == "params" else NEAR
+        if abs(freed(count) - least) > near:
             name = order[above - 1]
             print(
                 f"{pool.total(self.budget) - freed(count):,} {self.budget} are left, selection.target="

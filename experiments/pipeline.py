@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from conf.schema import ConfigError, build
 from criteria.base import SCORING_VERSION, check_scores
 from criteria.bk_sdm import BkSdm
+from criteria.bottleneck import Bottleneck
 from criteria.selection import Budgeted, Pool, known
 from experiments.card import model_card
 from experiments.dashboard import Dashboard
@@ -168,7 +169,9 @@ class Job:
 
     def calibration_batches(self) -> DataLoader:
         calibration = self.cfg.calibration
-        spread = self.cfg.criterion.get("stable_for") is not None  # a part of the batches has to speak for all
+        # In a random order where a part of the batches has to speak for all: timesteps go with the samples' numbers.
+        stepwise = isinstance(self.criterion, Bottleneck) and isinstance(self.teacher, DiffusionBackbone)
+        spread = stepwise or self.cfg.criterion.get("stable_for") is not None
         data = self.calibration_data
         return data.subset(
             "train", calibration.samples, calibration.seed, calibration.batch_size, spread, calibration.augment

@@ -290,8 +290,10 @@ def methods(table: pd.DataFrame) -> list[str]:
         "teacher.name",
         "selection.name",
         "selection.variant",  # BK-SDM's sets are the points of one curve
+        "selection.budget",
         "distillation.name",
         "trainer.steps",
+        *(f"criterion.{name}" for name in ("level", "ratio", "target", "budget")),  # told by the name or the selection
     }
     fields = pd.DataFrame(list(table["setting"])).astype(str)
     varying = [name for name in named if table[name].nunique() > 1]
@@ -300,11 +302,12 @@ def methods(table: pd.DataFrame) -> list[str]:
         key
         for key in fields
         if key not in known
-        and not key.startswith(("evaluation.metric", "criterion."))
+        and not key.startswith("evaluation.metric")
         and any(
             part[key].nunique() > 1
             for _, part in fields.groupby(
-                fields[["teacher.name", "distillation.name", "selection.name"]].agg("".join, axis=1)
+                [f"{name}.name" for name in ("teacher", "distillation", "selection")]
+                + (["criterion.name"] if key.startswith("criterion.") else [])
             )
         )
     ]

@@ -28,6 +28,7 @@ NO_EFFECT = {
     "": ("name", "label", "force", "logger", "paths", "precompute"),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "resume", "checkpoint_every", "log_every_n_steps"),
     "data": ("num_workers", "max_bad_fraction"),
+    "teacher": ("get",),
     "calibration": ("memory_gib",),
     "evaluation": ("latency_batch", "latency_repeats"),
     "export": ("push_to_hub",),
@@ -83,11 +84,13 @@ def digest(content: Any) -> str:
 
 
 def portable(content: Any) -> Any:
-    """A configuration without the place where this repository lies."""
+    """A configuration without the place where this repository lies, and with 4e5 and 400000 the same."""
     if isinstance(content, dict):
         return {key: portable(value) for key, value in content.items()}
     if isinstance(content, list):
         return [portable(value) for value in content]
+    if isinstance(content, float) and content.is_integer():
+        return int(content)
     return content.replace(str(ROOT), "ROOT") if isinstance(content, str) else content
 
 
@@ -98,7 +101,7 @@ def effective(cfg: DictConfig) -> dict[str, Any]:
         if group == "evaluation" and (content["selection"] or {}).get("budget") == "latency":
             continue  # what is measured decides the plan
         for name in names:
-            (content[group] if group else content).pop(name, None)
+            ((content[group] or {}) if group else content).pop(name, None)
     for name in NO_EFFECT["data"]:
         (content["calibration"].get("data") or {}).pop(name, None)
     if content["latents"] is not None:  # what they are, not where

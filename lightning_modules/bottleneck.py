@@ -34,9 +34,13 @@ class BottleneckTraining(pl.LightningModule):
         """The loss of the whole batch, with the gradient of a rank's share of it: their mean is that of the whole."""
         criterion, ranks = self.criterion, self.trainer.world_size
         gates = criterion.gates()
-        task_N = criterion.task_losses(part_of(batch, slice(self.global_rank, None, ranks)), gates).double()
+        size = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+        idle = self.global_rank >= size  # of a last batch that is smaller than the ranks: a sample that does not count
+        rows = slice(0, 1) if idle else slice(self.global_rank, None, ranks)
+        task_N = criterion.task_losses(part_of(batch, rows), gates).double() * (not idle)
         own = task_N.sum()
-        total = sum_over_ranks(self, torch.stack([own.detach(), torch.ones_like(task_N).sum()])).to(own.device)
+        counted = own.new_tensor(0 if idle else len(task_N))
+        total = sum_over_ranks(self, torch.stack([own.detach(), counted])).to(own.device)
         share, mean = own * ranks / total[1], total[0] / total[1]
         losses = criterion.objective(share + (mean - share).detach(), gates)
         values = {name: float(value.detach()) for name, value in losses.items()}

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_modules.backbones.classification import ClassifierBackbone
 from lightning_modules.backbones.image_files import named
 from lightning_modules.backbones.image_networks import ImageNetwork, build, save
 from lightning_modules.base import Optimizer, Schedule, TrainedModule, sum_over_ranks
@@ -26,6 +27,9 @@ class Classifier(TrainedModule):
         logits = self.network(batch["image"].contiguous(memory_format=torch.channels_last))
         accuracy = (logits.argmax(1) == batch["label"]).float().mean()
         return {"loss": F.cross_entropy(logits, batch["label"]), "accuracy": accuracy}
+
+    def on_fit_start(self) -> None:
+        ClassifierBackbone(self.network).check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_test_start(self) -> None:
         self.counts = torch.zeros(2, dtype=torch.float64)

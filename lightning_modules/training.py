@@ -28,7 +28,6 @@ for message in (
     ".*does not have many workers.*",
     ".*exists and is not empty.*",
     ".*in eval mode at the start of training.*",
-    ".*in eval mode at the start of training.*",
 ):
     warnings.filterwarnings("ignore", message=message)
 

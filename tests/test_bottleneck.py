@@ -166,8 +166,8 @@ def test_one_batch_is_no_training():
     [
         ({}, "criterion.ratio=None, criterion.target=None: .* exactly one of selection.ratio and selection.target"),
         ({"ratio": 0.5, "target": 4}, "criterion.ratio=0.5, criterion.target=4: .* exactly one"),
-        ({"ratio": 1.0}, "criterion.ratio=1.0 is out of range; choose 0 < ratio < 1"),
-        ({"target": 0}, "criterion.target=0 is out of range; choose more than 0"),
+        ({"ratio": 1.0}, "selection.ratio=1.0 is out of range; choose 0 < ratio < 1"),
+        ({"target": 0}, "selection.target=0 is out of range; choose more than 0"),
         ({"ratio": 0.5, "gamma": -1}, "criterion.beta=6.0, criterion.gamma=-1: choose 0 or more"),
         ({"ratio": 0.5, "lr": 0}, "criterion.lr=0 is out of range; choose more than 0"),
         ({"ratio": 0.5, "init": 1}, "criterion.init=1 is out of range; choose 0 < init < 1"),
@@ -231,8 +231,18 @@ def test_gates_of_a_classifier_meet_their_budget(budget):
 
 
 def test_a_job_trains_gates_for_the_ratio_of_its_selection(configure, overrides, tmp_path, monkeypatch):
+    """Its samples come in a random order: in that of their numbers the last steps would see but late timesteps."""
+    numbers = []
+
+    def watched(criterion, backbone, units, batches, *arguments):
+        numbers.extend(int(number) for batch in batches for number in batch["number"])
+        return score(criterion, backbone, units, batches, *arguments)
+
+    monkeypatch.setattr("experiments.pipeline.score", watched)
     monkeypatch.setattr(Job, "export", lambda *_: None)  # other tests', and long
-    prune(configure(*overrides, "criterion=bottleneck", "selection.ratio=0.4", "distillation=none"))
+    job = ("criterion=bottleneck", "selection.ratio=0.4", "distillation=none", "calibration.samples=8")
+    prune(configure(*overrides, *job))
+    assert sorted(numbers) == list(range(8)) != numbers
     (stored,) = (read_json(path) for path in tmp_path.glob("runs/.cache/scores/*.json"))
     given = stored["key"]["criterion"]
     assert (given["ratio"], given["target"], given["budget"]) == (0.4, None, "params")
@@ -307,7 +317,8 @@ def test_norms_in_front_of_several_consumers_count_alike():
     scores = under_trainer(BnScale(), ClassifierBackbone(network))
     # The third channel of the first convolution goes through the norms of the first block and of what follows it.
     through = [network.dense1[0].bn1, network.dense1[1].bn1, network.trans1.bn1]
-    assert scores["conv1:2"]["score"] == pytest.approx(sum(abs(float(n.weight.detach()[2])) for n in through) / 3, rel=1e-6)
+    expected = sum(abs(float(norm.weight.detach()[2])) for norm in through) / 3
+    assert scores["conv1:2"]["score"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_network_without_batch_norms_has_no_scales():

@@ -227,3 +227,19 @@ def test_images_that_the_teacher_does_not_take_are_refused_with_both_shapes(
     message = str(caught.value)
     assert "data=tiny" in message and str((channels, size, size)) in message and str((3, 8, 8)) in message
     assert not list(tmp_path.rglob("scores.json"))
+
+
+def test_an_augmented_subset_is_a_function_of_its_own_seed():
+    def batches(data_seed: int, seed: int, augment: bool) -> list[dict[str, torch.Tensor]]:
+        data = images(train=12, seed=data_seed, crop=2)
+        return list(data.subset("train", 12, seed, 5, augment=augment))
+
+    plain, augmented = batches(0, 3, augment=False), batches(0, 3, augment=True)
+    for one, other, again in zip(plain, augmented, batches(1, 3, augment=True), strict=True):
+        assert torch.equal(one["index"], other["index"]) and not torch.equal(one["image"], other["image"])
+        assert torch.equal(other["image"], again["image"])
+    in_order = [
+        torch.cat([b["image"] for b in found])[torch.cat([b["index"] for b in found]).argsort()]
+        for found in (augmented, batches(0, 4, augment=True))
+    ]
+    assert not torch.equal(*in_order)

@@ -24,8 +24,14 @@ from experiments.tables import channel_units
 PAPER = {10: (66.04, 2.25), 50: (79.09, 0.0), 100: (81.98, 1.08), 200: (84.47, 0.44), 300: (84.70, 0.84)}
 """{iterations: accuracy right after pruning and its standard deviation over three seeds}, from the paper's own logs (of
 the second none is given)."""
-TRAINED = {"none": "as pruned", "task_only": "fine-tuned", "normalized": "distilled, normalised features"}
-COLUMNS = ["criterion", "iterations", "seed", "flops", "params", "distillation", "steps", "pruned", "accuracy"]
+TRAINED = {
+    "none": "as pruned",
+    "task_only": "fine-tuned",
+    "normalized": "distilled, normalised features",
+    "output_only": "distilled, outputs",
+}
+KEY = ["criterion", "iterations", "augment", "seed"]
+COLUMNS = [*KEY, "flops", "params", "distillation", "steps", "pruned", "accuracy"]
 
 
 def main() -> None:
@@ -51,16 +57,24 @@ def main() -> None:
 def results(root: Path) -> tuple[pd.DataFrame, pd.DataFrame, float]:
     """A row a run; the share that stays of each group, criterion and run; the accuracy of the unpruned network.
 
-    "iterations" are those of the gates, 0 for other criteria; "steps" those of the training afterwards.
+    "iterations" are those of the gates, 0 for other criteria; "augment" whether calibration images were mirrored and
+    shifted; "steps" those of the training afterwards. Raises ValueError where runs differ in something else.
     """
     rows: list[dict[str, Any]] = []
     layers = []
-    for run in collect(root).to_dict("records"):
+    runs = collect(root)
+    for field in ("teacher", "target"):
+        if runs[field].nunique() != 1:
+            raise ValueError(
+                f"{root} has runs of several values of {field}: {', '.join(map(str, runs[field].unique()))}"
+            )
+    for run in runs.to_dict("records"):
         folder = root / Path(run["page"]).parent
         cfg: Any = OmegaConf.load(folder / "config.yaml")
         name = cfg.criterion.name
         gated = name == "bottleneck"
         row = {"criterion": name, "iterations": cfg.calibration.samples // cfg.calibration.batch_size if gated else 0}
+        row["augment"] = cfg.calibration.augment
         row["seed"] = cfg.criterion.seed if "seed" in cfg.criterion else cfg.calibration.seed
         row |= {key: run[key] for key in ("flops", "params", "distillation", "steps")}
         row |= {"pruned": run["quality_pruned"], "accuracy": run["quality"], "unpruned": run["quality_teacher"]}
@@ -73,15 +87,27 @@ def results(root: Path) -> tuple[pd.DataFrame, pd.DataFrame, float]:
             .mean()
         )
         for place, (group, share) in enumerate(kept.items()):
-            layers.append({**{key: row[key] for key in COLUMNS[:3]}, "place": place, "group": group, "kept": share})
-    table = pd.DataFrame(rows).sort_values([*COLUMNS[:3], "distillation", "steps"], ignore_index=True)
-    alike = ["criterion", "iterations", "seed", "place"]
-    return table[COLUMNS], pd.DataFrame(layers).drop_duplicates(alike), float(table["unpruned"].iloc[0])
+            layers.append({**{key: row[key] for key in KEY}, "place": place, "group": group, "kept": share})
+    table = pd.DataFrame(rows).sort_values([*KEY, "distillation", "steps"], ignore_index=True)
+    if len(twice := table[table.duplicated([*KEY, "distillation", "steps"])]):
+        raise ValueError(f"{root} has several runs of {twice.iloc[0][[*KEY, 'distillation', 'steps']].to_dict()}")
+    return table[COLUMNS], pd.DataFrame(layers).drop_duplicates([*KEY, "place"]), float(table["unpruned"].iloc[0])
 
 
 def as_pruned(table: pd.DataFrame) -> pd.DataFrame:
     """A row a pruned network, however it was trained afterwards."""
-    return table.drop_duplicates(["criterion", "iterations", "seed"])
+    return table.drop_duplicates(KEY)
+
+
+def at_the_papers(table: pd.DataFrame) -> pd.DataFrame:
+    """Of the gates only those trained as in the paper: 200 iterations on augmented images."""
+    return table[table["iterations"].isin((0, 200)) & table["augment"]]
+
+
+def gated(table: pd.DataFrame) -> pd.DataFrame:
+    """The networks as pruned by gates."""
+    pruned = as_pruned(table)
+    return pruned[pruned["criterion"] == "bottleneck"]
 
 
 def spread(values: pd.Series) -> str:
@@ -91,21 +117,20 @@ def spread(values: pd.Series) -> str:
 
 def by_iterations(table: pd.DataFrame) -> str:
     """Accuracy as pruned over the iterations of the gates, in Markdown."""
-    lines = ["| iterations | images | MFLOPs | accuracy as pruned, % | seeds | the paper's, 3 seeds |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
-    gated = as_pruned(table)[table["criterion"] == "bottleneck"]
-    for iterations, rows in gated.groupby("iterations"):
-        paper = PAPER.get(int(iterations))
+    lines = ["| iterations | MFLOPs | accuracy as pruned, % | seeds | the paper's, 3 seeds |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for (iterations, augment), rows in gated(table).groupby(["iterations", "augment"]):
+        paper = PAPER.get(iterations) if augment else None
         told = "" if paper is None else f"{paper[0]:.2f}" + (f" ± {paper[1]:.2f}" if paper[1] else "")
+        name = f"{iterations}" if augment else f"{iterations}, images as they are"
         flops = spread(rows["flops"] / 1e6)
-        images = f"{64 * int(iterations):,}"
-        lines.append(f"| {iterations} | {images} | {flops} | {spread(rows['pruned'])} | {len(rows)} | {told} |")
+        lines.append(f"| {name} | {flops} | {spread(rows['pruned'])} | {len(rows)} | {told} |")
     return "\n".join(lines) + "\n"
 
 
 def by_criterion(table: pd.DataFrame) -> str:
     """Every criterion at the paper's iterations, as pruned and trained afterwards, in Markdown."""
-    table = table[table["iterations"].isin((0, 200))]
+    table = at_the_papers(table)
     ways = [way for way in TRAINED if way != "none" and (table["distillation"] == way).any()]
     lines = ["| criterion | MFLOPs | parameters | as pruned | " + " | ".join(TRAINED[way] for way in ways) + " |"]
     lines.append("| --- |" + " --- |" * (3 + len(ways)))
@@ -115,17 +140,19 @@ def by_criterion(table: pd.DataFrame) -> str:
         cells = [spread(rows["flops"] / 1e6), f"{rows['params'].mean() / 1e6:.3f} M", spread(rows["pruned"])]
         for way in ways:
             done = table[(table["criterion"] == name) & (table["distillation"] == way)]
-            cells.append(f"{spread(done['accuracy'])} ({done['steps'].iloc[0]} steps)" if len(done) else "not run")
+            parts = [f"{spread(some['accuracy'])} ({steps} steps)" for steps, some in done.groupby("steps")]
+            cells.append(", ".join(parts) or "not run")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def draw_iterations(table: pd.DataFrame, path: Path) -> None:
     """Accuracy as pruned over the iterations of the gates: every seed, their mean, and the paper's."""
-    gated = as_pruned(table)[table["criterion"] == "bottleneck"]
+    shown = gated(table)
+    shown = shown[shown["augment"]]
     figure, axis = plt.subplots(figsize=(6, 4))
-    means = gated.groupby("iterations")["pruned"].agg(["mean", "std"]).fillna(0)
-    axis.scatter(gated["iterations"], gated["pruned"], s=12, color="C0", alpha=0.5, label="a seed")
+    means = shown.groupby("iterations")["pruned"].agg(["mean", "std"]).fillna(0)
+    axis.scatter(shown["iterations"], shown["pruned"], s=12, color="C0", alpha=0.5, label="a seed")
     axis.errorbar(means.index, means["mean"], means["std"], color="C0", marker="o", ms=4, capsize=3, label="mean")
     values, deviations = zip(*PAPER.values(), strict=True)
     axis.errorbar(list(PAPER), values, deviations, color="black", ls=":", marker="s", ms=4, capsize=3, label="paper")
@@ -137,11 +164,13 @@ def draw_iterations(table: pd.DataFrame, path: Path) -> None:
 
 
 def draw_criteria(table: pd.DataFrame, unpruned: float, path: Path) -> None:
-    """A group of bars a criterion at the same FLOPs: as pruned, and after each way of training."""
-    table = table[table["iterations"].isin((0, 200))]
+    """A group of bars a criterion at the same FLOPs: as pruned, and after each way of training (the longest)."""
+    table = at_the_papers(table)
     values: dict[str, Mapping[Any, float]] = {"none": as_pruned(table).groupby("criterion")["pruned"].mean().to_dict()}
     for way in list(TRAINED)[1:]:
-        found = table[table["distillation"] == way].groupby("criterion")["accuracy"].mean().to_dict()
+        trained = table[table["distillation"] == way]
+        longest = trained[trained["steps"] == trained.groupby("criterion")["steps"].transform("max")]
+        found = longest.groupby("criterion")["accuracy"].mean().to_dict()
         values |= {way: found} if found else {}
     names = sorted(values["none"], key=values["none"].__getitem__, reverse=True)
     figure, axis = plt.subplots(figsize=(7.5, 4))
@@ -153,14 +182,14 @@ def draw_criteria(table: pd.DataFrame, unpruned: float, path: Path) -> None:
     axis.axhline(unpruned, color="black", ls=":", lw=1, label="unpruned")
     axis.set_xticks(range(len(names)), names)
     axis.set_ylabel("accuracy, %")
-    axis.set_ylim(0, 100)
-    axis.legend(fontsize=8, loc="lower left")
+    axis.set_ylim(0, 115)
+    axis.legend(fontsize=8, loc="upper center", ncol=4)
     save(figure, path)
 
 
 def draw_layers(layers: pd.DataFrame, path: Path) -> None:
     """The share of each group that stays, a panel a criterion, a thin line a seed and a thick one their mean."""
-    layers = layers[layers["iterations"].isin((0, 200))]
+    layers = at_the_papers(layers)
     names = sorted(layers["criterion"].unique(), key=lambda name: (name != "bottleneck", name))
     figure, axes = plt.subplots(len(names), 1, figsize=(9, 1.5 * len(names) + 0.8), sharex=True, squeeze=False)
     for name, axis in zip(names, axes[:, 0], strict=True):

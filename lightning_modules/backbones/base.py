@@ -148,7 +148,10 @@ class NetworkBackbone(nn.Module):
         parts: list[Unit | Shared] = [*self.units(level), *self.shared(level)]
         for part in parts:
             if gates.keys() >= set(part.units):
-                left = left - (part.params if budget == "params" else part.macs) * joint(gates, part).double()
+                freed = (part.params if budget == "params" else part.macs) * joint(gates, part).double()
+                around = part.inside if isinstance(part, Unit) else None
+                # What is in another unit goes with that, and only once.
+                left = left - (freed if around is None or around not in gates else freed * gates[around].squeeze())
         return left
 
     @contextlib.contextmanager

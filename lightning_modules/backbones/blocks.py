@@ -61,9 +61,10 @@ class Blocks:
     # Costs of many blocks together
 
     def cost(self, names: Iterable[str], budget: str) -> int:
-        """What several blocks free together of a cost (see `layer_cost`)."""
+        """What several blocks free together of a cost (see `layer_cost`); ValueError for an unknown one."""
         gates = {group: torch.ones(len(several)) for group, several in self.blocks.items()}
         for name in names:
+            self.known(name)
             group, _, number = name.rpartition(":")
             gates[group][int(number)] = 0
         return round(float(self.freed(gates, budget)))
@@ -100,7 +101,7 @@ class Blocks:
         """What a layer of these widths costs: params, or macs of a sample."""
         module = self.network.get_submodule(layer)
         if not multiplies(module):
-            parameters = sum(isinstance(getattr(module, name), nn.Parameter) for name, _ in axes(module, "out"))
+            parameters = sum(p.numel() // width_of(module, "out") for p in module.parameters(recurse=False))
             return parameters * out if budget == "params" else 0
         taps = module.weight[0, 0].numel()  # type: ignore[index]
         if budget == "params":
@@ -152,11 +153,15 @@ class Blocks:
 
     # What goes
 
-    def slices(self, name: str) -> list[tuple[str, int, Tensor]]:
-        """(parameter, dimension, indices) of what goes with a block; two entries where both dimensions are cut."""
+    def known(self, name: str) -> None:
+        """Raise ValueError for a name that is no unit."""
         if name not in self.cuts:
             choices = ", ".join(f"{root}:0..{len(blocks) - 1}" for root, blocks in self.blocks.items())
             raise ValueError(f"unit {name!r} is no block of channels; choose among: {choices}")
+
+    def slices(self, name: str) -> list[tuple[str, int, Tensor]]:
+        """(parameter, dimension, indices) of what goes with a block; two entries where both dimensions are cut."""
+        self.known(name)
         found = []
         for (layer, side), indices in self.cuts[name].items():
             module = self.network.get_submodule(layer)

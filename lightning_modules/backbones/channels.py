@@ -52,7 +52,7 @@ class Channels(Blocks):
         kept = {id(layer) for layer in [*ignored, *attention_projections(network)]}
         graph = Graph(network, forward, {name for name, module in network.named_modules() if id(module) in kept})
         blocks = graph.blocks(block) | dict(further or {})
-        super().__init__(network, {root: blocks[root] for root in graph.order if root in blocks}, graph.uses, outlets)
+        super().__init__(network, {root: blocks[root] for root in graph.order if blocks.get(root)}, graph.uses, outlets)
 
     def sliced(self, names: Iterable[str]) -> nn.Module:
         """A copy of the network without these blocks, without gradients.

@@ -110,7 +110,10 @@ class ClassifierBackbone(NetworkBackbone):
     def units(self, level: str = "channel") -> list[Unit]:
         """Output channels of convolutions; raises ValueError for the other levels."""
         if check_level(level) != "channel":
-            raise ValueError(f"criterion.level={level!r}: of an image classifier choose criterion.level=channel")
+            raise ValueError(
+                f"criterion.level={level!r}: of an image classifier channels go; choose criterion.level=channel and "
+                "one of criterion=bottleneck, magnitude, taylor, bn_scale, random"
+            )
         return self.channels.units()
 
     @functools.cached_property
@@ -148,9 +151,13 @@ class ClassifierBackbone(NetworkBackbone):
             raise ValueError(
                 f"its images are {data.image_shape()}, the teacher takes {self.image_shape()} (channels, height, width)"
             )
-        labels = data.take("train", np.arange(min(256, len(data.source("train"))))).get("label")
-        if labels is None:
-            raise ValueError("its images have no labels, and the teacher is an image classifier; choose data=cifar10")
+        count = len(data.source("train"))
+        labels = data.take("train", np.linspace(0, count - 1, min(256, count)).astype(int)).get("label")
+        if labels is None or len(set(labels)) == 1 < len(labels):
+            raise ValueError(
+                "its images have no labels (or all the same one), and the teacher is an image classifier; choose data "
+                "with labels, such as data=cifar10, or pictures in a folder a class"
+            )
         if labels.max() >= self.classes:
             raise ValueError(f"it has the label {labels.max()}, and the teacher knows {self.classes} classes")
 

@@ -15,7 +15,7 @@ from lightning_modules.backbones.image_networks import CifarResNet, DenseNet, Im
 
 NAMED: dict[str, dict[str, Any]] = {
     "vgg16_bn": {"architecture": "vgg16_bn"},
-    "densenet40": {"architecture": "densenet"},
+    "densenet40": {"architecture": "densenet", "layers": 12, "growth": 12},
     "googlenet": {"architecture": "googlenet"},
 }
 NAMED |= {f"resnet{6 * n + 2}": {"architecture": "cifar_resnet", "blocks": n} for n in (1, 3, 5, 7, 9, 18)}
@@ -46,10 +46,11 @@ def load_classifier(
     """A trained image classifier, float32 and in eval mode.
 
     `path` is a folder that this project wrote (weights/ of a training, student/ or export/ of a run), which says by
-    itself what it holds; or a file of weights (.safetensors, .th, .pt, .pth, .bin), a folder with one, or a hub id, of
-    the `architecture`. Files are looked up in $SECATEUR_DATA, too; `get` says how to get them. `classes`, `mean` and
-    `std` (of values in [0,1]) and `image_size` are the architecture's unless given, and those of a folder that says
-    them by itself in any case. `block` is the most channels of a unit, `smoothing` that of the labels in the loss.
+    itself what it holds; or a file of weights (.safetensors, .th, .pt, .pth, .bin), a folder with one beside a
+    config.json, or a hub id, of the `architecture`. Files are looked up in $SECATEUR_DATA, too; `get` says how to get
+    them. `classes`, `mean` and `std` (of values in [0,1]) and `image_size` are the architecture's unless given, and
+    those of a folder that says them by itself in any case. `block` is the most channels of a unit, `smoothing` that of
+    the labels in the loss.
     Raises MissingData for what is not to be had, and ValueError for files that cannot be read or are of another
     architecture.
     """

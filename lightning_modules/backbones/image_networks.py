@@ -109,7 +109,7 @@ class CifarResNet(ImageNetwork):
             first = BasicBlock(before, width, stride=width // before)
             self.stages.append(nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1))))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.pooling = {("linear", "in"): (self.config["image_size"] // 4) ** 2 + 1}
+        self.pooling = {("linear", "in"): (-(-self.config["image_size"] // 4)) ** 2 + 1}
         self.linear = nn.Linear(64, self.config["classes"])
         draw(self)
 
@@ -296,7 +296,7 @@ class Torchvision(ImageNetwork):
         from torchvision.models import get_model  # noqa: PLC0415  needed by this architecture alone
 
         self.network = get_model(name, weights=None, num_classes=classes)
-        self.pooling = {("network.fc", "in"): (image_size // 32) ** 2 + 1}
+        self.pooling = {("network.fc", "in"): (-(-image_size // 32)) ** 2 + 1}
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         return self.network(self.normalised(image_BCHW))
