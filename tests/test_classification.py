@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from conf.schema import build
 from datamodules.images import Images
 from datamodules.sources import Arrays, MissingData, located
+from experiments.autobot import __main__ as study
 from experiments.pipeline import prune
 from experiments.report import report_set
 from lightning_modules.backbones.files import find_model
@@ -189,6 +191,33 @@ def test_other_criteria_meet_the_same_target(configure, pictures, criterion):
     prune(cfg)
     (metrics,) = read(the_run(cfg), "metrics.json")
     assert abs(metrics["student/flops"] - cfg.selection.target) < 10_000
+
+
+@pytest.mark.usefixtures("quick_end")
+def test_the_study_has_a_row_a_run_and_refuses_to_mix_targets(configure, pictures, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    jobs = {
+        ("calibration.samples=16",): 4,
+        ("calibration.samples=12",): 3,
+        ("criterion=magnitude", "trainer.steps=1"): 0,
+    }
+    for words in jobs:
+        cfg = configure(*pictures, "calibration.batch_size=4", "distillation=none", *words)
+        prune(cfg)
+    prune(configure(*pictures, "calibration.batch_size=4", "criterion=magnitude", "trainer.steps=1"))
+    monkeypatch.setattr(sys, "argv", ["autobot", cfg.paths.runs, "--out", str(out)])
+    study.main()
+    table, layers = pd.read_csv(out / "results.csv"), pd.read_csv(out / "layers.csv")
+    assert sorted(table["iterations"]) == [0, 0, 3, 4] and set(table["criterion"]) == {"bottleneck", "magnitude"}
+    trained = table[table["distillation"] == "task_only"]
+    assert list(trained["criterion"]) == ["magnitude"] and list(trained["steps"]) == [1]
+    for (_, iterations), kept in layers.groupby(["criterion", "iterations"]):
+        assert len(kept) == 6 and kept["kept"].between(0, 1).all(), iterations  # two layers of three blocks
+    assert {"iterations.png", "criteria.png", "layers.png"} <= {file.name for file in out.iterdir()}
+    assert "| 4 |" in capsys.readouterr().out
+    prune(configure(*pictures, "criterion=magnitude", "distillation=none", "selection.target=5e5"))
+    with pytest.raises(ValueError, match=r"has runs of several values of target: (400000|500000)"):
+        study.main()
 
 
 @pytest.mark.usefixtures("quick_end")
