@@ -190,9 +190,10 @@ def register() -> None:
     OmegaConf.register_new_resolver("either", either, replace=True)
 
 
-def either(*values: Any) -> Any:
-    """The first value that is not null."""
-    return next((value for value in values if value is not None), None)
+def either(*given: Any) -> Any:
+    """The first value that is not null, a whole number without its point: for the names of folders."""
+    value = next((value for value in given if value is not None), None)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check(cfg: DictConfig) -> None:

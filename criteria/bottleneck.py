@@ -66,15 +66,12 @@ class Bottleneck(Criterion):
         """of each iteration: loss, task, L_g, L_h, and the cost under gates"""
 
     def supports(self, backbone: Backbone) -> str | None:
-        """Also: that the cost is one of this network's, and the target below the whole of it."""
+        """Also: that the cost is one of this network's."""
         if reason := super().supports(backbone):
             return reason
         totals = backbone.totals()
         if self.budget not in totals:
             return f"gates are trained for a cost that is counted; choose selection.budget from: {', '.join(totals)}"
-        if self.target is not None and self.target >= totals[self.budget]:
-            whole = totals[self.budget]
-            return f"selection.target={self.target:,.0f} is not below the whole network's {whole:,} {self.budget}"
         return None
 
     def start(self, backbone: Backbone, units: Sequence[Unit], seed: int) -> None:

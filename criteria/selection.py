@@ -166,7 +166,7 @@ class Budgeted(Selection):
                 )
             named = [name for name in names if entry in (name, group(name))] or [entry]
             found.update(names[slice(*(int(end) if end else None for end in part.groups()))] if part else named)
-        known(found, units, "selection.protected")
+        known(found, units, "selection.protected", [group(name) for name in names])
         return [name for name in names if name in found]
 
     def program(self, pool: Pool) -> Program:
@@ -316,12 +316,13 @@ def check_budget(budget: str) -> None:
         raise ValueError(f"selection.budget={budget!r} is unknown; choose one of: {', '.join(BUDGETS)}")
 
 
-def known(names: Iterable[str], units: Sequence[Unit], field_name: str) -> None:
-    """Raise ValueError for a name that is no unit, with the nearest that are."""
+def known(names: Iterable[str], units: Sequence[Unit], field_name: str, groups: Sequence[str] = ()) -> None:
+    """Raise ValueError for a name that is no unit, with the nearest that are, or the nearest `groups` where given."""
     there = dict.fromkeys(unit.name for unit in units)
     for name in names:
         if name not in there:
-            near = difflib.get_close_matches(name, there, n=3, cutoff=0.3) or list(there)[:3]
+            choices = list(dict.fromkeys(groups or there))
+            near = difflib.get_close_matches(name, choices, n=3, cutoff=0.3) or choices[:3]
             raise ValueError(
                 f"{field_name}: {name!r} is not a unit of this network; the nearest are: {', '.join(near)}"
             )

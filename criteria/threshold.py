@@ -88,9 +88,8 @@ class Threshold(Budgeted):
         if abs(freed(count) - least) > near:
             name = order[above - 1]
             print(
-                f"{pool.total(self.budget) - freed(count):,} {self.budget} are left, selection.target="
-                f"{self.target:,.0f} was asked for: no threshold comes nearer, as {name} (of the group {group(name)}) "
-                f"alone frees {freed(above) - freed(above - 1):,}"
+                f"{pool.total(self.budget) - freed(count):,} {self.budget} are left: the nearest to selection.target="
+                f"{self.target:,.0f} that a threshold gives, as {name} alone frees {freed(above) - freed(above - 1):,}"
             )
         return count
 

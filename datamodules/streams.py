@@ -151,7 +151,7 @@ class DataModule(pl.LightningDataModule):
     ) -> DataLoader:
         """`count` fixed samples of a split, drawn without replacement as a function of `seed`, in fixed batches.
 
-        They come in the order of their numbers, or `spread`: in a random order, so that the first batches are like
+        They come in the order of their numbers, or `spread`: each batch has numbers from everywhere, so that it is like
         all (timesteps go with the numbers). With `augment` they are training samples as they are trained on
         (mirrored, shifted), as a function of `seed`, too. Raises ValueError if the split has fewer.
         """
@@ -161,7 +161,9 @@ class DataModule(pl.LightningDataModule):
             raise ValueError(f"{count} samples of data.{split} were asked for; it has {len(dataset)}")
         order = torch.randperm(len(dataset), generator=torch_rng(seed, "subset", split))[:count]
         numbered = Numbered(dataset, order.tolist())
-        places = torch.randperm(count, generator=torch_rng(seed, "spread")).tolist() if spread else range(count)
+        batches = -(-count // batch_size) if spread else 1
+        starts = torch.randperm(batches, generator=torch_rng(seed, "spread")).tolist()
+        places = [place for start in starts for place in range(start, count, batches)]
         count_anew = functools.partial(self.counted, split, count)
         workers = {"num_workers": self.num_workers, "batch_size": batch_size}
         return Counting(numbered, count_anew, collate_fn=collated, sampler=places, **workers)

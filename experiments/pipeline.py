@@ -169,7 +169,7 @@ class Job:
 
     def calibration_batches(self) -> DataLoader:
         calibration = self.cfg.calibration
-        # In a random order where a part of the batches has to speak for all: timesteps go with the samples' numbers.
+        # Spread where a part of the batches has to speak for all: timesteps go with the samples' numbers.
         stepwise = isinstance(self.criterion, Bottleneck) and isinstance(self.teacher, DiffusionBackbone)
         spread = stepwise or self.cfg.criterion.get("stable_for") is not None
         data = self.calibration_data

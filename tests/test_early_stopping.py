@@ -43,12 +43,13 @@ def numbered(data: Images, spread: bool) -> dict[int, torch.Tensor]:
     return {int(n): image for batch in batches for n, image in zip(batch["number"], batch["image"], strict=True)}
 
 
-def test_spread_batches_are_the_same_samples_in_an_order_in_which_the_first_are_like_all():
+def test_spread_batches_are_the_same_samples_in_an_order_in_which_every_batch_is_like_all():
     images = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 3), dtype=np.uint8)
     data = Images(lambda: Arrays(images), lambda: Arrays(images), batch_size=4)
     plain, spread = numbered(data, False), numbered(data, True)
     assert plain.keys() == spread.keys() and all(torch.equal(plain[n], spread[n]) for n in plain)
     assert list(plain) == list(range(64))
-    first = list(spread)[:16]
-    assert min(first) < 16 and max(first) >= 48  # timesteps go with the numbers
+    order = list(spread)
+    assert all([n // 16 for n in order[i : i + 4]] == [0, 1, 2, 3] for i in range(0, 64, 4))  # as timesteps go
+    assert order[::4] != sorted(order[::4])
     assert list(spread) == list(numbered(data, True))

@@ -61,7 +61,10 @@ def load_classifier(
     if place.is_dir() and is_image_network(place := network_folder(place)):
         network: Any = load_network(place)
         if architecture is not None and not named(architecture).items() <= network.config.items():
-            raise ValueError(f"teacher.architecture={architecture!r}, and {place} holds {network.config}")
+            raise ValueError(
+                f"teacher.architecture={architecture!r}, and {place} holds {network.config}; choose the teacher that "
+                "it is, or teacher.architecture=null, with which the folder says it"
+            )
         return ClassifierBackbone(network, **options)
     if architecture is None:
         raise ValueError(f"teacher.architecture is to say what the weights in {path!r} are of: {', '.join(NAMED)}")
