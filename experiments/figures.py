@@ -88,7 +88,8 @@ def loss_curves(history: pd.DataFrame, path: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
     for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
         for name in names:
-            axis.plot(series[name]["step"], series[name]["value"], lw=1, label=name.split("/")[-1])
+            mark = "o" if len(series[name]) == 1 else None  # a line of one point is none
+            axis.plot(series[name]["step"], series[name]["value"], lw=1, marker=mark, label=name.split("/")[-1])
         axis.set_yscale("log")
         axis.set_xlabel("optimiser step")
         axis.set_title(title, fontsize=10)
