@@ -30,7 +30,7 @@ TRAINED = {
     "normalized": "distilled, normalised features",
     "output_only": "distilled, outputs",
 }
-KEY = ["criterion", "iterations", "augment", "seed"]
+KEY = ["criterion", "iterations", "seed"]
 COLUMNS = [*KEY, "flops", "params", "distillation", "steps", "pruned", "accuracy"]
 
 
@@ -57,13 +57,14 @@ def main() -> None:
 def results(root: Path) -> tuple[pd.DataFrame, pd.DataFrame, float]:
     """A row a run; the share that stays of each group, criterion and run; the accuracy of the unpruned network.
 
-    "iterations" are those of the gates, 0 for other criteria; "augment" whether calibration images were mirrored and
-    shifted; "steps" those of the training afterwards. Raises ValueError where runs differ in something else.
+    "iterations" are those of the gates, 0 for other criteria; "steps" those of the training afterwards. Raises
+    ValueError for several teachers, targets, or ways to take the calibration images.
     """
     rows: list[dict[str, Any]] = []
     layers = []
     runs = collect(root)
-    for field in ("teacher", "target"):
+    runs["calibration.augment"] = [setting["calibration.augment"] for setting in runs["setting"]]
+    for field in ("teacher", "target", "calibration.augment"):
         if runs[field].nunique() != 1:
             raise ValueError(
                 f"{root} has runs of several values of {field}: {', '.join(map(str, runs[field].unique()))}"
@@ -72,22 +73,17 @@ def results(root: Path) -> tuple[pd.DataFrame, pd.DataFrame, float]:
         folder = root / Path(run["page"]).parent
         cfg: Any = OmegaConf.load(folder / "config.yaml")
         name = cfg.criterion.name
-        gated = name == "bottleneck"
-        row = {"criterion": name, "iterations": cfg.calibration.samples // cfg.calibration.batch_size if gated else 0}
-        row["augment"] = cfg.calibration.augment
+        steps = cfg.calibration.samples // cfg.calibration.batch_size if name == "bottleneck" else 0
+        name += " (mean)" if cfg.criterion.get("reduction") == "mean" else ""
+        row = {"criterion": name, "iterations": steps}
         row["seed"] = cfg.criterion.seed if "seed" in cfg.criterion else cfg.calibration.seed
         row |= {key: run[key] for key in ("flops", "params", "distillation", "steps")}
         row |= {"pruned": run["quality_pruned"], "accuracy": run["quality"], "unpruned": run["quality_teacher"]}
         rows.append(row)
         removed = {change["unit"] for change in read_json(folder / "plan.json")["changes"]}
-        kept = (
-            1
-            - channel_units(read_json(folder / "scores.json")["scores"], removed)
-            .groupby("group", sort=False)["removed"]
-            .mean()
-        )
-        for place, (group, share) in enumerate(kept.items()):
-            layers.append({**{key: row[key] for key in KEY}, "place": place, "group": group, "kept": share})
+        units = channel_units(read_json(folder / "scores.json")["scores"], removed)
+        for place, (group, gone) in enumerate(units.groupby("group", sort=False)["removed"].mean().items()):
+            layers.append({**{key: row[key] for key in KEY}, "place": place, "group": group, "kept": 1 - gone})
     table = pd.DataFrame(rows).sort_values([*KEY, "distillation", "steps"], ignore_index=True)
     if len(twice := table[table.duplicated([*KEY, "distillation", "steps"])]):
         raise ValueError(f"{root} has several runs of {twice.iloc[0][[*KEY, 'distillation', 'steps']].to_dict()}")
@@ -100,8 +96,8 @@ def as_pruned(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_the_papers(table: pd.DataFrame) -> pd.DataFrame:
-    """Of the gates only those trained as in the paper: 200 iterations on augmented images."""
-    return table[table["iterations"].isin((0, 200)) & table["augment"]]
+    """Of the gates only those trained for 200 iterations."""
+    return table[table["iterations"].isin((0, 200))]
 
 
 def gated(table: pd.DataFrame) -> pd.DataFrame:
@@ -119,12 +115,11 @@ def by_iterations(table: pd.DataFrame) -> str:
     """Accuracy as pruned over the iterations of the gates, in Markdown."""
     lines = ["| iterations | MFLOPs | accuracy as pruned, % | seeds | the paper's, 3 seeds |"]
     lines.append("| --- | --- | --- | --- | --- |")
-    for (iterations, augment), rows in gated(table).groupby(["iterations", "augment"]):
-        paper = PAPER.get(iterations) if augment else None
+    for iterations, rows in gated(table).groupby("iterations"):
+        paper = PAPER.get(iterations)
         told = "" if paper is None else f"{paper[0]:.2f}" + (f" ± {paper[1]:.2f}" if paper[1] else "")
-        name = f"{iterations}" if augment else f"{iterations}, images as they are"
         flops = spread(rows["flops"] / 1e6)
-        lines.append(f"| {name} | {flops} | {spread(rows['pruned'])} | {len(rows)} | {told} |")
+        lines.append(f"| {iterations} | {flops} | {spread(rows['pruned'])} | {len(rows)} | {told} |")
     return "\n".join(lines) + "\n"
 
 
@@ -149,7 +144,6 @@ def by_criterion(table: pd.DataFrame) -> str:
 def draw_iterations(table: pd.DataFrame, path: Path) -> None:
     """Accuracy as pruned over the iterations of the gates: every seed, their mean, and the paper's."""
     shown = gated(table)
-    shown = shown[shown["augment"]]
     figure, axis = plt.subplots(figsize=(6, 4))
     means = shown.groupby("iterations")["pruned"].agg(["mean", "std"]).fillna(0)
     axis.scatter(shown["iterations"], shown["pruned"], s=12, color="C0", alpha=0.5, label="a seed")
