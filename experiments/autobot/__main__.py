@@ -174,7 +174,7 @@ def draw_criteria(table: pd.DataFrame, unpruned: float, path: Path) -> None:
         bars = axis.bar(at, [found.get(name, np.nan) for name in names], width, label=TRAINED[way])
         axis.bar_label(bars, fmt=lambda value: f"{value:.1f}" if np.isfinite(value) else "", fontsize=7)
     axis.axhline(unpruned, color="black", ls=":", lw=1, label="unpruned")
-    axis.set_xticks(range(len(names)), names)
+    axis.set_xticks(range(len(names)), names, fontsize=8)
     axis.set_ylabel("accuracy, %")
     axis.set_ylim(0, 115)
     axis.legend(fontsize=8, loc="upper center", ncol=4)
