@@ -321,7 +321,7 @@ def known(names: Iterable[str], units: Sequence[Unit], field_name: str, groups: 
     there = dict.fromkeys(unit.name for unit in units)
     for name in names:
         if name not in there:
-            choices = list(dict.fromkeys(groups or there))
+            choices = list(dict.fromkeys(groups if groups and ":" not in name else there))
             near = difflib.get_close_matches(name, choices, n=3, cutoff=0.3) or choices[:3]
             raise ValueError(
                 f"{field_name}: {name!r} is not a unit of this network; the nearest are: {', '.join(near)}"

@@ -39,6 +39,8 @@ CLASSES = tuple(f"laptop_diff_dit_{size}_imagenet" for size in ("b", "l", "xl"))
 """Tested in test_class_conditional.py."""
 LANGUAGE = ("shortened_llama", "shortened_llama_7b", "shortened_llama_stories15m")
 """Tested in test_language_jobs.py."""
+CLASSIFIERS = ("resnet56", "resnet110", "vgg16", "densenet40", "googlenet", "resnet50")
+"""Tested in test_classification.py."""
 UNCONDITIONAL = ("ld_pruner_uig", "diff_pruning", "criteria")
 
 
@@ -171,6 +173,7 @@ def test_a_recipe_for_unconditional_latents_runs_on_data_as_published(
 def test_every_recipe_of_the_papers_is_tested_here():
     there = {path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")}
     tested = {*RECIPES, *UNCONDITIONAL, *STUDIES, *LATENT_IMAGES, *CLASSES, *LANGUAGE}
+    tested |= {f"autobot_{name}" for name in CLASSIFIERS}
     assert {name for name in there if not name.startswith("pretrain_")} == tested
 
 

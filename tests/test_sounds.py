@@ -41,7 +41,16 @@ def test_the_page_of_a_run_plays_the_first_sounds_of_each_network(run):
     head, content = sounds["pruned"][0].split(",")
     assert head == "data:audio/wav;base64"
     assert base64.b64decode(content) == (run / "sounds/pruned/00.wav").read_bytes()
-    given = {"title": "a", "summary": "", "pictures": {}, "quality": {}, "better": {}, "protocol": None, "units": {}}
+    given = {
+        "title": "a",
+        "summary": "",
+        "pictures": {},
+        "quality": {},
+        "better": {},
+        "protocol": None,
+        "units": {},
+        "groups": [],
+    }
     page = PAGES.get_template("run.html.j2").render(
         **given, metrics={}, measured={"seconds": {}}, removed=[], protected=[], config="", sounds=sounds, written={}
     )

@@ -108,7 +108,9 @@ def test_a_subset_is_fixed_and_the_same_in_batches_of_any_size_and_for_any_seed_
     assert (whole["number"].tolist(), whole["of"].tolist()) == (list(range(7)), [7] * 7)
     parts = list(make(kind, seed=9).subset("train", 7, seed=3, batch_size=2))
     assert same({key: torch.cat([part[key] for part in parts]) for key in whole}, whole)
-    (spread,) = make(kind).subset("train", 7, seed=3, batch_size=7, spread=True)
+    parts = list(make(kind).subset("train", 7, seed=3, batch_size=2, spread=True))
+    spread = {key: torch.cat([part[key] for part in parts]) for key in whole}
+    assert sorted(spread["number"].tolist()) == list(range(7))
     assert spread["number"].tolist() != list(range(7))
     assert torch.equal(spread["tokens"], whole["tokens"][spread["number"]])
     (other,) = make(kind).subset("train", 7, seed=4, batch_size=7)
