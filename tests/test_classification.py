@@ -245,7 +245,7 @@ def test_a_classifier_is_distilled_from_the_unpruned_one(configure, pictures, im
         (["data=cifar10_sample"], "data=cifar10_sample has labels up to 9, and the teacher has 3 classes"),
         (["criterion=magnitude", "criterion.level=depth"], "choose criterion.level=channel"),
         (["criterion=output_loss", "~criterion.level"], "choose criterion.level=channel"),
-        (["selection=knapsack", "selection.target=5e4"], "choose .*selection=threshold"),
+        (["selection=knapsack", "selection.ratio=null", "selection.target=5e4"], "choose .*selection=threshold"),
         (["selection.target=1e6"], "selection.target=1,?000,?000.* the whole network"),
         (["distillation=lora"], "no linear layer"),
         (["export.dense_twin=true"], "of a diffusion network"),
