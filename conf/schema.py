@@ -309,6 +309,11 @@ def check_target(path: str, node: Any) -> None:
     if open_ended and inspect.isclass(getattr(target, "__self__", None)):  # Scheduler.from_config(config, **fields)
         parameters |= inspect.signature(target.__self__).parameters
         open_ended = False
+    if path == "criterion" and "level" in given and not open_ended and "level" not in parameters:
+        raise ConfigError(
+            f"criterion={node.name} takes no criterion.level={given['level']!r}, as its units are of one kind; choose "
+            "one that does, such as: bottleneck, magnitude, taylor, random"
+        )
     if not open_ended:
         unknown(path, [key for key in given if key not in parameters], parameters)
     for key, value in given.items():

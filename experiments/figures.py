@@ -124,6 +124,49 @@ def spans(values: Sequence[float | None], factor: float) -> bool:
     return bool(there) and min(there) > 0 and max(there) > factor * min(there)
 
 
+def comparison(table: pd.DataFrame, folder: Path, suffix: str = "") -> None:
+    """The pictures of runs that may share one pair of axes; bars instead of curves where no method has two ratios."""
+    name, level = table["metric"].iloc[0], table["quality_teacher"].mean()
+    level = None if pd.isna(level) else level
+    measure = f"{'output loss' if pd.isna(name) or not name else name} ({table['better'].iloc[0]} is better)"
+    path = folder / f"quality_over_latency_ratio{suffix}.png"
+    wide = table["better"].iloc[0] == "lower" and spans([*table["quality"], level], 20)
+    curves(table, "latency_ratio", "quality", ("latency, student / teacher", measure), path, level, log=wide)
+    if 1 < len(table) == table["method"].nunique():
+        bars(table, measure, folder / f"quality_by_method{suffix}.png", level)
+        return
+    path = folder / f"quality_over_ratio{suffix}.png"
+    curves(table, "ratio", "quality", ("fraction removed", measure), path, level, log=wide)
+    labels = ("fraction removed", "joint output loss right after pruning")
+    curves(table, "ratio", "output_loss_pruned", labels, folder / f"output_loss_over_ratio{suffix}.png", log=True)
+
+
+def bars(table: pd.DataFrame, label: str, path: Path, level: float | None) -> None:
+    """Two bars a method, the best one first: as pruned and in the end; spreads over seeds; `level` is the teacher's."""
+    higher = table["better"].iloc[0] == "higher"
+    ordered = table.sort_values(["quality", "quality_pruned"], ascending=higher)
+    places = np.arange(len(ordered))
+    figure, axis = plt.subplots(figsize=(7, 0.55 * len(ordered) + 1.2))
+    for column, offset, colour, name in (
+        ("quality", 0.2, KEPT, "in the end"),
+        ("quality_pruned", -0.2, PROTECTED, "as pruned"),
+    ):
+        errors = ordered[f"{column} std"].fillna(0)
+        drawn = axis.barh(
+            places + offset, ordered[column], 0.38, xerr=errors if errors.any() else None, color=colour, label=name
+        )
+        axis.bar_label(drawn, fmt="%.4g", fontsize=7, padding=3)
+    if level is not None:
+        axis.axvline(level, color="black", ls=":", lw=1, label="teacher")
+    if not higher and spans([*table["quality"], *table["quality_pruned"], level], 20):
+        axis.set_xscale("log")
+    axis.set_yticks(places, ordered["method"], fontsize=8)
+    axis.margins(x=0.12)
+    axis.set_xlabel(label)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    save(figure, path)
+
+
 def curves(
     groups: pd.DataFrame,
     x: str,

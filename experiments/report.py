@@ -338,18 +338,7 @@ def report_set(root: Path) -> Path:
     runs.drop(columns=["setting", "page"]).to_csv(folder / "results.csv", index=False)
     (folder / "table.md").write_text(by_teacher(table))
     for number, (_, part) in enumerate(table.groupby(["teacher", "protocol"])):  # what may share one pair of axes
-        suffix = f"_{number + 1}" if number else ""
-        name, level = part["metric"].iloc[0], part["quality_teacher"].mean()
-        name = "output loss" if pd.isna(name) or not name else name
-        for x, label in (("ratio", "fraction removed"), ("latency_ratio", "latency, student / teacher")):
-            labels = (label, f"{name} ({part['better'].iloc[0]} is better)")
-            path = folder / f"quality_over_{x}{suffix}.png"
-            level = None if pd.isna(level) else level
-            wide = part["better"].iloc[0] == "lower" and figures.spans([*part["quality"], level], 20)
-            figures.curves(part, x, "quality", labels, path, level, log=wide)
-        labels = ("fraction removed", "joint output loss right after pruning")
-        path = folder / f"output_loss_over_ratio{suffix}.png"
-        figures.curves(part, "ratio", "output_loss_pruned", labels, path, log=True)
+        figures.comparison(part, folder, f"_{number + 1}" if number else "")
     waiting = sorted(p.parent.name for p in root.rglob("config.yaml") if not (p.parent / "finished.json").exists())
     shown = [
         "criterion",

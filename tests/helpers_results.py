@@ -7,9 +7,9 @@ import torch
 
 
 def the_run(runs: Path) -> Path:
-    """The folder of the only run below `runs`."""
-    (folder,) = (path for path in (runs / "debug").iterdir() if path.is_dir())
-    return folder
+    """The folder of the only run below `runs`, of whichever name."""
+    (config,) = runs.glob("*/*/config.yaml")
+    return config.parent
 
 
 def files(folder: Path) -> set[str]:

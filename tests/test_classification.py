@@ -1,6 +1,5 @@
 """Image classifiers: their accuracy, whole jobs on them, their exports, and what does not go with them."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,18 @@ import torch
 import torch.nn.functional as F
 from conftest import train
 from helpers_classification import CLASSES, percent_right, tiny_classifier, tiny_resnet
-from omegaconf import DictConfig
+from helpers_results import the_run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conf.schema import build
 from datamodules.images import Images
 from datamodules.sources import Arrays, MissingData, located
+from experiments import figures
 from experiments.autobot import __main__ as study
 from experiments.pipeline import prune
 from experiments.report import report_set
+from experiments.run import read_json
 from lightning_modules.backbones.files import find_model
 from lightning_modules.backbones.image_networks import CifarResNet, load, save
 from lightning_modules.export import ExportMismatch, export, verify
@@ -129,19 +130,14 @@ def pictures(overrides: list[str], classifier_folder: Path) -> list[str]:
     ]
 
 
-def the_run(cfg: DictConfig) -> Path:
-    (finished,) = Path(cfg.paths.runs).rglob("finished.json")
-    return finished.parent
-
-
 def read(run: Path, *names: str) -> list[Any]:
-    return [json.loads((run / name).read_text()) for name in names]
+    return [read_json(run / name) for name in names]
 
 
 def test_a_job_prunes_fine_tunes_measures_and_exports_a_classifier(configure, pictures, images_file, capsys):
     cfg = configure(*pictures)
     prune(cfg)
-    run = the_run(cfg)
+    run = the_run(Path(cfg.paths.runs))
     metrics, plan, scores, measured = read(run, "metrics.json", "plan.json", "scores.json", "measured.json")
     assert measured["export_max_difference"] == 0
     assert metrics["student/flops"] < metrics["teacher/flops"]
@@ -189,7 +185,7 @@ def test_a_job_prunes_fine_tunes_measures_and_exports_a_classifier(configure, pi
 def test_other_criteria_meet_the_same_target(configure, pictures, criterion):
     cfg = configure(*pictures, *f"criterion={criterion}".split(), "distillation=none")
     prune(cfg)
-    (metrics,) = read(the_run(cfg), "metrics.json")
+    (metrics,) = read(the_run(Path(cfg.paths.runs)), "metrics.json")
     assert abs(metrics["student/flops"] - cfg.selection.target) < 10_000
 
 
@@ -215,16 +211,37 @@ def test_the_study_has_a_row_a_run_and_refuses_to_mix_targets(configure, picture
         assert len(kept) == 6 and kept["kept"].between(0, 1).all(), iterations  # two layers of three blocks
     assert {"iterations.png", "criteria.png", "layers.png"} <= {file.name for file in out.iterdir()}
     assert "| 4 |" in capsys.readouterr().out
+    page = report_set(Path(cfg.paths.runs))  # one target: no curves over a ratio
+    assert {path.stem for path in page.parent.glob("*.png")} == {"quality_by_method", "quality_over_latency_ratio"}
     prune(configure(*pictures, "criterion=magnitude", "distillation=none", "selection.target=5e5"))
     with pytest.raises(ValueError, match=r"has runs of several values of target: (400000|500000)"):
         study.main()
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+def test_methods_at_one_target_are_bars_with_the_best_on_top(tmp_path, monkeypatch, better):
+    table = pd.DataFrame({"method": ["a", "b", "c"], "better": better, "quality_teacher": 3.5, "metric": "accuracy"})
+    table = table.assign(quality=[2.0, 3.0, 1.0], quality_pruned=[0.5, 0.25, 0.75], ratio=0.5, latency_ratio=0.5)
+    table[["quality std", "quality_pruned std", "latency_ratio std"]] = [0.1, np.nan, 0.0]
+    drawn = {}
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.update({path.stem: figure.axes[0]}))
+    figures.comparison(table, tmp_path, "_2")
+    assert set(drawn) == {"quality_by_method_2", "quality_over_latency_ratio_2"}
+    axis = drawn["quality_by_method_2"]
+    labels = [label.get_text() for label in axis.get_yticklabels()]  # from the bottom up
+    assert labels == (["c", "a", "b"] if better == "higher" else ["b", "a", "c"])
+    bars = {part.get_label(): part for part in axis.containers if part.get_label() in ("in the end", "as pruned")}
+    for name, column in (("in the end", "quality"), ("as pruned", "quality_pruned")):
+        widths = [bar.get_width() for bar in bars[name]]
+        assert widths == list(table.set_index("method")[column][labels])
+    assert axis.get_xlabel() == f"accuracy ({better} is better)"
 
 
 @pytest.mark.usefixtures("quick_end")
 def test_a_classifier_is_distilled_from_the_unpruned_one(configure, pictures, images_file):
     cfg = configure(*pictures, "distillation=normalized", "evaluation.loss_samples=16")
     prune(cfg)
-    run = the_run(cfg)
+    run = the_run(Path(cfg.paths.runs))
     history = (run / "metrics.csv").read_text()
     for name in ("task", "output", *(f"weighted_feature/stages.{s}" for s in range(3))):
         assert f"train/{name}" in history

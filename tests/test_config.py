@@ -311,3 +311,10 @@ def test_asking_for_a_gpu_that_is_not_there_fails_before_anything_is_written(con
 def test_a_criterion_that_does_not_know_its_option_fails_and_lists_the_choices(configure, overrides):
     with pytest.raises(Exception, match=r"criterion\.reduction='median' is unknown; choose one of: sum, mean"):
         prune(configure(*overrides, "criterion=magnitude", "criterion.reduction=median"))
+
+
+@pytest.mark.parametrize("criterion", ["output_loss", "wanda"])
+def test_a_criterion_of_one_kind_of_units_says_which_ones_have_a_choice(configure, criterion):
+    with pytest.raises(ConfigError, match=f"criterion={criterion} takes no criterion.level='channel'") as caught:
+        configure("task=classification", f"criterion={criterion}")
+    assert "such as: bottleneck, magnitude, taylor, random" in str(caught.value)

@@ -9,7 +9,7 @@ import torch
 from conftest import train
 from helpers_language import letters, tiny_llama
 from helpers_networks import same_tensors
-from omegaconf import DictConfig
+from helpers_results import the_run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +19,7 @@ from datamodules.text import found
 from experiments.pipeline import prune
 from experiments.precompute import backbone_of
 from experiments.report import report_set
+from experiments.run import read_json
 from experiments.shortened_llama.__main__ import markdown, results
 
 pytest_plugins = ["helpers_jobs"]
@@ -58,26 +59,21 @@ def words(overrides: list[str], language_teacher: Path, tmp_path: Path) -> list[
     ]
 
 
-def the_run(cfg: DictConfig) -> Path:
-    (finished,) = Path(cfg.paths.runs).rglob("finished.json")
-    return finished.parent
-
-
 def test_a_job_ends_in_a_stock_network_with_its_tokenizer(configure, words):
     cfg = configure(*words, 'selection.protected=[":1"]')
     prune(cfg)
-    run = the_run(cfg)
-    metrics, plan = (json.loads((run / name).read_text()) for name in ("metrics.json", "plan.json"))
+    run = the_run(Path(cfg.paths.runs))
+    metrics, plan = (read_json(run / name) for name in ("metrics.json", "plan.json"))
     assert plan["protected"] == ["model.layers.0"]
     (change,) = plan["changes"]
     assert change["kind"] == "bypass" and change["unit"] != "model.layers.0"
-    scores = json.loads((run / "scores.json").read_text())["scores"]
+    scores = read_json(run / "scores.json")["scores"]
     assert list(scores) == [f"model.layers.{i}" for i in range(4)]
     assert change["unit"] == min(list(scores)[1:], key=lambda name: scores[name]["score"])
     assert metrics["eval/weights"] == "last" and metrics["distilled/output_loss"] != metrics["pruned/output_loss"]
     for name in ("teacher", "pruned", "distilled"):
         assert metrics[f"{name}/perplexity_stories"] > 1
-    texts = json.loads((run / "samples" / "distilled" / "texts.json").read_text())
+    texts = read_json(run / "samples" / "distilled" / "texts.json")
     assert len(texts["texts"]) == len(texts["prompts"]) == 4
     stock = AutoModelForCausalLM.from_pretrained(run / "export")
     assert stock.config.num_hidden_layers == 3
@@ -93,7 +89,7 @@ def test_a_job_ends_in_a_stock_network_with_its_tokenizer(configure, words):
 def test_adapters_resume_at_the_same_bits(configure, words, capsys):
     cfg = configure(*words, "trainer.steps=4", "trainer.checkpoint_every=2", "distillation.lora.dropout=0.3")
     prune(cfg)
-    run = the_run(cfg)
+    run = the_run(Path(cfg.paths.runs))
     whole = load_file(run / "distilled" / "model.safetensors")
     for name in ("distilled", "export"):
         shutil.rmtree(run / name)
@@ -113,7 +109,7 @@ def test_adapters_resume_at_the_same_bits(configure, words, capsys):
 def test_all_weights_are_retrained_and_distilled(configure, words, distillation):
     cfg = configure(*(w for w in words if "lora" not in w), f"distillation={distillation}")
     prune(cfg)
-    run = the_run(cfg)
+    run = the_run(Path(cfg.paths.runs))
     before, after = (load_file(run / name / "model.safetensors") for name in ("student", "distilled"))
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
@@ -129,10 +125,10 @@ def test_width_is_cut_to_the_same_budget_and_distilled_layer_by_layer(configure,
         *given, *f"criterion={criterion}".split(), "selection=uniform", "distillation=language", "selection.ratio=0.17"
     )
     prune(cfg)
-    run = the_run(cfg)
-    config = json.loads((run / "distilled" / "config.json").read_text())
+    run = the_run(Path(cfg.paths.runs))
+    config = read_json(run / "distilled" / "config.json")
     assert (config["num_hidden_layers"] == 4 and config["num_key_value_heads"] < 2) or config["intermediate_size"] < 24
-    achieved = json.loads((run / "metrics.json").read_text())["plan/achieved_ratio"]
+    achieved = read_json(run / "metrics.json")["plan/achieved_ratio"]
     assert achieved == pytest.approx(0.1736, abs=1e-4)
 
 
@@ -154,7 +150,7 @@ def test_calibration_can_be_on_another_text(configure, words, tmp_path):
     for cfg in cfgs:
         prune(cfg)
     runs = sorted({path.parent for path in tmp_path.rglob("finished.json")})
-    first, second = (json.loads((run / "scores.json").read_text()) for run in runs)
+    first, second = (read_json(run / "scores.json") for run in runs)
     assert first["key"] != second["key"] and first["scores"] != second["scores"]
 
 
@@ -171,7 +167,7 @@ def test_a_recipe_runs_on_a_tiny_network_and_texts(configure, words, tmp_path, r
         given += [text, "evaluation.metrics.perplexity.length=12", "evaluation.metrics.perplexity.tokens=null"]
     cfg = configure(f"experiment={recipe}", *given, *SMALL, "selection.ratio=0.2", "selection.tolerance=0.1")
     prune(cfg)
-    metrics = json.loads((the_run(cfg) / "metrics.json").read_text())
+    metrics = read_json(the_run(Path(cfg.paths.runs)) / "metrics.json")
     assert metrics["plan/removed_units"] == 1 and metrics["distilled/perplexity_stories"] > 1
     if recipe == "shortened_llama":
         assert metrics["pruned/perplexity"] == metrics["pruned/perplexity_stories"]  # of the same text here
@@ -198,9 +194,9 @@ def test_the_papers_recipe_calibrates_on_books_and_trains_on_instructions(config
         *("selection.ratio=0.2", "selection.tolerance=0.1", 'selection.protected=[":1","-2:"]'),
     )
     prune(cfg)
-    run = the_run(cfg)
-    assert [change["unit"] for change in json.loads((run / "plan.json").read_text())["changes"]] == ["model.layers.1"]
-    metrics = json.loads((run / "metrics.json").read_text())
+    run = the_run(Path(cfg.paths.runs))
+    assert [change["unit"] for change in read_json(run / "plan.json")["changes"]] == ["model.layers.1"]
+    metrics = read_json(run / "metrics.json")
     assert metrics["distilled/task_loss"] != metrics["pruned/task_loss"]
 
 
@@ -239,7 +235,7 @@ def test_the_study_tells_its_runs_apart(configure, words, tmp_path):
         ("perplexity+", "none"),
         ("perplexity", "task_only"),
     ] or list(table["criterion"]) == ["perplexity+", "perplexity", "perplexity"]
-    runs = [json.loads((path.parent / "metrics.json").read_text()) for path in root.rglob("finished.json")]
+    runs = [read_json(path.parent / "metrics.json") for path in root.rglob("finished.json")]
     assert unpruned == {name: runs[0][f"teacher/{name}"] for name in ("perplexity", "perplexity_stories")}
     trained = next(run for run in runs if "distilled/perplexity" in run)
     last = table.iloc[-1]
@@ -296,11 +292,11 @@ def test_stories15m_recovers_from_the_loss_of_two_layers(tmp_path):
     train("experiment=shortened_llama_stories15m", f"paths.runs={tmp_path}", "trainer=cpu", "logger.wandb=false")
     (finished,) = tmp_path.rglob("finished.json")
     run = finished.parent
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = read_json(run / "metrics.json")
     assert metrics["teacher/params"] == 15_191_712 and metrics["student/params"] == 13_199_904
-    scores = json.loads((run / "scores.json").read_text())["scores"]
+    scores = read_json(run / "scores.json")["scores"]
     assert len(scores) == 6 and min(entry["score"] for entry in scores.values()) > metrics["teacher/perplexity_stories"]
     teacher, pruned, retrained = (metrics[f"{name}/perplexity_stories"] for name in ("teacher", "pruned", "distilled"))
     assert teacher < 6 and pruned > 5 * teacher and retrained < 0.4 * pruned
-    assert json.loads((run / "measured.json").read_text())["export_max_difference"] < 1e-4
+    assert read_json(run / "measured.json")["export_max_difference"] < 1e-4
     assert "perplexity_stories" in report_set(tmp_path).read_text()

@@ -90,7 +90,7 @@ class Accuracy:
 
         found = np.concatenate(list(in_parts(len(self.samples), right, f"accuracy on {self.name}", self.batch_size)))
         skipped.report()
-        return 100 * float(found.mean())
+        return 100 * int(found.sum()) / len(found)
 
 
 def check_labels(label_N: np.ndarray, classes: int, name: str) -> None:
