@@ -30,16 +30,20 @@ class Threshold(Budgeted):
     def check(self, pool: Pool) -> None:
         """Raises ValueError for a pool that is not of channels, a target out of range and an unknown protected unit.
 
-        Also what the pool's `cost` raises for a single unit, where layers can only lose alike.
+        InfeasibleBudget where all that may go is too little (units of a group free alike). Also what the pool's `cost`
+        raises for a single unit, where layers can only lose alike.
         """
-        self.staying(pool.units)
-        self.least(pool)
+        least = self.least(pool)
+        order = self.order(pool, dict.fromkeys((unit.name for unit in pool.units), 0.0))
         if pool.cost is None:
             raise ValueError(
                 "selection.name='threshold' is for channels; for blocks and operators choose one of: knapsack, "
                 "refined, greedy, ranked, given"
             )
         pool.cost([pool.units[0].name], self.budget)  # raises for networks whose layers have to lose alike
+        most = pool.cost(order, self.budget) if order else 0
+        if most < least:
+            raise self.infeasible(pool, most, most, None)
 
     def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
         self.check(pool)

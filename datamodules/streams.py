@@ -147,18 +147,26 @@ class DataModule(pl.LightningDataModule):
         )
 
     def subset(
-        self, split: str, count: int, seed: int, batch_size: int, spread: bool = False, augment: bool = False
+        self,
+        split: str,
+        count: int,
+        seed: int,
+        batch_size: int,
+        spread: bool = False,
+        augment: bool = False,
+        field: str = "count",
     ) -> DataLoader:
         """`count` fixed samples of a split, drawn without replacement as a function of `seed`, in fixed batches.
 
         They come in the order of their numbers, or `spread`: each batch has numbers from everywhere, so that it is like
         all (timesteps go with the numbers). With `augment` they are training samples as they are trained on
-        (mirrored, shifted), as a function of `seed`, too. Raises ValueError if the split has fewer.
+        (mirrored, shifted), as a function of `seed`, too. Raises ValueError if the split has fewer, in terms of the
+        `field` that `count` comes from.
         """
         assert not augment or split == "train"
         dataset = self.training(seed) if augment else self.dataset(split)
         if count > len(dataset):
-            raise ValueError(f"{count} samples of data.{split} were asked for; it has {len(dataset)}")
+            raise ValueError(f"{field}={count}: data.{split} has {len(dataset)} samples; choose a number up to that")
         order = torch.randperm(len(dataset), generator=torch_rng(seed, "subset", split))[:count]
         numbered = Numbered(dataset, order.tolist())
         batches = -(-count // batch_size) if spread else 1

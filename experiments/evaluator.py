@@ -25,7 +25,7 @@ from lightning_modules.backbones.diffusion import DiffusionBackbone
 from lightning_modules.evaluation import JointLoss
 from lightning_modules.metrics.cost import device_name, latencies, peak_memory
 from lightning_modules.metrics.measures import NetworkMeasure
-from lightning_modules.training import autocast, make_trainer
+from lightning_modules.training import autocast, make_trainer, precision_of
 
 
 class Evaluator:
@@ -58,8 +58,7 @@ class Evaluator:
 
     def held_out(self) -> DataLoader:
         """The samples on which losses are measured."""
-        evaluation = self.cfg.evaluation
-        return self.data.subset("holdout", evaluation.loss_samples, evaluation.seed, evaluation.batch_size)
+        return held_out(self.cfg, self.data)
 
     def metrics(self, plan: dict[str, Any], networks: dict[str, NetworkBackbone]) -> dict[str, Any]:
         """Quality of teacher, pruned and distilled network; counts; nothing that depends on time."""
@@ -112,7 +111,8 @@ class Evaluator:
 
     def values(self, name: str, measure: NetworkMeasure, networks: dict[str, NetworkBackbone]) -> dict[str, float]:
         """A measure of each network, {network/measure: value}; the teacher's is taken once for all runs."""
-        precision, device = self.cfg.evaluation.precision, self.stages.device
+        device = self.stages.device
+        precision = precision_of(self.cfg.evaluation.precision, device.type)
 
         def taken(network: NetworkBackbone) -> dict[str, float]:
             with self.stages("measure networks"), autocast(precision, device):
@@ -184,3 +184,9 @@ def requested(selection: DictConfig, totals: Mapping[str, int]) -> dict[str, flo
     if target is None:
         return {"plan/requested_ratio": selection.get("ratio")}
     return {"plan/requested_ratio": 1 - target / totals[selection.budget], "plan/requested_target": target}
+
+
+def held_out(cfg: DictConfig, data: Any) -> DataLoader:
+    """The held-out samples on which losses are measured."""
+    count, seed, batch = (cfg.evaluation[key] for key in ("loss_samples", "seed", "batch_size"))
+    return data.subset("holdout", count, seed, batch, field="evaluation.loss_samples")

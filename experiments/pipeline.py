@@ -18,6 +18,7 @@ from conf.schema import ConfigError, build
 from criteria.base import SCORING_VERSION, check_scores
 from criteria.bk_sdm import BkSdm
 from criteria.bottleneck import Bottleneck
+from criteria.refined import Refined
 from criteria.selection import Budgeted, Pool, known
 from experiments.card import model_card
 from experiments.dashboard import Dashboard
@@ -50,7 +51,7 @@ from lightning_modules.distillation import check_levels
 from lightning_modules.evaluation import JointMeasure, unit_savings
 from lightning_modules.export import check_hub, dense_twin, export, push, verify
 from lightning_modules.scoring import score
-from lightning_modules.training import accelerator_of, autocast, make_trainer
+from lightning_modules.training import accelerator_of, autocast, make_trainer, precision_of
 
 
 class StaleArtefact(ValueError):
@@ -161,6 +162,10 @@ class Job:
             if cfg.distillation.get("lora") is not None:
                 build(cfg.distillation.lora).check(self.teacher.network)
             check_levels(self.teacher, **{key: cfg.distillation.get(key) for key in ("normalization", "taps")})
+        if self.selection.needs_scores:
+            self.batches()
+        if isinstance(self.selection, Refined):
+            self.calibration_batches()
 
     @functools.cached_property
     def calibration_data(self) -> Any:
@@ -172,10 +177,23 @@ class Job:
         # Spread where a part of the batches has to speak for all: timesteps go with the samples' numbers.
         stepwise = isinstance(self.criterion, Bottleneck) and isinstance(self.teacher, DiffusionBackbone)
         spread = stepwise or self.cfg.criterion.get("stable_for") is not None
-        data = self.calibration_data
-        return data.subset(
-            "train", calibration.samples, calibration.seed, calibration.batch_size, spread, calibration.augment
+        return self.calibration_data.subset(
+            "train",
+            calibration.samples,
+            calibration.seed,
+            calibration.batch_size,
+            spread=spread,
+            augment=calibration.augment,
+            field="calibration.samples",
         )
+
+    def batches(self) -> DataLoader | None:
+        """What the criterion looks at: calibration samples, or seeds; None where it looks at nothing."""
+        needs = self.criterion.needs
+        if needs == "nothing":
+            return None
+        calibration = self.calibration_batches() if needs == "data" else None
+        return batches_for(self.criterion, self.cfg, self.teacher, self.calibration_data, calibration)
 
     # Scores and plan
 
@@ -183,15 +201,16 @@ class Job:
         """Scores of all units; computed once per teacher, criterion and calibration, whatever the ratio or seed."""
         cfg, calibration = self.cfg, self.cfg.calibration
         criterion, fields = self.criterion, effective(cfg)
-        batches = batches_for(criterion, cfg, self.teacher, self.calibration_data, self.calibration_batches())
+        batches = self.batches()
+        precision = precision_of(calibration.precision, self.stages.device.type)
         key = {
             "teacher": self.teacher_id,
             "options": {k: v for k, v in fields["teacher"].items() if k not in ("name", "path")},
             "criterion": fields["criterion"],
             "files": fingerprint(criterion.files(), self.run.cache),
             "units": [unit.name for unit in self.units],
-            "calibration": {k: v for k, v in fields["calibration"].items() if k != "data"},  # known by its content
-            "data": None if criterion.needs == "nothing" else content_hash(batches),
+            "calibration": {k: v for k, v in fields["calibration"].items() if k != "data"} | {"precision": precision},
+            "data": None if batches is None else content_hash(batches),  # whatever its name
             "noise_scheduler": fields["noise_scheduler"],
             "ranks": cfg.trainer.devices * cfg.trainer.num_nodes if fields["criterion"].get("stable_for") else None,
             "version": SCORING_VERSION,
@@ -356,10 +375,17 @@ def check_sampler(sampler: Any, noise_scheduler: Any) -> None:
         raise ValueError(f"{type(sampler).__name__} does not fit this teacher, which {kind}; choose sampler={choice}")
 
 
+HASHED = 64
+"""batches, evenly spaced, that stand for all calibration batches in the key of their scores"""
+
+
 def content_hash(batches: DataLoader) -> str:
-    """sha256 of some batches: images, labels, captions, seeds."""
+    """sha256 of images, labels, captions, seeds: of all batches up to HASHED, else of so many, evenly spaced."""
+    several = list(batches.batch_sampler)  # type: ignore[arg-type]
+    chosen = several[:: -(-len(several) // HASHED)]
+    workers = {"num_workers": batches.num_workers, "collate_fn": batches.collate_fn}
     total = hashlib.sha256()
-    for batch in batches:
+    for batch in DataLoader(batches.dataset, batch_sampler=chosen, **workers):
         for name in sorted(batch):
             value = batch[name]
             total.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())

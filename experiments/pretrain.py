@@ -4,6 +4,7 @@ import torch
 from omegaconf import DictConfig
 
 from experiments.dashboard import Dashboard
+from experiments.evaluator import held_out
 from experiments.precompute import backbone_of, check_latents
 from experiments.run import Run, barrier, is_rank_zero, staged, write_json
 from experiments.scoring_stage import data_of
@@ -24,12 +25,11 @@ def pretrain(cfg: DictConfig) -> None:
         data = data_of(cfg)
         if cfg.latents is not None:
             check_latents(cfg, data, backbone_of(cfg))
-        evaluation = cfg.evaluation
-        holdout = data.subset("holdout", evaluation.loss_samples, evaluation.seed, evaluation.batch_size)
+        holdout = held_out(cfg, data)
         with stages("train"):
             module = train(cfg, cfg.pretrain, run, data, "train", dashboard)
         with stages("test"):
-            make_trainer(cfg.trainer, "test", evaluation.precision).test(module, holdout, verbose=False)
+            make_trainer(cfg.trainer, "test", cfg.evaluation.precision).test(module, holdout, verbose=False)
         if is_rank_zero():
             with staged(run / "weights") as folder:
                 module.save(folder)

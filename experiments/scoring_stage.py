@@ -35,8 +35,8 @@ def data_of(cfg: DictConfig) -> Any:
 
 
 def batches_for(
-    criterion: Criterion, cfg: DictConfig, teacher: NetworkBackbone, data: Any, calibration: DataLoader
-) -> DataLoader:
+    criterion: Criterion, cfg: DictConfig, teacher: NetworkBackbone, data: Any, calibration: DataLoader | None
+) -> DataLoader | None:
     """The calibration batches, or those of seeds, with training captions where the teacher takes text."""
     if criterion.needs != "seeds":
         return calibration

@@ -117,6 +117,10 @@ def tap_names(teacher: NetworkBackbone, taps: Any) -> list[str]:
     if isinstance(taps, str):
         if taps not in ("stages", "units"):
             raise ValueError(f"distillation.taps={taps!r} is unknown; choose stages, units, or a list of module paths")
+        if taps == "units" and not teacher.survivors():
+            raise ValueError(
+                "distillation.taps='units': this network has no units of depth; choose stages or a list of paths"
+            )
         return stages if taps == "stages" else teacher.survivors()
     there = dict(teacher.network.named_modules())
     for name in taps:

@@ -48,11 +48,14 @@ def score(
     criterion: Criterion,
     backbone: nn.Module,
     units: Sequence[Unit],
-    batches: DataLoader,
+    batches: DataLoader | None,
     trainer: pl.Trainer,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """{unit: {"score": ...}} under `trainer`; the network's mode and gradients are as before afterwards."""
+    """{unit: {"score": ...}} under `trainer`; the network's mode and gradients are as before afterwards.
+
+    `batches` are None where the criterion needs nothing.
+    """
     if criterion.needs == "nothing":
         criterion.start(backbone, units, seed)  # type: ignore[arg-type]
         return criterion.finish()

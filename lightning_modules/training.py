@@ -44,7 +44,7 @@ def accelerator_of(name: str) -> str:
 
 
 def precision_of(name: str, device: str) -> str:
-    """`auto` is bf16 mixed precision on a GPU that has it, else float32."""
+    """What a precision is on "cuda" or "cpu": `auto` is bf16 mixed precision on a GPU that has it, else float32."""
     if name != "auto":
         return name
     return "bf16-mixed" if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
@@ -53,7 +53,7 @@ def precision_of(name: str, device: str) -> str:
 def autocast(name: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """The precision of `make_trainer`, for what runs without a trainer."""
     kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    kind = kinds.get(precision_of(name, "gpu" if device.type == "cuda" else "cpu"))
+    kind = kinds.get(precision_of(name, device.type))
     return contextlib.nullcontext() if kind is None else torch.autocast(device.type, kind)
 
 

@@ -16,7 +16,7 @@ from datamodules.images import Images, ImageSet
 from datamodules.seeding import derive, numpy_rng, torch_rng
 from datamodules.sources import Arrays
 from datamodules.streams import Stream
-from experiments.pipeline import prune
+from experiments.pipeline import content_hash, prune
 
 quickly = settings(derandomize=True, database=None, deadline=None, max_examples=60)
 
@@ -188,12 +188,27 @@ def test_the_embedded_sample_is_split_without_overlap(configure):
     assert set(data.source("train").labels.tolist()) == set(range(10))
 
 
+@pytest.mark.parametrize(("batch_size", "looked_at"), [(10, 30), (2, 50)])
+def test_the_content_of_up_to_64_batches_stands_for_all_in_the_key_of_scores(monkeypatch, batch_size, looked_at):
+    batches = images(train=300).subset("train", 300, 0, batch_size)
+    expected = hashlib.sha256()
+    for number, batch in enumerate(batches):
+        if number % (300 // batch_size // looked_at) == 0:
+            for name in sorted(batch):
+                expected.update(batch[name].numpy().tobytes())
+    loads = []
+    load = type(batches.dataset).__getitems__
+    monkeypatch.setattr(type(batches.dataset), "__getitems__", lambda self, n: loads.append(n) or load(self, n))
+    assert content_hash(batches) == expected.hexdigest() and len(loads) == looked_at
+    assert content_hash(images(train=300).subset("train", 300, 1, batch_size)) != expected.hexdigest()
+
+
 # Data that cannot be used
 
 
 def test_more_samples_than_there_are_names_both_numbers():
-    with pytest.raises(ValueError, match=r"5 samples of data\.holdout were asked for; it has 4"):
-        images().subset("holdout", 5, 0, 4)
+    with pytest.raises(ValueError, match=r"samples=5: data\.holdout has 4 samples; choose a number up to that"):
+        images().subset("holdout", 5, 0, 4, field="samples")
 
 
 def test_a_split_without_images_is_named():

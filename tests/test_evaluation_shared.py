@@ -21,7 +21,7 @@ from lightning_modules.evaluation import Generation, seeds
 from lightning_modules.metrics import measures
 from lightning_modules.metrics.frechet import Statistics
 from lightning_modules.metrics.measures import Frechet, Samples
-from lightning_modules.training import make_trainer
+from lightning_modules.training import autocast, make_trainer, precision_of
 
 # Samples
 
@@ -301,3 +301,11 @@ def test_a_protocol_in_words_has_what_is_shared_and_one_or_all_measures():
     assert described(protocol) == "samples 8; a: better lower, features 01234567; b: better higher, k 3"
     assert described(protocol, "b") == "samples 8; b: better higher, k 3"
     assert described({}) == ""
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_auto_is_the_same_precision_with_and_without_a_trainer(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert precision_of("auto", "cuda") == "bf16-mixed" and precision_of("auto", "cpu") == "32-true"
+    assert autocast("auto", torch.device("cuda")).fast_dtype == torch.bfloat16
+    assert not isinstance(autocast("auto", torch.device("cpu")), torch.autocast)

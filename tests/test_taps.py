@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_classification import tiny_classifier
 from helpers_distillation import REMOVED, STAGES, distillation, losses_of, outputs_of
 from helpers_networks import TRANSFORMERS, bypasses, tiny_backbone, tiny_batch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from lightning_modules.backbones import load_teacher
 from lightning_modules.backbones.pruned_unet import removable
+from lightning_modules.distillation import tap_names
 from lightning_modules.losses import features
 
 pytest_plugins = ["helpers_jobs"]
@@ -51,6 +53,11 @@ def test_an_unknown_tap_is_named_with_the_choices():
     assert str(caught.value).partition("stages are: ")[2].split(", ") == STAGES
     with pytest.raises(ValueError, match=r"distillation\.taps='blocks' is unknown; choose stages, units, or a list"):
         taps_of([], taps="blocks")
+
+
+def test_units_of_a_network_that_has_none_of_depth_are_no_taps():
+    with pytest.raises(ValueError, match=r"distillation\.taps='units': this network has no units of depth"):
+        tap_names(tiny_classifier(), "units")
 
 
 def test_a_mapping_gives_the_students_module_for_each_of_the_teachers():

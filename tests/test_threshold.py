@@ -55,6 +55,13 @@ def test_a_threshold_that_cannot_be_had_names_the_nearest_ratios():
         thresholded(0.5, [1.0] * 6, protected=[unit.name for unit in WIDE.units])
 
 
+@pytest.mark.parametrize("wanted", [{"ratio": 0.5}, {"target": 16.0}])
+def test_a_budget_that_all_channels_together_cannot_meet_is_refused_before_they_are_scored(wanted):
+    with pytest.raises(InfeasibleBudget, match="cannot be had"):
+        Threshold(**wanted).check(WIDE)
+    Threshold(**{name: value - 0.1 if name == "ratio" else value + 1 for name, value in wanted.items()}).check(WIDE)
+
+
 def test_a_threshold_is_bisected():
     calls = []
 
@@ -173,7 +180,7 @@ class Wide:
 def wides(draw: st.DrawFn) -> Wide:
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     count = sum(sizes)
-    costs = draw(st.lists(st.integers(2, 6), min_size=count, max_size=count))
+    costs = [cost for size in sizes for cost in size * [draw(st.integers(2, 6))]]  # alike in a group, as channels are
     scores = draw(st.lists(st.integers(0, 3).map(float), min_size=count, max_size=count))
     wide = Wide(sizes, costs, scores, [])
     some = st.sampled_from([*wide.names, *"abcd"[: len(sizes)]])

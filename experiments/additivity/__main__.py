@@ -59,7 +59,8 @@ def main() -> None:
         schema.check(cfg)
     cfg = next(iter(configs.values()))
     teacher, data = teacher_of(cfg), schema.build(cfg.data)
-    calibration = data.subset("train", cfg.calibration.samples, cfg.calibration.seed, cfg.calibration.batch_size)
+    count, seed, batch = (cfg.calibration[key] for key in ("samples", "seed", "batch_size"))
+    calibration = data.subset("train", count, seed, batch, field="calibration.samples")
     scores = {name: single(each, teacher, data, calibration) for name, each in configs.items()}
 
     device = torch.device(accelerator_of(cfg.trainer.accelerator))
