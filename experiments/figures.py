@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from experiments.tables import are_channels, channel_units
+from experiments.tables import are_channels, channel_units, timed_alike
 
 KEPT, REMOVED, PROTECTED = "#4c78a8", "#e45756", "#9d9d9d"
 
@@ -129,9 +129,10 @@ def comparison(table: pd.DataFrame, folder: Path, suffix: str = "") -> None:
     name, level = table["metric"].iloc[0], table["quality_teacher"].mean()
     level = None if pd.isna(level) else level
     measure = f"{'output loss' if pd.isna(name) or not name else name} ({table['better'].iloc[0]} is better)"
-    path = folder / f"quality_over_latency_ratio{suffix}.png"
     wide = table["better"].iloc[0] == "lower" and spans([*table["quality"], level], 20)
-    curves(table, "latency_ratio", "quality", ("latency, student / teacher", measure), path, level, log=wide)
+    if timed_alike(table):  # latencies of several batches or devices share no axis
+        path = folder / f"quality_over_latency_ratio{suffix}.png"
+        curves(table, "latency_ratio", "quality", ("latency, student / teacher", measure), path, level, log=wide)
     if 1 < len(table) == table["method"].nunique():
         bars(table, measure, folder / f"quality_by_method{suffix}.png", level)
         return

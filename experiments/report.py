@@ -18,15 +18,18 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import figures
 from experiments.dashboard import flat
 from experiments.measures import columns, described
-from experiments.run import digest, effective, read_json
+from experiments.run import effective, read_json
 from experiments.sounds import page_sounds
 from experiments.tables import (
     amounts,
     are_channels,
+    averaged,
     by_teacher,
     channel_groups,
+    first_of,
     metric_of,
     others,
+    timed_alike,
     warnings_of,
 )
 from experiments.texts import texts_of
@@ -134,11 +137,6 @@ def summarise(folder: Path, metrics: dict[str, Any], measured: dict[str, Any], p
     return "\n".join(f"{name + ':':<24}{value}" for name, value in lines)
 
 
-def first_of(names: Sequence[str], count: int = 3) -> str:
-    """Some names in a line."""
-    return ", ".join([*names[:count], *(["..."] if len(names) > count else [])])
-
-
 def taken_how(protocol: dict[str, Any], own: dict[str, Any]) -> str:
     """The samples that a measure was taken of; of a measure of the network itself, its own protocol."""
     if own.get("of") == "network":
@@ -186,21 +184,31 @@ def inline(path: Path) -> str:
 
 
 def collect(root: Path) -> pd.DataFrame:
-    """A row a finished run below `root`, ordered by what it is. Raises ValueError where there is none."""
-    rows = []
+    """A row a finished run below `root`, ordered by what it is. Raises ValueError where there is none.
+
+    A run that several folders hold has one row, of the first of them; the others are its "copies". A teacher's name
+    has a part of its fingerprint where others have that name.
+    """
+    rows: dict[str, dict[str, Any]] = {}
     for path in sorted(root.rglob("finished.json")):
         folder = path.parent
         if not (folder / "plan.json").exists():
             continue
         metrics, measured = read_json(folder / "metrics.json"), read_json(folder / "measured.json")
+        run_id = metrics["run_id"]
+        if run_id in rows:
+            rows[run_id]["copies"].append(str(folder.relative_to(root)))
+            continue
         cfg: Any = OmegaConf.load(folder / "config.yaml")
         protocol, measures = metrics.get("protocol", {}), measures_of(metrics)
         metric = next(iter(measures), None)
         row = {
             "run": folder.name,
             "page": str((folder / "report.html").relative_to(root)),
-            "setting": setting(cfg),
+            "copies": [],
+            "setting": setting(cfg, measured["device"]),
             "teacher": cfg.teacher.name,
+            "fingerprint": read_json(folder / "plan.json")["teacher"],
             "criterion": scored_by(cfg),
             "selection": cfg.selection.name,
             "distillation": cfg.distillation.name,
@@ -216,6 +224,7 @@ def collect(root: Path) -> pd.DataFrame:
             "flops": metrics.get("student/flops"),
             "latency_ratio": measured["latency_ratio"],
             "latency_ms": measured["student/latency_ms"],
+            "latency_at": f"batch {measured['latency_batch']}, {measured['device']}",
             "output_loss_pruned": metrics["pruned/output_loss"],
             "output_loss": metrics["eval/output_loss"],
             "metric": metric,
@@ -227,15 +236,16 @@ def collect(root: Path) -> pd.DataFrame:
         for name, key in (("quality_pruned", "pruned"), ("quality", "eval"), ("quality_teacher", "teacher")):
             row[name] = metrics.get(f"{key}/{metric}") if metric else None
             row |= {f"{key}/{other}": metrics.get(f"{key}/{other}") for other in columns(measures)[1:]}
-        rows.append(row)
+        rows[run_id] = row
     if not rows:
         raise ValueError(f"{root} has no finished run below it (looked for finished.json beside plan.json)")
-    if not any(row["metric"] for row in rows):  # no run drew samples: the output loss is what there is
-        for row in rows:
+    if not any(row["metric"] for row in rows.values()):  # no run drew samples: the output loss is what there is
+        for row in rows.values():
             row |= {"quality_pruned": row["output_loss_pruned"], "quality": row["output_loss"]}
-    return pd.DataFrame(rows).sort_values(
-        ["criterion", "selection", "distillation", "ratio", "seed", "run"], ignore_index=True
-    )
+    runs = pd.DataFrame(list(rows.values()))
+    several = runs.groupby("teacher")["fingerprint"].transform("nunique") > 1
+    runs.loc[several, "teacher"] += " (" + runs["fingerprint"].str[:8] + ")"
+    return runs.sort_values(["criterion", "selection", "distillation", "ratio", "seed", "run"], ignore_index=True)
 
 
 def scored_by(cfg: DictConfig) -> str:
@@ -246,88 +256,24 @@ def scored_by(cfg: DictConfig) -> str:
     return cfg.criterion.name if level == "depth" else f"{cfg.criterion.name} ({level}s)"
 
 
-def setting(cfg: DictConfig) -> dict[str, Any]:
-    """A run's configuration as flat fields, without seeds and without what is derived from others."""
-    fields = flat(effective(cfg))
+def setting(cfg: DictConfig, device: str) -> dict[str, Any]:
+    """A run's configuration as flat fields, without seeds and without what is derived from others.
+
+    Latents are told by their path, as they need not be there any more; the device is a field where it decided the plan.
+    """
+    latents, cfg = cfg.latents, cfg.copy()
+    cfg.latents = None
+    fields = flat(effective(cfg)) | {"latents": latents}
+    if cfg.selection.get("budget") == "latency":
+        fields["device"] = device
     return {key: value for key, value in fields.items() if key not in SEEDS and not key.endswith("_target_")}
-
-
-def averaged(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs that differ in seeds only, as mean and standard deviation; `method` names what a curve is of."""
-    values = [
-        "achieved",
-        "params",
-        "macs",
-        "flops",
-        "target",
-        "latency_ratio",
-        "output_loss_pruned",
-        "output_loss",
-        "quality_pruned",
-        "quality",
-        "quality_teacher",
-        *(name for name in runs if "/" in name),  # of the measures after the first
-    ]
-    runs = runs.assign(**{name: pd.to_numeric(runs[name]) for name in values})
-    settings = runs["setting"].map(digest)
-    grouped = runs.groupby(settings)
-    labels = ["teacher", "criterion", "selection", "distillation", "steps", "ratio", "budget"]
-    labels += ["metric", "better", "protocol"]
-    table = grouped[[*labels, "setting"]].first().join(grouped[values].mean())
-    table = table.join(grouped[values].std().add_suffix(" std")).join(grouped.size().rename("runs"))
-    table = table.sort_values(["teacher", "criterion", "selection", "distillation", "ratio"]).reset_index(drop=True)
-    table["method"] = methods(table)
-    return table
-
-
-def methods(table: pd.DataFrame) -> list[str]:
-    """What tells the rows apart, other than the ratio: the names first, then whatever else varies."""
-    named = ["teacher", "selection", "distillation", "steps", "budget"]
-    known = {
-        "criterion.name",
-        "selection.ratio",
-        "selection.target",
-        "teacher.name",
-        "selection.name",
-        "selection.variant",  # BK-SDM's sets are the points of one curve
-        "selection.budget",
-        "distillation.name",
-        "trainer.steps",
-        *(f"criterion.{name}" for name in ("level", "ratio", "target", "budget")),  # told by the name or the selection
-    }
-    fields = pd.DataFrame(list(table["setting"])).astype(str)
-    varying = [name for name in named if table[name].nunique() > 1]
-    # A field that one group choice has and another has not is told by that choice's name already.
-    others = [
-        key
-        for key in fields
-        if key not in known
-        and not key.startswith("evaluation.metric")
-        and any(
-            part[key].nunique() > 1
-            for _, part in fields.groupby(
-                [f"{name}.name" for name in ("teacher", "distillation", "selection")]
-                + (["criterion.name"] if key.startswith("criterion.") else [])
-            )
-        )
-    ]
-    return [
-        ", ".join(
-            [
-                table["criterion"][i],
-                *(f"{name} {table[name][i]}" for name in varying),
-                *(f"{key}={fields[key][i]}" for key in others if fields[key][i] != "nan"),
-            ]
-        )
-        for i in table.index
-    ]
 
 
 def report_set(root: Path) -> Path:
     """Write report/ below `root`: results.csv, table.md, curves and index.html; returns the page."""
     runs = collect(root)
     table = averaged(runs)
-    notes = warnings_of(table)
+    notes = warnings_of(table, runs)
     print(*notes, sep="\n")
     metric = metric_of(runs)
     better = " or ".join(sorted(set(runs["better"])))
@@ -335,7 +281,7 @@ def report_set(root: Path) -> Path:
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    runs.drop(columns=["setting", "page"]).to_csv(folder / "results.csv", index=False)
+    runs.drop(columns=["setting", "page", "copies", "fingerprint"]).to_csv(folder / "results.csv", index=False)
     (folder / "table.md").write_text(by_teacher(table))
     for number, (_, part) in enumerate(table.groupby(["teacher", "protocol"])):  # what may share one pair of axes
         figures.comparison(part, folder, f"_{number + 1}" if number else "")
@@ -349,6 +295,7 @@ def report_set(root: Path) -> Path:
         "achieved",
         *(name for name in ("target", "flops") if table[name].notna().any()),
         "latency_ratio",
+        *([] if timed_alike(table) else ["latency_at"]),
         "output_loss_pruned",
         "quality_pruned",
         "quality",

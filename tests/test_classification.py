@@ -222,6 +222,7 @@ def test_the_study_has_a_row_a_run_and_refuses_to_mix_targets(configure, picture
 def test_methods_at_one_target_are_bars_with_the_best_on_top(tmp_path, monkeypatch, better):
     table = pd.DataFrame({"method": ["a", "b", "c"], "better": better, "quality_teacher": 3.5, "metric": "accuracy"})
     table = table.assign(quality=[2.0, 3.0, 1.0], quality_pruned=[0.5, 0.25, 0.75], ratio=0.5, latency_ratio=0.5)
+    table["latency_at"] = "batch 16, cpu"
     table[["quality std", "quality_pruned std", "latency_ratio std"]] = [0.1, np.nan, 0.0]
     drawn = {}
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.update({path.stem: figure.axes[0]}))

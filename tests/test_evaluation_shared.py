@@ -253,7 +253,7 @@ def finished(folder, name: str, ratio: float, values: dict[str, float]) -> None:
     protocol["measures"]["clip_score"] = {"better": "higher", "features": "f" * 64, "transform": "none"}
     protocol["measures"]["kid"] = {"better": "lower", "features": "e" * 64, "transform": "clean"}
     metrics = {"plan/budget": "params", "plan/requested_ratio": ratio, "plan/achieved_ratio": ratio}
-    metrics |= {"plan/removed_units": 1, "protocol": protocol, "eval/weights": "ema"}
+    metrics |= {"run_id": name, "plan/removed_units": 1, "protocol": protocol, "eval/weights": "ema"}
     for network in ("teacher", "student"):
         metrics |= {f"{network}/{key}": 10 for key in ("params", "macs", "macs_attention")}
     for network in ("pruned", "eval", "distilled", "teacher"):
@@ -263,7 +263,12 @@ def finished(folder, name: str, ratio: float, values: dict[str, float]) -> None:
     config = {"selection": {"name": "knapsack", "ratio": ratio}, "criterion": {"name": "magnitude"}, "seed": 0}
     config |= {"teacher": {"name": "t"}, "distillation": {"name": "none"}, "trainer": {"steps": 1}, "latents": None}
     config |= {"evaluation": {}, "data": {}, "calibration": {}, "export": {}}
-    contents = {"metrics.json": metrics, "measured.json": measured, "plan.json": {"changes": []}, "finished.json": {}}
+    contents = {
+        "metrics.json": metrics,
+        "measured.json": measured,
+        "plan.json": {"changes": [], "teacher": "aaaa"},
+        "finished.json": {},
+    }
     for file, content in contents.items():
         (run / file).write_text(json.dumps(content))
     OmegaConf.save(OmegaConf.create(config), run / "config.yaml")
