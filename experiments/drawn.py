@@ -13,12 +13,12 @@ from omegaconf import DictConfig
 
 from conf.schema import build
 from experiments.measures import TrainingImages, check_measures, measured
-from experiments.run import RESULT_VERSION, Run, barrier, digest, effective, is_rank_zero, locked, staged
+from experiments.run import RESULT_VERSION, Run, agreed, barrier, digest, effective, is_rank_zero, locked, staged
 from experiments.stages import Stages
 from lightning_modules.backbones.diffusion import DiffusionBackbone
 from lightning_modules.evaluation import Generation, seeds
 from lightning_modules.metrics.measures import Labels, Measure, Samples
-from lightning_modules.training import make_trainer
+from lightning_modules.training import make_trainer, precision_of
 
 
 class Drawn:
@@ -74,7 +74,8 @@ class Drawn:
         """Images of one network from the evaluation's seeds, uint8 (N,H,W,C); the teacher's are shared by all runs."""
         cfg, evaluation = self.cfg, self.cfg.evaluation
         protocol = {key: effective(cfg)[key] for key in ("sampler", "noise_scheduler")}
-        protocol |= {"samples": evaluation.samples, "seed": evaluation.seed, "precision": evaluation.precision}
+        precision = precision_of(evaluation.precision, self.stages.device.type)
+        protocol |= {"samples": evaluation.samples, "seed": evaluation.seed, "precision": precision}
         protocol["batch_size"] = evaluation.batch_size  # can move the last bit
         protocol["prompts"] = digest(self.prompts)
         protocol["size"] = [self.teacher.data_shape(), self.shape()]
@@ -95,7 +96,7 @@ class Drawn:
     def generate(self, name: str, network: DiffusionBackbone, folder: Path) -> None:
         """Write images.npy into `folder`, unless it is there."""
         cfg, evaluation = self.cfg, self.cfg.evaluation
-        if (folder / "images.npy").exists():
+        if agreed((folder / "images.npy").exists()):
             return
         with self.stages("generate"), staged(folder) if is_rank_zero() else contextlib.nullcontext() as partial:
             batches = seeds(evaluation.seed, evaluation.samples, evaluation.batch_size, self.prompts)

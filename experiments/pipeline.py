@@ -28,12 +28,14 @@ from experiments.precompute import check_latents
 from experiments.report import report_run
 from experiments.run import (
     Run,
+    agreed,
     barrier,
     cached,
     digest,
     effective,
     fingerprint,
     is_rank_zero,
+    meet,
     read_json,
     staged,
     wait_for,
@@ -96,6 +98,7 @@ class Job:
         self.check()
 
     def go(self) -> None:
+        meet(make_trainer(self.cfg.trainer, "", self.cfg.trainer.precision))
         scores = self.scores() if self.selection.needs_scores else {}
         plan = self.plan(scores)
         pruned = self.student(plan)
@@ -216,7 +219,7 @@ class Job:
             "version": SCORING_VERSION,
         }
         path = self.run / "scores.json"
-        if path.exists():
+        if agreed(path.exists()):
             stored = read_json(path)
             self.check_stale(path, "scores", stored["key"], digest(key))
             check_scores(stored["scores"], self.units)
@@ -271,6 +274,7 @@ class Job:
             "protected": self.selection.staying(self.units) if isinstance(self.selection, Budgeted) else [],
             "predicted_harm": float(sum(flat[change["unit"]] for change in changes if "unit" in change)),
         }
+        self.run.clear("config.yaml", "scores.json", "seconds.json", "wandb")  # the rest was made from another plan
         write_json(path, plan)
         return plan
 
@@ -294,7 +298,8 @@ class Job:
     def check_stale(self, path: Path, what: str, stored: str, wanted: str) -> None:
         if stored != wanted:
             raise StaleArtefact(
-                f"{path} belongs to {what} {stored[:16]}, this run has {wanted[:16]}; delete it, or run with force=true"
+                f"{path} belongs to {what} {stored[:16]}, this run has {wanted[:16]}; delete it (what was made from it "
+                "goes, too), or run with force=true"
             )
 
     # Networks
@@ -318,10 +323,11 @@ class Job:
         return self.teacher.adopt(load_network(folder), plan["changes"])
 
     def save_network(self, network: NetworkBackbone, folder: Path) -> None:
-        if is_rank_zero() and not folder.exists():
+        if not is_rank_zero():
+            wait_for(folder)
+        elif not folder.exists():
             with staged(folder) as partial:
                 network.save(partial)
-        barrier()
 
     # The end
 
@@ -383,9 +389,10 @@ def content_hash(batches: DataLoader) -> str:
     """sha256 of images, labels, captions, seeds: of all batches up to HASHED, else of so many, evenly spaced."""
     several = list(batches.batch_sampler)  # type: ignore[arg-type]
     chosen = several[:: -(-len(several) // HASHED)]
-    workers = {"num_workers": batches.num_workers, "collate_fn": batches.collate_fn}
     total = hashlib.sha256()
-    for batch in DataLoader(batches.dataset, batch_sampler=chosen, **workers):
+    for batch in DataLoader(
+        batches.dataset, batch_sampler=chosen, num_workers=batches.num_workers, collate_fn=batches.collate_fn
+    ):
         for name in sorted(batch):
             value = batch[name]
             total.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())

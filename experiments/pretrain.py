@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from experiments.dashboard import Dashboard
 from experiments.evaluator import held_out
 from experiments.precompute import backbone_of, check_latents
-from experiments.run import Run, barrier, is_rank_zero, staged, write_json
+from experiments.run import Run, barrier, is_rank_zero, meet, staged, write_json
 from experiments.scoring_stage import data_of
 from experiments.stages import Stages
 from experiments.train_stage import train
@@ -22,6 +22,7 @@ def pretrain(cfg: DictConfig) -> None:
         return
     with run.opened(), Dashboard(cfg, run) as dashboard:
         stages = Stages(cfg, torch.device(accelerator_of(cfg.trainer.accelerator)), run / "seconds.json")
+        meet(make_trainer(cfg.trainer, "", cfg.trainer.precision))
         data = data_of(cfg)
         if cfg.latents is not None:
             check_latents(cfg, data, backbone_of(cfg))

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Trainer
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies import ParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
 
 from conf.schema import ROOT
@@ -34,6 +37,12 @@ NO_EFFECT = {
     "export": ("push_to_hub",),
 }
 """What is not part of a run's identity: it cannot change a result, or (devices) only within noise."""
+
+PARENT = os.getppid()
+"""The process that has started this one, which may be gone by the time that one asks."""
+
+WORDS = ("architecture", "classes", "data", "prompts")
+"""Keys whose values are labels and texts, which name no file even where there is one of that name."""
 
 
 class RunBusy(RuntimeError):
@@ -148,9 +157,26 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
+def meet(trainer: Trainer) -> None:
+    """Wait for the other ranks where torchrun or Slurm has started them, so that all of them agree from here on.
+
+    Those that Lightning itself starts come with its first Trainer, when all that is made before it is there.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, ParallelStrategy) and not isinstance(strategy.cluster_environment, LightningEnvironment):
+        assert strategy.launcher is not None
+        strategy.launcher.launch(strategy.setup_environment)
+        barrier()
+
+
 def wait_for(path: Path) -> None:
-    """Wait until rank 0 has written a file."""
+    """Wait until rank 0 has written a file or a folder; raises RuntimeError where what has started this rank is gone.
+
+    That is rank 0 itself, where Lightning has started the ranks; torchrun and Slurm end those that are left.
+    """
     while not path.exists():
+        if os.getppid() != PARENT:
+            raise RuntimeError(f"the process that was to write {path} has ended; what it printed says why")
         time.sleep(0.2)
 
 
@@ -186,10 +212,15 @@ def cached(folder: Path, key: Any, compute: Callable[[], Any]) -> Any:
 
 
 def named_files(content: Any) -> list[Path]:
-    """The files that part of a configuration names, also below $SECATEUR_DATA; of folders weights, notes and texts."""
-    if isinstance(content, dict | list):
-        parts = content.values() if isinstance(content, dict) else content
-        return [file for part in parts for file in named_files(part)]
+    """The files that part of a configuration names, also below $SECATEUR_DATA; of folders weights, notes and texts.
+
+    WORDS name none, nor does the `text` of a measure whose data are on the hub: it is a split of them.
+    """
+    if isinstance(content, dict):
+        words = (*WORDS, "text") if content.get("hub") else WORDS
+        content = [part for key, part in content.items() if isinstance(part, dict) or key not in words]
+    if isinstance(content, list):
+        return [file for part in content for file in named_files(part)]
     if not isinstance(content, str) or not content:
         return []
     for place in (Path(os.path.expanduser(content)), data_root() / content, data_root() / "shared" / "text" / content):
@@ -209,7 +240,7 @@ class Run:
         self.cache = Path(cfg.paths.cache)
         content = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(content, dict)
-        named = [content["evaluation"]["metrics"], content["evaluation"]["prompts"], content["pretrain"]]
+        named = [{key: content["evaluation"][key] for key in ("metrics", "prompts")}, content["pretrain"]]
         named.append((content["data"] or {}).get("statistics"))
         for data in (content["data"], content["calibration"].get("data")):
             if data and "tokenizer" in data and not data.get("hub"):  # texts are small
@@ -265,14 +296,21 @@ class Run:
     def clean(self) -> None:
         """Remove what a killed process was writing; with `force=true`, everything there is (but not cached scores)."""
         if self.cfg.force:
-            (self / "finished.json").unlink(missing_ok=True)  # first: a run that is cut off here is not finished
-        entries = [*self.folder.iterdir(), *(self / "samples").glob(".*")]
-        for entry in entries:
-            if entry.name in (".lock", ".holder.json") or not (self.cfg.force or entry.name.startswith(".")):
-                continue
-            if not entry.exists():  # went with its folder
-                continue
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+            self.clear()
+        remove([*self.folder.glob(".*"), *(self / "samples").glob(".*")])
+
+    def clear(self, *kept: str) -> None:
+        """Remove everything that the run has made but what is named here."""
+        (self / "finished.json").unlink(missing_ok=True)  # first: a run that is cut off here is not finished
+        remove([entry for entry in self.folder.iterdir() if entry.name not in kept])
+
+
+def remove(entries: list[Path]) -> None:
+    """Remove some of a run's files and folders, but for its lock."""
+    for entry in entries:
+        if entry.name in (".lock", ".holder.json"):
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

@@ -6,9 +6,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from conf.schema import build
-from experiments.run import RESULT_VERSION, Run, barrier, cached, is_rank_zero, read_json, write_json
+from experiments.run import RESULT_VERSION, Run, agreed, barrier, cached, is_rank_zero, read_json, write_json
 from experiments.stages import Stages
-from lightning_modules.training import autocast
+from lightning_modules.training import autocast, precision_of
 
 
 class Texts:
@@ -32,10 +32,13 @@ class Texts:
                 texts = network.write(self.prompts, evaluation.tokens, self.stages.device)
             return {"prompts": self.prompts, "tokens": evaluation.tokens, "texts": texts}
 
-        if is_rank_zero() and not path.exists():
-            protocol = {"prompts": self.prompts, "tokens": evaluation.tokens, "precision": evaluation.precision}
+        if not agreed(path.exists()):
+            precision = precision_of(evaluation.precision, self.stages.device.type)
+            protocol = {"prompts": self.prompts, "tokens": evaluation.tokens, "precision": precision}
             key = {**self.teacher_key, **protocol, "version": RESULT_VERSION}
-            write_json(path, cached(self.run.cache / "texts", key, written) if name == "teacher" else written())
+            found = cached(self.run.cache / "texts", key, written) if name == "teacher" else written()
+            if is_rank_zero():
+                write_json(path, found)
         barrier()
 
 

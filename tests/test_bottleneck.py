@@ -2,10 +2,9 @@
 
 import contextlib
 import copy
+import json
 import math
-import multiprocessing
-import os
-import socket
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 from helpers_classification import tiny_classifier
 from helpers_networks import part, tiny_backbone, tiny_batch
+from helpers_ranks import two_ranks
 from test_criteria import CPU, under_trainer, untouched, values
 from torch import nn
 from torch.utils.data import DataLoader
@@ -264,29 +264,15 @@ def on_ranks(ranks: int) -> tuple[dict[str, dict[str, float]], list[dict[str, fl
     return score(criterion, backbone, backbone.units("channel"), batches, trainer, 0), criterion.history
 
 
-def one_rank(places: dict[str, str], results: Any) -> None:
-    """One of two processes, as torchrun would have started it."""
-    os.environ.update(places)
-    results.put((places["RANK"], on_ranks(2)))
+def one_rank(rank: int, folder: Path) -> None:
+    (folder / f"{rank}.json").write_text(json.dumps(on_ranks(2)))
 
 
-def test_two_ranks_share_every_batch_and_come_to_the_same_gates():
+def test_two_ranks_share_every_batch_and_come_to_the_same_gates(tmp_path):
     """Adam makes a step of the sign of a gradient at first, so that these are compared by what comes of them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2}
-    given["TORCHELASTIC_RUN_ID"] = "test"
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    processes = []
-    for rank in (0, 1):
-        places = {key: str(value) for key, value in {**given, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        processes.append(context.Process(target=one_rank, args=(places, results), daemon=True))
-        processes[-1].start()
-    (_, first), (_, second) = sorted((results.get(timeout=60) for _ in processes), key=lambda found: found[0])
-    for process in processes:
-        process.join(timeout=60)
+    with two_ranks(one_rank, tmp_path):
+        pass
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second  # both ranks have all of it
     scores, history = on_ranks(1)
     np.testing.assert_allclose(values(first[0]), values(scores), rtol=1e-4)

@@ -1,7 +1,6 @@
 """What measures share: samples and their features on any number of ranks, references, prompts, choices, reports."""
 
 import json
-import os
 import re
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 from helpers_measures import Flat, Given, drawn
 from helpers_networks import tiny_backbone, tiny_seeds
+from helpers_ranks import two_ranks
 from omegaconf import OmegaConf
 
 from conf.schema import ConfigError, build
@@ -39,32 +39,6 @@ def test_features_are_computed_once_for_all_measures_in_parts(monkeypatch):
     assert one.asked == other.asked == [4, 4, 2]
 
 
-def two_ranks(function, *arguments) -> None:
-    """Run function(rank, *arguments) in two processes that find each other as Lightning's ranks do."""
-    context = torch.multiprocessing.get_context("fork")
-    port = 20_000 + os.getpid() % 20_000
-
-    def run(rank: int) -> None:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
-        names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-        os.environ.update({name: str(value) for name, value in names.items()})
-        try:
-            function(rank, *arguments)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(180)
-    assert [process.exitcode for process in processes] == [0, 0]
-
-
 def drawn_and_measured(rank: int, folder, devices: int) -> None:
     """Draw samples by a tiny teacher and take the features of a set of images, on as many ranks as there are."""
     backbone = tiny_backbone("ddpm")
@@ -84,7 +58,8 @@ def drawn_and_measured(rank: int, folder, devices: int) -> None:
 def test_two_ranks_draw_the_same_samples_and_take_the_same_features_as_one(tmp_path, monkeypatch):
     monkeypatch.setattr(measures, "PART", 4)
     drawn_and_measured(0, tmp_path, 1)
-    two_ranks(drawn_and_measured, tmp_path, 2)
+    with two_ranks(drawn_and_measured, tmp_path, 2):
+        pass
     assert (tmp_path / "1.npy").read_bytes() == (tmp_path / "2.npy").read_bytes()
     images = np.load(tmp_path / "1.npy", mmap_mode="r")
     assert images.shape[:3] == (7, 4, 4) and images.dtype == np.uint8

@@ -260,6 +260,29 @@ def test_an_artefact_of_another_teacher_or_of_other_scores_is_refused_with_both_
         assert part in str(caught.value)
 
 
+def test_a_plan_made_anew_takes_what_was_made_from_the_one_before_with_it(finished):
+    cfg, run = finished
+    before = read_json(run / "plan.json")
+    (cache,) = run.parent.parent.glob(".cache/scores/*.json")
+    stored = read_json(cache)
+    for entry in stored["result"].values():  # as other data would have them
+        entry["score"] *= -1
+    cache.write_text(json.dumps(stored))
+    (run / "wandb").mkdir()  # is open while a job runs
+    for name in ("finished.json", "scores.json", "plan.json"):
+        (run / name).unlink()
+    for name in ("failure", "sounds/pruned"):
+        (run / name).mkdir(parents=True)
+    prune(cfg)
+    plan, metrics = read_json(run / "plan.json"), read_json(run / "metrics.json")
+    assert plan["changes"] != before["changes"]
+    removed = [change["unit"] for change in plan["changes"]]
+    for name in ("student", "distilled", "export/unet"):
+        assert read_json(run / name / "config.json")["removed_units"] == removed, name
+    assert metrics["plan/predicted_harm"] == plan["predicted_harm"]
+    assert files(run) == FINISHED and (run / "wandb").exists() and not (run / "sounds").exists()
+
+
 def test_a_plan_with_an_unknown_unit_is_refused(finished):
     cfg, run = finished
     (run / "finished.json").unlink()

@@ -1,7 +1,7 @@
 """The identity of a run: what changes it, what does not, and that it does not depend on where things lie."""
 
 import pytest
-from helpers_config import recipe
+from helpers_config import composed, recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +9,7 @@ from conf import schema
 from experiments import run as run_module
 from experiments.pipeline import prune
 from experiments.run import Run, digest
+from lightning_modules.backbones.files import weight_files
 
 pytest_plugins = ["helpers_config"]
 
@@ -101,6 +102,43 @@ def test_other_weights_of_a_measure_under_the_same_path_are_another_run(configur
         weights.write_bytes(content)
         found.append(identity(configure(job)))
     assert len({*found, identity(configure())}) == 3
+
+
+LABELS = [
+    ("evaluation=accuracy", "data.name=imagenet"),
+    ("evaluation=class_accuracy",),  # classes: [airplane, ...]
+    ("evaluation=perplexity_raw",),  # text: test, a split on the hub
+    ("evaluation.prompts=[airplane]",),
+    ("pretrain=classifier",),  # architecture: resnet20
+]
+
+
+@pytest.mark.parametrize("words", LABELS)
+def test_labels_and_texts_are_no_files_where_a_folder_has_their_name(configure, monkeypatch, tmp_path, words):
+    monkeypatch.setenv("SECATEUR_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    before = identity(configure(*words))
+    for place in (tmp_path, tmp_path / "data"):
+        for name in ("imagenet", "airplane", "test", "resnet20"):
+            (place / name).mkdir(parents=True)
+            (place / name / "stray.json").write_text("{}")
+    assert identity(configure(*words)) == before
+
+
+def test_a_file_with_the_prompts_is_part_of_the_run(configure, tmp_path):
+    job = f"evaluation.prompts={{_target_: datamodules.prompts.read_prompts, path: {tmp_path}/prompts.txt}}"
+    found = []
+    for content in ("a cat", "a dog"):
+        (tmp_path / "prompts.txt").write_text(content)
+        found.append(identity(configure(job)))
+    assert len({*found}) == 2
+
+
+def test_the_readme_shows_the_run_id_of_the_default_job(tmp_path):
+    cfg = composed(f"paths.runs={tmp_path}")
+    teacher = run_module.fingerprint(weight_files(cfg.teacher.path, None), tmp_path)
+    folder = Run(cfg, teacher).folder
+    assert f"runs/{cfg.name}/{folder.name}/report.html" in (schema.ROOT / "README.md").read_text()
 
 
 json_values = st.recursive(
