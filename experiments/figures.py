@@ -143,15 +143,18 @@ def comparison(table: pd.DataFrame, folder: Path, suffix: str = "") -> None:
 
 
 def bars(table: pd.DataFrame, label: str, path: Path, level: float | None) -> None:
-    """Two bars a method, the best one first: as pruned and in the end; spreads over seeds; `level` is the teacher's."""
+    """Two bars a method, the best one first: as pruned and in the end; spreads over seeds; `level` is the teacher's.
+
+    One bar where nothing was trained.
+    """
     higher = table["better"].iloc[0] == "higher"
     ordered = table.sort_values(["quality", "quality_pruned"], ascending=higher)
     places = np.arange(len(ordered))
     figure, axis = plt.subplots(figsize=(7, 0.55 * len(ordered) + 1.2))
-    for column, offset, colour, name in (
-        ("quality", 0.2, KEPT, "in the end"),
-        ("quality_pruned", -0.2, PROTECTED, "as pruned"),
-    ):
+    shown = [("quality_pruned", -0.2, PROTECTED, "as pruned"), ("quality", 0.2, KEPT, "in the end")]
+    if (ordered["distillation"] == "none").all():
+        shown = [("quality", 0.0, PROTECTED, "as pruned")]
+    for column, offset, colour, name in shown:
         errors = ordered[f"{column} std"].fillna(0)
         drawn = axis.barh(
             places + offset, ordered[column], 0.38, xerr=errors if errors.any() else None, color=colour, label=name

@@ -30,6 +30,7 @@ from experiments.tables import (
     metric_of,
     others,
     timed_alike,
+    told_by,
     warnings_of,
 )
 from experiments.texts import texts_of
@@ -287,7 +288,7 @@ def report_set(root: Path) -> Path:
         figures.comparison(part, folder, f"_{number + 1}" if number else "")
     waiting = sorted(p.parent.name for p in root.rglob("config.yaml") if not (p.parent / "finished.json").exists())
     shown = [
-        "criterion",
+        told_by(table),
         "selection",
         "distillation",
         "steps",

@@ -91,6 +91,12 @@ def timed_alike(table: pd.DataFrame) -> bool:
     return table["latency_at"].nunique() == 1 and bool(table["latency_ratio"].notna().all())
 
 
+def told_by(table: pd.DataFrame) -> str:
+    """The column that rows are told apart by: the criterion, or where other fields vary, too, the whole method."""
+    shown = ["teacher", "criterion", "selection", "distillation", "steps", "ratio", "budget"]
+    return "method" if table.duplicated(shown).any() else "criterion"
+
+
 def metric_of(table: pd.DataFrame) -> str:
     """What the qualities in a table are."""
     return ", ".join(sorted({str(name) for name in table["metric"].dropna()})) or "output loss"
@@ -119,7 +125,8 @@ def markdown(table: pd.DataFrame) -> str:
 
     optional = [(head, name) for head, name in (("target", "target"), ("FLOPs", "flops")) if table[name].notna().any()]
     counts = [(head, amounts(table[name])) for head, name in (("MACs", "macs"), *optional)]
-    heads = ["criterion", "selection", "distillation (steps)", "ratio", "achieved", "parameters"]
+    told = told_by(table)
+    heads = [told, "selection", "distillation (steps)", "ratio", "achieved", "parameters"]
     heads += [*(head for head, _ in counts), "latency"]
     judged = [("output_loss_pruned", "output loss, pruned", 4), ("output_loss", "output loss", 4)]
     if metric != "output loss":
@@ -130,7 +137,7 @@ def markdown(table: pd.DataFrame) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for place, (_, row) in enumerate(table.iterrows()):
         cells = [
-            row["criterion"],
+            row[told],
             row["selection"],
             f"{row['distillation']} ({row['steps']})",
             f"{row['ratio']:.4g}",

@@ -222,7 +222,7 @@ def test_the_study_has_a_row_a_run_and_refuses_to_mix_targets(configure, picture
 def test_methods_at_one_target_are_bars_with_the_best_on_top(tmp_path, monkeypatch, better):
     table = pd.DataFrame({"method": ["a", "b", "c"], "better": better, "quality_teacher": 3.5, "metric": "accuracy"})
     table = table.assign(quality=[2.0, 3.0, 1.0], quality_pruned=[0.5, 0.25, 0.75], ratio=0.5, latency_ratio=0.5)
-    table["latency_at"] = "batch 16, cpu"
+    table[["latency_at", "distillation"]] = "batch 16, cpu", "task_only"
     table[["quality std", "quality_pruned std", "latency_ratio std"]] = [0.1, np.nan, 0.0]
     drawn = {}
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.update({path.stem: figure.axes[0]}))
@@ -236,6 +236,9 @@ def test_methods_at_one_target_are_bars_with_the_best_on_top(tmp_path, monkeypat
         widths = [bar.get_width() for bar in bars[name]]
         assert widths == list(table.set_index("method")[column][labels])
     assert axis.get_xlabel() == f"accuracy ({better} is better)"
+    figures.comparison(table.assign(distillation="none", quality_pruned=table["quality"]), tmp_path, "_3")
+    axis = drawn["quality_by_method_3"]
+    assert [bar.get_width() for bar in axis.patches] == list(table.set_index("method")["quality"][labels])
 
 
 @pytest.mark.usefixtures("quick_end")

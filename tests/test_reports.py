@@ -150,3 +150,15 @@ def test_a_report_needs_no_stored_latents(another, study, latents, monkeypatch, 
         f"output_loss, latents={latents}": 2,
         "output_loss, latents=None": 1,
     }
+
+
+def test_rows_that_differ_in_another_field_are_told_apart_in_the_table(another, study):
+    another("one", "1" * 16)
+    report_set(study)
+    assert list(rows_of(study)["criterion"]) == ["output_loss"]
+    another("two", "2" * 16, {"calibration.samples": 3})
+    page = report_set(study).read_text()
+    samples = OmegaConf.load(study / "one" / "config.yaml").calibration.samples
+    names = [f"output_loss, calibration.samples={count}" for count in (samples, 3)]
+    assert sorted(rows_of(study)["method"]) == sorted(names)
+    assert all(f"<td>{name}</td>" in page for name in names)
