@@ -158,26 +158,33 @@ def draw_iterations(table: pd.DataFrame, path: Path) -> None:
 
 
 def draw_criteria(table: pd.DataFrame, unpruned: float, path: Path) -> None:
-    """A group of bars a criterion at the same FLOPs: as pruned, and after each way of training (the longest)."""
+    """A group of bars a criterion at the same FLOPs: as pruned, and after each way of training.
+
+    Of several lengths of a training the one that most criteria have is drawn, so that bars of one colour compare.
+    """
     table = at_the_papers(table)
-    values: dict[str, Mapping[Any, float]] = {"none": as_pruned(table).groupby("criterion")["pruned"].mean().to_dict()}
+    values: dict[str, Mapping[Any, float]] = {
+        TRAINED["none"]: as_pruned(table).groupby("criterion")["pruned"].mean().to_dict()
+    }
     for way in list(TRAINED)[1:]:
         trained = table[table["distillation"] == way]
-        longest = trained[trained["steps"] == trained.groupby("criterion")["steps"].transform("max")]
-        found = longest.groupby("criterion")["accuracy"].mean().to_dict()
-        values |= {way: found} if found else {}
-    names = sorted(values["none"], key=values["none"].__getitem__, reverse=True)
+        if len(trained):
+            steps = trained.groupby("steps")["criterion"].nunique().idxmax()
+            found = trained[trained["steps"] == steps].groupby("criterion")["accuracy"].mean().to_dict()
+            values[f"{TRAINED[way]}, {steps} steps"] = found
+    pruned = values[TRAINED["none"]]
+    names = sorted(pruned, key=pruned.__getitem__, reverse=True)
     figure, axis = plt.subplots(figsize=(7.5, 4))
     width = 0.8 / len(values)
-    for place, (way, found) in enumerate(values.items()):
+    for place, (label, found) in enumerate(values.items()):
         at = np.arange(len(names)) + (place - (len(values) - 1) / 2) * width
-        bars = axis.bar(at, [found.get(name, np.nan) for name in names], width, label=TRAINED[way])
+        bars = axis.bar(at, [found.get(name, np.nan) for name in names], width, label=label)
         axis.bar_label(bars, fmt=lambda value: f"{value:.1f}" if np.isfinite(value) else "", fontsize=7)
     axis.axhline(unpruned, color="black", ls=":", lw=1, label="unpruned")
     axis.set_xticks(range(len(names)), names, fontsize=8)
     axis.set_ylabel("accuracy, %")
     axis.set_ylim(0, 115)
-    axis.legend(fontsize=8, loc="upper center", ncol=4)
+    axis.legend(fontsize=8, loc="upper center", ncol=2)
     save(figure, path)
 
 
