@@ -293,7 +293,7 @@ def measured_run(job, *given: str) -> tuple[dict, Run]:
     plan = plan_of("model.layers.1")
     pruned = evaluator.teacher.pruned(plan["changes"])
     metrics = evaluator.metrics(plan, {"teacher": evaluator.teacher, "pruned": pruned})
-    write_json(run / "plan.json", plan | {"protected": [f"model.layers.{i}" for i in (0, 2, 3, 4)]})
+    write_json(run / "plan.json", plan | {"teacher": "aaaa", "protected": [f"model.layers.{i}" for i in (0, 2, 3, 4)]})
     units = {unit.name: {"score": 1.0} for unit in evaluator.teacher.units()}
     write_json(run / "scores.json", {"scores": units, "criterion": "perplexity"})
     write_json(run / "measured.json", evaluator.measured(pruned) | {"seconds": {}})
