@@ -125,7 +125,7 @@ def spans(values: Sequence[float | None], factor: float) -> bool:
 
 
 def comparison(table: pd.DataFrame, folder: Path, suffix: str = "") -> None:
-    """The pictures of runs that may share one pair of axes; bars instead of curves where no method has two ratios."""
+    """The pictures of runs that may share one pair of axes; bars instead of curves where all have one ratio."""
     name, level = table["metric"].iloc[0], table["quality_teacher"].mean()
     level = None if pd.isna(level) else level
     measure = f"{'output loss' if pd.isna(name) or not name else name} ({table['better'].iloc[0]} is better)"
@@ -133,7 +133,7 @@ def comparison(table: pd.DataFrame, folder: Path, suffix: str = "") -> None:
     if timed_alike(table):  # latencies of several batches or devices share no axis
         path = folder / f"quality_over_latency_ratio{suffix}.png"
         curves(table, "latency_ratio", "quality", ("latency, student / teacher", measure), path, level, log=wide)
-    if 1 < len(table) == table["method"].nunique():
+    if 1 < len(table) == table["method"].nunique() and table["ratio"].nunique() == 1:
         bars(table, measure, folder / f"quality_by_method{suffix}.png", level)
         return
     path = folder / f"quality_over_ratio{suffix}.png"

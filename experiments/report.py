@@ -196,11 +196,13 @@ def collect(root: Path) -> pd.DataFrame:
         if not (folder / "plan.json").exists():
             continue
         metrics, measured = read_json(folder / "metrics.json"), read_json(folder / "measured.json")
+        cfg: Any = OmegaConf.load(folder / "config.yaml")
         run_id = metrics["run_id"]
+        if cfg.selection.get("budget") == "latency":  # the device decided the plan
+            run_id += measured["device"]
         if run_id in rows:
             rows[run_id]["copies"].append(str(folder.relative_to(root)))
             continue
-        cfg: Any = OmegaConf.load(folder / "config.yaml")
         protocol, measures = metrics.get("protocol", {}), measures_of(metrics)
         metric = next(iter(measures), None)
         row = {

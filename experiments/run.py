@@ -160,13 +160,14 @@ def barrier() -> None:
 def meet(trainer: Trainer) -> None:
     """Wait for the other ranks where torchrun or Slurm has started them, so that all of them agree from here on.
 
-    Those that Lightning itself starts come with its first Trainer, when all that is made before it is there.
+    Those that Lightning itself starts come with its first Trainer, when all that is made before it is there; in later
+    jobs of a sweep they meet here, too.
     """
     strategy = trainer.strategy
     if isinstance(strategy, ParallelStrategy) and not isinstance(strategy.cluster_environment, LightningEnvironment):
         assert strategy.launcher is not None
         strategy.launcher.launch(strategy.setup_environment)
-        barrier()
+    barrier()
 
 
 def wait_for(path: Path) -> None:

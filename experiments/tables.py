@@ -67,7 +67,7 @@ def methods(table: pd.DataFrame) -> list[str]:
         if key not in known
         and not key.startswith("evaluation.metric")
         and any(
-            part[key].nunique() > 1
+            part[key].nunique(dropna=False) > 1
             for _, part in fields.groupby(
                 [f"{name}.name" for name in ("teacher", "distillation", "selection")]
                 + (["criterion.name"] if key.startswith("criterion.") else [])

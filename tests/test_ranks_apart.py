@@ -62,7 +62,23 @@ def test_a_rank_of_a_forced_job_reads_nothing_of_the_run_before(configure, job, 
     run = the_run(tmp_path / "runs")
     before = read_json(run / "scores.json")
     write_json(run / "scores.json", before | {"key": "of another teacher"})
-    late(monkeypatch, Run, "clean")
+    go, clean = pipeline.Job.go, Run.clean
+
+    def noted(job: Any) -> None:
+        if not is_rank_zero():
+            (tmp_path / "rank 1 goes").touch()
+        go(job)
+
+    def delayed(folder: Run) -> None:
+        """Clean a second after rank 1 could begin to read."""
+        until = time.monotonic() + 20
+        while is_rank_zero() and not (tmp_path / "rank 1 goes").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(is_rank_zero())
+        clean(folder)
+
+    monkeypatch.setattr(pipeline.Job, "go", noted)
+    monkeypatch.setattr(Run, "clean", delayed)
     with two_ranks(pruned, configure(*job, *ON_TWO, "force=true")):
         pass
     assert read_json(run / "scores.json") == before

@@ -114,8 +114,8 @@ def test_only_seeds_that_were_timed_differently_leave_no_picture_of_latencies(an
 
 
 def test_plans_for_a_latency_budget_of_other_devices_are_no_seeds_of_one_setting(another, study):
-    for seed, device in enumerate(("cpu", "cpu", "gpu")):
-        another(str(seed), str(seed), {"seed": seed, "selection.budget": "latency"}, device=device)
+    for seed, device in ((0, "cpu"), (1, "cpu"), (1, "gpu")):  # what it was timed on is not in a run's id
+        another(f"{seed} {device}", str(seed), {"seed": seed, "selection.budget": "latency"}, device=device)
     table = averaged(collect(study))
     assert sorted(zip(table["runs"], table["method"], strict=True)) == [
         (1, "output_loss, device=gpu"),
@@ -162,3 +162,19 @@ def test_rows_that_differ_in_another_field_are_told_apart_in_the_table(another, 
     names = [f"output_loss, calibration.samples={count}" for count in (samples, 3)]
     assert sorted(rows_of(study)["method"]) == sorted(names)
     assert all(f"<td>{name}</td>" in page for name in names)
+
+
+def test_rows_that_differ_in_an_optional_group_are_told_apart(another, study):
+    another("one", "1" * 16)
+    another("two", "2" * 16, {"calibration.data": {"name": "other", "path": "/other"}})
+    assert averaged(collect(study))["method"].nunique() == 2
+
+
+def test_runs_of_several_ratios_are_curves_whatever_their_methods(another, study):
+    another("one", "1" * 16)
+    plan = {"selection.name": "greedy", "selection.ratio": 0.7}
+    run = another("two", "2" * 16, plan)
+    metrics = read_json(run / "metrics.json") | {"plan/requested_ratio": 0.7}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    folder = report_set(study).parent
+    assert (folder / "quality_over_ratio.png").exists() and not (folder / "quality_by_method.png").exists()
