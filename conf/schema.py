@@ -203,6 +203,7 @@ def check(cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error)) from error
     check_keys("", cfg)
+    check_names(cfg)
     for group in ("criterion", "selection", "distillation", "data", "teacher", "noise_scheduler"):
         if isinstance(cfg[group], DictConfig) and "_target_" not in cfg[group]:
             unknown(group, [key for key in cfg[group] if key != "name"], ["name"])
@@ -255,6 +256,25 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "distillation.w_feat": (0, math.inf, "0 or more"),
 }
 """Lowest and highest value of a field, and how to say it."""
+
+
+LONGEST_NAME = 200
+"""Bytes of a folder's name: file systems take 255, and nine are for the run's id."""
+
+
+def check_names(cfg: DictConfig) -> None:
+    """`name` and `label` make up a run's folder below paths.runs: neither may lead out of it."""
+    for key, separators, parts in (("name", "\\", cfg.name.split("/")), ("label", "/\\", [cfg.label])):
+        wrong = any(part.startswith(".") or not part.strip() for part in parts) or any(
+            letter in separators or not letter.isprintable() for letter in getattr(cfg, key)
+        )
+        if wrong:
+            raise ConfigError(
+                f"{key}={getattr(cfg, key)!r} is no name of a folder below paths.runs; choose one of letters, digits, "
+                f"spaces and - _ + = , . that begins with no dot{' (several, joined by /)' if key == 'name' else ''}"
+            )
+        if any(len(part.encode()) > LONGEST_NAME for part in parts):
+            raise ConfigError(f"{key} has {len(getattr(cfg, key))} characters; choose at most {LONGEST_NAME}")
 
 
 def check_ranges(cfg: DictConfig) -> None:

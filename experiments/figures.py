@@ -15,6 +15,8 @@ import pandas as pd
 
 from experiments.tables import are_channels, channel_units, timed_alike
 
+plt.rcParams["text.parse_math"] = False  # a `$` in a run's name is a dollar
+
 KEPT, REMOVED, PROTECTED = "#4c78a8", "#e45756", "#9d9d9d"
 
 
@@ -124,22 +126,29 @@ def spans(values: Sequence[float | None], factor: float) -> bool:
     return bool(there) and min(there) > 0 and max(there) > factor * min(there)
 
 
-def comparison(table: pd.DataFrame, folder: Path, suffix: str = "") -> None:
-    """The pictures of runs that may share one pair of axes; bars instead of curves where all have one ratio."""
+def comparison(table: pd.DataFrame, folder: Path, suffix: str = "") -> list[Path]:
+    """Draw runs that may share one pair of axes, as bars instead of curves where all have one ratio.
+
+    Returns the files of the pictures.
+    """
     name, level = table["metric"].iloc[0], table["quality_teacher"].mean()
     level = None if pd.isna(level) else level
     measure = f"{'output loss' if pd.isna(name) or not name else name} ({table['better'].iloc[0]} is better)"
     wide = table["better"].iloc[0] == "lower" and spans([*table["quality"], level], 20)
+    drawn = []
     if timed_alike(table):  # latencies of several batches or devices share no axis
-        path = folder / f"quality_over_latency_ratio{suffix}.png"
-        curves(table, "latency_ratio", "quality", ("latency, student / teacher", measure), path, level, log=wide)
+        drawn.append(folder / f"quality_over_latency_ratio{suffix}.png")
+        curves(table, "latency_ratio", "quality", ("latency, student / teacher", measure), drawn[0], level, log=wide)
     if 1 < len(table) == table["method"].nunique() and table["ratio"].nunique() == 1:
-        bars(table, measure, folder / f"quality_by_method{suffix}.png", level)
-        return
-    path = folder / f"quality_over_ratio{suffix}.png"
-    curves(table, "ratio", "quality", ("fraction removed", measure), path, level, log=wide)
+        drawn.append(folder / f"quality_by_method{suffix}.png")
+        bars(table, measure, drawn[-1], level)
+        return drawn
+    drawn.append(folder / f"quality_over_ratio{suffix}.png")
+    curves(table, "ratio", "quality", ("fraction removed", measure), drawn[-1], level, log=wide)
+    drawn.append(folder / f"output_loss_over_ratio{suffix}.png")
     labels = ("fraction removed", "joint output loss right after pruning")
-    curves(table, "ratio", "output_loss_pruned", labels, folder / f"output_loss_over_ratio{suffix}.png", log=True)
+    curves(table, "ratio", "output_loss_pruned", labels, drawn[-1], log=True)
+    return drawn
 
 
 def bars(table: pd.DataFrame, label: str, path: Path, level: float | None) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from omegaconf import DictConfig, OmegaConf
 
 from experiments import figures
 from experiments.dashboard import flat
 from experiments.measures import columns, described
-from experiments.run import effective, read_json
+from experiments.run import read_config, read_json, remove, without_no_effect, write_json
 from experiments.sounds import page_sounds
 from experiments.tables import (
     amounts,
@@ -54,7 +54,7 @@ def report_run(folder: Path) -> str:
     """Draw a run's figures and its report.html; returns the summary that the job prints."""
     metrics, measured = read_json(folder / "metrics.json"), read_json(folder / "measured.json")
     plan = read_json(folder / "plan.json")
-    config = OmegaConf.load(folder / "config.yaml")
+    config = read_config(folder)
     removed = [change["unit"] for change in plan["changes"] if "unit" in change]
     protected = plan.get("protected", [])
     scores: dict[str, Any] = {}
@@ -88,7 +88,7 @@ def report_run(folder: Path) -> str:
         protected=protected,
         units={} if are_channels(scores) else scores,
         groups=channel_groups(scores, set(removed)) if are_channels(scores) else [],
-        config=OmegaConf.to_yaml(config),
+        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         pictures={path.stem: inline(path) for path in sorted((folder / "figures").glob("*.png"))},
     )
     (folder / "report.html").write_text(page)
@@ -196,9 +196,9 @@ def collect(root: Path) -> pd.DataFrame:
         if not (folder / "plan.json").exists():
             continue
         metrics, measured = read_json(folder / "metrics.json"), read_json(folder / "measured.json")
-        cfg: Any = OmegaConf.load(folder / "config.yaml")
+        cfg = read_config(folder)
         run_id = metrics["run_id"]
-        if cfg.selection.get("budget") == "latency":  # the device decided the plan
+        if cfg["selection"].get("budget") == "latency":  # the device decided the plan
             run_id += measured["device"]
         if run_id in rows:
             rows[run_id]["copies"].append(str(folder.relative_to(root)))
@@ -210,17 +210,17 @@ def collect(root: Path) -> pd.DataFrame:
             "page": str((folder / "report.html").relative_to(root)),
             "copies": [],
             "setting": setting(cfg, measured["device"]),
-            "teacher": cfg.teacher.name,
+            "teacher": cfg["teacher"]["name"],
             "fingerprint": read_json(folder / "plan.json")["teacher"],
             "criterion": scored_by(cfg),
-            "selection": cfg.selection.name,
-            "distillation": cfg.distillation.name,
-            "steps": cfg.trainer.steps if "_target_" in cfg.distillation else 0,
+            "selection": cfg["selection"]["name"],
+            "distillation": cfg["distillation"]["name"],
+            "steps": cfg["trainer"]["steps"] if "_target_" in cfg["distillation"] else 0,
             "budget": metrics["plan/budget"],
             "ratio": metrics["plan/requested_ratio"],
             "target": metrics.get("plan/requested_target"),
-            "seed": cfg.seed,
-            "criterion_seed": cfg.criterion.get("seed"),
+            "seed": cfg["seed"],
+            "criterion_seed": cfg["criterion"].get("seed"),
             "achieved": achieved_ratio(metrics, measured),
             "params": metrics["student/params"],
             "macs": metrics["student/macs"],
@@ -251,25 +251,33 @@ def collect(root: Path) -> pd.DataFrame:
     return runs.sort_values(["criterion", "selection", "distillation", "ratio", "seed", "run"], ignore_index=True)
 
 
-def scored_by(cfg: DictConfig) -> str:
+def scored_by(cfg: dict[str, Any]) -> str:
     """The criterion, with the level of its units where that is not whole blocks; `none` where no score plays a part."""
-    if cfg.selection.name == "bk_sdm":
+    if cfg["selection"]["name"] == "bk_sdm":
         return "none"
-    level = cfg.criterion.get("level", "depth")
-    return cfg.criterion.name if level == "depth" else f"{cfg.criterion.name} ({level}s)"
+    level = cfg["criterion"].get("level", "depth")
+    name: str = cfg["criterion"]["name"]
+    return name if level == "depth" else f"{name} ({level}s)"
 
 
-def setting(cfg: DictConfig, device: str) -> dict[str, Any]:
+def setting(cfg: dict[str, Any], device: str) -> dict[str, Any]:
     """A run's configuration as flat fields, without seeds and without what is derived from others.
 
     Latents are told by their path, as they need not be there any more; the device is a field where it decided the plan.
     """
-    latents, cfg = cfg.latents, cfg.copy()
-    cfg.latents = None
-    fields = flat(effective(cfg)) | {"latents": latents}
-    if cfg.selection.get("budget") == "latency":
+    fields = flat(without_no_effect(cfg | {"latents": None})) | {"latents": cfg["latents"]}
+    if cfg["selection"].get("budget") == "latency":
         fields["device"] = device
     return {key: value for key, value in fields.items() if key not in SEEDS and not key.endswith("_target_")}
+
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What a cell begins with that spreadsheets take for a formula."""
+
+
+def escaped(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose texts no spreadsheet runs as formulas: those that begin like one begin with an apostrophe."""
+    return table.map(lambda value: f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value)
 
 
 def report_set(root: Path) -> Path:
@@ -282,12 +290,18 @@ def report_set(root: Path) -> Path:
     better = " or ".join(sorted(set(runs["better"])))
     folder = root / "report"
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
-    runs.drop(columns=["setting", "page", "copies", "fingerprint"]).to_csv(folder / "results.csv", index=False)
+    manifest = folder / ".manifest.json"
+    for old in read_json(manifest)["pictures"] if manifest.exists() else ():
+        remove(folder / Path(old).name)
+    table_of_runs = runs.drop(columns=["setting", "page", "copies", "fingerprint"])
+    escaped(table_of_runs).to_csv(folder / "results.csv", index=False)
     (folder / "table.md").write_text(by_teacher(table))
-    for number, (_, part) in enumerate(table.groupby(["teacher", "protocol"])):  # what may share one pair of axes
-        figures.comparison(part, folder, f"_{number + 1}" if number else "")
+    pictures = [
+        picture
+        for number, (_, part) in enumerate(table.groupby(["teacher", "protocol"]))  # what may share one pair of axes
+        for picture in figures.comparison(part, folder, f"_{number + 1}" if number else "")
+    ]
+    write_json(manifest, {"pictures": [picture.name for picture in pictures]})
     waiting = sorted(p.parent.name for p in root.rglob("config.yaml") if not (p.parent / "finished.json").exists())
     shown = [
         told_by(table),
@@ -315,7 +329,7 @@ def report_set(root: Path) -> Path:
         waiting=waiting,
         protocols=sorted(table["protocol"].unique()),
         notes=notes,
-        pictures={path.stem: inline(path) for path in sorted(folder.glob("*.png"))},
+        pictures={path.stem: inline(path) for path in sorted(pictures)},
     )
     (folder / "index.html").write_text(page)
     return folder / "index.html"

@@ -53,6 +53,21 @@ class UnwritableDirectory(OSError):
     """The folder for runs cannot be made or written to."""
 
 
+class ForeignFolder(ValueError):
+    """Files that no run has made stand where a run would write."""
+
+
+ENTRIES = (
+    *("config.yaml", "scores.json", "plan.json", "seconds.json", "metrics.csv", "metrics.json", "measured.json"),
+    *("finished.json", "report.html", "student", "distilled", "weights", "checkpoints", "samples", "sounds", "figures"),
+    *("export", "failure", "wandb"),
+)
+"""Every file and folder that a run writes directly below its own folder; nothing else there is ever removed."""
+
+TEMPORARY = "?" * 8
+"""The random ending of a temporary file or folder, as a pattern: tempfile makes endings of eight characters."""
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that is complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +94,7 @@ def staged(path: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield partial
-        if path.exists():
-            shutil.rmtree(path)
+        remove(path)
         os.chmod(partial, 0o755)
         os.replace(partial, path)
     finally:
@@ -103,9 +117,24 @@ def portable(content: Any) -> Any:
     return content.replace(str(ROOT), "ROOT") if isinstance(content, str) else content
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a run, from its config.yaml, as plain values.
+
+    Interpolations stand resolved in it. Any that are left came with a file of somebody else's, and stay as they are
+    written: `${oc.env:HF_TOKEN}` in a folder from elsewhere must not read this machine's token.
+    """
+    content: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False)
+    return content
+
+
 def effective(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration without what cannot change a result."""
-    content: dict[str, Any] = portable(OmegaConf.to_container(cfg, resolve=True))
+    return without_no_effect(OmegaConf.to_container(cfg, resolve=True))
+
+
+def without_no_effect(config: Any) -> dict[str, Any]:
+    """Plain values of a configuration without what cannot change a result."""
+    content: dict[str, Any] = portable(config)
     for group, names in NO_EFFECT.items():
         if group == "evaluation" and (content["selection"] or {}).get("budget") == "latency":
             continue  # what is measured decides the plan
@@ -267,7 +296,12 @@ class Run:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Make the directory and hold its lock; raises RunBusy naming the process that has it."""
+        """Make the directory and hold its lock.
+
+        Raises RunBusy naming the process that has the lock, ForeignFolder where the folder is a link, lies outside
+        paths.runs, or holds files under a run's names that no run has made.
+        """
+        self.check_place()
         make_folder(self.folder)
         if not is_rank_zero():
             yield
@@ -287,6 +321,7 @@ class Run:
             ) from error
         with lock:
             lock.release()  # `with` took it a second time
+            self.claim()
             write_json(self / ".holder.json", {"pid": os.getpid(), "host": socket.gethostname()})
             self.clean()
             config = OmegaConf.create(portable(OmegaConf.to_container(self.cfg, resolve=True)))
@@ -294,24 +329,57 @@ class Run:
             (self / "config.yaml").write_text(text)
             yield
 
+    def check_place(self) -> None:
+        """Raise ForeignFolder where the run's folder is a link, or a link on the way leads out of paths.runs."""
+        inside = Path(self.cfg.paths.runs).resolve() / self.cfg.name / self.folder.name
+        if self.folder.is_symlink():
+            raise ForeignFolder(
+                f"{self.folder} is a symbolic link (to {self.folder.resolve()}), and a run writes and removes files in "
+                "its own folder only; remove the link, or choose another folder with paths.runs=..."
+            )
+        if self.folder.resolve() != inside:
+            raise ForeignFolder(
+                f"{self.folder} is {self.folder.resolve()}, which lies outside paths.runs={self.cfg.paths.runs}; "
+                "remove the link that leads there, or choose another folder with paths.runs=..."
+            )
+
+    def claim(self) -> None:
+        """Write the manifest: the names below the folder that belong to the run.
+
+        It is written before anything else, and only where none of these names is taken, so that what has such a name
+        later was made by a run. Raises ForeignFolder naming the first one that is taken.
+        """
+        manifest = self / ".manifest.json"
+        if manifest.exists():
+            return
+        if taken := [name for name in ENTRIES if os.path.lexists(self / name)]:
+            raise ForeignFolder(
+                f"{self / taken[0]} was made by no run of this version (the folder has no .manifest.json); move it "
+                "away, or choose another folder with paths.runs=..."
+            )
+        write_json(manifest, {"run": self.id, "entries": ENTRIES})
+
     def clean(self) -> None:
-        """Remove what a killed process was writing; with `force=true`, everything there is (but not cached scores)."""
+        """Remove what a killed process was writing; with `force=true`, all that runs have made (not cached scores)."""
         if self.cfg.force:
             self.clear()
-        remove([*self.folder.glob(".*"), *(self / "samples").glob(".*")])
+        for name in read_json(self / ".manifest.json")["entries"]:
+            for partial in self.folder.glob(f".{name}.{TEMPORARY}"):
+                remove(partial)
+        for partial in (self / "samples").glob(f".*.{TEMPORARY}"):
+            remove(partial)
 
     def clear(self, *kept: str) -> None:
-        """Remove everything that the run has made but what is named here."""
-        (self / "finished.json").unlink(missing_ok=True)  # first: a run that is cut off here is not finished
-        remove([entry for entry in self.folder.iterdir() if entry.name not in kept])
+        """Remove what the manifest says that runs have made, but for the entries named here."""
+        remove(self / "finished.json")  # first: a run that is cut off here is not finished
+        for name in read_json(self / ".manifest.json")["entries"]:
+            if name not in kept:
+                remove(self / name)
 
 
-def remove(entries: list[Path]) -> None:
-    """Remove some of a run's files and folders, but for its lock."""
-    for entry in entries:
-        if entry.name in (".lock", ".holder.json"):
-            continue
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a symbolic link (never what it points to), where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

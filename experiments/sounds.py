@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import wandb
+from omegaconf import OmegaConf
 
 from conf.schema import build
 from datamodules.audio import Mel
@@ -33,13 +34,13 @@ def write_sounds(folder: Path, mel: Mel, count: int = 8) -> dict[str, list[Path]
     return found
 
 
-def page_sounds(folder: Path, cfg: Any, networks: Sequence[str], count: int = 4) -> dict[str, list[str]]:
+def page_sounds(folder: Path, cfg: dict[str, Any], networks: Sequence[str], count: int = 4) -> dict[str, list[str]]:
     """Write the sounds of a run of this configuration; the first ones of some networks as data addresses, for its page.
 
     There are none where the data set has no `mel`.
     """
-    mel = cfg.data.get("mel")
-    written = {} if mel is None else write_sounds(folder, build(mel))
+    mel = cfg["data"].get("mel")
+    written = {} if mel is None else write_sounds(folder, build(OmegaConf.create(mel)))
     return {name: [inline(file) for file in written[name][:count]] for name in networks if name in written}
 
 

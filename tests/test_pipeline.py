@@ -34,8 +34,9 @@ pytest_plugins = ["helpers_jobs"]
 WEIGHTS = "diffusion_pytorch_model.pruned.safetensors"
 NETWORK = {"config.json", WEIGHTS}
 FINISHED = {
-    *(".lock", ".holder.json", "config.yaml", "scores.json", "plan.json", "metrics.csv", "metrics.json"),
-    *("seconds.json", "measured.json", "report.html", "finished.json", "figures/scores.png", "figures/losses.png"),
+    *(".lock", ".holder.json", ".manifest.json", "config.yaml", "scores.json", "plan.json", "metrics.csv"),
+    *("seconds.json", "metrics.json", "measured.json", "report.html", "finished.json"),
+    *("figures/scores.png", "figures/losses.png"),
     *("checkpoints/step=0000002.ckpt", "checkpoints/step=0000004.ckpt"),
     *(f"{folder}/{name}" for folder in ("student", "distilled", "export/unet") for name in NETWORK),
     *("export/README.md", "export/model_index.json", "export/scheduler/scheduler_config.json"),
@@ -123,7 +124,7 @@ def test_a_finished_job_is_not_run_again_and_reads_no_weights(finished, monkeypa
 def test_force_runs_a_finished_job_again_from_nothing(configure, overrides, finished):
     _, run = finished
     before, results = stamps(run), read_json(run / "metrics.json")
-    (run / "left_over").touch()
+    (run / "export" / "left_over").touch()
     prune(configure(*overrides, "force=true"))
     assert files(run) == FINISHED
     assert read_json(run / "metrics.json") == results
@@ -133,9 +134,6 @@ def test_force_runs_a_finished_job_again_from_nothing(configure, overrides, fini
 
 def test_a_forced_job_that_is_stopped_while_it_clears_up_is_not_finished(configure, overrides, finished, monkeypatch):
     _, run = finished
-    # In the order of names, so that the first folder comes before finished.json.
-    entries = Path.iterdir
-    monkeypatch.setattr(Path, "iterdir", lambda self: iter(sorted(entries(self))))
     monkeypatch.setattr("experiments.run.shutil.rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prune(configure(*overrides, "force=true"))
@@ -354,7 +352,13 @@ def test_running_out_of_memory_says_in_which_stage_and_what_lowers_it(
 def test_an_infeasible_ratio_fails_before_anything_is_scored(configure, overrides, tmp_path):
     with pytest.raises(InfeasibleBudget, match=r"selection\.ratio=0\.9999 .* the nearest achievable 0\.\d+"):
         prune(configure(*overrides, "selection.ratio=0.9999"))
-    assert files(the_run(tmp_path / "runs")) == {".lock", ".holder.json", "config.yaml", "seconds.json"}
+    assert files(the_run(tmp_path / "runs")) == {
+        ".lock",
+        ".holder.json",
+        ".manifest.json",
+        "config.yaml",
+        "seconds.json",
+    }
 
 
 # Export

@@ -14,11 +14,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from omegaconf import OmegaConf
 
 from experiments.figures import save
 from experiments.report import collect
-from experiments.run import read_json
+from experiments.run import read_config, read_json
 from experiments.tables import channel_units
 
 PAPER = {10: (66.04, 2.25), 50: (79.09, 0.0), 100: (81.98, 1.08), 200: (84.47, 0.44), 300: (84.70, 0.84)}
@@ -71,12 +70,12 @@ def results(root: Path) -> tuple[pd.DataFrame, pd.DataFrame, float]:
             )
     for run in runs.to_dict("records"):
         folder = root / Path(run["page"]).parent
-        cfg: Any = OmegaConf.load(folder / "config.yaml")
-        name = cfg.criterion.name
-        steps = cfg.calibration.samples // cfg.calibration.batch_size if name == "bottleneck" else 0
-        name += " (mean)" if cfg.criterion.get("reduction") == "mean" else ""
+        cfg = read_config(folder)
+        name = cfg["criterion"]["name"]
+        steps = cfg["calibration"]["samples"] // cfg["calibration"]["batch_size"] if name == "bottleneck" else 0
+        name += " (mean)" if cfg["criterion"].get("reduction") == "mean" else ""
         row = {"criterion": name, "iterations": steps}
-        row["seed"] = cfg.criterion.seed if "seed" in cfg.criterion else cfg.calibration.seed
+        row["seed"] = cfg["criterion"].get("seed", cfg["calibration"]["seed"])
         row |= {key: run[key] for key in ("flops", "params", "distillation", "steps")}
         row |= {"pruned": run["quality_pruned"], "accuracy": run["quality"], "unpruned": run["quality_teacher"]}
         rows.append(row)

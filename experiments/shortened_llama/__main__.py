@@ -13,11 +13,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from omegaconf import OmegaConf
 
 from experiments.figures import save
 from experiments.report import collect
-from experiments.run import read_json
+from experiments.run import read_config, read_json
 
 RETRAINED = {
     "none": "as pruned",
@@ -145,12 +144,16 @@ def samples(root: Path) -> str:
     blocks: dict[str, list[str]] = {}
     for finished in sorted(root.rglob("finished.json")):
         run = finished.parent
-        cfg: Any = OmegaConf.load(run / "config.yaml")
+        cfg = read_config(run)
         written = {path.parent.name: read_json(path) for path in sorted((run / "samples").rglob("texts.json"))}
-        if cfg.criterion.name != "perplexity":
+        if cfg["criterion"]["name"] != "perplexity":
             continue
-        part = f"{cfg.selection.ratio:g} removed"
-        labels = {"teacher": "unpruned", "pruned": part, "distilled": f"{part}, {RETRAINED[cfg.distillation.name]}"}
+        part = f"{cfg['selection']['ratio']:g} removed"
+        labels = {
+            "teacher": "unpruned",
+            "pruned": part,
+            "distilled": f"{part}, {RETRAINED[cfg['distillation']['name']]}",
+        }
         for name in (name for name in labels if name in written):
             for prompt, text in zip(written[name]["prompts"], written[name]["texts"], strict=True):
                 line, lines = f"- {labels[name]}: {' '.join(text.split())}", blocks.setdefault(prompt, [])
