@@ -257,7 +257,7 @@ class HuggingFaceSounds(HuggingFace):
         return {"image": heard(encoded, self.mel)}
 
 
-def folder(
+def sound_folder(
     path: str,
     mel: Mel,
     holdout_sounds: int,

@@ -138,7 +138,7 @@ class Images(DataModule):
         return [usable(texts.__getitem__, k, len(texts), 0, k)[0] for k in range(min(count, len(texts)))]
 
 
-def folder(
+def image_folder(
     path: str,
     size: int,
     holdout_images: int,

@@ -165,7 +165,7 @@ class Shards:
         return f"{self.files[self.shard[index]]}: {key}"
 
 
-def shards(
+def image_shards(
     path: str | list[str],
     size: int,
     holdout_images: int,

@@ -38,6 +38,9 @@ NO_EFFECT = {
 }
 """What is not part of a run's identity: it cannot change a result, or (devices) only within noise."""
 
+PACKAGES = ("conf", "criteria", "datamodules", "experiments", "lightning_modules")
+"""This project's own packages."""
+
 PARENT = os.getppid()
 """The process that has started this one, which may be gone by the time that one asks."""
 
@@ -114,7 +117,25 @@ def portable(content: Any) -> Any:
         return [portable(value) for value in content]
     if isinstance(content, float) and content.is_integer():
         return int(content)
-    return content.replace(str(ROOT), "ROOT") if isinstance(content, str) else content
+    if isinstance(content, str) and (content == str(ROOT) or content.startswith(f"{ROOT}{os.sep}")):
+        return f"ROOT{content[len(str(ROOT)) :]}"
+    return content
+
+
+def without_modules(content: Any) -> Any:
+    """A configuration in which this project's own classes are named by package and class, without their modules.
+
+    A class that moves to another module of its package is the same class: runs and scores that name it stay valid.
+    """
+    if isinstance(content, list):
+        return [without_modules(value) for value in content]
+    if not isinstance(content, dict):
+        return content
+    named = {key: without_modules(value) for key, value in content.items()}
+    package, _, rest = str(named.get("_target_", "")).partition(".")
+    if package in PACKAGES:
+        named["_target_"] = f"{package}.{rest.rpartition('.')[2]}"
+    return named
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -129,12 +150,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def effective(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration without what cannot change a result."""
-    return without_no_effect(OmegaConf.to_container(cfg, resolve=True))
+    content: Any = OmegaConf.to_container(cfg, resolve=True)
+    if cfg.latents is not None:  # what they are, not where
+        content["latents"] = read_manifest(cfg.latents)["id"]
+    return without_no_effect(content)
 
 
 def without_no_effect(config: Any) -> dict[str, Any]:
     """Plain values of a configuration without what cannot change a result."""
-    content: dict[str, Any] = portable(config)
+    content: dict[str, Any] = without_modules(portable(config))
     for group, names in NO_EFFECT.items():
         if group == "evaluation" and (content["selection"] or {}).get("budget") == "latency":
             continue  # what is measured decides the plan
@@ -142,8 +166,6 @@ def without_no_effect(config: Any) -> dict[str, Any]:
             ((content[group] or {}) if group else content).pop(name, None)
     for name in NO_EFFECT["data"]:
         (content["calibration"].get("data") or {}).pop(name, None)
-    if content["latents"] is not None:  # what they are, not where
-        content["latents"] = read_manifest(content["latents"])["id"]
     return content
 
 

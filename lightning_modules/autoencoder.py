@@ -63,7 +63,7 @@ class Autoencoder(TrainedModule):
         self.vae.half().save_pretrained(folder, safe_serialization=True)
 
 
-def from_config(
+def new_autoencoder(
     vae: dict[str, Any], kl_weight: float, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path
 ) -> Autoencoder:
     """An Autoencoder with fresh weights, drawn from `seed`, of a diffusers configuration of AutoencoderKL."""

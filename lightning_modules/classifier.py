@@ -48,7 +48,7 @@ class Classifier(TrainedModule):
         save(copy.deepcopy(self.network).half(), folder)
 
 
-def from_architecture(
+def new_classifier(
     architecture: str,
     optimizer: Optimizer,
     lr_scheduler: Schedule,

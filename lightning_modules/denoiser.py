@@ -90,7 +90,7 @@ def replaced(conditions: dict[str, Any], empty: dict[str, Any], chosen: Tensor) 
     return found
 
 
-def from_config(
+def new_denoiser(
     network: dict[str, Any],
     noise_scheduler: Any,
     optimizer: Optimizer,

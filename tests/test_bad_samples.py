@@ -17,7 +17,7 @@ from PIL import Image
 from conf.schema import Trainer
 from datamodules.bad_samples import ATTEMPTS, LEAST, Skipped, TooManyBadSamples
 from datamodules.folders import Folder
-from datamodules.images import Images, ImageSet, folder
+from datamodules.images import Images, ImageSet, image_folder
 from datamodules.seeding import derive
 from datamodules.sources import Arrays, BadSample, Lazily, Record
 from experiments.pipeline import prune
@@ -325,7 +325,7 @@ def test_a_job_goes_on_without_its_bad_samples_says_so_and_keeps_count(configure
     out = capsys.readouterr().out
     files = [str(tmp_path / "pictures" / f"{number}.png") for number in range(2)]
     assert any(f"is replaced by another: {file} cannot be used: no known format of pictures" in out for file in files)
-    source = folder(str(tmp_path / "pictures"), 8, 16, 12).source("train")
+    source = image_folder(str(tmp_path / "pictures"), 8, 16, 12).source("train")
     bad = sum(source.file(index).name in ("0.png", "1.png") for index in range(24))
     (checkpoint,) = tmp_path.rglob("step=0000004.ckpt")
     counted = torch.load(checkpoint, weights_only=True)["Images"]  # four batches of 12 are two passes

@@ -15,7 +15,7 @@ from PIL import Image
 
 from conf.schema import build
 from datamodules.folders import Folder
-from datamodules.images import Images, folder
+from datamodules.images import Images, image_folder
 from datamodules.sources import BadSample, HuggingFace, MissingData
 
 COUNT = 12
@@ -229,7 +229,7 @@ def test_a_column_of_captions_that_is_not_there_or_no_text_is_named(table):
 
 
 def data(arguments: dict[str, Any], **options: Any) -> Images:
-    return folder(**arguments, **{"holdout_images": 4, "batch_size": 3, "seed": 0, "flip": False} | options)
+    return image_folder(**arguments, **{"holdout_images": 4, "batch_size": 3, "seed": 0, "flip": False} | options)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -302,7 +302,7 @@ def test_a_picture_knows_its_size_and_where_it_was_cut_in_pixels_of_the_resized_
 def test_sizes_reach_training_as_tensors_one_row_a_picture(tmp_path):
     for number, size in enumerate([(6, 4), (4, 6), (8, 4), (4, 4)]):
         Image.new("RGB", size, (number, 0, 0)).save(tmp_path / f"{number}.png")
-    (batch,) = folder(str(tmp_path), 4, holdout_images=0, batch_size=4).subset("train", 4, seed=0, batch_size=4)
+    (batch,) = image_folder(str(tmp_path), 4, holdout_images=0, batch_size=4).subset("train", 4, seed=0, batch_size=4)
     expected = {0: ([4, 6], [0, 1]), 1: ([6, 4], [1, 0]), 2: ([4, 8], [0, 2]), 3: ([4, 4], [0, 0])}
     for place, number in enumerate(numbers(batch["image"])):
         assert (batch["original_size"][place].tolist(), batch["crop"][place].tolist()) == expected[number]

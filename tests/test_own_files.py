@@ -48,7 +48,7 @@ def test_a_link_above_a_runs_folder_that_leads_out_of_paths_runs_is_refused(conf
     study = folder_of(cfg).parent
     study.parent.mkdir(parents=True, exist_ok=True)
     study.symlink_to(precious)
-    with pytest.raises(ForeignFolder, match="lies outside paths.runs"):
+    with pytest.raises(ForeignFolder, match=r"lies outside paths.runs"):
         prune(cfg)
     assert files(precious) == {"thesis.txt", ".hidden/key"}
 

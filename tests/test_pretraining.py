@@ -19,7 +19,7 @@ from experiments.pretrain import pretrain
 from experiments.scoring_stage import data_of
 from lightning_modules.backbones import load_teacher
 from lightning_modules.backbones.assembly import new_backbone
-from lightning_modules.denoiser import Denoiser, from_config
+from lightning_modules.denoiser import Denoiser, new_denoiser
 
 SIZE = 4
 """of the latents of the tiny data, 8x8 pictures"""
@@ -210,7 +210,7 @@ def text_denoiser(parts: dict[str, str], drop_text: float) -> Denoiser:
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
     }
     options: dict[str, Any] = dict.fromkeys(("optimizer", "lr_scheduler", "dump"))
-    return from_config(network, SCHEDULE, seed=0, **options, **parts, text_tokens=TOKENS, drop_text=drop_text)
+    return new_denoiser(network, SCHEDULE, seed=0, **options, **parts, text_tokens=TOKENS, drop_text=drop_text)
 
 
 def test_captions_are_dropped_for_a_share_of_the_samples_and_replaced_by_the_empty_one(parts):
@@ -253,7 +253,7 @@ def test_the_seed_alone_decides_the_fresh_weights(parts):
     def made(seed: int) -> dict[str, torch.Tensor]:
         options: dict[str, Any] = dict.fromkeys(("optimizer", "lr_scheduler", "dump"))
         network = NETWORKS["cifar10_dit"] | {"_class_name": "DiTTransformer2DModel", "in_channels": 4}
-        return from_config(network, SCHEDULE, seed=seed, vae=parts["vae"], **options).backbone.weights()
+        return new_denoiser(network, SCHEDULE, seed=seed, vae=parts["vae"], **options).backbone.weights()
 
     first = made(0)
     assert differences(first, made(0)) == []

@@ -1,6 +1,11 @@
 """The identity of a run: what changes it, what does not, and that it does not depend on where things lie."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
+from conftest import ROOT
 from helpers_config import composed, recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,6 +98,45 @@ def test_the_run_id_is_the_same_wherever_the_repository_lies(configure, monkeypa
     cfg = configure()
     assert cfg.teacher.path == f"{tmp_path}/another place é/assets/teacher"
     assert identity(cfg) == here
+
+
+@pytest.mark.parametrize("place", ["ROOT-latents", "ROOT/latents"])
+def test_latents_are_read_where_they_lie_also_beside_and_inside_the_repository(configure, monkeypatch, tmp_path, place):
+    root = tmp_path / "sec"
+    root.mkdir()
+    folder = tmp_path / place.replace("ROOT", "sec")
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"id": "x"}))
+    cfg = configure(f"latents={folder}")
+    monkeypatch.setattr(run_module, "ROOT", root)
+    monkeypatch.setattr(
+        run_module, "read_manifest", lambda path: json.loads((Path(path) / "manifest.json").read_text())
+    )
+    assert run_module.effective(cfg)["latents"] == "x"
+
+
+def test_only_paths_below_the_repository_are_written_as_below_root(monkeypatch):
+    monkeypatch.setattr(run_module, "ROOT", Path("/data/sec"))
+    values = ["/data/sec", "/data/sec/a b", "/data/sec-latents", "/data/secret/x", "see /data/sec", "/data"]
+    assert run_module.portable(values) == ["ROOT", "ROOT/a b", *values[2:]]
+
+
+def test_a_class_of_this_project_is_the_same_in_another_module_and_another_class_is_not(configure):
+    cfg = configure()
+    before = run_module.effective(cfg)
+    assert before["criterion"]["_target_"] == "criteria.OutputLoss"
+    cfg.criterion._target_ = "criteria.elsewhere.deeper.OutputLoss"
+    assert run_module.effective(cfg) == before
+    for other in ("criteria.elsewhere.TaskLoss", "mine.OutputLoss", "mine.criteria.OutputLoss"):
+        cfg.criterion._target_ = other
+        assert run_module.effective(cfg) != before
+
+
+def test_no_two_classes_of_one_package_that_configurations_name_have_one_name():
+    """Else two configurations that mean different classes would be one run."""
+    targets = re.findall(r"_target_: *([\w.]+)", "".join(path.read_text() for path in (ROOT / "conf").rglob("*.yaml")))
+    own = {target for target in targets if target.partition(".")[0] in run_module.PACKAGES}
+    assert len({run_module.without_modules({"_target_": target})["_target_"] for target in own}) == len(own) > 50
 
 
 def test_other_weights_of_a_measure_under_the_same_path_are_another_run(configure, monkeypatch, tmp_path):

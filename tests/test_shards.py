@@ -17,7 +17,7 @@ from helpers_shards import PER_SHARD, everything, numbers, png, sample, says, wr
 
 from conf.schema import build
 from datamodules import shards as module
-from datamodules.shards import Shards, shards
+from datamodules.shards import Shards, image_shards
 from datamodules.sources import BadSample, MissingData
 
 pytest_plugins = ["helpers_shards"]
@@ -202,7 +202,7 @@ def test_a_shard_that_shrinks_after_it_was_indexed_gives_a_bad_sample(laion):
 
 def test_bad_samples_are_replaced_in_training_and_counted(laion):
     members(laion / "bad.tar", {"x.png": b"", "x.txt": b"x"})
-    made = shards(str(laion), 6, holdout_images=4, batch_size=4, max_bad_fraction=0.5)
+    made = image_shards(str(laion), 6, holdout_images=4, batch_size=4, max_bad_fraction=0.5)
     for batch in islice(made.train_dataloader(), 9):  # three passes
         assert len(says(batch)) == 4
         assert says(batch) == ((batch["image"][:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
@@ -283,15 +283,17 @@ def test_only_headers_are_read_to_index(tmp_path, monkeypatch):
 
 
 def test_holdout_and_training_share_nothing_and_come_from_all_shards(laion):
-    made = shards(str(laion), 6, holdout_images=6, batch_size=3)
+    made = image_shards(str(laion), 6, holdout_images=6, batch_size=3)
     held, trained = (says(everything(made.source(split))) for split in ("holdout", "train"))
     assert len(held) == 6 and sorted(held + trained) == list(range(3 * PER_SHARD))
     assert len({number // PER_SHARD for number in held}) > 1
-    assert held == says(everything(shards(str(laion), 6, holdout_images=6, batch_size=3, seed=9).source("holdout")))
+    assert held == says(
+        everything(image_shards(str(laion), 6, holdout_images=6, batch_size=3, seed=9).source("holdout"))
+    )
 
 
 def stream(path: Path, workers: int) -> Any:
-    made = shards(str(path), 6, holdout_images=3, batch_size=4, seed=1, flip=True, num_workers=workers)
+    made = image_shards(str(path), 6, holdout_images=3, batch_size=4, seed=1, flip=True, num_workers=workers)
     return made.train_dataloader()
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from conf.schema import build
 from datamodules.folders import Folder
-from datamodules.images import folder
+from datamodules.images import image_folder
 from datamodules.sources import Arrays, BadSample, HuggingFace, MissingData, Npz, Tiles, data_root, first_available
 
 # Arrays in a file
@@ -164,7 +164,7 @@ def test_a_folder_is_split_so_that_every_class_is_held_out_and_trained_on(tmp_pa
     for place in range(40):
         (tmp_path / "ab"[place // 20]).mkdir(exist_ok=True)
         Image.new("RGB", (4, 4), (place, 0, 0)).save(tmp_path / "ab"[place // 20] / f"{place:02}.png")
-    data = folder(str(tmp_path), size=4, holdout_images=16, batch_size=2)
+    data = image_folder(str(tmp_path), size=4, holdout_images=16, batch_size=2)
     seen = []
     for split, count in (("holdout", 16), ("train", 24)):
         record = data.source(split).take(np.arange(len(data.source(split))))
@@ -266,7 +266,7 @@ def test_a_folder_that_is_not_there_or_has_no_pictures_is_named(tmp_path):
         Folder(str(tmp_path / "no such folder"), 8, get="ask for it")
     with pytest.raises(MissingData, match=r"test_sources\.py is not a folder"):
         Folder(__file__, 8)
-    data = folder(str(tmp_path), size=8, holdout_images=1, batch_size=2)
+    data = image_folder(str(tmp_path), size=8, holdout_images=1, batch_size=2)
     with pytest.raises(ValueError, match=r"data\.train is empty") as caught:
         data.train_dataloader()
     assert str(tmp_path) in str(caught.value)
