@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from datamodules.readers.base import BadSample, Record, Source, merged
 from datamodules.seeding import derive
-from datamodules.sources import BadSample, Record, Source, merged
 
 LEAST = 500
 """samples that the limit is taken of, at the least: with the usual hundredth, five may be bad before any run stops"""

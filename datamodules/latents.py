@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from datamodules.sources import MissingData
+from datamodules.readers.base import MissingData
 
 POSTERIOR = ("latent_mean", "latent_std")
 FLIPPED = "flipped_"

@@ -1,8 +1,6 @@
 """A tiny teacher, tiny data and tiny jobs: everything the pipeline does, in seconds, without a network."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks gain nothing from more threads
@@ -15,24 +13,14 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
+from support.networks import TINY
 
 from conf import schema
-from lightning_modules.backbones import load_teacher
-from lightning_modules.backbones.unet import UNetBackbone
+from lightning_modules.backbones.diffusion.load import load_teacher
+from lightning_modules.backbones.diffusion.unet import UNetBackbone
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = dict(  # noqa: C408
-    sample_size=8,
-    in_channels=3,
-    out_channels=3,
-    layers_per_block=1,
-    block_out_channels=(8, 16),
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    norm_num_groups=4,
-    attention_head_dim=8,
-)
-"""12 units: 8 ResNet blocks, 4 of them with a 1x1 shortcut to keep, and attentions; some 60,000 parameters."""
+pytest_plugins = ["support.clip", "support.config", "support.jobs", "support.shards"]
+"""Fixtures of these modules are there for all tests."""
 
 torch.set_num_threads(1)
 
@@ -77,8 +65,10 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory, images_file: Path) -> 
     (folder / "data" / "tiny.yaml").write_text(
         f"""name: tiny
 _target_: datamodules.images.Images
-train: {{_target_: datamodules.sources.Npz, _partial_: true, path: "{images_file}", images: x_train, labels: y_train}}
-holdout: {{_target_: datamodules.sources.Npz, _partial_: true, path: "{images_file}", images: x_test, labels: y_test}}
+train:
+  {{_target_: datamodules.readers.arrays.Npz, _partial_: true, path: "{images_file}", images: x_train, labels: y_train}}
+holdout:
+  {{_target_: datamodules.readers.arrays.Npz, _partial_: true, path: "{images_file}", images: x_test, labels: y_test}}
 batch_size: 4
 seed: ${{seed}}
 flip: true
@@ -114,16 +104,3 @@ def configure(data_folder: Path):
         return cfg
 
     return make
-
-
-def train(
-    *arguments: str, check: bool = True, config_dir: Path | None = None, timeout: float = 300, **options: object
-) -> subprocess.CompletedProcess:
-    """Run train.py as a user does, in a process of its own."""
-    command = [sys.executable, str(ROOT / "train.py")]
-    if config_dir:
-        command += ["--config-dir", str(config_dir)]
-    process = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=timeout, **options)  # type: ignore[call-overload]
-    if check and process.returncode:
-        raise AssertionError(process.stdout[-2000:] + process.stderr[-4000:])
-    return process

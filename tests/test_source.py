@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support.process import ROOT
 
 PACKAGES = ("conf", "criteria", "datamodules", "experiments", "lightning_modules")
 

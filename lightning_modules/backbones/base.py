@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from criteria.base import Batch, Shared, Unit
-from lightning_modules.backbones.pruned_unet import put
-from lightning_modules.backbones.replay import outputs_without_each
+from lightning_modules.backbones.diffusion.pruned_unet import put
+from lightning_modules.backbones.prefix_reuse import outputs_without_each
 from lightning_modules.metrics.cost import Macs, count_macs
 
 Change = Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Networks from folders and hub ids: which files, of which class, read how; and the teachers of diffusion."""
+"""Files of networks: where they are looked up, which make up a teacher, and whether their weights are sound."""
 
 import contextlib
 import json
@@ -8,27 +8,16 @@ from typing import Any
 
 import torch
 from diffusers import (
-    DDPMPipeline,
-    DDPMScheduler,
     DiffusionPipeline,
-    PixArtTransformer2DModel,
-    UNet2DModel,
 )
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from datamodules.hub import hub_files, hub_folder, or_missing
-from datamodules.latents import TextTable
-from datamodules.sources import MissingData, located
-from datamodules.tokenizers import ENDINGS, tokenizer_files
-from lightning_modules.backbones import image_networks, transformer, unet
-from lightning_modules.backbones.conditions import TEXT_FOLDER, Surroundings, quietly
-from lightning_modules.backbones.diffusion import DiffusionBackbone, is_flow
+from datamodules.readers.base import MissingData, located
+from datamodules.readers.hub_files import hub_files, hub_folder, or_missing
+from datamodules.texts.tokenizers import ENDINGS, tokenizer_files
 
 log = logging.getLogger(__name__)
-
-CLASSES: dict[str, Any] = unet.CLASSES | transformer.CLASSES
 COMPONENTS = ("unet", "transformer")
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.th")
 """Endings of weights; all but the first are pickles, which are read with weights_only=True alone."""
@@ -88,40 +77,6 @@ def weight_files(path: str, tokenizer: str | None = None, get: str | None = None
     return sorted([*found, *others])
 
 
-def load_network(folder: Path) -> nn.Module:
-    """The denoiser, language model or image classifier in a folder, float32 and in eval mode.
-
-    Safetensors first, pickles with weights_only=True only. Raises ValueError for an architecture that is none of
-    CLASSES nor a causal language model of transformers, for a damaged file, and for weights that are not finite, naming
-    the tensor.
-    """
-    config = read_config(folder)
-    if is_image_network(folder):
-        return load_image_network(folder)
-    name = remapped(config)
-    if is_language := "_class_name" not in config and "architectures" in config:
-        kind: Any = AutoModelForCausalLM
-        # Sizes that do not fit are named below.
-        options = {"trust_remote_code": False, "local_files_only": True, "ignore_mismatched_sizes": True}
-    elif name in CLASSES:
-        kind, options = CLASSES[name], {"low_cpu_mem_usage": False}
-    else:
-        raise ValueError(f"{folder}/config.json says _class_name={name!r}; choose one of: {', '.join(CLASSES)}")
-    safe = not say_if_pickled(folder)
-    try:
-        network, info = kind.from_pretrained(
-            folder, use_safetensors=safe, dtype=torch.float32, output_loading_info=True, **options
-        )
-    except Exception as error:  # damaged, cut off, of another shape, unsafe: readers raise almost anything
-        raise ValueError(f"the weights in {folder}{damaged(folder)} cannot be read: {error}") from error
-    check_weights(network, info, folder)
-    if is_language:
-        network.config.name_or_path = ""
-    else:
-        network.register_to_config(_name_or_path="")  # where it lay here is nobody's business in an export
-    return network.eval()
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """What a folder's config.json says. Raises ValueError where it cannot be read."""
     try:
@@ -133,14 +88,6 @@ def read_config(folder: Path) -> dict[str, Any]:
 def is_image_network(folder: Path) -> bool:
     """Does a folder hold an image classifier as `image_networks.save` writes it?"""
     return "image_size" in (config := read_config(folder)) and "architecture" in config
-
-
-def load_image_network(folder: Path) -> image_networks.ImageNetwork:
-    """The image classifier in a folder, at the widths of its weights."""
-    try:
-        return image_networks.load(folder)
-    except (ValueError, SafetensorError, OSError) as error:
-        raise ValueError(f"the weights in {folder}{damaged(folder)} cannot be read: {error}") from error
 
 
 def damaged(folder: Path) -> str:
@@ -175,105 +122,3 @@ def say_if_pickled(folder: Path) -> bool:
     if found := pickled and not any(folder.glob("*.safetensors")):
         log.warning("%s has no safetensors: its pickled weights are read with weights_only=True", folder)
     return found
-
-
-def remapped(config: dict[str, Any]) -> str:
-    """The class of a configuration; older ones say Transformer2DModel for what has a class of its own by now."""
-    by_norm = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": PixArtTransformer2DModel.__name__}
-    name = config.get("_class_name", "")
-    return by_norm.get(config.get("norm_type", ""), name) if name == "Transformer2DModel" else name
-
-
-def load_teacher(
-    path: str,
-    noise_scheduler: Any = None,
-    transformers: str = "block",
-    pointwise: str = "sum",
-    sample_size: int | None = None,
-) -> DiffusionBackbone:
-    """A pretrained network with what surrounds it in its pipeline, from a folder or a hub id.
-
-    The noise schedule and the prediction type are the pipeline's, unless `noise_scheduler` is given. `transformers`
-    (block | module) is what one transformer unit of a U-Net is; `pointwise` (sum | centre) how 1x1 convolutions in
-    the place of operators begin; `sample_size` another size of latents than the configuration's. Raises MissingData
-    and ValueError as the functions above.
-    """
-    for field, value, valid in (
-        ("transformers", transformers, ("block", "module")),
-        ("pointwise", pointwise, ("sum", "centre")),
-    ):
-        if value not in valid:
-            raise ValueError(f"teacher.{field}={value!r} is unknown; choose one of: {', '.join(valid)}")
-    folder = find_model(path)
-    network = load_network(network_folder(folder))
-    for kind, choice in (
-        (PreTrainedModel, "a language model, such as teacher=llama_7b"),
-        (image_networks.ImageNetwork, "an image classifier, such as teacher=resnet56"),
-    ):
-        if isinstance(network, kind):
-            raise ValueError(
-                f"teacher.path={path!r} is a {type(network).__name__}: choose the configuration of {choice}, and give "
-                "it this path"
-            )
-    family: Any = transformer.family(network) if type(network).__name__ in transformer.CLASSES else unet.UNetBackbone
-    if family is unet.UNetBackbone:
-        unet.check_channels(network.config, path)
-    pipeline = open_pipeline(folder, network, family.component, noise_scheduler)
-    if noise_scheduler is None:
-        noise_scheduler = training_schedule(pipeline.scheduler)
-    else:
-        pipeline.register_modules(scheduler=noise_scheduler)  # an export samples as it was trained and evaluated
-    options = {"transformers": transformers, "pointwise": pointwise} if family is unet.UNetBackbone else {}
-    if not options and (transformers, pointwise) != ("block", "sum"):
-        raise ValueError(
-            f"teacher.transformers={transformers!r}, teacher.pointwise={pointwise!r}: these are for U-Nets; "
-            f"a {type(network).__name__} has no such choice"
-        )
-    table = TextTable(folder / TEXT_FOLDER) if (folder / TEXT_FOLDER).is_dir() else None
-    surroundings = Surroundings(pipeline, family.component, table)
-    return family(network, noise_scheduler, surroundings, sample_size=sample_size, **options)
-
-
-def open_pipeline(folder: Path, network: nn.Module, component: str, noise_scheduler: Any) -> Any:
-    """The pipeline in a folder around a network that is loaded already; a bare network gets a DDPMPipeline."""
-    if not (folder / "model_index.json").exists():
-        if not isinstance(network, UNet2DModel):
-            raise ValueError(
-                f"{folder} holds a {type(network).__name__} without its pipeline, which has what it is conditioned on; "
-                "teacher.path names the pipeline's folder, with model_index.json"
-            )
-        if noise_scheduler is None and not (folder / "scheduler_config.json").exists():
-            raise ValueError(
-                f"{folder} holds a network without its pipeline, so its noise schedule is not known; "
-                "say it: noise_scheduler=linear (or another of that group)"
-            )
-        return DDPMPipeline(network, noise_scheduler or DDPMScheduler.from_pretrained(folder))
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        absent: dict[str, None] = dict.fromkeys(key for key, value in index.items() if value == [None, None])
-        absent |= {"safety_checker": None, "feature_extractor": None} if "safety_checker" in index else {}
-        absent[component] = None  # it comes afterwards: diffusers would look up its class, and knows none of an export
-        with quietly():  # diffusers warns of every class it does not know, among them the pruned one
-            pipeline = DiffusionPipeline.from_pretrained(folder, **absent, dtype=torch.float32)
-        pipeline.register_modules(**{component: network})
-        mend_scaling(pipeline, folder)
-        for part in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != component):
-            say_if_pickled(part)
-        return pipeline
-    except Exception as error:
-        raise ValueError(f"{folder}: the rest of the pipeline cannot be read: {error}") from error
-
-
-def mend_scaling(pipeline: Any, folder: Path) -> None:
-    """A VQModel whose file gives no scaling factor has none: diffusers' default is that of Stable Diffusion's VAE."""
-    vae = getattr(pipeline, "vqvae", None)
-    if vae is not None and "scaling_factor" not in json.loads((folder / "vqvae" / "config.json").read_text()):
-        vae.register_to_config(scaling_factor=1.0)
-
-
-def training_schedule(scheduler: Any) -> Any:
-    """The noise schedule behind a pipeline's sampler: the same betas and prediction type, or the same flow."""
-    if is_flow(scheduler):
-        return scheduler
-    # Where its file does not say it, samples are not clipped: they may be latents.
-    return DDPMScheduler.from_config(scheduler.config, clip_sample=scheduler.config.get("clip_sample", False))

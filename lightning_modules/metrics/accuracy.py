@@ -7,8 +7,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from lightning_modules.backbones.classification import ClassifierBackbone
-from lightning_modules.metrics.measures import in_parts
+from lightning_modules.backbones.classification.backbone import ClassifierBackbone
+from lightning_modules.metrics.protocol import in_parts
 
 LOOKED_AT = 256
 """held-out images that tell data sets of one name apart, and whose labels stand for all where labels cost an image"""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_modules.metrics.frechet import CPU, resized
+from lightning_modules.metrics.features import CPU, resized
 from lightning_modules.metrics.published import digest_of, local_folder
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import normalize, to_tensor
 
-from lightning_modules.metrics.frechet import resized
-from lightning_modules.metrics.measures import TextFit
+from lightning_modules.metrics.features import resized
 from lightning_modules.metrics.published import digest_of, local_file, local_folder
+from lightning_modules.metrics.text_fit import TextFit
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
 
-from datamodules.sources import MissingData, located
+from datamodules.readers.base import MissingData, located
 
 
 def local_folder(path: str, needs: str = "*.safetensors") -> Path:

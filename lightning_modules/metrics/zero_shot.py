@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from datamodules.sources import MissingData, located
+from datamodules.readers.base import MissingData, located
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.metrics.published import digest_of
 

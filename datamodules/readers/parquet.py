@@ -1,0 +1,130 @@
+"""Tables of encoded pictures in Parquet files, read by row group."""
+
+import glob
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules.readers.base import BadSample, Lazily, MissingData, Record, content_of, data_root, decoded
+from datamodules.readers.hub import said
+from datamodules.seeding import numpy_rng
+
+
+class Parquet:
+    """The rows of Parquet files with a column of encoded pictures: binary, or a struct with "bytes".
+
+    `path` is a file, a folder or a pattern (`/data/train-*.parquet`); a relative one is looked up in $SECATEUR_DATA,
+    too. [start, stop) is a share of the rows drawn as a function of their number alone, in the order of the files.
+    Memory holds one row group at a time, and a row costs the reading of its group: files of small row groups (those of
+    the Hugging Face hub have 100 rows) are read well in any order, others are better copied into memory-mapped Arrow
+    by the HuggingFace source with `path: parquet`.
+
+    Needs the extra `secateur[hf]`. Raises MissingData where there are no files, and ValueError for a column that is not
+    there or of the wrong type, and for a file that cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        image: str,
+        size: int,
+        label: str | None = None,
+        caption: str | None = None,
+        mode: str = "RGB",
+        start: int = 0,
+        stop: int | None = None,
+        get: str | None = None,
+    ) -> None:
+        try:
+            from pyarrow import parquet  # noqa: PLC0415  an optional extra
+        except ImportError as error:
+            raise MissingData(f"{path} needs the reader of Parquet: pip install -e '.[hf]'") from error
+        self.files = matching(path, get)
+        self.image, self.label, self.caption, self.size, self.mode = image, label, caption, size, mode
+        self.columns = list(dict.fromkeys(column for column in (image, label, caption) if column is not None))
+        groups, counts = [], []
+        for number, file in enumerate(self.files):
+            try:
+                meta = parquet.read_metadata(file)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
+            self.check(file, meta.schema.to_arrow_schema())
+            groups += [(number, group) for group in range(meta.num_row_groups)]
+            counts += [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
+        self.groups = np.array(groups, np.int64).reshape(-1, 2)
+        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        total = int(self.starts[-1])
+        self.rows = np.sort(numpy_rng("parquet", total).permutation(total)[start:stop])
+        self.captions = None if caption is None else Lazily(len(self.rows), self.text)
+        self.held: tuple[int, Any] = (-1, None)
+        """the row group that was read last"""
+
+    def check(self, file: Path, schema: Any) -> None:
+        """Raise ValueError for a column that is not in a file, or of the wrong type."""
+        import pyarrow  # noqa: PLC0415
+
+        kinds = pyarrow.types
+        text = (kinds.is_string, kinds.is_large_string)
+        fits = {self.caption: ("text", text), self.label: ("whole numbers", (kinds.is_integer,))}
+        fits[self.image] = ("encoded pictures", (kinds.is_binary, kinds.is_large_binary, kinds.is_struct))
+        for column in self.columns:
+            if column not in schema.names:
+                raise ValueError(f"{file} has no column {column!r}; it has: {', '.join(schema.names)}")
+            kind, (what, tests) = schema.field(column).type, fits[column]
+            if not any(test(kind) for test in tests):
+                raise ValueError(f"{file}: column {column!r} has {kind} where {what} are needed")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"held": (-1, None)}
+
+    def row(self, index: int) -> tuple[str, dict[str, Any]]:
+        """The name and the cells of a sample."""
+        row = int(self.rows[index])
+        group = int(np.searchsorted(self.starts, row, side="right")) - 1
+        file, offset = self.files[self.groups[group, 0]], row - int(self.starts[group])
+        name = f"{file}, row {row - int(self.starts[np.searchsorted(self.groups[:, 0], self.groups[group, 0])])}"
+        try:
+            table = self.group(group)
+            return name, {column: table[column][offset].as_py() for column in self.columns}
+        except (OSError, ValueError) as error:
+            raise BadSample(f"{name} cannot be read: {error}") from error
+
+    def group(self, number: int) -> Any:
+        from pyarrow import parquet  # noqa: PLC0415
+
+        if self.held[0] != number:
+            file, group = self.groups[number]
+            with parquet.ParquetFile(self.files[file]) as opened:
+                self.held = (number, opened.read_row_group(int(group), columns=self.columns))
+        return self.held[1]
+
+    def text(self, index: int) -> str:
+        name, cells = self.row(index)
+        return said(cells[self.caption or ""], name)
+
+    def take(self, indices: np.ndarray) -> Record:
+        order = np.argsort(self.rows[indices], kind="stable")  # so that each group is read once
+        rows: list[Any] = [None] * len(indices)
+        for place in order:
+            rows[place] = self.row(int(indices[place]))
+        record = decoded([(name, content_of(cells[self.image])) for name, cells in rows], self.size, self.mode)
+        labels = [-1 if self.label is None else cells[self.label] for _, cells in rows]
+        record["label"] = np.array([-1 if label is None else label for label in labels], np.int64)
+        return record if self.caption is None else record | {"caption": [said(c[self.caption], n) for n, c in rows]}
+
+
+def matching(path: str, get: str | None) -> list[Path]:
+    """The Parquet files that a file, folder or pattern names. Raises MissingData where there are none."""
+    given = Path(path).expanduser()
+    for place in (given, data_root() / given):
+        found = sorted(place.rglob("*.parquet")) if place.is_dir() else sorted(map(Path, glob.glob(str(place))))
+        if found:
+            return found
+    raise MissingData(
+        f"no Parquet files at {data_root() / given}: {get or 'put them there'}, or set $SECATEUR_DATA to the folder "
+        "they are in"
+    )

@@ -1,0 +1,238 @@
+"""How fast do samples come? From pictures against stored latents, and from folder, shards and LMDB, in one run.
+
+python -m experiments.benchmarks.networks                                        # on a CPU
+python -m experiments.benchmarks.networks --device gpu --batch 256 --samples 1536
+
+Training is that of experiment=pretrain_cifar10_t2i on the embedded sample of CIFAR-10: its U-Net, the embedded
+autoencoder, and a text encoder of its shape (all-MiniLM-L6-v2) with random weights, which take as long. Sources hold
+the same JPEGs, taken in random order.
+"""
+
+import argparse
+import csv
+import importlib.util
+import io
+import os
+import platform
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+from PIL import Image
+from transformers import BertConfig, BertModel, BertTokenizer
+
+from conf import schema
+from datamodules.readers.base import Source
+from datamodules.readers.folder import Folder
+from datamodules.readers.lsun import Lmdb
+from datamodules.readers.shards import Shards
+from datamodules.seeding import numpy_rng
+from experiments.benchmarks.scoring_speed.__main__ import timed
+from experiments.engine.inputs import data_of
+from experiments.reporting.figures import save
+from experiments.tools.precompute import precompute
+from lightning_modules.metrics.cost import device_name
+from lightning_modules.modules.denoiser import Denoiser
+from lightning_modules.training.trainer import accelerator_of
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a an photo of airplane automobile bird cat deer dog frog horse ship truck"
+LAYERS: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12}
+"""of all-MiniLM-L6-v2 (a distilled BERT, arXiv 2002.10957)"""
+CLASSES = 10
+"""folders that the pictures of the sources lie in"""
+COLUMNS = ("part", "what", "samples", "samples_per_s", "of", "ratio")
+
+
+def text_encoder(folder: Path) -> Path:
+    """Write a tokenizer that knows the captions, and a BERT of the shape of LAYERS with random weights."""
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(WORDS.split()))
+    BertTokenizer.from_pretrained(str(folder)).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=30_522, intermediate_size=4 * LAYERS["hidden_size"], **LAYERS)
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def endless(data: Any) -> Iterator[dict[str, Any]]:
+    """Training batches on and on, so that what is timed does not begin with opening files."""
+    return iter(data.train_dataloader())
+
+
+def training(cfg: DictConfig, latents: Path, batches: int, repeats: int, device: torch.device) -> dict[str, float]:
+    """Seconds for some batches, from pictures and from stored latents: until the network's inputs, and trained."""
+    optimizer, schedule = schema.build(cfg.optimizer), schema.build(cfg.lr_scheduler)
+    denoiser: Denoiser = schema.build(
+        cfg.pretrain, optimizer=optimizer, lr_scheduler=schedule, seed=0, dump=latents.parent
+    )()
+    denoiser.to(device)
+    stepper = denoiser.configure_optimizers()["optimizer"]
+    stored = cfg.copy()
+    stored.latents = str(latents)
+    loaders = {"pictures": endless(data_of(cfg)), "latents": endless(data_of(stored))}
+
+    def call(name: str, train: bool) -> Callable[[], dict]:
+        def go() -> dict:
+            for _ in range(batches):
+                batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in next(loaders[name]).items()}
+                if not train:
+                    denoiser.backbone.training_inputs(batch)
+                    continue
+                stepper.zero_grad()
+                denoiser.losses(batch)["loss"].backward()
+                stepper.step()
+            return {}
+
+        return go
+
+    calls = {f"{what}, {name}": call(name, what == "training") for what in ("inputs", "training") for name in loaders}
+    return timed(calls, repeats, device)[0]
+
+
+def jpegs(source: Source, count: int, pixels: int) -> list[bytes]:
+    """Pictures of a source, enlarged to `pixels`, as JPEGs."""
+    found = []
+    for image in source.take(np.arange(count) % len(source))["image"]:
+        file = io.BytesIO()
+        Image.fromarray(image).resize((pixels, pixels), Image.Resampling.BICUBIC).save(file, "jpeg", quality=95)
+        found.append(file.getvalue())
+    return found
+
+
+def written(pictures: list[bytes], folder: Path, pixels: int) -> dict[str, Source]:
+    """The same pictures as a folder, as a tar shard and, where the library is there, as an LMDB."""
+    for i, picture in enumerate(pictures):
+        place = folder / "folder" / f"{i % CLASSES}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{i:06d}.jpg").write_bytes(picture)
+    (folder / "shards").mkdir()
+    with tarfile.open(folder / "shards" / "00000.tar", "w") as tar:
+        for i, picture in enumerate(pictures):
+            member = tarfile.TarInfo(f"{i:06d}.jpg")
+            member.size = len(picture)
+            tar.addfile(member, io.BytesIO(picture))
+    found: dict[str, Source] = {
+        "folder": Folder(str(folder / "folder"), pixels),
+        "shards": Shards(str(folder / "shards"), pixels, caption=None),
+    }
+    if importlib.util.find_spec("lmdb"):
+        import lmdb  # noqa: PLC0415  an optional extra
+
+        size = 2**30 + 2 * sum(map(len, pictures))
+        with lmdb.open(str(folder / "lmdb"), map_size=size) as environment, environment.begin(write=True) as writer:
+            for i, picture in enumerate(pictures):
+                writer.put(f"{i:06d}".encode(), picture)
+        found["lmdb"] = Lmdb(str(folder / "lmdb"), pixels)
+    return found
+
+
+def reading(sources: dict[str, Source], batch: int, repeats: int) -> dict[str, float]:
+    """Seconds for all samples of each source, in batches and in random order."""
+
+    def call(source: Source) -> Callable[[], dict]:
+        order = numpy_rng("bench").permutation(len(source))
+
+        def go() -> dict:
+            for start in range(0, len(order), batch):
+                source.take(order[start : start + batch])
+            return {}
+
+        return go
+
+    return timed({name: call(source) for name, source in sources.items()}, repeats, torch.device("cpu"))[0]
+
+
+def rows_of(part: str, seconds: dict[str, float], samples: int, first: str) -> list[dict[str, Any]]:
+    """A row of the table for each time; ratios are to the rate of `first`."""
+    return [
+        {
+            "part": part,
+            "what": name,
+            "samples": samples,
+            "samples_per_s": f"{samples / time:.1f}",
+            "of": first,
+            "ratio": f"{seconds[first] / time:.2f}",
+        }
+        for name, time in seconds.items()
+    ]
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """A row of bars for each part."""
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    figure, axes = plt.subplots(1, len(parts), figsize=(4 * len(parts), 2.2), squeeze=False, layout="constrained")
+    for axis, part in zip(axes.flat, parts, strict=True):
+        mine = [row for row in rows if row["part"] == part][::-1]
+        bars = axis.barh([row["what"] for row in mine], [float(row["samples_per_s"]) for row in mine])
+        axis.bar_label(bars, [f"{row['ratio']}x" for row in mine], padding=3)
+        axis.margins(x=0.2)
+        axis.set_title(part, fontsize=10)
+        axis.set_xlabel("samples a second")
+    save(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks.networks", description=__doc__)
+    parser.add_argument("--samples", type=int, default=256, help="timed in every round, in whole batches")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, in which all take their turns")
+    parser.add_argument("--pixels", type=int, default=256, help="edge of the JPEGs that sources are compared on")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    options = parser.parse_args()
+    if options.samples < options.batch:
+        parser.error(f"--samples {options.samples} is less than --batch {options.batch}")
+    batches = options.samples // options.batch
+    device = torch.device(accelerator_of(options.device))
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["SECATEUR_DATA"] = name  # where indices of shards are kept
+        schema.register()
+        with initialize_config_module("conf", version_base="1.3"):
+            cfg = compose(
+                "train",
+                [
+                    *("experiment=pretrain_cifar10_t2i", "data=cifar10_captions", f"data.batch_size={options.batch}"),
+                    *(f"data.train.stop={options.samples}", f"+data.holdout.stop={1792 + options.batch}"),
+                    *(f"pretrain.text_encoder={text_encoder(folder / 'text')}", f"trainer={options.device}"),
+                    *("precompute.dtype=float16", f"precompute.batch_size={options.batch}"),
+                ],
+            )
+        schema.check(cfg)
+        to_store = cfg.copy()
+        to_store.latents = str(folder / "latents")
+        start = perf_counter()
+        precompute(to_store)
+        stored = perf_counter() - start
+        seconds = training(cfg, folder / "latents", batches, options.repeats, device)
+        rows = []
+        for what in ("inputs", "training"):
+            mine = {key.split(", ")[1]: value for key, value in seconds.items() if key.startswith(what)}
+            rows += rows_of(what, mine, batches * options.batch, "pictures")
+        pictures = jpegs(data_of(cfg).source("train"), options.samples, options.pixels)
+        times = reading(written(pictures, folder, options.pixels), options.batch, options.repeats)
+        rows += rows_of(f"sources, JPEGs of {options.pixels} pixels", times, options.samples, "folder")
+
+    machine = f"{device_name(device)}, {platform.machine()}, torch {torch.__version__}"
+    options.out.mkdir(parents=True, exist_ok=True)
+    with open(options.out / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, (*COLUMNS, "machine"))
+        writer.writeheader()
+        writer.writerows(row | {"machine": machine} for row in rows)
+    draw(rows, options.out / "bench.png")
+    for row in rows:
+        print(f"{row['part']:<32}{row['what']:<12}{row['samples_per_s']:>10} samples/s  {row['ratio']:>6}x {row['of']}")
+    print(f"precomputation of {options.samples + options.batch} samples, mirrored ones too: {stored:.1f} s ({machine})")
+
+
+if __name__ == "__main__":
+    main()

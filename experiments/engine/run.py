@@ -1,0 +1,149 @@
+"""A run: its folder, its lock, and what in the folder is its own."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.engine.artefacts import UnwritableDirectory, digest, make_folder, read_json, remove, write_json
+from experiments.engine.identity import RESULT_VERSION, effective, fingerprint, named_files, portable
+from experiments.engine.ranks import barrier, is_rank_zero
+
+
+class RunBusy(RuntimeError):
+    """Another process works on the same run."""
+
+
+class ForeignFolder(ValueError):
+    """Files that no run has made stand where a run would write."""
+
+
+ENTRIES = (
+    *("config.yaml", "scores.json", "plan.json", "seconds.json", "metrics.csv", "metrics.json", "measured.json"),
+    *("finished.json", "report.html", "student", "distilled", "weights", "checkpoints", "samples", "sounds", "figures"),
+    *("export", "failure", "wandb"),
+)
+"""Every file and folder that a run writes directly below its own folder; nothing else there is ever removed."""
+
+TEMPORARY = "?" * 8
+"""The random ending of a temporary file or folder, as a pattern: tempfile makes endings of eight characters."""
+
+
+class Run:
+    """The directory `paths.runs/name/label-id8`, a function of the configuration and of the weights it names."""
+
+    def __init__(self, cfg: DictConfig, teacher: str) -> None:
+        self.cfg = cfg
+        self.cache = Path(cfg.paths.cache)
+        content = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(content, dict)
+        named = [{key: content["evaluation"][key] for key in ("metrics", "prompts")}, content["pretrain"]]
+        named.append((content["data"] or {}).get("statistics"))
+        for data in (content["data"], content["calibration"].get("data")):
+            if data and "tokenizer" in data and not data.get("hub"):  # texts are small
+                named.append([data["tokenizer"], *(data.get(name) for name in ("train", "holdout", "path"))])
+        key = {"config": effective(cfg), "teacher": teacher, "version": RESULT_VERSION}
+        if files := named_files(named):
+            key["files"] = fingerprint(files, self.cache)
+        self.id = digest(key)[:16]
+        self.folder = Path(cfg.paths.runs) / cfg.name / f"{cfg.label}-{self.id[:8]}"
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def write(self, name: str, content: Any) -> None:
+        """Write one of the run's JSON artefacts, once for all ranks."""
+        if is_rank_zero():
+            write_json(self / name, content)
+        barrier()
+
+    @property
+    def finished(self) -> bool:
+        return (self / "finished.json").exists()
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Make the directory and hold its lock.
+
+        Raises RunBusy naming the process that has the lock, ForeignFolder where the folder is a link, lies outside
+        paths.runs, or holds files under a run's names that no run has made.
+        """
+        self.check_place()
+        make_folder(self.folder)
+        if not is_rank_zero():
+            yield
+            return
+        lock = FileLock(self / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            holder = read_json(self / ".holder.json") if (self / ".holder.json").exists() else {"pid": "?", "host": "?"}
+            raise RunBusy(
+                f"run {self.folder} is being made by process {holder['pid']} on {holder['host']}; "
+                "wait for it or stop it"
+            ) from error
+        except OSError as error:
+            raise UnwritableDirectory(
+                f"{self.folder} cannot be written to ({error.strerror}); choose another folder with paths.runs=..."
+            ) from error
+        with lock:
+            lock.release()  # `with` took it a second time
+            self.claim()
+            write_json(self / ".holder.json", {"pid": os.getpid(), "host": socket.gethostname()})
+            self.clean()
+            config = OmegaConf.create(portable(OmegaConf.to_container(self.cfg, resolve=True)))
+            text = f"# run {self.id}; ROOT is the folder of secateur\n{OmegaConf.to_yaml(config)}"
+            (self / "config.yaml").write_text(text)
+            yield
+
+    def check_place(self) -> None:
+        """Raise ForeignFolder where the run's folder is a link, or a link on the way leads out of paths.runs."""
+        inside = Path(self.cfg.paths.runs).resolve() / self.cfg.name / self.folder.name
+        if self.folder.is_symlink():
+            raise ForeignFolder(
+                f"{self.folder} is a symbolic link (to {self.folder.resolve()}), and a run writes and removes files in "
+                "its own folder only; remove the link, or choose another folder with paths.runs=..."
+            )
+        if self.folder.resolve() != inside:
+            raise ForeignFolder(
+                f"{self.folder} is {self.folder.resolve()}, which lies outside paths.runs={self.cfg.paths.runs}; "
+                "remove the link that leads there, or choose another folder with paths.runs=..."
+            )
+
+    def claim(self) -> None:
+        """Write the manifest: the names below the folder that belong to the run.
+
+        It is written before anything else, and only where none of these names is taken, so that what has such a name
+        later was made by a run. Raises ForeignFolder naming the first one that is taken.
+        """
+        manifest = self / ".manifest.json"
+        if manifest.exists():
+            return
+        if taken := [name for name in ENTRIES if os.path.lexists(self / name)]:
+            raise ForeignFolder(
+                f"{self / taken[0]} was made by no run of this version (the folder has no .manifest.json); move it "
+                "away, or choose another folder with paths.runs=..."
+            )
+        write_json(manifest, {"run": self.id, "entries": ENTRIES})
+
+    def clean(self) -> None:
+        """Remove what a killed process was writing; with `force=true`, all that runs have made (not cached scores)."""
+        if self.cfg.force:
+            self.clear()
+        for name in read_json(self / ".manifest.json")["entries"]:
+            for partial in self.folder.glob(f".{name}.{TEMPORARY}"):
+                remove(partial)
+        for partial in (self / "samples").glob(f".*.{TEMPORARY}"):
+            remove(partial)
+
+    def clear(self, *kept: str) -> None:
+        """Remove what the manifest says that runs have made, but for the entries named here."""
+        remove(self / "finished.json")  # first: a run that is cut off here is not finished
+        for name in read_json(self / ".manifest.json")["entries"]:
+            if name not in kept:
+                remove(self / name)

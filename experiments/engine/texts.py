@@ -1,0 +1,55 @@
+"""What language models write for an evaluation: the same prompts for all of them, side by side."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from conf.schema import build
+from experiments.engine.artefacts import read_json, write_json
+from experiments.engine.cache import cached
+from experiments.engine.clock import Stages
+from experiments.engine.identity import RESULT_VERSION
+from experiments.engine.ranks import agreed, barrier, is_rank_zero
+from experiments.engine.run import Run
+from lightning_modules.training.trainer import autocast, precision_of
+
+
+class Texts:
+    """Continuations of `evaluation.prompts`, no more than `evaluation.samples`, `evaluation.tokens` tokens each.
+
+    They are to be looked at, and are no measure.
+    """
+
+    def __init__(self, cfg: DictConfig, run: Run, teacher: Any, teacher_key: Any, stages: Stages) -> None:
+        self.cfg, self.run, self.teacher_key, self.stages = cfg, run, teacher_key, stages
+        if teacher.tokenizer is None:
+            raise ValueError("evaluation.prompts: the teacher has no tokenizer to read them by; choose null")
+        self.prompts: list[str] = build(cfg.evaluation.prompts)[: cfg.evaluation.samples]
+
+    def write(self, name: str, network: Any) -> None:
+        """Write samples/<name>/texts.json, unless it is there; the teacher's are shared by all runs."""
+        path, evaluation = self.run / "samples" / name / "texts.json", self.cfg.evaluation
+
+        def written() -> dict[str, Any]:
+            with self.stages("write texts"), autocast(evaluation.precision, self.stages.device):
+                texts = network.write(self.prompts, evaluation.tokens, self.stages.device)
+            return {"prompts": self.prompts, "tokens": evaluation.tokens, "texts": texts}
+
+        if not agreed(path.exists()):
+            precision = precision_of(evaluation.precision, self.stages.device.type)
+            protocol = {"prompts": self.prompts, "tokens": evaluation.tokens, "precision": precision}
+            key = {**self.teacher_key, **protocol, "version": RESULT_VERSION}
+            found = cached(self.run.cache / "texts", key, written) if name == "teacher" else written()
+            if is_rank_zero():
+                write_json(path, found)
+        barrier()
+
+
+def texts_of(folder: Path, networks: Any) -> dict[str, Any]:
+    """{"prompts": list, "texts": {network: list}} of what some networks of a run wrote; nothing where none did."""
+    paths = {name: folder / "samples" / name / "texts.json" for name in networks}
+    found = {name: read_json(path) for name, path in paths.items() if path.exists()}
+    if not found:
+        return {}
+    return {"prompts": next(iter(found.values()))["prompts"], "texts": {name: f["texts"] for name, f in found.items()}}

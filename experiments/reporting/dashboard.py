@@ -1,0 +1,84 @@
+"""Weights & Biases: one run a job, offline where there is no key, always finished."""
+
+import netrc
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import wandb
+from omegaconf import DictConfig
+from pytorch_lightning.loggers import Logger, WandbLogger
+
+from experiments.engine.identity import effective
+from experiments.engine.ranks import is_rank_zero
+from experiments.engine.run import Run
+from experiments.reporting.sounds import dashboard_sounds
+
+HOST = "api.wandb.ai"
+
+
+class Dashboard:
+    """A context that opens the W&B run whose id is (name, run id), and finishes it whatever happens inside."""
+
+    def __init__(self, cfg: DictConfig, run: Run) -> None:
+        self.cfg, self.run = cfg, run
+        self.loggers: list[Logger] = []
+        self.wandb: Any = None
+
+    def __enter__(self) -> Self:
+        logger = self.cfg.logger
+        if logger.wandb and is_rank_zero():
+            mode: Any = logger.mode
+            if mode == "auto":
+                mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+            self.wandb = wandb.init(
+                project=logger.project,
+                entity=logger.entity,
+                id=f"{self.cfg.name}-{self.run.id}",
+                name=self.run.folder.name,
+                group=self.cfg.name,
+                dir=self.run.folder,
+                config=flat(effective(self.cfg)),
+                mode=mode,
+                resume="allow" if mode == "online" else None,
+                settings=wandb.Settings(console="off", silent=mode == "offline"),
+                reinit="finish_previous",
+            )
+            self.loggers = [WandbLogger(experiment=self.wandb)]
+        return self
+
+    def finish(self, metrics: dict[str, Any], measured: dict[str, Any]) -> None:
+        """Put the summary, the pictures and the sounds on the dashboard, under flat names."""
+        if self.wandb is None:
+            return
+        self.wandb.summary.update(flat({**metrics, **measured}))
+        figures = {picture.stem: wandb.Image(str(picture)) for picture in sorted((self.run / "figures").glob("*.png"))}
+        self.wandb.log(figures | dashboard_sounds(self.run.folder))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=1 if kind else 0)
+
+
+def has_key() -> bool:
+    """Is there a W&B key in the environment or in ~/.netrc?"""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc(Path("~/.netrc").expanduser()).authenticators(HOST) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined with dots: `criterion.name`, `selection.ratio`."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -1,0 +1,47 @@
+"""Class-conditional diffusion transformers (DiT, arXiv 2212.09748)."""
+
+from typing import Any
+
+import torch
+
+from criteria.base import Batch
+from lightning_modules.backbones.diffusion.transformer import TransformerBackbone
+
+
+class DiTBackbone(TransformerBackbone):
+    """DiT (arXiv 2212.09748): class labels. Its first block stays: the network embeds timestep and class for its
+    output layer with that block's `norm1`."""
+
+    DROPPED = 0.1
+    """share of training labels that are replaced by the null class, as in the paper"""
+
+    def needed(self) -> set[str]:
+        return {"transformer_blocks.0"}
+
+    @property
+    def null_class(self) -> int:
+        return self.network.config.num_embeds_ada_norm
+
+    def conditions(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        """The labels of a batch, else (of generated images) the seed modulo the number of classes."""
+        if "conditions" in batch:
+            return batch["conditions"]
+        labels = batch.get("label", None if "seed" not in batch else batch["seed"] % self.null_class)
+        if labels is None or int(labels.min()) < 0 or int(labels.max()) > self.null_class:
+            raise ValueError(
+                f"the teacher takes class labels from 0 to {self.null_class - 1}, and the data give "
+                f"{'none' if labels is None or int(labels.min()) < 0 else int(labels.max())}; choose labelled data"
+            )
+        return {"class_labels": labels.to(device)}
+
+    def unconditions(self, batch: Batch, conditions: dict[str, Any]) -> dict[str, Any]:
+        return {"class_labels": torch.full_like(conditions["class_labels"], self.null_class)}
+
+    def training_inputs(self, batch: Batch) -> Batch:
+        inputs = super().training_inputs(batch)
+        labels = inputs["conditions"]["class_labels"]
+        dropped = (torch.rand(len(labels)) < self.DROPPED).to(labels.device)
+        return inputs | {"conditions": {"class_labels": torch.where(dropped, self.null_class, labels)}}
+
+    def example_conditions(self, batch: int) -> dict[str, Any]:
+        return {"class_labels": torch.zeros(batch, dtype=torch.long)}

@@ -1,0 +1,71 @@
+"""FLUX transformers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from criteria.base import Batch
+from lightning_modules.backbones.diffusion.backbone import is_flow
+from lightning_modules.backbones.diffusion.transformer import TransformerBackbone
+
+
+class FluxBackbone(TransformerBackbone):
+    """FLUX.1: joint blocks, then single-stream blocks, on patches of 2x2 latents; the guidance scale is an argument."""
+
+    counts = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
+    embeds_guidance = True
+    GUIDANCE = 3.5
+    """scale under which calibration and distillation run, the pipeline's default: our choice"""
+
+    def data_shape(self) -> tuple[int, int, int]:
+        size = self.options.get("sample_size") or 128  # the pipeline's default; the configuration does not say
+        return self.network.config.in_channels // 4, size, size
+
+    def with_sizes(self, conditions: dict[str, Any], batch: Batch, device: torch.device) -> dict[str, Any]:
+        return self.guided(conditions, self.GUIDANCE)
+
+    def guided(self, conditions: dict[str, Any], guidance: float) -> dict[str, Any]:
+        if not self.network.config.guidance_embeds:
+            return conditions
+        states = conditions["encoder_hidden_states"]
+        return conditions | {"guidance": torch.full((len(states),), float(guidance), device=states.device)}
+
+    def step_options(self, scheduler: Any, steps: int) -> dict[str, Any]:
+        """As in its pipeline, the steps before any shift are evenly spaced from 1 to 1/steps."""
+        options = super().step_options(scheduler, steps)
+        if is_flow(scheduler):
+            options["sigmas"] = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
+        return options
+
+    def arguments(self, inputs: Batch) -> dict[str, Any]:
+        sample = inputs["sample"]
+        batch, channels, height, width = sample.shape
+        patches = sample.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        rows, columns = torch.meshgrid(
+            torch.arange(height // 2, device=sample.device),
+            torch.arange(width // 2, device=sample.device),
+            indexing="ij",
+        )
+        ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3)
+        return {
+            "hidden_states": patches.reshape(batch, height * width // 4, channels * 4),
+            "timestep": inputs["timestep"] / 1000,
+            "img_ids": ids.to(sample.dtype),
+            **inputs["conditions"],
+        }
+
+    def predict(self, inputs: Batch) -> Tensor:
+        batch, channels, height, width = inputs["sample"].shape
+        patches = self.network(**self.arguments(inputs), return_dict=False)[0]
+        patches = patches.view(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return patches.reshape(batch, channels, height, width)
+
+    def example_conditions(self, batch: int) -> dict[str, Any]:
+        config = self.network.config
+        conditions = {
+            "encoder_hidden_states": torch.zeros(batch, 512, config.joint_attention_dim),
+            "pooled_projections": torch.zeros(batch, config.pooled_projection_dim),
+            "txt_ids": torch.zeros(512, 3),
+        }
+        return self.guided(conditions, self.GUIDANCE)

@@ -1,0 +1,136 @@
+"""Diffusion transformers of diffusers as backbones: DiT, PixArt, Stable Diffusion 3, FLUX.
+
+Their units are whole blocks, and a student is the stock class with fewer of them, renumbered.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
+
+from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from torch import Tensor, nn
+
+from criteria.base import Batch, Unit, check_level
+from criteria.selection.base import known
+from lightning_modules.backbones.base import Change
+from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
+from lightning_modules.backbones.diffusion.pruned_unet import put
+
+JOINT = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
+"""Blocks that carry a text stream along, and give it first."""
+
+
+class Skip(nn.Module):
+    """What stays of a removed block: its input, of both streams where there are two."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.joint = isinstance(block, JOINT)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return (encoder_hidden_states, hidden_states) if self.joint else hidden_states
+
+
+class TransformerBackbone(DiffusionBackbone):
+    """A diffusion transformer. Option: `sample_size` (of the latents, if not the configuration's)."""
+
+    component = "transformer"
+    counts = {"transformer_blocks": "num_layers"}
+    """list of blocks -> the configuration's name for its length"""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for part in self.network.modules():
+            if isinstance(part, LabelEmbedding):  # labels are dropped with the batch, the same for student and teacher
+                part.dropout_prob = 0.0
+
+    # Units and their removal
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """Every block (or what stands for it) by module path, in the order of the forward pass."""
+        return {f"{name}.{i}": block for name in self.counts for i, block in enumerate(getattr(self.network, name))}
+
+    def needed(self) -> set[str]:
+        """Blocks that cannot go, because the stock network takes more from them than their output."""
+        return set()
+
+    def units(self, level: str = "depth") -> list[Unit]:
+        """The blocks; ValueError for the other levels."""
+        if check_level(level) != "depth":
+            raise ValueError(
+                f"criterion.level={level!r}: operators and channels can be removed from U-Nets only; of a "
+                f"{type(self.network).__name__} choose criterion.level=depth"
+            )
+        macs = self.macs()
+        return [
+            Unit(name, "block", sum(p.numel() for p in block.parameters()), macs.of(name))
+            for name, block in self.blocks().items()
+            if name not in self.needed() and not isinstance(block, Skip)
+        ]
+
+    def freed_weights(self, name: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        return [tensors[f"{name}.{key}"] for key, _ in self.network.get_submodule(name).named_parameters()]
+
+    def survivors(self) -> list[str]:
+        return [name for name, block in self.blocks().items() if not isinstance(block, Skip)]
+
+    def kept(self) -> list[str]:
+        return list(self.moved) or self.survivors()
+
+    def stand_in(self, unit: nn.Module) -> nn.Module:
+        return Skip(unit)
+
+    def remove(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        removed = {name: self.network.get_submodule(name) for name in names}
+        put(self.network, {name: Skip(block) for name, block in removed.items()})
+        return removed
+
+    def pruned(self, changes: Sequence[Change]) -> Self:
+        kinds = {change["kind"] for change in changes}
+        if kinds - {"bypass"}:
+            raise ValueError(
+                f"a {type(self.network).__name__} can only lose whole blocks; the plan says {sorted(kinds)}"
+            )
+        known([change["unit"] for change in changes], self.units(), "plan.units")
+        moved = self.renumbered(changes)
+        # Notes that begin with an underscore would set fields back to their defaults.
+        config = {key: value for key, value in self.network.config.items() if not key.startswith("_")}
+        for name, count in self.counts.items():
+            config[count] = sum(block.startswith(f"{name}.") for block in moved)
+        if config.get("dual_attention_layers"):
+            kept = {int(old.split(".")[1]): int(new.split(".")[1]) for old, new in moved.items()}
+            config["dual_attention_layers"] = [kept[i] for i in config["dual_attention_layers"] if i in kept]
+        with next(self.network.parameters()).device:
+            student = type(self.network).from_config(config)
+        state = {}
+        for key, value in self.network.state_dict().items():
+            block = re.match(r"\w*blocks\.\d+", key)
+            if block is None:
+                state[key] = value
+            elif block[0] in moved:
+                state[moved[block[0]] + key[block.end() :]] = value
+        student.load_state_dict(state)
+        return self.adopt(student, changes)
+
+    def renumbered(self, changes: Sequence[Change]) -> dict[str, str]:
+        """{path of a block that stays: its path in the student}."""
+        gone = {change["unit"] for change in changes}
+        moved: dict[str, str] = {}
+        for name in self.counts:
+            kept = [block for block in self.blocks() if block.startswith(f"{name}.") and block not in gone]
+            moved |= {block: f"{name}.{i}" for i, block in enumerate(kept)}
+        return moved
+
+    def adopt(self, network: nn.Module, changes: Sequence[Change] = ()) -> Self:
+        return self.student(network, self.renumbered(changes))
+
+    def stages(self) -> dict[str, nn.Module]:
+        """The blocks themselves."""
+        return self.blocks()
+
+    # What the network takes
+
+    def arguments(self, inputs: Batch) -> dict[str, Any]:
+        return {"hidden_states": inputs["sample"], "timestep": inputs["timestep"], **inputs["conditions"]}

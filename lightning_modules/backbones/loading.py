@@ -1,0 +1,67 @@
+"""Loading a network of any family from a folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    PixArtTransformer2DModel,
+)
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lightning_modules.backbones.classification import image_networks
+from lightning_modules.backbones.diffusion import families, unet
+from lightning_modules.backbones.files import check_weights, damaged, is_image_network, read_config, say_if_pickled
+
+CLASSES: dict[str, Any] = unet.CLASSES | families.CLASSES
+
+
+def load_network(folder: Path) -> nn.Module:
+    """The denoiser, language model or image classifier in a folder, float32 and in eval mode.
+
+    Safetensors first, pickles with weights_only=True only. Raises ValueError for an architecture that is none of
+    CLASSES nor a causal language model of transformers, for a damaged file, and for weights that are not finite, naming
+    the tensor.
+    """
+    config = read_config(folder)
+    if is_image_network(folder):
+        return load_image_network(folder)
+    name = remapped(config)
+    if is_language := "_class_name" not in config and "architectures" in config:
+        kind: Any = AutoModelForCausalLM
+        # Sizes that do not fit are named below.
+        options = {"trust_remote_code": False, "local_files_only": True, "ignore_mismatched_sizes": True}
+    elif name in CLASSES:
+        kind, options = CLASSES[name], {"low_cpu_mem_usage": False}
+    else:
+        raise ValueError(f"{folder}/config.json says _class_name={name!r}; choose one of: {', '.join(CLASSES)}")
+    safe = not say_if_pickled(folder)
+    try:
+        network, info = kind.from_pretrained(
+            folder, use_safetensors=safe, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except Exception as error:  # damaged, cut off, of another shape, unsafe: readers raise almost anything
+        raise ValueError(f"the weights in {folder}{damaged(folder)} cannot be read: {error}") from error
+    check_weights(network, info, folder)
+    if is_language:
+        network.config.name_or_path = ""
+    else:
+        network.register_to_config(_name_or_path="")  # where it lay here is nobody's business in an export
+    return network.eval()
+
+
+def load_image_network(folder: Path) -> image_networks.ImageNetwork:
+    """The image classifier in a folder, at the widths of its weights."""
+    try:
+        return image_networks.load(folder)
+    except (ValueError, SafetensorError, OSError) as error:
+        raise ValueError(f"the weights in {folder}{damaged(folder)} cannot be read: {error}") from error
+
+
+def remapped(config: dict[str, Any]) -> str:
+    """The class of a configuration; older ones say Transformer2DModel for what has a class of its own by now."""
+    by_norm = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": PixArtTransformer2DModel.__name__}
+    name = config.get("_class_name", "")
+    return by_norm.get(config.get("norm_type", ""), name) if name == "Transformer2DModel" else name

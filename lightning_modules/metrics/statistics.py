@@ -1,0 +1,81 @@
+"""Mean and covariance of features, and the Frechet distance between two of them."""
+
+import hashlib
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from cleanfid.fid import frechet_distance
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+
+@dataclass
+class Statistics:
+    """Mean (D,) and covariance (D,D) of features over `count` images (None where a file does not say)."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    count: int | None
+
+    @classmethod
+    def of(cls, features_ND: np.ndarray, name: str = "these images") -> "Statistics":
+        """Warns where there are no more images than dimensions: the covariance is then singular."""
+        count, dimension = features_ND.shape
+        warn_of_few(count, dimension, name)
+        return cls(features_ND.mean(0), np.cov(features_ND, rowvar=False), count)
+
+    @classmethod
+    def of_parts(cls, parts_ND: Iterable[np.ndarray], name: str) -> "Statistics":
+        """The same of features that come in parts and are never held together."""
+        count, mean, scatter = 0, np.zeros(()), np.zeros(())
+        for part in parts_ND:  # Chan, Golub and LeVeque 1983, equation 2.1
+            total, shift = count + len(part), part.mean(0) - mean
+            centred = part - part.mean(0)
+            scatter = scatter + centred.T @ centred + np.outer(shift, shift) * (count * len(part) / total)
+            mean, count = mean + shift * (len(part) / total), total
+        warn_of_few(count, mean.size, name)
+        return cls(mean, scatter / (count - 1), count)
+
+    def save(self, path: Path, **origin: str) -> None:
+        tensors = {"mean": self.mean, "covariance": np.ascontiguousarray(self.covariance)}
+        save_file(tensors, path, metadata={"count": str(self.count), **origin})
+
+    @classmethod
+    def load(cls, path: str | Path, **origin: str) -> "Statistics":
+        """Raises ValueError where the file was made by other features than `origin` says.
+
+        An .npz of `mu` and `sigma`, as pytorch-fid and clean-fid write them, does not tell by which.
+        """
+        if Path(path).suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls(arrays["mu"], arrays["sigma"], None)
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+            for key, value in origin.items():
+                if metadata.get(key) != value:
+                    raise ValueError(
+                        f"{path} was made with {key}={metadata.get(key)}, this run has {value}; make it again"
+                    )
+            return cls(file.get_tensor("mean"), file.get_tensor("covariance"), int(metadata["count"]))
+
+    def digest(self) -> str:
+        """sha256 of what they say."""
+        return hashlib.sha256(self.mean.tobytes() + np.ascontiguousarray(self.covariance).tobytes()).hexdigest()
+
+    def distance(self, other: "Statistics") -> float:
+        """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))."""
+        with warnings.catch_warnings():  # clean-fid calls scipy's sqrtm as it was before 1.18
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return float(frechet_distance(self.mean, self.covariance, other.mean, other.covariance))
+
+
+def warn_of_few(count: int, dimension: int, name: str) -> None:
+    if count <= dimension:
+        warnings.warn(
+            f"{count} images are too few for the covariance of {dimension} features ({name}): "
+            "compare the distance only with others of the same protocol",
+            stacklevel=3,
+        )

@@ -1,0 +1,109 @@
+"""Training a diffusion model from nothing: the task loss alone. It makes the embedded teachers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
+from lightning_modules.backbones.diffusion.new import new_backbone
+from lightning_modules.backbones.diffusion.pipeline_parts import TEXT_FOLDER, move
+from lightning_modules.backbones.diffusion.text_states import store_texts
+from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, sum_over_ranks
+
+
+class Denoiser(TrainedModule):
+    """Mean squared error to the noise that was added (Ho et al. 2020, arXiv 2006.11239, equation 14).
+
+    A network that takes text sees the empty caption with probability `drop_text` instead of a sample's own, for
+    classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598). `captions`: those whose text states are saved in
+    the place of the text encoder; None saves the encoder.
+    """
+
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        drop_text: float,
+        captions: list[str] | None,
+        optimizer: Optimizer,
+        lr_scheduler: Schedule,
+        seed: int,
+        dump: Path,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, seed, dump)
+        self.backbone, self.drop_text, self.captions = backbone.train(), drop_text, captions
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        inputs = self.backbone.training_inputs(batch)
+        if self.backbone.takes_text and self.drop_text:
+            inputs["conditions"] = self.dropped(inputs["conditions"], batch, len(inputs["sample"]))
+        return {"loss": self.backbone.loss(inputs)}
+
+    def dropped(self, conditions: dict[str, Any], batch: dict[str, Any], count: int) -> dict[str, Any]:
+        """Conditions of which some samples have those of the empty caption."""
+        assert self.backbone.surroundings is not None
+        empty = batch.get("empty_text") or self.backbone.surroundings.empty_text(1, self.device)
+        chosen = torch.rand(count) < self.drop_text  # of the CPU generator: the same on every device
+        return replaced(conditions, move(empty, self.device), chosen.to(self.device))
+
+    def on_test_start(self) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if batch_idx % self.trainer.world_size == self.global_rank:
+            inputs = self.backbone.calibration_inputs(batch, seed=0)
+            self.sums += len(inputs["sample"]) * torch.tensor(
+                [float(self.backbone.loss(inputs)), 1.0], dtype=torch.float64
+            )
+
+    def on_test_epoch_end(self) -> None:
+        total = sum_over_ranks(self, self.sums)
+        self.metrics = {"test_task_loss": float(total[0] / total[1]), "test_images": int(total[1])}
+
+    def save(self, folder: Path) -> None:
+        """What `teacher.path` takes, in half precision: the pipeline, or a lone network with its noise schedule."""
+        backbone = self.backbone.half()
+        surroundings = backbone.surroundings
+        if surroundings is None:
+            backbone.save(folder)
+            backbone.noise_scheduler.save_pretrained(folder)
+            return
+        if self.captions is not None:
+            store_texts(surroundings, self.captions, folder / TEXT_FOLDER)
+            surroundings.pipeline.register_modules(text_encoder=None, tokenizer=None)
+        for module in surroundings.modules():
+            module.half()
+        surroundings.save(backbone.network, folder)
+
+
+def replaced(conditions: dict[str, Any], empty: dict[str, Any], chosen: Tensor) -> dict[str, Any]:
+    """Nested conditions in which the chosen samples have the empty caption's; what has no text in it stays."""
+    found: dict[str, Any] = {}
+    for key, value in conditions.items():
+        if isinstance(value, dict):
+            found[key] = replaced(value, empty.get(key, {}), chosen)
+        elif key in empty:
+            found[key] = torch.where(chosen.view(-1, *[1] * (value.ndim - 1)), empty[key], value)
+        else:
+            found[key] = value
+    return found
+
+
+def new_denoiser(
+    network: dict[str, Any],
+    noise_scheduler: Any,
+    optimizer: Optimizer,
+    lr_scheduler: Schedule,
+    seed: int,
+    dump: Path,
+    vae: str | None = None,
+    text_encoder: str | None = None,
+    text_tokens: int = 77,
+    captions: list[str] | None = None,
+    drop_text: float = 0.1,
+) -> Denoiser:
+    """A Denoiser around a network with fresh weights, drawn from `seed`; see `new_backbone` for its parts."""
+    torch.manual_seed(seed)
+    backbone = new_backbone(network, noise_scheduler, vae, text_encoder, text_tokens)
+    return Denoiser(backbone, drop_text, captions, optimizer, lr_scheduler, seed, dump)

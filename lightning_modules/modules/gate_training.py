@@ -1,0 +1,64 @@
+"""Training the gates of criteria/scores/bottleneck.py."""
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from criteria.scores.bottleneck import Bottleneck
+from lightning_modules.backbones.prefix_reuse import part_of
+from lightning_modules.modules.base import NonFiniteLoss, sum_over_ranks
+
+
+class BottleneckTraining(pl.LightningModule):
+    """An Adam step on the gates for each calibration batch, in order; on several ranks each takes a share of every one.
+
+    `criterion` has been started; the backbone is registered here to be moved to the device, and has to be frozen.
+    """
+
+    def __init__(self, criterion: Bottleneck, backbone: nn.Module) -> None:
+        super().__init__()
+        self.criterion, self.backbone = criterion, backbone
+        self.alphas = nn.ParameterList(criterion.alphas.values())
+
+    def on_train_start(self) -> None:
+        if self.trainer.num_training_batches < 2:
+            raise ValueError(
+                f"calibration has {self.trainer.num_training_batches} batch, and criterion=bottleneck takes an Adam "
+                "step a batch; raise calibration.samples or lower calibration.batch_size (the paper: 200 batches of 64)"
+            )
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The loss of the whole batch, with the gradient of a rank's share of it: their mean is that of the whole."""
+        criterion, ranks = self.criterion, self.trainer.world_size
+        gates = criterion.gates()
+        size = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+        idle = self.global_rank >= size  # of a last batch that is smaller than the ranks: a sample that does not count
+        rows = slice(0, 1) if idle else slice(self.global_rank, None, ranks)
+        task_N = criterion.task_losses(part_of(batch, rows), gates).double() * (not idle)
+        own = task_N.sum()
+        counted = own.new_tensor(0 if idle else len(task_N))
+        total = sum_over_ranks(self, torch.stack([own.detach(), counted])).to(own.device)
+        share, mean = own * ranks / total[1], total[0] / total[1]
+        losses = criterion.objective(share + (mean - share).detach(), gates)
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        self.check(values, batch_idx)
+        criterion.record(values, gates, int(self.trainer.num_training_batches))
+        shown = {"loss": values["loss"], "cost": values["cost"] / criterion.whole}
+        self.log_dict(shown | {"target": criterion.wanted / criterion.whole}, prog_bar=True, logger=False)
+        return losses["loss"]
+
+    def check(self, values: dict[str, float], iteration: int) -> None:
+        """Raise NonFiniteLoss before a step is taken with a loss that is not finite, on all ranks alike."""
+        if not math.isfinite(values["loss"]):
+            told = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
+            raise NonFiniteLoss(
+                f"the loss of criterion=bottleneck is not finite at iteration {iteration + 1} of "
+                f"{self.trainer.num_training_batches} ({told}); a lower criterion.lr or calibration.precision=32-true "
+                "usually mends it"
+            )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.alphas, lr=self.criterion.lr)

@@ -1,0 +1,84 @@
+"""The distance of a student's output from the teacher's, on fixed samples."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_modules.backbones.base import NetworkBackbone
+from lightning_modules.backbones.diffusion.pipeline_parts import move
+from lightning_modules.modules.base import sum_over_ranks
+from lightning_modules.modules.distillation import Reference
+
+
+class JointLoss(pl.LightningModule):
+    """The joint output loss E ||eps_student - eps_teacher||^2 and both task losses, on fixed held-out samples.
+
+    Of a language model the outputs are logits.
+    """
+
+    def __init__(self, student: NetworkBackbone, teacher: NetworkBackbone, seed: int) -> None:
+        super().__init__()
+        self.student, self.reference, self.noise_seed = student, Reference(teacher), seed
+
+    def on_test_start(self) -> None:
+        self.reference.network.to(self.device)
+        self.sums = torch.zeros(4, dtype=torch.float64)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if batch_idx % self.trainer.world_size != self.global_rank:
+            return
+        inputs = self.student.calibration_inputs(batch, self.noise_seed, "evaluation")
+        output_s, output_t = (network.predict(inputs) for network in (self.student, self.reference.network))
+        losses = [float(self.student.losses(output, inputs).mean()) for output in (output_s, output_t)]
+        count = len(output_s)
+        found = [square_errors(output_s, output_t), *(count * loss for loss in losses), count]
+        self.sums += torch.tensor(found, dtype=torch.float64)
+
+    def on_test_epoch_end(self) -> None:
+        joint, task, teacher, count = sum_over_ranks(self, self.sums).tolist()
+        if not math.isfinite(joint + task + teacher):
+            raise FloatingPointError(
+                f"held-out losses are not finite: student {task / count}, teacher {teacher / count}"
+            )
+        self.metrics = {"output_loss": joint / count, "task_loss": task / count, "teacher_task_loss": teacher / count}
+
+
+AT_ONCE = 2**26
+"""Numbers that are turned into float64 at once: the logits of a batch of texts may be many."""
+
+
+def square_errors(output: Tensor, other: Tensor) -> float:
+    """The sum over samples of mean((output - other)^2), in float64, of as many samples at once as AT_ONCE allows."""
+    part = max(1, AT_ONCE // output[0].numel())
+    pairs = zip(output.split(part), other.split(part), strict=True)
+    return sum(len(a) * float(a.to(torch.float64, copy=True).sub_(b).square_().mean()) for a, b in pairs)
+
+
+class JointMeasure:
+    """measure(names): E ||eps without all of these units - eps||^2 on fixed calibration samples, one call a plan."""
+
+    def __init__(self, backbone: NetworkBackbone, batches: DataLoader, seed: int, device: torch.device) -> None:
+        self.backbone, self.batches, self.seed, self.device = backbone.to(device).eval(), batches, seed, device
+
+    @functools.cached_property
+    @torch.no_grad()
+    def dense(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """Inputs and the whole network's outputs, kept from the first call on."""
+        made = [self.backbone.calibration_inputs(move(batch, self.device), self.seed) for batch in self.batches]
+        return [(inputs, self.backbone.predict(inputs)) for inputs in made]
+
+    @torch.no_grad()
+    def __call__(self, names: Sequence[str]) -> float:
+        total, count = 0.0, 0
+        dense = self.dense
+        with self.backbone.without(names):
+            for inputs, expected in dense:
+                total += float((self.backbone.predict(inputs).double() - expected).square().flatten(1).mean(1).sum())
+                count += len(expected)
+        return total / count

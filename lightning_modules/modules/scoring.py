@@ -1,0 +1,87 @@
+"""Driving a criterion under a Lightning Trainer: the same devices, precision and ranks as training."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import nn
+from torch.utils.data import DataLoader
+
+from criteria.base import Criterion, Unit
+from criteria.scores.bottleneck import Bottleneck
+from lightning_modules.modules.base import sum_over_ranks
+from lightning_modules.modules.gate_training import BottleneckTraining
+
+
+class Scoring(pl.LightningModule):
+    """Feeds calibration batches to a criterion and sums its states over ranks; `scores` holds the result."""
+
+    def __init__(self, criterion: Criterion, backbone: nn.Module, units: Sequence[Unit], seed: int) -> None:
+        super().__init__()
+        self.criterion, self.backbone, self.units, self.calibration_seed = criterion, backbone, units, seed
+        self.scores: dict[str, dict[str, float]] = {}
+        self.settled = False
+        """the criterion needs no more batches; a test loop cannot be left, so the rest is passed over"""
+
+    def on_test_start(self) -> None:
+        if self.trainer.world_size > self.trainer.num_test_batches[0]:
+            raise ValueError(
+                f"calibration has {self.trainer.num_test_batches[0]} batches for {self.trainer.world_size} ranks; "
+                "lower calibration.batch_size or trainer.devices, so that every rank has one"
+            )
+        self.criterion.start(self.backbone, self.units, self.calibration_seed)  # type: ignore[arg-type]
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if self.settled or batch_idx % self.trainer.world_size != self.global_rank:  # batches go round the ranks
+            return
+        self.criterion.update(batch)
+        self.settled = self.trainer.world_size == 1 and self.criterion.settled()
+
+    def on_test_epoch_end(self) -> None:
+        states = self.criterion.states
+        self.criterion.states = {name: sum_over_ranks(self, value) for name, value in states.items()}
+        self.scores = self.criterion.finish()
+
+
+def score(
+    criterion: Criterion,
+    backbone: nn.Module,
+    units: Sequence[Unit],
+    batches: DataLoader | None,
+    trainer: pl.Trainer,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """{unit: {"score": ...}} under `trainer`; the network's mode and gradients are as before afterwards.
+
+    `batches` are None where the criterion needs nothing.
+    """
+    if criterion.needs == "nothing":
+        criterion.start(backbone, units, seed)  # type: ignore[arg-type]
+        return criterion.finish()
+    with as_before(backbone):
+        backbone.eval()
+        if isinstance(criterion, Bottleneck):
+            criterion.start(backbone, units, seed)  # type: ignore[arg-type]
+            backbone.requires_grad_(False)
+            trainer.fit_loop.max_epochs = 1
+            trainer.fit(BottleneckTraining(criterion, backbone), batches)
+            return criterion.finish()
+        module = Scoring(criterion, backbone, units, seed)
+        trainer.test(module, batches, verbose=False)
+        return module.scores
+
+
+@contextlib.contextmanager
+def as_before(network: nn.Module) -> Iterator[None]:
+    """Modes, gradients and what asks for them are afterwards what they were; a Trainer drops gradients."""
+    modes = {module: module.training for module in network.modules()}
+    kept = {parameter: (parameter.requires_grad, parameter.grad) for parameter in network.parameters()}
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+        for parameter, (flag, gradient) in kept.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient

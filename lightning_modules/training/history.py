@@ -1,0 +1,60 @@
+"""Logged values as a CSV file."""
+
+import csv
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+HISTORY_FIELDS = ("step", "name", "value")
+
+# Lightning's announcements, and deprecations that its and torchdata's users can do nothing about.
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+for message in (
+    ".*set_vital.*",
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*does not have many workers.*",
+    ".*exists and is not empty.*",
+    ".*in eval mode at the start of training.*",
+):
+    warnings.filterwarnings("ignore", message=message)
+
+
+class History(Logger):
+    """Appends every logged value to a CSV of (step, name, value); a resumed run forgets what it will log again."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        return "history"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        with open(self.path, "a", newline="") as file:
+            csv.writer(file).writerows([step, name, repr(float(value))] for name, value in sorted(metrics.items()))
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Keep what was logged before optimiser step `step`; a line cut off by a crash goes too."""
+        rows = []
+        if step and self.path.exists():
+            with open(self.path, newline="") as file:
+                rows = [row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit() and int(row[0]) < step]
+        partial = self.path.with_suffix(".partial")
+        with open(partial, "w", newline="") as file:
+            csv.writer(file).writerows([HISTORY_FIELDS, *rows])
+        os.replace(partial, self.path)

@@ -1,0 +1,60 @@
+"""Progress bars."""
+
+import sys
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ProgressBar
+from tqdm import tqdm
+
+
+class StageBar(ProgressBar):
+    """One bar a stage, named for what goes on, with the time that is left; it goes on where a resumed run goes on.
+
+    Where nobody watches (a log file) it writes a line now and then instead of many a second.
+    """
+
+    def __init__(self, stage: str) -> None:
+        super().__init__()
+        self.stage = stage
+        self.enabled = True
+
+    def disable(self) -> None:
+        self.enabled = False
+
+    def open(self, total: float, done: int = 0) -> None:
+        wait = 0.2 if sys.stderr.isatty() else 10.0
+        self.bar = tqdm(
+            desc=f"{self.stage:<20}",
+            total=int(total),
+            initial=done,
+            disable=not self.enabled,
+            mininterval=wait,
+            maxinterval=wait,
+            dynamic_ncols=True,
+            leave=True,
+        )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.open(trainer.num_training_batches, trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        told = ", ".join(f"{name}={float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
+        self.bar.set_postfix_str(told, refresh=False)
+        self.bar.update()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar.close()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.open(sum(trainer.num_test_batches))
+
+    def on_test_batch_end(self, *args: Any) -> None:
+        self.bar.update()
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()

@@ -1,0 +1,139 @@
+"""First-order Taylor: products summed before absolute values, the threshold on timesteps, the network untouched."""
+
+import contextlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from support.criteria import SAMPLES, Fake, batches, close, column, scored, whole_batch
+from torch import Tensor, nn
+
+from criteria.scores.taylor import Taylor
+
+
+def gradients(backbone: Fake, inputs: dict, of: slice = slice(None)) -> dict[str, list[Tensor]]:
+    """d(mean loss)/dw * w of some samples, by unit."""
+    loss = backbone.losses(backbone.predict(inputs), inputs)[of].mean()
+    weights = {unit: backbone.freed_weights(unit, backbone.weights()) for unit in "abc"}
+    return {
+        unit: [g * w for g, w in zip(torch.autograd.grad(loss, ws, retain_graph=True), ws, strict=True)]
+        for unit, ws in weights.items()
+    }
+
+
+def summed(products: dict[str, list[Tensor]]) -> list[float]:
+    return [sum(float(product.detach().abs().sum()) for product in products[unit]) for unit in "abc"]
+
+
+def test_taylor_takes_absolute_values_of_products_averaged_over_all_samples():
+    backbone, inputs = whole_batch()
+    expected = summed(gradients(backbone, inputs))
+    np.testing.assert_allclose(column(scored(Taylor())), expected, rtol=1e-5)
+    by_sample = [summed(gradients(backbone, inputs, slice(i, i + 1))) for i in range(SAMPLES)]
+    assert (np.mean(by_sample, axis=0) > 1.01 * np.array(expected)).all()  # signs do cancel between samples
+
+
+def test_taylor_is_the_first_order_of_the_loss_in_a_scale_of_the_weights():
+    """d loss(s * w) / ds at s = 1 is the sum of the signed products, of one unit of one weight."""
+    backbone = Fake()
+    backbone.freed_weights = lambda name, tensors: [tensors[f"{name}.weight"]]
+    with torch.no_grad():
+        for unit in "abc":
+            weight = getattr(backbone, unit).weight
+            weight.mul_(torch.zeros(4, 4).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(1.0)))
+    found, inputs = column(scored(Taylor(), backbone)), whole_batch()[1]
+    for unit, score in zip("abc", found, strict=True):
+        weight, losses = getattr(backbone, unit).weight.data, []
+        for scale in (1 - 1e-5, 1 + 1e-5):
+            kept = weight.clone()
+            weight.mul_(scale)
+            losses.append(float(backbone.losses(backbone.predict(inputs), inputs).mean().detach()))
+            weight.copy_(kept)
+        np.testing.assert_allclose(score, abs(losses[1] - losses[0]) / 2e-5, rtol=1e-4)
+
+
+def test_taylor_drops_the_parts_of_the_schedule_whose_loss_is_small_beside_the_largest():
+    """Six samples of known loss in three parts; the threshold is a fraction of the largest part's mean."""
+    backbone, inputs = whole_batch()
+    losses = backbone.losses(backbone.predict(inputs), inputs).detach()
+    parts = losses.view(3, 2).mean(1)
+    order = parts.argsort(descending=True).tolist()
+    for kept in (1, 2, 3):
+        threshold = float(parts[order[kept - 1]] / parts.max()) - 1e-9
+        samples = sorted(2 * part + k for part in order[:kept] for k in (0, 1))
+        expected = summed(gradients(backbone, inputs, samples))
+        found = scored(Taylor(threshold=threshold, buckets=3))
+        np.testing.assert_allclose(column(found), expected, rtol=1e-5)
+
+
+def test_taylor_with_more_parts_than_samples_keeps_every_sample_at_a_threshold_of_zero():
+    close(scored(Taylor(threshold=0.0, buckets=50)), scored(Taylor()))
+
+
+def test_taylor_puts_a_timestep_at_the_end_of_the_schedule_into_the_last_part():
+    """Those of a flow are no whole numbers and end at the number of steps, not one below."""
+    criterion, backbone = Taylor(threshold=0.5, buckets=4), Fake()
+    criterion.start(backbone, backbone.units(), 0)
+    timestep = torch.tensor([0.0, 24.9, 25.0, 99.5, 100.0])
+    assert criterion.bucket_of({"timestep": timestep}, 5).tolist() == [0, 0, 1, 3, 3]
+
+
+def test_taylor_counts_a_parameter_of_two_units_in_both_and_sums_it_once():
+    backbone = Fake()
+    backbone.freed_weights = lambda name, tensors: [
+        tensors[key] for key in tensors if key[0] in {"a", name} & {"a", "b"}
+    ]
+    found = column(scored(Taylor(), backbone))
+    a, b, _ = column(scored(Taylor()))
+    np.testing.assert_allclose(found, [a, a + b, a], rtol=1e-9)
+
+
+def test_taylor_gives_a_weight_that_plays_no_part_in_the_output_no_harm():
+    backbone = Fake()
+    backbone.spare = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    freed_weights = backbone.freed_weights
+    backbone.freed_weights = lambda name, tensors: [tensors["spare"]] if name == "c" else freed_weights(name, tensors)
+    assert column(scored(Taylor(), backbone))[2] == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_taylor_leaves_gradients_and_flags_as_they_were(fails):
+    backbone, criterion = Fake(), Taylor()
+    backbone.a.weight.requires_grad_(False)
+    backbone.last.requires_grad_(False)
+    backbone.b.weight.grad = torch.ones(4, 4, dtype=torch.float64)
+    flags = [parameter.requires_grad for parameter in backbone.parameters()]
+    if fails:
+        backbone.losses = lambda output, inputs: 1 / 0
+    criterion.start(backbone, backbone.units(), 0)
+    with torch.no_grad(), pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        criterion.update(batches()[0])
+    assert [parameter.requires_grad for parameter in backbone.parameters()] == flags
+    assert torch.equal(backbone.b.weight.grad, torch.ones(4, 4, dtype=torch.float64))
+    assert all(parameter.grad is None for parameter in backbone.parameters() if parameter is not backbone.b.weight)
+    if not fails:
+        frozen = column(criterion.finish())
+        assert frozen == column(scored(Taylor(), of=batches()[:1])) and min(frozen) > 0
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_naming_the_unit():
+    backbone = Fake()
+    backbone.losses = lambda output, inputs: (output - inputs["target"]).square().mean(1) * math.inf
+    for criterion in (Taylor(), Taylor(threshold=0.1)):
+        with pytest.raises(ValueError, match="the score of unit 'a' is nan"):
+            scored(criterion, backbone)
+
+
+def test_a_threshold_needs_timesteps():
+    backbone = Fake()
+    assert Taylor(threshold=0.1).supports(backbone) is None
+    del backbone.noise_scheduler
+    assert Taylor().supports(backbone) is None
+    assert "criterion.threshold=0.1 is for networks with timesteps" in Taylor(threshold=0.1).supports(backbone)
+
+
+@pytest.mark.parametrize("fields", [{"threshold": 1.5}, {"threshold": -0.1}, {"threshold": math.nan}, {"buckets": 0}])
+def test_a_threshold_or_number_of_parts_out_of_range_is_refused(fields):
+    with pytest.raises(ValueError, match=rf"criterion\.{next(iter(fields))}=.* is out of range; choose"):
+        Taylor(**fields)

@@ -1,0 +1,45 @@
+"""What a model card claims: of whose weights, under which licence, and no more than was measured."""
+
+from types import SimpleNamespace
+
+from experiments.reporting.card import model_card
+
+PLAN = {"teacher": "f" * 64, "predicted_harm": 0.5, "changes": [{"unit": "mid_block.resnets.0", "kind": "bypass"}]}
+BARE = SimpleNamespace(library="diffusers", surroundings=None)
+SCORES = {"mid_block.resnets.0": {"score": 0.5}}
+
+
+def test_a_card_names_the_chosen_teacher_and_its_licence(configure):
+    card = model_card(configure("teacher=sd15"), PLAN, SCORES, {"eval/output_loss": 0.25}, BARE)
+    assert "license: creativeml-openrail-m" in card
+    assert "huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5" in card
+    assert "bypass: `mid_block.resnets.0`, score 0.5" in card and "| eval/output_loss | 0.25 |" in card
+
+
+def test_a_card_claims_no_licence_for_other_weights_under_a_teachers_name(configure, tmp_path):
+    for path in (str(tmp_path / "mine"), "someone/model"):
+        card = model_card(configure(f"teacher.path={path}"), PLAN, SCORES, {}, BARE)
+        assert "license: unknown" in card and "apache" not in card and "ddpm_cifar10" not in card
+        assert str(tmp_path) not in card
+
+
+def test_a_card_of_a_plan_without_scores_speaks_of_no_criterion(configure):
+    plan = {**PLAN, "predicted_harm": 0.0, "changes": [{"kind": "restage", "variant": "tiny"}]}
+    card = model_card(configure("selection=bk_sdm", "selection.variant=tiny"), plan, {}, {}, BARE)
+    assert "restage: `tiny`" in card and "Criterion" not in card
+
+
+def test_a_card_of_a_pipeline_without_a_text_encoder_says_how_to_ask_it(configure):
+    parts, captions = ["text_encoder", "tokenizer"], ["", "a photo of a ship"]
+    around = SimpleNamespace(missing=lambda: parts, table=captions)
+    card = model_card(configure("task=t2i"), PLAN, {}, {}, SimpleNamespace(library="diffusers", surroundings=around))
+    assert "from_pretrained(folder, trust_remote_code=True, text_encoder=None, tokenizer=None)" in card
+    assert "negative_prompt_embeds=states[:1]" in card
+    assert "- 0: (no caption)" in card and "- 1: a photo of a ship" in card
+    assert "text_encoder" not in model_card(configure(), PLAN, {}, {}, BARE)
+
+
+def test_a_card_of_a_language_model_is_loaded_by_transformers(configure):
+    card = model_card(configure(), PLAN, SCORES, {}, SimpleNamespace(library="transformers"))
+    assert "library_name: transformers" in card and "AutoModelForCausalLM.from_pretrained(folder)" in card
+    assert "DiffusionPipeline" not in card

@@ -1,0 +1,175 @@
+"""A run writes and removes its own files only, wherever links lead and whatever else lies beside them."""
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.results import files, the_run
+
+from conf.schema import ConfigError
+from experiments.engine.artefacts import read_json
+from experiments.engine.identity import fingerprint, read_config
+from experiments.engine.pipeline import prune
+from experiments.engine.run import ForeignFolder, Run
+from experiments.reporting.page import report_set
+from lightning_modules.backbones.files import weight_files
+
+
+@pytest.fixture
+def precious(tmp_path) -> Path:
+    """A folder of somebody's, with a hidden part."""
+    folder = tmp_path / "precious"
+    (folder / ".hidden").mkdir(parents=True)
+    (folder / "thesis.txt").write_text("years of work")
+    (folder / ".hidden" / "key").write_text("secret")
+    return folder
+
+
+def folder_of(cfg: Any) -> Path:
+    return Run(cfg, fingerprint(weight_files(cfg.teacher.path), Path(cfg.paths.cache))).folder
+
+
+@pytest.mark.parametrize("force", ["false", "true"])
+def test_a_link_at_a_runs_place_is_refused_and_what_it_points_to_is_not_touched(configure, overrides, precious, force):
+    cfg = configure(*overrides, f"force={force}")
+    folder = folder_of(cfg)
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(precious)
+    before = {name: (precious / name).read_text() for name in files(precious)}
+    with pytest.raises(ForeignFolder, match=rf"{re.escape(str(folder))} is a symbolic link \(to .*precious\)"):
+        prune(cfg)
+    assert {name: (precious / name).read_text() for name in files(precious)} == before
+
+
+def test_a_link_above_a_runs_folder_that_leads_out_of_paths_runs_is_refused(configure, overrides, precious):
+    cfg = configure(*overrides)
+    study = folder_of(cfg).parent
+    study.parent.mkdir(parents=True, exist_ok=True)
+    study.symlink_to(precious)
+    with pytest.raises(ForeignFolder, match=r"lies outside paths.runs"):
+        prune(cfg)
+    assert files(precious) == {"thesis.txt", ".hidden/key"}
+
+
+def test_paths_runs_itself_may_be_a_link(configure, overrides, tmp_path, quick_end):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    prune(configure(*overrides))
+    assert (the_run(tmp_path / "disk") / "finished.json").exists()
+
+
+def test_files_that_no_run_has_made_stay_when_a_run_starts_plans_anew_and_is_forced(configure, overrides, quick_end):
+    cfg = configure(*overrides)
+    folder = folder_of(cfg)
+    mine = [folder / name for name in ("note.txt", ".git/HEAD", ".nfs000000000001", ".plan.json.swp", "data/x.png")]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    prune(cfg)
+    (folder / "finished.json").unlink()
+    (folder / "plan.json").unlink()  # the plan is made again, and all that was made from it
+    prune(cfg)
+    prune(configure(*overrides, "force=true"))
+    assert [path.read_text() for path in mine] == ["mine"] * len(mine)
+
+
+def test_what_a_killed_process_was_writing_is_removed(configure, overrides, quick_end):
+    cfg = configure(*overrides)
+    prune(cfg)
+    folder = folder_of(cfg)
+    (folder / "finished.json").unlink()
+    (folder / ".metrics.json.ab12cd_3").write_text("half")
+    (folder / ".export.ab12cd_3").mkdir()
+    prune(cfg)
+    assert not [name for name in files(folder) if "ab12cd_3" in name] and not (folder / ".export.ab12cd_3").exists()
+
+
+@pytest.mark.parametrize("name", ["plan.json", "samples"])
+def test_a_file_of_a_runs_name_that_no_run_has_made_is_refused(configure, overrides, name):
+    cfg = configure(*overrides)
+    path = folder_of(cfg) / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(ForeignFolder, match=rf"{re.escape(str(path))} was made by no run"):
+        prune(cfg)
+    assert path.read_text() == "mine"
+
+
+def test_a_linked_export_is_replaced_by_force_and_its_target_stays(configure, overrides, tmp_path, quick_end):
+    prune(configure(*overrides))
+    export = the_run(tmp_path / "runs") / "export"
+    export.rename(tmp_path / "moved")
+    export.symlink_to(tmp_path / "moved")
+    before = files(tmp_path / "moved")
+    prune(configure(*overrides, "force=true"))
+    assert not export.is_symlink() and files(export) == files(tmp_path / "moved") == before
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["name=../../x", "name=/abs", "name=a/../b", "name=.cache", "name='a//b'", "label=a/../../x", "label=/abs"],
+)
+def test_names_that_lead_out_of_the_folder_for_runs_are_refused(configure, override):
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"^{key}='.*' is no name of a folder below paths.runs"):
+        configure(override)
+
+
+def test_a_label_that_no_file_system_takes_is_refused(configure):
+    with pytest.raises(ConfigError, match="label has 300 characters; choose at most 200"):
+        configure("label=" + 300 * "x")
+
+
+# Configurations from elsewhere
+
+
+@pytest.fixture
+def study(configure, overrides, tmp_path, unverified) -> Path:
+    """A folder with one finished run, whose configuration was changed by somebody else."""
+    prune(configure(*overrides, "distillation=none"))
+    return tmp_path / "runs"
+
+
+def change(run: Path, old: str, new: str) -> None:
+    text = (run / "config.yaml").read_text()
+    assert old in text
+    (run / "config.yaml").write_text(text.replace(old, new))
+
+
+def test_a_configuration_from_elsewhere_reads_nothing_of_this_machine(study, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    change(the_run(study), "name: knapsack", "name: ${oc.env:HF_TOKEN}")
+    assert read_config(the_run(study))["selection"]["name"] == "${oc.env:HF_TOKEN}"
+    page = report_set(study)
+    written = [path.read_text() for path in page.parent.rglob("*") if path.suffix in (".csv", ".md", ".html")]
+    assert len(written) == 3 and not any("hf_secret" in text for text in written)
+    assert any("${oc.env:HF_TOKEN}" in text for text in written)
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+cmd", "@sum", "-2+3"])
+def test_no_cell_of_a_table_is_a_formula(study, name):
+    change(the_run(study), "name: knapsack", f"name: '{name}'")
+    with open(report_set(study).parent / "results.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["selection"] == f"'{name}"
+    assert float(row["output_loss"]) > 0  # numbers stay numbers
+
+
+def test_dollars_in_names_are_drawn_as_they_are(study):
+    change(the_run(study), "name: knapsack", "name: $\\frac{$")
+    change(the_run(study), "name: output_loss", "name: $x^")
+    assert report_set(study).exists()
+
+
+def test_a_report_removes_its_own_old_pictures_only(study):
+    folder = report_set(study).parent
+    (folder / "mine.png").write_bytes(b"mine")
+    drawn = read_json(folder / ".manifest.json")["pictures"]
+    (folder / ".manifest.json").write_text('{"pictures": ["gone.png", "../../kept.png"]}')
+    (folder / "gone.png").write_bytes(b"old")
+    (study.parent / "kept.png").write_bytes(b"kept")
+    report_set(study)
+    assert {path.name for path in folder.glob("*.png")} == {"mine.png", *drawn}
+    assert (study.parent / "kept.png").read_bytes() == b"kept"

@@ -1,0 +1,426 @@
+"""Jobs as a user sees them: what they leave behind, what they do not do twice, and how they fail."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.networks import bypasses, tiny_backbone
+from support.process import train
+from support.results import files, stamps, the_run
+
+from conf.schema import ROOT, build
+from criteria.selection.base import InfeasibleBudget
+from datamodules.images import Images
+from experiments.engine import pipeline
+from experiments.engine.artefacts import UnwritableDirectory, read_json
+from experiments.engine.clock import OutOfMemory
+from experiments.engine.identity import fingerprint
+from experiments.engine.pipeline import StaleArtefact, prune
+from experiments.engine.run import Run, RunBusy
+from experiments.reporting.page import collect, report_set
+from lightning_modules.backbones.files import weight_files
+from lightning_modules.export.export import export
+from lightning_modules.export.verify import ExportMismatch, verify
+
+WEIGHTS = "diffusion_pytorch_model.pruned.safetensors"
+NETWORK = {"config.json", WEIGHTS}
+FINISHED = {
+    *(".lock", ".holder.json", ".manifest.json", "config.yaml", "scores.json", "plan.json", "metrics.csv"),
+    *("seconds.json", "metrics.json", "measured.json", "report.html", "finished.json"),
+    *("figures/scores.png", "figures/losses.png"),
+    *("checkpoints/step=0000002.ckpt", "checkpoints/step=0000004.ckpt"),
+    *(f"{folder}/{name}" for folder in ("student", "distilled", "export/unet") for name in NETWORK),
+    *("export/README.md", "export/model_index.json", "export/scheduler/scheduler_config.json"),
+    "export/unet/pruned_unet.py",
+}
+SAMPLED = {"figures/samples.png", *(f"samples/{name}/images.npy" for name in ("teacher", "pruned", "distilled"))}
+
+DONE: dict[str, Path] = {}
+"""One finished job, made once for all tests that start from one."""
+
+
+@pytest.fixture
+def finished(configure, overrides, tmp_path, tmp_path_factory, unverified) -> tuple[Any, Path]:
+    """(cfg, run): a finished job below tmp_path/runs."""
+    if not DONE:
+        runs = tmp_path_factory.mktemp("done") / "runs"
+        prune(configure(*overrides[:5], *overrides[6:], f"paths.runs={runs}"))
+        DONE["runs"] = runs
+    shutil.copytree(DONE["runs"], tmp_path / "runs")
+    return configure(*overrides), the_run(tmp_path / "runs")
+
+
+def identity(cfg: Any) -> Run:
+    return Run(cfg, fingerprint(weight_files(cfg.teacher.path), Path(cfg.paths.cache)))
+
+
+# What a job leaves behind
+
+
+def test_a_finished_run_is_exactly_these_files_also_below_a_folder_with_spaces_and_unicode(
+    configure, sampling, teacher_folder, tmp_path, capsys
+):
+    runs, teacher = tmp_path / "läufe mit leerzeichen ✂" / "runs", tmp_path / "der lehrer ü"
+    shutil.copytree(teacher_folder, teacher)
+    job = [override for override in sampling if not override.startswith(("paths.runs=", "teacher.path="))]
+    prune(configure(*job, f"paths.runs='{runs}'", f"teacher.path='{teacher}'"))
+    run = the_run(runs)
+    assert files(run) == FINISHED | SAMPLED
+    kinds = sorted(re.sub(r"[0-9a-f]{16,}", "ID", name) for name in files(runs / ".cache"))
+    assert kinds == [
+        *["fingerprints/ID.json"] * 3,  # weights, their configuration, the noise schedule
+        *("samples/ID.lock", "samples/ID/images.npy", "scores/ID.json", "scores/ID.lock", "statistics/ID.safetensors"),
+    ]
+    assert {path.name for path in runs.iterdir()} == {".cache", "debug"}
+
+    metrics, measured = read_json(run / "metrics.json"), read_json(run / "measured.json")
+    assert run.name == f"output_loss-knapsack-0.5-normalized-seed0-{metrics['run_id'][:8]}"
+    assert 0.5 <= metrics["plan/achieved_ratio"] <= 0.6
+    removed = {change["unit"] for change in read_json(run / "plan.json")["changes"]}
+    freed = sum(unit.params for unit in tiny_backbone("UNet2DModel").units() if unit.name in removed)
+    assert metrics["teacher/params"] - metrics["student/params"] == freed
+    assert len(removed) == metrics["plan/removed_units"]
+    for measure in ("output_loss", "task_loss", "frechet_channels"):
+        assert metrics[f"eval/{measure}"] == metrics[f"distilled/{measure}"]
+    assert not any(word in key for key in metrics for word in ("seconds", "latency", "memory"))
+    assert measured["export_max_difference"] <= 1e-5
+    for name in ("teacher", "pruned", "distilled"):
+        images = np.load(run / "samples" / name / "images.npy", allow_pickle=False)
+        assert images.shape == (8, 8, 8, 3) and images.dtype == np.uint8
+    summary = read_json(run / "finished.json")["summary"]
+    assert summary in capsys.readouterr().out
+    assert str(run / "export") in summary and "asked for 0.5" in summary and "frechet_channels" in summary
+
+
+def test_a_finished_job_is_not_run_again_and_reads_no_weights(finished, monkeypatch, capsys):
+    cfg, run = finished
+    before = stamps(run)
+
+    def forbidden(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("a finished job did something")
+
+    for name in ("pipeline.load_network", "run.cached"):
+        monkeypatch.setattr(f"experiments.{name}", forbidden)
+    for name in ("load_teacher", "files.load_teacher", "files.load_network"):
+        monkeypatch.setattr(f"lightning_modules.backbones.{name}", forbidden)
+    monkeypatch.setattr(hashlib, "file_digest", forbidden)
+    monkeypatch.setattr(Images, "source", forbidden)
+    prune(cfg)
+    assert stamps(run) == before
+    printed = capsys.readouterr().out
+    assert f"finished already: {run} (force=true runs it again)" in printed
+    assert read_json(run / "finished.json")["summary"] in printed
+
+
+def test_force_runs_a_finished_job_again_from_nothing(configure, overrides, finished):
+    _, run = finished
+    before, results = stamps(run), read_json(run / "metrics.json")
+    (run / "export" / "left_over").touch()
+    prune(configure(*overrides, "force=true"))
+    assert files(run) == FINISHED
+    assert read_json(run / "metrics.json") == results
+    for name in ("student/config.json", "checkpoints/step=0000004.ckpt", "metrics.json", "finished.json"):
+        assert (run / name).stat().st_mtime_ns > before[name], name
+
+
+def test_a_forced_job_that_is_stopped_while_it_clears_up_is_not_finished(configure, overrides, finished, monkeypatch):
+    _, run = finished
+    monkeypatch.setattr(
+        "experiments.engine.run.shutil.rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        prune(configure(*overrides, "force=true"))
+    assert not (run / "finished.json").exists()
+
+
+def test_a_data_set_is_one_yaml_file_outside_the_repository(configure, overrides, data_folder, images_file, unverified):
+    assert not data_folder.is_relative_to(ROOT)
+    assert not (ROOT / "conf" / "data" / "tiny.yaml").exists()
+    assert {path.suffix for path in (data_folder / "data").iterdir()} == {".yaml"}
+    cfg = configure(*overrides)
+    assert cfg.data.train.path == str(images_file)
+    prune(cfg)
+    batch = next(iter(build(cfg.data).subset("train", 4, 0, 4)))
+    with np.load(images_file) as archive:
+        shown = ((batch["image"].permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
+        assert np.array_equal(shown, archive["x_train"][batch["index"]])
+        assert np.array_equal(batch["label"], archive["y_train"][batch["index"]])
+
+
+# Reports
+
+
+def test_the_table_of_a_report_names_no_column_twice(finished):
+    _, run = finished
+    report_set(run.parent)
+    heads = (run.parent / "report" / "table.md").read_text().splitlines()[0].strip("| ").split(" | ")
+    assert len(set(heads)) == len(heads)
+
+
+def test_a_folder_without_a_finished_run_is_said_to_be_one(tmp_path):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))} has no finished run below it"):
+        collect(tmp_path)
+
+
+# One job at a time
+
+HOLDER = """
+import json, os, sys
+from filelock import FileLock
+with FileLock(sys.argv[1] + "/.lock"):
+    with open(sys.argv[1] + "/.holder.json", "w") as file:
+        json.dump({"pid": os.getpid(), "host": "there"}, file)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_that_another_process_works_on_is_refused_until_that_process_is_gone(configure, overrides, unverified):
+    cfg = configure(*overrides)
+    folder = identity(cfg).folder
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunBusy, match=rf"{re.escape(str(folder))} is being made by process {holder.pid} on there"):
+            prune(cfg)
+        assert files(folder) == {".lock", ".holder.json"}
+    finally:
+        holder.kill()
+        holder.communicate()
+    prune(cfg)
+    assert files(folder) == FINISHED
+    assert read_json(folder / ".holder.json")["pid"] == os.getpid()
+
+
+ASK = """
+import os, sys, time
+from pathlib import Path
+from experiments.engine.cache import cached
+folder, log, me, count = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+def compute():
+    with open(log, "a") as file:
+        file.write(me + "\\n")
+    time.sleep(0.2)
+    return {"answer": list(range(5000))}
+(folder.parent / f"ready{me}").touch()
+while len(list(folder.parent.glob("ready*"))) < count:
+    time.sleep(0.001)
+assert cached(folder, {"question": 1}, compute) == {"answer": list(range(5000))}
+"""
+
+
+def test_processes_that_ask_for_one_result_at_once_all_get_it_and_one_computes(tmp_path):
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    command = [sys.executable, "-c", ASK, str(folder), str(log)]
+    processes = [
+        subprocess.Popen([*command, str(i), "2"], cwd=ROOT, stderr=subprocess.PIPE, text=True) for i in range(2)
+    ]
+    errors = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert len(log.read_text().splitlines()) == 1
+    (stored,) = folder.glob("*.json")
+    assert read_json(stored) == {"key": {"question": 1}, "result": {"answer": list(range(5000))}}
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".lock"}
+
+
+# Failures
+
+
+def test_a_folder_that_cannot_be_made_is_named(configure, overrides, tmp_path):
+    (tmp_path / "file").write_text("a file, not a folder")
+    job = [override for override in overrides if not override.startswith("paths.runs=")]
+    with pytest.raises(UnwritableDirectory) as caught:
+        prune(configure(*job, f"paths.runs={tmp_path}/file/runs"))
+    assert str(tmp_path / "file") in str(caught.value) and "paths.runs=" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("artefact", "field"), [("plan.json", "teacher"), ("plan.json", "scores"), ("scores.json", "key")]
+)
+def test_an_artefact_of_another_teacher_or_of_other_scores_is_refused_with_both_ids(finished, artefact, field):
+    cfg, run = finished
+    (run / "finished.json").unlink()
+    content = read_json(run / artefact)
+    wanted, content[field] = content[field], "0123456789abcdef" * 4
+    (run / artefact).write_text(json.dumps(content))
+    with pytest.raises(StaleArtefact) as caught:
+        prune(cfg)
+    for part in (str(run / artefact), "0123456789abcdef", wanted[:16], "force=true"):
+        assert part in str(caught.value)
+
+
+def test_a_plan_made_anew_takes_what_was_made_from_the_one_before_with_it(finished):
+    cfg, run = finished
+    before = read_json(run / "plan.json")
+    (cache,) = run.parent.parent.glob(".cache/scores/*.json")
+    stored = read_json(cache)
+    for entry in stored["result"].values():  # as other data would have them
+        entry["score"] *= -1
+    cache.write_text(json.dumps(stored))
+    (run / "wandb").mkdir()  # is open while a job runs
+    for name in ("finished.json", "scores.json", "plan.json"):
+        (run / name).unlink()
+    for name in ("failure", "sounds/pruned"):
+        (run / name).mkdir(parents=True)
+    prune(cfg)
+    plan, metrics = read_json(run / "plan.json"), read_json(run / "metrics.json")
+    assert plan["changes"] != before["changes"]
+    removed = [change["unit"] for change in plan["changes"]]
+    for name in ("student", "distilled", "export/unet"):
+        assert read_json(run / name / "config.json")["removed_units"] == removed, name
+    assert metrics["plan/predicted_harm"] == plan["predicted_harm"]
+    assert files(run) == FINISHED and (run / "wandb").exists() and not (run / "sounds").exists()
+
+
+def test_a_plan_with_an_unknown_unit_is_refused(finished):
+    cfg, run = finished
+    (run / "finished.json").unlink()
+    content = read_json(run / "plan.json")
+    content["changes"][0]["unit"] = "mid_block.resnet.0"
+    (run / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"'mid_block\.resnet\.0' is not a unit .* nearest are: mid_block\.resnets\.0"
+    ) as caught:
+        prune(cfg)
+    assert str(run / "plan.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("artefact", ["scores.json", "plan.json", "metrics.json", "finished.json", ".cache/scores"])
+def test_a_cut_off_artefact_is_named(finished, artefact):
+    cfg, run = finished
+    if artefact == ".cache/scores":
+        (damaged,) = run.parent.parent.glob(".cache/scores/*.json")
+        (run / "scores.json").unlink()
+    else:
+        damaged = run / artefact
+    if artefact != "finished.json":
+        (run / "finished.json").unlink()
+    damaged.write_text(damaged.read_text()[:40])
+    with pytest.raises(ValueError, match=rf"{re.escape(str(damaged))} is not readable JSON .*delete it"):
+        prune(cfg)
+
+
+def test_an_edited_weight_file_makes_another_teacher(configure, overrides, teacher_folder, tmp_path):
+    teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    job = [override for override in overrides if not override.startswith("teacher.path=")]
+    cfg = configure(*job, f"teacher.path={teacher}")
+    before = identity(cfg).folder
+    file = teacher / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_in.bias"] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert identity(cfg).folder != before
+
+
+@pytest.mark.parametrize(
+    ("error", "explained"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), True),
+        (MemoryError(), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            True,
+        ),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+    ids=["cuda", "python", "cpu", "another_error"],
+)
+def test_running_out_of_memory_says_in_which_stage_and_what_lowers_it(
+    configure, overrides, monkeypatch, error, explained
+):
+    def score(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "score", score)
+    with pytest.raises(OutOfMemory if explained else RuntimeError) as caught:
+        prune(configure(*overrides))
+    assert (caught.value if not explained else caught.value.__cause__) is error
+    if explained:
+        for part in ("stage 'score units'", "calibration.batch_size=2", "data.batch_size=4", "evaluation.batch_size=2"):
+            assert part in str(caught.value)
+
+
+def test_an_infeasible_ratio_fails_before_anything_is_scored(configure, overrides, tmp_path):
+    with pytest.raises(InfeasibleBudget, match=r"selection\.ratio=0\.9999 .* the nearest achievable 0\.\d+"):
+        prune(configure(*overrides, "selection.ratio=0.9999"))
+    assert files(the_run(tmp_path / "runs")) == {
+        ".lock",
+        ".holder.json",
+        ".manifest.json",
+        "config.yaml",
+        "seconds.json",
+    }
+
+
+# Export
+
+
+def edit_a_weight(folder: Path) -> None:
+    file = folder / "unet" / WEIGHTS
+    tensors = load_file(file)
+    tensors["conv_out.bias"] += 0.01
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def remove_the_class(folder: Path) -> None:
+    (folder / "unet" / "pruned_unet.py").unlink()
+
+
+@pytest.mark.parametrize(
+    ("tamper", "found"),
+    [
+        (edit_a_weight, r"reloads, but its output differs by 0\.01"),
+        (remove_the_class, "does not load in a clean process"),
+    ],
+    ids=["edited", "incomplete"],
+)
+def test_an_export_that_was_tampered_with_is_found_out(teacher, tmp_path, tamper, found):
+    student = teacher.pruned(bypasses(["mid_block.resnets.0", "up_blocks.0.attentions.1"]))
+    export(student, tmp_path)
+    tamper(tmp_path)
+    with pytest.raises(ExportMismatch, match=rf"{re.escape(str(tmp_path))} {found}"):
+        verify(student, tmp_path)
+
+
+def test_a_run_whose_export_does_not_match_is_not_finished(configure, overrides, tmp_path, monkeypatch):
+    def mismatch(*_: Any) -> None:
+        raise ExportMismatch("differs")
+
+    monkeypatch.setattr(pipeline, "verify", mismatch)
+    with pytest.raises(ExportMismatch):
+        prune(configure(*overrides))
+    left = FINISHED - {name for name in FINISHED if name.startswith(("export/", "figures/"))}
+    assert files(the_run(tmp_path / "runs")) == left - {"finished.json", "measured.json", "report.html"}
+
+
+# Several processes for one job
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_scores_of_one(configure, overrides, data_folder, tmp_path, unverified):
+    job = [override for override in overrides if not override.startswith(("paths.runs=", "trainer="))]
+    job += ["calibration.samples=6", "calibration.batch_size=2"]
+    prune(configure(*job, "trainer=cpu", f"paths.runs={tmp_path}/one"))
+    train(*job, "trainer=ddp", "trainer.accelerator=cpu", f"paths.runs={tmp_path}/two", config_dir=data_folder)
+    one, two = the_run(tmp_path / "one"), the_run(tmp_path / "two")
+    assert one.name == two.name
+    assert files(two) == FINISHED
+    expected, found = (read_json(run / "scores.json")["scores"] for run in (one, two))
+    assert list(found) == list(expected)
+    for name, entry in expected.items():
+        assert found[name] == pytest.approx(entry, rel=1e-9), name
+    assert read_json(two / "plan.json")["changes"] == read_json(one / "plan.json")["changes"]
+    losses = (read_json(run / "metrics.json")["pruned/output_loss"] for run in (one, two))
+    assert next(losses) == pytest.approx(next(losses), rel=1e-6)

@@ -1,0 +1,168 @@
+"""Ranks that are not at the same place: one is late, sees a file that another does not see yet, or has ended."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from omegaconf import DictConfig, OmegaConf
+from support.ranks import two_ranks
+from support.results import the_run
+
+from conf.schema import ROOT
+from experiments.engine import pipeline
+from experiments.engine.artefacts import read_json, write_json
+from experiments.engine.clock import Stages
+from experiments.engine.pipeline import prune
+from experiments.engine.ranks import is_rank_zero
+from experiments.engine.run import Run
+from experiments.engine.samples import Drawn
+from experiments.engine.texts import Texts
+
+
+@pytest.fixture
+def job(overrides: list[str]) -> list[str]:
+    """A job that makes scores, plan and student without a Trainer."""
+    return [*overrides, "criterion=magnitude"]
+
+
+ON_TWO = ["trainer=ddp", "trainer.accelerator=cpu"]
+
+
+def late(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """Let rank 0 come to a function a second late."""
+    function = getattr(owner, name)
+
+    def delayed(*arguments: Any) -> Any:
+        time.sleep(is_rank_zero())
+        return function(*arguments)
+
+    patch.setattr(owner, name, delayed)
+
+
+def pruned(rank: int, cfg: DictConfig) -> None:
+    prune(cfg)
+    assert torch.distributed.get_world_size() == 2
+
+
+def test_a_rank_waits_for_the_student_that_rank_0_writes(configure, job, tmp_path, monkeypatch, quick_end):
+    late(monkeypatch, pipeline, "staged")
+    with two_ranks(pruned, configure(*job, *ON_TWO)):
+        pass
+    assert (the_run(tmp_path / "runs") / "finished.json").exists()
+
+
+def test_a_rank_of_a_forced_job_reads_nothing_of_the_run_before(configure, job, tmp_path, monkeypatch, quick_end):
+    prune(configure(*job))
+    run = the_run(tmp_path / "runs")
+    before = read_json(run / "scores.json")
+    write_json(run / "scores.json", before | {"key": "of another teacher"})
+    go, clean = pipeline.Job.go, Run.clean
+
+    def noted(job: Any) -> None:
+        if not is_rank_zero():
+            (tmp_path / "rank 1 goes").touch()
+        go(job)
+
+    def delayed(folder: Run) -> None:
+        """Clean a second after rank 1 could begin to read."""
+        until = time.monotonic() + 20
+        while is_rank_zero() and not (tmp_path / "rank 1 goes").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(is_rank_zero())
+        clean(folder)
+
+    monkeypatch.setattr(pipeline.Job, "go", noted)
+    monkeypatch.setattr(Run, "clean", delayed)
+    with two_ranks(pruned, configure(*job, *ON_TWO, "force=true")):
+        pass
+    assert read_json(run / "scores.json") == before
+
+
+def test_ranks_agree_on_scores_that_another_job_has_made_in_the_meantime(
+    configure, overrides, tmp_path, monkeypatch, quick_end
+):
+    """Rank 0 waits for that job; before that, rank 1 sees no scores."""
+    job = [*overrides, "distillation=none", "evaluation.loss_samples=4"]
+    prune(configure(*job))
+    (scores,) = tmp_path.glob("runs/.cache/scores/*.json")
+    cached = pipeline.cached
+
+    def noted(*arguments: Any) -> Any:
+        (tmp_path / f"rank {int(not is_rank_zero())} asks").touch()
+        return cached(*arguments)
+
+    monkeypatch.setattr(pipeline, "cached", noted)
+    monkeypatch.setattr(pipeline, "score", lambda *_: pytest.fail("scores are there"))
+    other = scores.rename(tmp_path / "other.json")
+    with (
+        FileLock(scores.with_suffix(".lock")) as lock,
+        two_ranks(pruned, configure(*job, *ON_TWO, "selection.ratio=0.4")),
+    ):
+        while len(list(tmp_path.glob("rank * asks"))) < 2:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        other.rename(scores)
+        lock.release()
+    assert len(list(tmp_path.glob("runs/debug/*/finished.json"))) == 2
+
+
+def generated(rank: int, folder: Path) -> None:
+    """Ask for samples where only rank 0 sees some."""
+    torch.distributed.init_process_group("gloo")
+    sampling = object.__new__(Drawn)
+    sampling.cfg = OmegaConf.create({"evaluation": {}})
+    sampling.generate("teacher", None, folder / str(rank))  # type: ignore[arg-type]
+
+
+def test_ranks_agree_on_samples_that_only_rank_0_sees(tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "images.npy").touch()
+    with two_ranks(generated, tmp_path):
+        pass
+
+
+def wrote(rank: int, run: Run) -> None:
+    """Ask for what a teacher writes."""
+    torch.distributed.init_process_group("gloo")
+    texts = object.__new__(Texts)
+    texts.cfg = OmegaConf.create({"evaluation": {"tokens": 2, "precision": "32-true"}})
+    texts.run, texts.teacher_key, texts.prompts = run, {}, ["one"]
+    texts.stages = Stages(texts.cfg, torch.device("cpu"), run / f"seconds{rank}.json")
+    for _ in range(2):
+        texts.write("teacher", SimpleNamespace(write=lambda prompts, *_: [f"{prompts[0]} two"]))
+
+
+def test_two_ranks_share_what_a_language_model_writes(configure, job, tmp_path):
+    run = Run(configure(*job), "teacher")
+    run.folder.mkdir(parents=True)
+    with two_ranks(wrote, run):
+        pass
+    assert read_json(run / "samples" / "teacher" / "texts.json")["texts"] == ["one two"]
+    assert len(list(run.cache.glob("texts/*.json"))) == 1
+
+
+WAIT = """
+import os, sys, time
+from pathlib import Path
+from experiments.engine.ranks import wait_for
+folder, parent = Path(sys.argv[1]), os.getppid()
+(folder / "started").touch()
+while os.getppid() == parent and "late" in sys.argv:
+    time.sleep(0.01)
+wait_for(folder / "plan.json")
+"""
+
+
+@pytest.mark.parametrize("when", ["late", "early"])
+def test_a_rank_does_not_wait_for_a_process_that_has_ended(tmp_path, when):
+    started = tmp_path / "started"
+    rank = f"'{sys.executable}' -c '{WAIT}' '{tmp_path}' {when}"
+    script = f"{rank} & while [ ! -e '{started}' ]; do sleep 0.1; done; sleep 0.5"
+    done = subprocess.run(["sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert f"RuntimeError: the process that was to write {tmp_path}/plan.json has ended" in done.stderr

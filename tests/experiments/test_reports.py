@@ -1,0 +1,178 @@
+"""Reports of a set of runs: which runs are one row, which latencies are compared, and what need not be there."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+from support.results import the_run
+
+from experiments.engine.artefacts import read_json
+from experiments.engine.pipeline import prune
+from experiments.reporting import page as report
+from experiments.reporting.page import averaged, collect, report_set
+
+LATENCIES = "quality_over_latency_ratio.png"
+Another = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, Path]:
+    """The folder of one finished job, made by the first test."""
+    return {}
+
+
+@pytest.fixture
+def another(made, configure, overrides, tmp_path_factory, tmp_path, unverified) -> Another:
+    """another(name, run_id, config, plan, **measured): a finished run below tmp_path/study, as a job leaves it."""
+    if not made:
+        runs = tmp_path_factory.mktemp("made")
+        prune(configure(*overrides, f"paths.runs={runs}", "distillation=none", "logger.wandb=false"))
+        made["run"] = the_run(runs)
+
+    def make(
+        name: str,
+        run_id: str,
+        config: dict[str, Any] | None = None,
+        plan: dict[str, Any] | None = None,
+        **measured: Any,
+    ) -> Path:
+        run = tmp_path / "study" / name
+        shutil.copytree(made["run"], run)
+        changes: dict[str, dict[str, Any]] = {"metrics": {"run_id": run_id}, "plan": plan or {}, "measured": measured}
+        for file, content in changes.items():
+            path = run / f"{file}.json"
+            path.write_text(json.dumps(read_json(path) | content))
+        cfg = OmegaConf.load(run / "config.yaml")
+        for key, value in (config or {}).items():
+            OmegaConf.update(cfg, key, value)
+        OmegaConf.save(cfg, run / "config.yaml")
+        return run
+
+    return make
+
+
+@pytest.fixture
+def study(tmp_path) -> Path:
+    return tmp_path / "study"
+
+
+def rows_of(study: Path) -> pd.DataFrame:
+    """table.md as people see it."""
+    rows = [line[2:-2].split(" | ") for line in (study / "report" / "table.md").read_text().splitlines()]
+    return pd.DataFrame(rows[2:], columns=rows[0])
+
+
+def test_copies_of_a_run_count_once(another, study, capsys):
+    another("a/one", "1" * 16)
+    another("b/renamed", "1" * 16, latency_ratio=0.5)
+    another("b/two", "2" * 16, {"seed": 1})
+    page = report_set(study).read_text()
+    assert list(rows_of(study)["runs"]) == ["2"]
+    assert list(pd.read_csv(study / "report" / "results.csv")["run"]) == ["one", "two"]
+    note = "Folders that hold a run that is counted already: b/renamed (as a/one)."
+    assert note in page and note in capsys.readouterr().out
+
+
+def test_latencies_of_several_batches_and_devices_are_neither_averaged_nor_compared(another, study, capsys):
+    another("one", "1" * 16, latency_ratio=0.8, latency_batch=16, device="cpu")
+    another("two", "2" * 16, {"seed": 1}, latency_ratio=0.6, latency_batch=16, device="cpu")
+    page = report_set(study)
+    assert (page.parent / LATENCIES).exists()
+    assert rows_of(study)["latency"][0].startswith("x0.70") and "measured at" not in page.read_text()
+
+    greedy = {"selection.name": "greedy"}
+    another("three", "3" * 16, greedy, latency_ratio=0.9, latency_batch=1, device="cpu")
+    page = report_set(study)
+    note = "Latencies were measured at batch 1, cpu; batch 16, cpu: these are not comparable."
+    assert note in page.read_text() and note in capsys.readouterr().out
+    assert not (page.parent / LATENCIES).exists()
+    assert list(rows_of(study)["latency"]) == ["x0.90 (batch 1, cpu)", "x0.70 ± 0.14 (batch 16, cpu)"]
+    assert "<td>batch 1, cpu</td>" in page.read_text()
+
+    another("four", "4" * 16, {**greedy, "seed": 1}, latency_ratio=0.2, latency_batch=1, device="gpu")
+    page = report_set(study)
+    table = rows_of(study)
+    assert list(table["runs"]) == ["2", "2"] and list(table["latency"]) == ["", "x0.70 ± 0.14 (batch 16, cpu)"]
+    assert "<td>batch 1, cpu; batch 1, gpu</td>" in page.read_text()
+    latencies = pd.read_csv(study / "report" / "results.csv")[["latency_at", "latency_ratio"]]
+    assert dict(latencies.to_numpy())["batch 1, gpu"] == 0.2
+
+
+def test_only_seeds_that_were_timed_differently_leave_no_picture_of_latencies(another, study):
+    for seed, device in enumerate(("cpu", "gpu")):
+        another(device, str(seed), {"seed": seed}, device=device)
+    assert not (report_set(study).parent / LATENCIES).exists()
+    assert list(rows_of(study)["latency"]) == [""]
+
+
+def test_plans_for_a_latency_budget_of_other_devices_are_no_seeds_of_one_setting(another, study):
+    for seed, device in ((0, "cpu"), (1, "cpu"), (1, "gpu")):  # what it was timed on is not in a run's id
+        another(f"{seed} {device}", str(seed), {"seed": seed, "selection.budget": "latency"}, device=device)
+    table = averaged(collect(study))
+    assert sorted(zip(table["runs"], table["method"], strict=True)) == [
+        (1, "output_loss, device=gpu"),
+        (2, "output_loss, device=cpu"),
+    ]
+
+
+def test_runs_of_other_weights_of_the_teacher_are_no_seeds_of_one_setting(another, study):
+    one = another("one", "1" * 16)
+    another("two", "2" * 16, {"seed": 1})
+    table = averaged(collect(study))
+    name = OmegaConf.load(one / "config.yaml").teacher.name
+    assert list(table["runs"]) == [2] and list(table["teacher"]) == [name] and list(table["method"]) == ["output_loss"]
+    another("three", "3" * 16, {"seed": 2}, {"teacher": "0123456789abcdef"})
+    table = averaged(collect(study))
+    known = {read_json(one / "plan.json")["teacher"][:8]: 2, "01234567": 1}
+    assert dict(zip(table["teacher"], table["runs"], strict=True)) == {f"{name} ({key})": n for key, n in known.items()}
+    assert set(table["method"]) == {f"output_loss, teacher {name} ({key})" for key in known}
+    assert len(list(report_set(study).parent.glob("quality_over_ratio*.png"))) == 2
+
+
+@pytest.mark.parametrize("latents", ["/gone", "ROOT/runs/gone"])
+def test_a_report_needs_no_stored_latents(another, study, latents, monkeypatch, capsys):
+    another("one", "1" * 16, {"latents": latents})
+    another("two", "2" * 16, {"latents": latents, "seed": 1})
+    another("three", "3" * 16)
+    monkeypatch.setattr(sys, "argv", ["report", str(study)])
+    report.main()
+    assert "page: " in capsys.readouterr().out
+    table = averaged(collect(study))
+    assert dict(zip(table["method"], table["runs"], strict=True)) == {
+        f"output_loss, latents={latents}": 2,
+        "output_loss, latents=None": 1,
+    }
+
+
+def test_rows_that_differ_in_another_field_are_told_apart_in_the_table(another, study):
+    another("one", "1" * 16)
+    report_set(study)
+    assert list(rows_of(study)["criterion"]) == ["output_loss"]
+    another("two", "2" * 16, {"calibration.samples": 3})
+    page = report_set(study).read_text()
+    samples = OmegaConf.load(study / "one" / "config.yaml").calibration.samples
+    names = [f"output_loss, calibration.samples={count}" for count in (samples, 3)]
+    assert sorted(rows_of(study)["method"]) == sorted(names)
+    assert all(f"<td>{name}</td>" in page for name in names)
+
+
+def test_rows_that_differ_in_an_optional_group_are_told_apart(another, study):
+    another("one", "1" * 16)
+    another("two", "2" * 16, {"calibration.data": {"name": "other", "path": "/other"}})
+    assert averaged(collect(study))["method"].nunique() == 2
+
+
+def test_runs_of_several_ratios_are_curves_whatever_their_methods(another, study):
+    another("one", "1" * 16)
+    plan = {"selection.name": "greedy", "selection.ratio": 0.7}
+    run = another("two", "2" * 16, plan)
+    metrics = read_json(run / "metrics.json") | {"plan/requested_ratio": 0.7}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    folder = report_set(study).parent
+    assert (folder / "quality_over_ratio.png").exists() and not (folder / "quality_by_method.png").exists()

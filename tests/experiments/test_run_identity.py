@@ -1,0 +1,209 @@
+"""The identity of a run: what changes it, what does not, and that it does not depend on where things lie."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.config import composed, recipe
+from support.process import ROOT
+
+from conf import schema
+from experiments.engine import run as run_module
+from experiments.engine.artefacts import digest
+from experiments.engine.pipeline import prune
+from experiments.engine.run import Run
+from lightning_modules.backbones.files import weight_files
+
+NO_EFFECT = [
+    "paths.runs=/elsewhere",
+    "paths.runs='/else where/é'",
+    "paths.cache=/elsewhere",
+    "name=other",
+    "label=other",
+    "force=true",
+    "logger=csv",
+    "logger.mode=offline",
+    "logger.project=other",
+    "trainer=cpu",
+    "trainer=ddp",
+    "trainer.devices=2",
+    "trainer.num_nodes=2",
+    "trainer.resume=required",
+    "trainer.checkpoint_every=7",
+    "trainer.log_every_n_steps=7",
+    "data.num_workers=3",
+    "calibration.memory_gib=1",
+    "export.push_to_hub=owner/name",
+    "evaluation.latency_batch=3",
+    "evaluation.latency_repeats=3",
+]
+EFFECT = [
+    "seed=1",
+    "selection.ratio=0.3",
+    "selection.tolerance=0.05",
+    "selection.budget=macs",
+    "selection=greedy",
+    "criterion=magnitude",
+    "calibration.seed=1",
+    "calibration.samples=3",
+    "data.batch_size=3",
+    "data.flip=false",
+    "distillation.w_feat=0.5",
+    "distillation=none",
+    "optimizer.lr=0.1",
+    "ema_decay=null",
+    "noise_scheduler=linear",
+    "sampler.steps=3",
+    "sampler.guidance=2",
+    "evaluation.samples=3",
+    "evaluation.seed=1",
+    "evaluation.batch_size=3",
+    "trainer.steps=3",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.precision=bf16-mixed",
+    "teacher.path=/elsewhere",
+]
+
+
+def identity(cfg, teacher: str = "teacher") -> str:
+    return Run(cfg, teacher).id
+
+
+@pytest.mark.parametrize("override", NO_EFFECT)
+def test_what_cannot_change_a_result_does_not_change_the_run_id(configure, override):
+    assert identity(configure(override)) == identity(configure())
+
+
+def test_whatever_changes_a_result_changes_the_run_id(configure):
+    ids = [identity(configure(*change)) for change in ([], *([override] for override in EFFECT))]
+    assert len({*ids, identity(configure(), "another teacher")}) == len(EFFECT) + 2
+
+
+def test_the_run_id_does_not_depend_on_how_the_same_values_were_given(configure, configure_with):
+    by_file = configure_with(*recipe("selection: {ratio: 0.3}\nseed: 1"), "experiment=mine")
+    assert identity(by_file) == identity(configure("selection.ratio=0.3", "seed=1"))
+    assert identity(by_file) == identity(configure("seed=1", "selection.ratio=0.3"))
+
+
+def test_the_run_id_is_the_same_wherever_the_repository_lies(configure, monkeypatch, tmp_path):
+    here = identity(configure())
+    (tmp_path / "another place é").mkdir()
+    (tmp_path / "another place é" / "assets").symlink_to(schema.ROOT / "assets")
+    for module in (schema, run_module):
+        monkeypatch.setattr(module, "ROOT", tmp_path / "another place é")
+    cfg = configure()
+    assert cfg.teacher.path == f"{tmp_path}/another place é/assets/teacher"
+    assert identity(cfg) == here
+
+
+@pytest.mark.parametrize("place", ["ROOT-latents", "ROOT/latents"])
+def test_latents_are_read_where_they_lie_also_beside_and_inside_the_repository(configure, monkeypatch, tmp_path, place):
+    root = tmp_path / "sec"
+    root.mkdir()
+    folder = tmp_path / place.replace("ROOT", "sec")
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"id": "x"}))
+    cfg = configure(f"latents={folder}")
+    monkeypatch.setattr(run_module, "ROOT", root)
+    monkeypatch.setattr(
+        run_module, "read_manifest", lambda path: json.loads((Path(path) / "manifest.json").read_text())
+    )
+    assert run_module.effective(cfg)["latents"] == "x"
+
+
+def test_only_paths_below_the_repository_are_written_as_below_root(monkeypatch):
+    monkeypatch.setattr(run_module, "ROOT", Path("/data/sec"))
+    values = ["/data/sec", "/data/sec/a b", "/data/sec-latents", "/data/secret/x", "see /data/sec", "/data"]
+    assert run_module.portable(values) == ["ROOT", "ROOT/a b", *values[2:]]
+
+
+def test_a_class_of_this_project_is_the_same_in_another_module_and_another_class_is_not(configure):
+    cfg = configure()
+    before = run_module.effective(cfg)
+    assert before["criterion"]["_target_"] == "criteria.OutputLoss"
+    cfg.criterion._target_ = "criteria.elsewhere.deeper.OutputLoss"
+    assert run_module.effective(cfg) == before
+    for other in ("criteria.elsewhere.TaskLoss", "mine.OutputLoss", "mine.criteria.OutputLoss"):
+        cfg.criterion._target_ = other
+        assert run_module.effective(cfg) != before
+
+
+def test_no_two_classes_of_one_package_that_configurations_name_have_one_name():
+    """Else two configurations that mean different classes would be one run."""
+    targets = re.findall(r"_target_: *([\w.]+)", "".join(path.read_text() for path in (ROOT / "conf").rglob("*.yaml")))
+    own = {target for target in targets if target.partition(".")[0] in run_module.PACKAGES}
+    assert len({run_module.without_modules({"_target_": target})["_target_"] for target in own}) == len(own) > 50
+
+
+def test_other_weights_of_a_measure_under_the_same_path_are_another_run(configure, monkeypatch, tmp_path):
+    weights = tmp_path / "resnet20.safetensors"
+    job, found = f"evaluation.metrics.frechet_resnet20.features.path={weights}", []
+    for content in (b"these", b"those"):
+        weights.write_bytes(content)
+        found.append(identity(configure(job)))
+    assert len({*found, identity(configure())}) == 3
+
+
+LABELS = [
+    ("evaluation=accuracy", "data.name=imagenet"),
+    ("evaluation=class_accuracy",),  # classes: [airplane, ...]
+    ("evaluation=perplexity_raw",),  # text: test, a split on the hub
+    ("evaluation.prompts=[airplane]",),
+    ("pretrain=classifier",),  # architecture: resnet20
+]
+
+
+@pytest.mark.parametrize("words", LABELS)
+def test_labels_and_texts_are_no_files_where_a_folder_has_their_name(configure, monkeypatch, tmp_path, words):
+    monkeypatch.setenv("SECATEUR_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    before = identity(configure(*words))
+    for place in (tmp_path, tmp_path / "data"):
+        for name in ("imagenet", "airplane", "test", "resnet20"):
+            (place / name).mkdir(parents=True)
+            (place / name / "stray.json").write_text("{}")
+    assert identity(configure(*words)) == before
+
+
+def test_a_file_with_the_prompts_is_part_of_the_run(configure, tmp_path):
+    job = f"evaluation.prompts={{_target_: datamodules.texts.prompts.read_prompts, path: {tmp_path}/prompts.txt}}"
+    found = []
+    for content in ("a cat", "a dog"):
+        (tmp_path / "prompts.txt").write_text(content)
+        found.append(identity(configure(job)))
+    assert len({*found}) == 2
+
+
+def test_the_readme_shows_the_run_id_of_the_default_job(tmp_path):
+    cfg = composed(f"paths.runs={tmp_path}")
+    teacher = run_module.fingerprint(weight_files(cfg.teacher.path, None), tmp_path)
+    folder = Run(cfg, teacher).folder
+    assert f"runs/{cfg.name}/{folder.name}/report.html" in (schema.ROOT / "README.md").read_text()
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=50)
+@given(st.dictionaries(st.text(max_size=5), json_values, min_size=1, max_size=5), st.randoms(use_true_random=False))
+def test_a_digest_does_not_depend_on_the_order_of_keys(content, random):
+    keys = list(content)
+    random.shuffle(keys)
+    assert digest({key: content[key] for key in keys}) == digest(content)
+    assert digest(content | {keys[0]: [content[keys[0]]]}) != digest(content)
+
+
+def test_a_job_runs_in_a_folder_with_spaces_and_accents_under_the_same_name(configure, overrides, tmp_path):
+    cfg = configure(*overrides, f"paths.runs='{tmp_path}/my runs é'")
+    prune(cfg)
+    (folder,) = (tmp_path / "my runs é" / "debug").iterdir()
+    assert (folder / "finished.json").exists() and (folder / "export" / "model_index.json").exists()
+    plain = Run(configure(*overrides), run_module.read_json(folder / "plan.json")["teacher"])
+    assert (plain.folder.name, plain.id) == (folder.name, run_module.read_json(folder / "metrics.json")["run_id"])

@@ -1,0 +1,139 @@
+"""Sweeps, their report, and what they leave in Weights & Biases."""
+
+import json
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from support.results import files, stamps
+from wandb.proto import wandb_internal_pb2
+
+from conf.schema import ROOT
+from experiments.engine.artefacts import read_json
+from experiments.engine.pipeline import prune
+from experiments.reporting.page import report_set
+
+SWEEP = ["criterion=output_loss,magnitude,random", "selection.ratio=0.3,0.5,0.9999", "seed=0"]
+WITHOUT_RELOAD = (
+    "import experiments.engine.pipeline, train; experiments.engine.pipeline.verify = lambda *_: 0.0; train.main()"
+)
+
+
+def sweep(config_dir: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """train.py -m in a process of its own, without the reload of each export (which has tests of its own)."""
+    command = [sys.executable, "-c", WITHOUT_RELOAD, "--config-dir", str(config_dir), "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_a_sweep_shares_scores_survives_a_failing_job_and_is_not_run_twice(
+    configure, sampling, data_folder, tmp_path, unverified
+):
+    job = [*sampling, "distillation=none"]
+    first = sweep(data_folder, *job, *SWEEP)
+    assert first.returncode != 0
+    assert (
+        "selection.ratio=0.9999 (tolerance 0.1) of params cannot be had: the largest achievable ratio is"
+        in first.stderr
+    )
+    study, cache = tmp_path / "runs" / "debug", tmp_path / "runs" / ".cache"
+    labels = {re.sub("-[0-9a-f]{8}$", "", path.name): (path / "finished.json").exists() for path in study.iterdir()}
+    methods = {"output_loss": "knapsack", "magnitude": "knapsack", "random": "ranked"}
+    assert labels == {
+        f"{criterion}-{methods[criterion]}-{ratio}-none-seed0": ratio != 0.9999
+        for criterion in methods
+        for ratio in (0.3, 0.5, 0.9999)
+    }
+    assert len(list(study.glob("*/metrics.json"))) == 6
+    scored = [read_json(path)["key"]["criterion"]["name"] for path in cache.glob("scores/*.json")]
+    assert sorted(scored) == sorted(methods)
+
+    before = {path.name: stamps(path) for path in study.iterdir() if (path / "finished.json").exists()}
+    second = sweep(data_folder, *job, *SWEEP)
+    assert second.returncode != 0
+    assert second.stdout.count("finished already: ") == 6
+    assert {name: stamps(study / name) for name in before} == before
+
+    # The report of the same folder; random has a second seed.
+    for ratio in (0.3, 0.5):
+        prune(configure(*job, "criterion=random", "seed=1", f"selection.ratio={ratio}"))
+    page = report_set(study)
+    assert files(study / "report") == {
+        *("index.html", "results.csv", "table.md", "output_loss_over_ratio.png"),
+        *("quality_over_ratio.png", "quality_over_latency_ratio.png"),
+    }
+    runs = pd.read_csv(study / "report" / "results.csv")
+    assert sorted(runs["run"]) == sorted(path.parent.name for path in study.glob("*/finished.json"))
+    assert dict(runs["criterion"].value_counts()) == {"random": 4, "output_loss": 2, "magnitude": 2}
+    rows = [line.strip("| ").split(" | ") for line in (study / "report" / "table.md").read_text().splitlines()]
+    table = pd.DataFrame(rows[2:], columns=rows[0])
+    assert {tuple(row) for row in table[["criterion", "selection", "ratio", "runs"]].to_numpy()} == {
+        (criterion, methods[criterion], ratio, "2" if criterion == "random" else "1")
+        for criterion in methods
+        for ratio in ("0.3", "0.5")
+    }
+    for ratio in (0.3, 0.5):
+        seeds = runs[(runs["criterion"] == "random") & (runs["ratio"] == ratio)]
+        row = table[(table["criterion"] == "random") & (table["ratio"] == str(ratio))].iloc[0]
+        for column, shown, digits in (
+            ("output_loss_pruned", "output loss, pruned", 4),
+            ("quality", "frechet_channels", 2),
+        ):
+            mean, spread = seeds[column].mean(), seeds[column].std()
+            assert row[shown] == f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread > 0 else "")
+    html = page.read_text()
+    assert html.count("<li><a href=") == 8
+    for path in study.iterdir():
+        if path.name == "report":
+            continue
+        link = f'<li><a href="../{path.name}/report.html">'
+        assert (link in html) == (path / "finished.json").exists(), path.name
+        assert (f"<li>{path.name}</li>" in html) == (not (path / "finished.json").exists()), path.name
+        assert (page.parent / ".." / path.name / "report.html").exists() == (path / "finished.json").exists()
+
+
+# Weights & Biases
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """The records of an offline run: a log in blocks of 32 KiB, each piece with checksum, length and kind before it."""
+    content, place, record = file.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        length, kind = struct.unpack("<HB", content[place + 4 : place + 7])
+        record += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
+
+
+def test_each_job_is_one_offline_wandb_run_that_is_finished_also_when_the_job_fails(overrides, data_folder, tmp_path):
+    job = [*overrides, "logger.wandb=true", "logger.mode=offline", "distillation=none"]
+    assert sweep(data_folder, *job, "selection.ratio=0.9999,0.5").returncode != 0
+    runs = sorted((tmp_path / "runs" / "debug").iterdir())
+    assert len(runs) == 2
+    for run, ratio, code in zip(runs, (0.5, 0.9999), (0, 1), strict=True):
+        (offline,) = (path for path in run.rglob("offline-run-*") if path.is_dir())
+        (file,) = offline.glob("run-*.wandb")
+        records = list(wandb_records(file))
+        (started,) = (record.run for record in records if record.HasField("run"))
+        assert started.run_id.startswith(f"debug-{run.name[-8:]}") and started.display_name == run.name
+        config = {item.key: json.loads(item.value_json) for item in started.config.update}
+        assert config["selection.ratio"] == ratio and config["criterion.name"] == "output_loss"
+        assert [record.exit.exit_code for record in records if record.HasField("exit")] == [code]
+        assert (run / "finished.json").exists() == (code == 0)
+        if code == 0:
+            keys = (
+                item.nested_key or [item.key] for r in records if r.HasField("summary") for item in r.summary.update
+            )
+            summary = {".".join(key) for key in keys}
+            assert {"eval/output_loss", "plan/achieved_ratio", "student/params", "student/latency_ms"} <= summary
+    assert not (tmp_path / "wandb").exists()

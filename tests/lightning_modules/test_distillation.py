@@ -1,0 +1,303 @@
+"""Distillation: its terms as identities, what it leaves alone, the moving average, and where it stops."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import Callback
+from safetensors.torch import load_file
+from support.distillation import REMOVED, STAGES, distillation, losses_of, outputs_of
+from support.networks import FAMILIES, TRANSFORMERS, UNETS, bypasses, same_tensors, tiny_backbone, tiny_batch
+from support.results import leaves, the_run
+from torch import Tensor
+
+from conf import schema
+from conf.schema import ROOT
+from experiments.engine.artefacts import read_json
+from experiments.engine.pipeline import prune
+from lightning_modules.losses.level_weights import NORMALIZATIONS, LevelWeights
+from lightning_modules.modules.base import NonFiniteLoss
+from lightning_modules.modules.distillation import Distillation
+from lightning_modules.training.ema import WarmedUpEMA
+from lightning_modules.training.trainer import fit
+
+# Terms
+
+
+@pytest.mark.parametrize("taps", ["stages", "units"])
+@pytest.mark.parametrize(
+    ("family", "normalization"),
+    [*product(UNETS, NORMALIZATIONS), *((family, "teacher_energy") for family in FAMILIES if family not in UNETS)],
+)
+def test_a_student_that_is_the_teacher_has_output_and_feature_losses_of_zero(family, normalization, taps):
+    """Exactly, but for pipelines: projections without bias are multiplied in another order where they learn."""
+    teacher = tiny_backbone(family)
+    module = distillation(teacher.pruned(bypasses([])), teacher, normalization=normalization, taps=taps)
+    losses = losses_of(module, tiny_batch(teacher))
+    rounding = 0 if family in UNETS else 1e-11
+    assert float(losses["task"].detach()) > 0
+    assert torch.equal(losses["loss"], losses["task"])
+    followed = {name for name in losses if name.startswith(("output", "feature/", "weighted_feature/"))}
+    assert len(followed) == 1 + 2 * len(teacher.stages() if taps == "stages" else teacher.survivors())
+    assert all(float(losses[name].detach()) <= rounding for name in followed)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in TRANSFORMERS])
+def test_every_term_is_what_its_formula_says(family):
+    teacher = tiny_backbone(family)
+    student, batch = teacher.pruned(bypasses(REMOVED)), tiny_batch(teacher)
+    module = distillation(student, teacher, w_task=0.5, w_out=2.0, w_feat=0.25, skip_emptied=False)
+    losses = losses_of(module, batch)
+    s, t = outputs_of(student, STAGES, batch), outputs_of(teacher, STAGES, batch)
+    assert torch.equal(losses["task"], (s["output"] - s["target"]).square().mean((1, 2, 3)).mean())
+    assert torch.equal(losses["output"], F.mse_loss(s["output"], t["output"]))
+    total = 0.5 * losses["task"] + 2 * losses["output"]
+    for name in STAGES:
+        raw, energy = F.mse_loss(s[name], t[name]), t[name].square().mean()
+        assert torch.equal(losses[f"feature/{name}"], raw)
+        torch.testing.assert_close(losses[f"weighted_feature/{name}"], raw / energy, rtol=1e-6, atol=0)
+        total = total + 0.25 * losses[f"weighted_feature/{name}"]
+    assert torch.equal(losses["loss"], total)
+    assert set(losses) == {"loss", "task", "output"} | {
+        f"{kind}/{n}" for kind in ("feature", "weighted_feature") for n in STAGES
+    }
+
+
+def test_each_term_reaches_the_student_and_a_term_of_weight_zero_costs_no_pass_of_the_teacher():
+    teacher = tiny_backbone("UNet2DModel")
+    calls = []
+    teacher.network.register_forward_hook(lambda *_: calls.append(1))
+    for weights, passes in (((1, 0, 0), 0), ((0, 1, 0), 1), ((0, 0, 1), 1), ((1, 1, 1), 1)):
+        calls.clear()
+        student = teacher.pruned(bypasses(REMOVED))
+        options = dict(zip(("w_task", "w_out", "w_feat"), weights, strict=True))
+        losses_of(distillation(student, teacher, **options), tiny_batch(teacher))["loss"].backward()
+        assert len(calls) == passes
+        assert float(student.network.conv_in.weight.grad.abs().sum()) > 0
+        assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+# Normalisation
+
+
+def maps(seed: int = 0) -> Tensor:
+    return torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(seed)) * 2**seed
+
+
+def test_teacher_energy_is_a_relative_error_whatever_the_scale_of_the_feature_map():
+    weights = LevelWeights("teacher_energy", 1)
+    f_s, f_t = maps(0), maps(1)
+    term = weights(0, f_t) * F.mse_loss(f_s, f_t)
+    torch.testing.assert_close(term, ((f_s - f_t) ** 2).mean() / (f_t**2).mean(), rtol=1e-6, atol=0)
+    assert torch.equal(weights(0, 64 * f_t) * F.mse_loss(64 * f_s, 64 * f_t), term)  # a power of two: no rounding
+
+
+def test_none_leaves_the_terms_as_they_are():
+    assert torch.equal(LevelWeights("none", 1)(0, maps()), torch.ones(()))
+
+
+def test_teacher_norm_is_the_inverse_of_the_mean_norm_of_a_sample():
+    f_t = maps(2)
+    norms = [float(sample.flatten().double().square().sum().sqrt()) for sample in f_t]
+    assert float(LevelWeights("teacher_norm", 1)(0, f_t)) == pytest.approx(4 / sum(norms), rel=1e-6)
+
+
+def test_running_starts_as_teacher_energy_and_then_averages_by_level():
+    running, energy = LevelWeights("running", 2, momentum=0.75), LevelWeights("teacher_energy", 2)
+    assert torch.equal(running(0, maps(0)), energy(0, maps(0)))
+    assert torch.equal(running(1, maps(3)), energy(1, maps(3)))  # levels do not mix
+    e0, e1 = (float(maps(seed).square().mean()) for seed in (0, 1))
+    assert float(running(0, maps(1))) == pytest.approx(1 / (0.75 * e0 + 0.25 * e1), rel=1e-6)
+    assert list(running.state_dict()) == ["energy"]  # so that a resumed run goes on with it
+
+
+def test_an_unknown_normalization_lists_the_choices():
+    with pytest.raises(ValueError, match=r"distillation\.normalization='energy' is unknown; choose one of: ") as caught:
+        LevelWeights("energy", 1)
+    assert str(caught.value).partition("one of: ")[2].split(", ") == list(NORMALIZATIONS)
+
+
+# Training
+
+
+class Recorder(Callback):
+    """The student's weights after each optimiser step."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer, module, *args) -> None:
+        self.weights.append({key: value.clone() for key, value in module.student.state_dict().items()})
+
+
+@pytest.fixture
+def train_tiny(configure, overrides, tmp_path):
+    """train_tiny(cls, callbacks, *more overrides, **options of Distillation) -> the module after a fit of 4 steps."""
+
+    def run(cls=Distillation, callbacks=(), *more: str, **options: Any) -> Distillation:
+        cfg = configure(*overrides, "trainer.checkpoint_every=1", *more)
+        teacher = tiny_backbone("UNet2DModel")
+        module = distillation(teacher.pruned(bypasses(REMOVED)), teacher, cls, tmp_path / "failure", **options)
+        run.module = module  # for who wants to look at it after an error
+        fit(module, schema.build(cfg.data), cfg.trainer, tmp_path, "distil", callbacks=callbacks)
+        return module
+
+    return run
+
+
+def checkpoint(run: Path, step: int) -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / f"step={step:07d}.ckpt", weights_only=True)
+
+
+def test_training_leaves_the_teacher_alone_and_out_of_the_checkpoint(train_tiny, tmp_path):
+    recorder = Recorder()
+    module = train_tiny(Distillation, [recorder, WarmedUpEMA(0.999)], taps="units", normalization="running")
+    teacher = tiny_backbone("UNet2DModel")
+    assert same_tensors(module.teacher.state_dict(), teacher.state_dict())
+    assert not any(part.training for part in module.teacher.modules())
+    assert all(p.grad is None and not p.requires_grad for p in module.teacher.parameters())
+    assert not same_tensors(recorder.weights[0], recorder.weights[-1])  # while the student learnt
+
+    expected = {f"student.{name}" for name in module.student.state_dict()} | {"weights.energy"}
+    saved = checkpoint(tmp_path, 4)
+    assert set(saved["state_dict"]) == set(saved["current_model_state"]) == set(module.state_dict()) == expected
+    assert len(saved["optimizer_states"][0]["state"]) == len(list(module.student.parameters()))
+
+    for network in (module.teacher, module.student):
+        for name, part in network.named_modules():
+            assert not part._forward_hooks and not part._forward_pre_hooks and not part._backward_hooks, name
+
+
+@pytest.mark.usefixtures("quick_end")
+def test_of_a_pipeline_the_student_alone_is_in_the_checkpoint_and_in_what_is_saved(configure, text_job, tmp_path):
+    prune(configure(*text_job, "criterion=magnitude"))
+    run = the_run(tmp_path / "runs")
+    weights = "diffusion_pytorch_model.pruned.safetensors"
+    for folder in ("student", "distilled"):
+        assert {path.name for path in (run / folder).iterdir()} == {"config.json", weights}
+    student, saved = load_file(run / "student" / weights), checkpoint(run, 4)
+    expected = {f"student.network.{name}" for name in student} | {"weights.energy"}
+    assert set(saved["state_dict"]) == set(saved["current_model_state"]) == expected
+    sizes = {name: value.numel() for name, value in leaves(saved).items() if isinstance(value, Tensor)}
+    optimizer = [size for name, size in sizes.items() if name.startswith("/optimizer_states/")]
+    learnt = [tensor.numel() for tensor in student.values()]
+    assert sorted(optimizer) == sorted([*learnt, *learnt, *(1 for _ in learnt)])  # two moments, and a count of steps
+    networks = ("/state_dict/", "/current_model_state/", "/optimizer_states/")
+    assert all(size == 1 for name, size in sizes.items() if not name.startswith(networks))
+
+
+def test_every_term_is_logged_by_level_before_and_after_its_weight(train_tiny, tmp_path):
+    train_tiny(Distillation)
+    history = pd.read_csv(tmp_path / "metrics.csv")
+    kept = [stage for stage in STAGES if stage != "down_blocks.0"]
+    terms = {"loss", "task", "output"} | {f"{kind}/{name}" for kind in ("feature", "weighted_feature") for name in kept}
+    for term in terms:
+        rows = history[history["name"] == f"train/{term}"]
+        assert list(rows["step"]) == [0, 1, 2, 3], term
+        assert (rows["value"] > 0).all(), term
+    assert {name for name in history["name"] if name.startswith("train/")} == {f"train/{term}" for term in terms}
+
+
+@pytest.mark.parametrize("decay", [0.999, 0.2, 0.0])
+def test_the_moving_average_warms_up(train_tiny, tmp_path, decay):
+    """It starts as the weights of the first step; after k updates it keeps min(decay, (1 + k) / (10 + k)) of itself."""
+    recorder = Recorder()
+    module = train_tiny(Distillation, [recorder, WarmedUpEMA(decay)])
+    average = recorder.weights[0]
+    for k, weights in enumerate(recorder.weights[1:], start=1):
+        kept = min(decay, (1 + k) / (10 + k))
+        average = {key: average[key].lerp(weights[key], 1 - kept) for key in weights}
+    assert len(recorder.weights) == 4
+    assert same_tensors(module.student.state_dict(), average)  # what the fit hands on
+    saved = checkpoint(tmp_path, 4)
+    assert same_tensors(
+        {f"student.{key}": value for key, value in average.items()} | {"weights.energy": module.weights.energy},
+        saved["state_dict"],
+    )
+    assert same_tensors(average, recorder.weights[-1]) == (decay == 0)
+
+
+def test_without_a_moving_average_the_last_weights_are_handed_on(train_tiny):
+    recorder = Recorder()
+    assert same_tensors(train_tiny(Distillation, [recorder]).student.state_dict(), recorder.weights[-1])
+
+
+class LossBreaks(Distillation):
+    def losses(self, batch):
+        losses = super().losses(batch)
+        return losses | {"loss": losses["loss"] * float("nan")} if self.global_step == 2 else losses
+
+
+class GradientBreaks(Distillation):
+    """The loss is finite, its derivative is not."""
+
+    def losses(self, batch):
+        losses = super().losses(batch)
+        zero = (self.student.network.conv_in.bias.sum() * 0).sqrt() if self.global_step == 2 else 0
+        return losses | {"loss": losses["loss"] + zero}
+
+
+@pytest.mark.parametrize(
+    ("cls", "what"), [(LossBreaks, "loss"), (GradientBreaks, "gradient of student.network.conv_in.bias")]
+)
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_optimiser_steps(train_tiny, tmp_path, cls, what):
+    recorder = Recorder()
+    with pytest.raises(NonFiniteLoss) as caught:
+        train_tiny(cls, [recorder])
+    (saved,) = (tmp_path / "failure").iterdir()
+    message = str(caught.value)
+    assert f"the {what} is not finite at optimiser step 2 " in message and str(saved) in message
+    assert "optimizer.lr" in message
+    assert len(recorder.weights) == 2
+    assert same_tensors(train_tiny.module.student.state_dict(), recorder.weights[-1])
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step=0000001.ckpt",
+        "step=0000002.ckpt",
+    ]
+    found = load_file(saved)
+    assert int(found["step"]) == 2
+    if cls is LossBreaks:
+        assert found["image"].shape == (4, 3, 8, 8) and found["index"].shape == (4,)
+        assert torch.isnan(found["losses/loss"]) and torch.isfinite(found["losses/task"])
+
+
+def test_what_broke_is_saved_also_where_the_data_have_captions(tmp_path, monkeypatch):
+    teacher = tiny_backbone("sd")
+    module, batch = distillation(teacher.pruned(bypasses([])), teacher, dump=tmp_path), tiny_batch(teacher)
+    monkeypatch.setattr(module, "losses", lambda batch: {"loss": torch.tensor(float("nan"))})
+    with pytest.raises(NonFiniteLoss):
+        module.training_step(batch, 0)
+    (saved,) = tmp_path.iterdir()
+    found = load_file(saved)
+    assert "caption" in batch and found.keys() == batch.keys() - {"caption"} | {"losses/loss", "step"}
+    assert torch.equal(found["image"], batch["image"])
+
+
+# Choices
+
+FIXED = {"bk_sdm": ["selection=bk_sdm"], "bk_sdm_tiny": ["selection=bk_sdm", "selection.variant=tiny"]}
+"""What goes with a distillation that is for certain students of four stages."""
+FURTHER = {"lora": ["distillation.lora.targets=[to_q,to_v]"]}  # layers of language models by default
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "distillation").glob("*.yaml")))
+@pytest.mark.usefixtures("quick_end")
+def test_every_choice_of_distillation_makes_a_job(configure, overrides, text_job, tmp_path, name):
+    job = [*text_job, *FIXED[name]] if name in FIXED else overrides
+    cfg = configure(*job, f"distillation={name}", *FURTHER.get(name, []))
+    assert cfg.distillation.name == name
+    prune(cfg)
+    run = the_run(tmp_path / "runs")
+    metrics = read_json(run / "metrics.json")
+    trains = name != "none"
+    assert metrics["eval/weights"] == ("ema" if trains else "pruned")
+    assert (run / "distilled").exists() == (run / "checkpoints").exists() == trains
+    assert ("distilled/output_loss" in metrics) == trains
+    assert metrics["eval/output_loss"] == metrics["distilled/output_loss" if trains else "pruned/output_loss"]
+    weights = f"diffusion_pytorch_model{'' if name in FIXED else '.pruned'}.safetensors"
+    exported = load_file(run / "export" / "unet" / weights)
+    assert same_tensors(exported, load_file(run / ("distilled" if trains else "student") / weights))

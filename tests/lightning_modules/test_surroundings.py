@@ -1,0 +1,250 @@
+"""Pipelines around networks: generation gives the network what the stock pipeline gives it; what is frozen, and what is
+read how.
+"""
+
+import copy
+import json
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+)
+from safetensors.torch import load_file
+from support.pipelines import FACTOR, KINDS, LATENT, tiny_pipeline
+from support.surroundings import TEXT, calls_of, named, opened, tensors, training_batch
+from test_backbone import Bomb
+from torch import Tensor
+
+from datamodules.readers.base import MissingData
+from datamodules.seeding import torch_rng
+from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
+from lightning_modules.backbones.diffusion.load import load_teacher
+from lightning_modules.backbones.files import weight_files
+
+PIXELS = LATENT * FACTOR
+CAPTIONS = ["a cat at the door", "the hat"]
+LABELS = [1, 7]
+SEEDS = [3, 4]
+STEPS = 2
+CALL: dict[str, dict[str, Any]] = {
+    "dit": {"class_labels": LABELS},
+    "ldm": {"batch_size": 2},
+    "ddpm": {"batch_size": 2},
+    "pixart": {"prompt": CAPTIONS, "use_resolution_binning": False, "height": PIXELS, "width": PIXELS},
+    "flux": {"prompt": CAPTIONS, "height": PIXELS, "width": PIXELS},
+}
+"""What a stock pipeline is called with, where it is more or less than prompts."""
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny pipelines, which nothing here may change."""
+    root = tmp_path_factory.mktemp("pipelines")
+    return {kind: tiny_pipeline(kind, root / kind) for kind in KINDS}
+
+
+def wanted(backbone: DiffusionBackbone, kind: str) -> dict[str, Any]:
+    """A batch of two images to generate."""
+    batch: dict[str, Any] = {"seed": torch.tensor(SEEDS)}
+    if kind == "dit":
+        batch["label"] = torch.tensor(LABELS)
+    return batch | ({"caption": CAPTIONS} if backbone.takes_text else {})
+
+
+# What the network is given
+
+
+def joined(calls: list[dict[str, Tensor]], kind: str) -> list[dict[str, Tensor]]:
+    """Our two passes of each step as the stock pipelines' one: [empty, text], or [class, empty]."""
+    order = 1 if kind == "dit" else -1
+    pairs = [calls[at : at + 2][::order] for at in range(0, len(calls), 2)]
+    return [{key: torch.cat([one[key], other[key]]) for key in one} for one, other in pairs]
+
+
+def stock_images(
+    pipeline: DiffusionPipeline, kind: str, noise: Tensor, guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> np.ndarray:
+    """What a stock pipeline makes of this noise, in [0,1]."""
+    options: dict[str, Any] = dict(CALL.get(kind, {"prompt": CAPTIONS}))
+    if "batch_size" not in options:
+        options["guidance_scale"] = guidance
+    if kind == "flux":
+        options["latents"] = FluxPipeline._pack_latents(noise, *noise.shape)
+    elif "prompt" in options:
+        options["latents"] = noise
+    else:  # it draws its noise itself
+        monkeypatch.setattr(sys.modules[type(pipeline).__module__], "randn_tensor", lambda *_, **__: noise.clone())
+    if kind == "ddpm":  # its sampler draws noise in every step
+        options["generator"] = [torch_rng("sampler", seed) for seed in SEEDS]
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(**options, num_inference_steps=STEPS, output_type="np").images
+
+
+def compare_with_stock(folder: Path, kind: str, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail unless generation and the stock pipeline give the network the same, and make the same images of it."""
+    backbone, pipeline = opened(folder), DiffusionPipeline.from_pretrained(folder)
+    sampler = type(pipeline.scheduler).from_config
+    with torch.no_grad(), calls_of(backbone.network) as ours:
+        samples = backbone.generate(wanted(backbone, kind), sampler, STEPS, guidance)
+    noise = torch.stack([torch.randn(backbone.data_shape(), generator=torch_rng("sample", seed)) for seed in SEEDS])
+    with calls_of(getattr(pipeline, backbone.component)) as theirs:
+        images = stock_images(pipeline, kind, noise, guidance, monkeypatch)
+
+    if guidance > 1 and kind not in ("flux", "ldm", "ddpm"):
+        ours = joined(ours, kind)
+    assert len(ours) == len(theirs) >= STEPS
+    for step, (found, expected) in enumerate(zip(ours, theirs, strict=True)):
+        assert found.keys() == expected.keys()
+        for key, value in found.items():
+            # Two passes of N round unlike one of 2 N, and one empty caption unlike N of them.
+            exact = guidance == 1 and (step == 0 or key not in ("sample", "hidden_states"))
+            atol = 0 if exact else 5e-6 * float(value.abs().max())
+            torch.testing.assert_close(value, expected[key].expand_as(value), rtol=0, atol=atol, msg=named(key))
+
+    seen = samples if backbone.surroundings.vae is None else backbone.surroundings.decode(samples)
+    torch.testing.assert_close(
+        ((seen + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1), torch.tensor(images), rtol=0, atol=1e-5
+    )
+    decoded = backbone.decode(samples)
+    assert decoded.shape == (2, PIXELS, PIXELS, 3) and decoded.dtype == torch.uint8
+    assert np.abs(decoded.numpy() - 255 * images).max() <= 0.51
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0], ids=["plain", "guided"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_gives_the_network_what_the_stock_pipeline_gives_it(folders, kind, guidance, monkeypatch):
+    compare_with_stock(folders[kind], kind, guidance, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", TEXT)
+def test_captions_reach_the_network(folders, kind):
+    """And differ from each other and from none, so that comparing arguments says something."""
+    backbone = opened(folders[kind])
+    with torch.no_grad(), calls_of(backbone.network) as calls:
+        backbone.generate(wanted(backbone, kind), type(backbone.surroundings.pipeline.scheduler).from_config, 1, 5.0)
+    states = [call["encoder_hidden_states"] for call in calls]
+    assert len(states) == (1 if kind == "flux" else 2)
+    assert not torch.equal(states[0][0], states[0][1])
+    if kind != "flux":
+        assert torch.equal(states[1][0], states[1][1]) and not torch.equal(states[0][0], states[1][0])
+
+
+def test_pixart_of_1024_pixels_is_told_size_and_aspect_ratio(folders, tmp_path, monkeypatch):
+    pipeline = DiffusionPipeline.from_pretrained(folders["pixart"])
+    config = dict(pipeline.transformer.config) | {"sample_size": 128, "use_additional_conditions": True}
+    config |= {"num_attention_heads": 3, "cross_attention_dim": 24}  # a third each for height, width, aspect ratio
+    pipeline.register_modules(transformer=PixArtTransformer2DModel.from_config(config))
+    pipeline.save_pretrained(tmp_path)
+    compare_with_stock(tmp_path, "pixart", 5.0, monkeypatch)
+    backbone = opened(tmp_path)
+    sizes = backbone.calibration_inputs(training_batch(backbone, [1]), 0)["conditions"]["added_cond_kwargs"]
+    assert sizes["resolution"].tolist() == [[31, 41]]  # before it was cropped
+    assert sizes["aspect_ratio"].tolist() == [[1]]
+
+
+def test_flux_without_guidance_and_with_a_fixed_shift_is_flux_schnell(folders, tmp_path, monkeypatch):
+    pipeline = DiffusionPipeline.from_pretrained(folders["flux"])
+    config = dict(pipeline.transformer.config) | {"guidance_embeds": False}
+    pipeline.register_modules(
+        transformer=type(pipeline.transformer).from_config(config), scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0)
+    )
+    pipeline.save_pretrained(tmp_path)
+    compare_with_stock(tmp_path, "flux", 5.0, monkeypatch)
+
+
+# The encoders are there, but no part of the network
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "flux", "ldm"])
+def test_the_other_parts_of_a_pipeline_are_frozen_and_in_no_checkpoint(folders, kind):
+    backbone = opened(folders[kind])
+    network = load_file(next((folders[kind] / backbone.component).glob("*.safetensors")))
+    assert set(backbone.state_dict()) == {f"network.{key}" for key in network}
+    assert len(list(backbone.parameters())) == len(list(backbone.network.parameters()))
+    assert copy.deepcopy(backbone).surroundings is backbone.surroundings
+    others = backbone.train().surroundings.modules()
+    assert len(others) == {"sdxl": 3, "flux": 3, "ldm": 1}[kind]
+    for part in others:
+        assert part is not backbone.network and not part.training
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
+def test_captions_that_were_encoded_while_scoring_can_be_trained_with(folders, kind):
+    """Scoring runs in inference mode, and perhaps in another precision."""
+    backbone = opened(folders[kind])
+    batch = training_batch(backbone, [0, 1])
+    expected = tensors(opened(folders[kind]).conditions(batch, torch.device("cpu")))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        scored = backbone.calibration_inputs(batch, 0)
+        backbone.decode(backbone.latents(batch, None))
+    assert all(torch.equal(value, expected[key]) for key, value in tensors(scored["conditions"]).items())
+    backbone.loss(backbone.training_inputs(batch)).backward()
+    assert all(p.grad.isfinite().all() for p in backbone.parameters() if p.grad is not None)
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in backbone.parameters())
+
+
+# What is refused, and what is read how
+
+
+def test_an_inpainting_network_is_refused(tmp_path):
+    folder = tiny_pipeline("sd", tmp_path / "inpainting")
+    config = json.loads((folder / "unet" / "config.json").read_text()) | {"in_channels": 9}
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    with pytest.raises(ValueError, match=r"takes 9 channels and gives 4: an inpainting, .* choose a teacher") as caught:
+        opened(folder)
+    assert f"teacher.path={str(folder)!r}" in str(caught.value)
+
+
+def test_a_pipeline_on_the_hub_that_cannot_be_reached_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for read in (load_teacher, weight_files):  # the weights' files are looked up first, for the teacher's fingerprint
+        wanted = r"run `hf download nobody/no-pipeline --local-dir FOLDER`, then set teacher\.path to FOLDER"
+        with pytest.raises(MissingData, match=wanted):
+            read("nobody/no-pipeline")
+
+
+@torch.no_grad()
+def test_a_vqmodel_without_a_scaling_factor_in_its_file_does_not_scale(folders, tmp_path):
+    """As latent diffusion models of before there was one; diffusers would take that of Stable Diffusion's VAE."""
+    folder = tiny_pipeline("ldm", tmp_path / "ldm")
+    file = folder / "vqvae" / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("scaling_factor") == 0.18215
+    file.write_text(json.dumps(config))
+    scaled, plain = opened(folders["ldm"]), opened(folder)
+    images = training_batch(plain, [0, 1])["image"]
+    vqvae = DiffusionPipeline.from_pretrained(folder).vqvae.requires_grad_(False)  # else convolutions round otherwise
+    latents = vqvae.encode(images).latents
+    assert torch.equal(plain.surroundings.encode(images, None), latents)
+    assert torch.equal(plain.surroundings.decode(latents), vqvae.decode(latents).sample)
+    assert torch.equal(scaled.surroundings.encode(images, None), latents * 0.18215)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_pickled_weights_of_a_part_are_read_without_executing_them(tmp_path, part):
+    folder = tiny_pipeline("sd", tmp_path / "sd")
+    expected = {
+        key: value.clone() for key, value in getattr(opened(folder).surroundings.pipeline, part).state_dict().items()
+    }
+    (safe,) = (folder / part).glob("*.safetensors")
+    pickled = safe.with_name({"vae": "diffusion_pytorch_model.bin", "text_encoder": "pytorch_model.bin"}[part])
+    torch.save(load_file(safe), pickled)
+    safe.unlink()
+    found = getattr(opened(folder).surroundings.pipeline, part).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+    pickled.write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
+    with pytest.raises(ValueError, match="the rest of the pipeline cannot be read"):
+        opened(folder)
+    assert not (tmp_path / "boom").exists()

@@ -1,0 +1,1 @@
+"""What tests share: tiny networks, data, jobs and their fixtures."""

@@ -1,0 +1,20 @@
+"""train.py as a process of its own, as a user starts it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def train(
+    *arguments: str, check: bool = True, config_dir: Path | None = None, timeout: float = 300, **options: object
+) -> subprocess.CompletedProcess:
+    """Run train.py as a user does, in a process of its own."""
+    command = [sys.executable, str(ROOT / "train.py")]
+    if config_dir:
+        command += ["--config-dir", str(config_dir)]
+    process = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=timeout, **options)  # type: ignore[call-overload]
+    if check and process.returncode:
+        raise AssertionError(process.stdout[-2000:] + process.stderr[-4000:])
+    return process
