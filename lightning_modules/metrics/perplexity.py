@@ -31,7 +31,7 @@ class Perplexity:
     Shortened LLaMA (arXiv 2402.02834, by its code); longer segments give lower values. With `length` null a segment,
     with its first token, is as long as what the network was made for (`max_position_embeddings`).
 
-    `text` is a file or a folder of files or, with `hub`, a split of a data set, as `path` of datamodules/texts/corpus.py,
+    `text` is a file or a folder of files or, with `hub`, a split of a data set, as `path` of Texts in texts/corpus.py,
     which also says what `subset`, `revision` and `column` are. Files and rows are joined by an empty line; with
     `separator` so are the parts of files between two of it, without white space around them and without empty ones.
     `tokens` takes no more than the first ones. `batch_size` segments go through the network at once, shared out over

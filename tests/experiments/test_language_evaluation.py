@@ -5,12 +5,12 @@ import json
 import math
 import re
 
-import lightning_modules.modules.joint_loss as evaluation_module
 import pytest
 import torch
 from omegaconf import OmegaConf
 from support.language import LETTERS, VOCABULARY, letters, tiny_llama
 
+import lightning_modules.modules.joint_loss as evaluation_module
 from conf.schema import build
 from datamodules.readers.base import MissingData
 from datamodules.texts.corpus import Corpus
