@@ -19,15 +19,17 @@ import hydra
 from omegaconf import DictConfig
 
 from conf import schema
+from experiments.engine.pipeline import run_pipeline
 
 schema.register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> float | None:
+    """Run one job; returns its first measure, for sweepers that search."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is open (a W&B run, a lock) is closed
     schema.check(cfg)
-    schema.build(cfg.pipeline, _partial_=True)(cfg)
+    return run_pipeline(cfg)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,13 @@ class Precompute:
 
 
 @dataclass
+class Pipeline:
+    name: str = MISSING
+    stages: dict[str, Any] = field(default_factory=dict)
+    """the stages by name in the order in which they run, each a `_target_`; null leaves one out"""
+
+
+@dataclass
 class Task:
     name: str = MISSING
 
@@ -158,7 +165,7 @@ class Config:
     """training: data order, noise, initialisation"""
     force: bool = False
     """run again what is finished"""
-    pipeline: Any = MISSING
+    pipeline: Pipeline = field(default_factory=Pipeline)
     task: Task = field(default_factory=Task)
     teacher: Any = None
     criterion: Any = None

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,9 +14,32 @@ from torch import Tensor
 SCORING_VERSION = 2
 """Goes up when the same criterion would give other scores; part of the key under which scores are cached."""
 
-LEVELS = ("depth", "operator", "channel")
-"""Pools of units: whole blocks (ResNet blocks, attentions, transformer blocks), LD-Pruner's single operators, or blocks
-of channels (width)."""
+
+class Level(StrEnum):
+    """A kind of units, all of which make up one pool."""
+
+    DEPTH = "depth"
+    """whole blocks: ResNet blocks, attentions, transformer blocks, decoder layers"""
+    OPERATOR = "operator"
+    """LD-Pruner's single operators"""
+    CHANNEL = "channel"
+    """blocks of channels (width)"""
+
+
+class ChangeKind(StrEnum):
+    """How a change of a plan removes something."""
+
+    BYPASS = "bypass"
+    """a block is passed over"""
+    REPLACE = "replace"
+    """an operator becomes a cheaper one of the same shape"""
+    SLICE = "slice"
+    """channels are cut out of weights"""
+    RESTAGE = "restage"
+    """the whole network becomes a smaller one of its kind (BK-SDM)"""
+
+
+LEVELS = tuple(level.value for level in Level)
 
 Batch = dict[str, Any]
 """Tensors and lists of one entry a sample; `conditions` is a dictionary of its own."""
@@ -147,6 +171,13 @@ class Criterion:
         except ValueError as error:
             return str(error)
         return None
+
+    def spreads_batches(self, backbone: Any) -> bool:
+        """Tell whether each calibration batch is to be spread evenly over all samples.
+
+        It is where a part of the batches has to speak for all, as with early stopping.
+        """
+        return getattr(self, "stable_for", None) is not None
 
     def files(self) -> list[Path]:
         """Files other than the teacher's that decide the scores, such as another model's weights."""

@@ -1,6 +1,7 @@
 """AutoBot (arXiv 2111.09635): units behind trainable gates, under a budget that the gates have to keep."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,10 @@ class Bottleneck(Criterion):
         if self.budget not in totals:
             return f"gates are trained for a cost that is counted; choose selection.budget from: {', '.join(totals)}"
         return None
+
+    def spreads_batches(self, backbone: Any) -> bool:
+        """Timesteps of diffusion networks go with the samples' numbers, and each batch is a step of the gates."""
+        return bool(backbone.stratifies_timesteps)
 
     def start(self, backbone: Backbone, units: Sequence[Unit], seed: int) -> None:
         """Begin with all gates at `init`; `alphas` are what is trained: {group: (units of the group,)}."""

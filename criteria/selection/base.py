@@ -77,13 +77,28 @@ class Selection:
     """A way to choose what is removed, and how."""
 
     needs_scores = True
+    needs_joint_loss = False
+    """does it measure the joint loss of sets of units?"""
+    budget = "params"
+    """the cost in which the achieved ratio is stated"""
+
+    @property
+    def needs_savings(self) -> bool:
+        """Is the latency that each unit saves to be measured?"""
+        return self.budget == "latency"
+
+    def protected_units(self, units: Sequence[Unit]) -> list[str]:
+        """Return the names of the units that stay whatever their scores."""
+        return []
 
     def check(self, pool: Pool) -> None:
-        """Raise ValueError for what cannot be had from this pool; needs no scores, so it is asked before those."""
-        raise NotImplementedError
+        """Raise ValueError for what cannot be had from this pool; asked once, before anything is scored or timed."""
 
     def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
-        """The names of the units to remove, in the order of the forward pass; raises what `check` raises."""
+        """Return the names of the units to remove, in the order of the forward pass.
+
+        Raises InfeasibleBudget where no set of units fits the budget.
+        """
         raise NotImplementedError
 
     def changes(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[dict[str, str]]:
@@ -131,6 +146,18 @@ class Budgeted(Selection):
 
         ValueError as well for an unknown protected unit, naming the nearest.
         """
+        if self.needs_savings and pool.savings is None:  # units are timed after they are scored
+            self.protected_units(pool.units)
+            if pool.cost is not None:
+                raise ValueError(
+                    "selection.budget='latency' is for blocks and operators; of channels choose params, macs, or for "
+                    "image classifiers flops"
+                )
+            return
+        self.check_budget(pool)
+
+    def check_budget(self, pool: Pool) -> None:
+        """Raise InfeasibleBudget where no set of units fits the budget."""
         window, program = self.window(pool), self.program(pool)
         if not reachable(program, window):
             largest = greatest_cost(program, sum(program.every))
@@ -138,7 +165,7 @@ class Budgeted(Selection):
             raise self.infeasible(pool, largest, below, above)
 
     def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
-        self.check(pool)
+        self.check_budget(pool)
         free, program, window = self.free(pool), self.program(pool), self.window(pool)
         chosen = sorted(self.choose(program, [scores[unit.name] for unit in free], window))
         assert window[0] <= program.cost(chosen) <= window[1]
@@ -150,10 +177,10 @@ class Budgeted(Selection):
 
     def free(self, pool: Pool) -> list[Unit]:
         """The units that may go."""
-        staying = self.staying(pool.units)
+        staying = self.protected_units(pool.units)
         return [unit for unit in pool.units if unit.name not in staying]
 
-    def staying(self, units: Sequence[Unit]) -> list[str]:
+    def protected_units(self, units: Sequence[Unit]) -> list[str]:
         """The names of the protected units; raises ValueError for an unknown one, naming the nearest."""
         names = [unit.name for unit in units]
         found: set[str] = set()
@@ -176,7 +203,7 @@ class Budgeted(Selection):
                 "these units are channels, whose costs do not add up; choose selection=uniform for a language model, "
                 "selection=threshold for other networks"
             )
-        staying = self.staying(pool.units)
+        staying = self.protected_units(pool.units)
         free = [i for i, unit in enumerate(pool.units) if unit.name not in staying]
         return pool.program(self.budget).after(set(), free)
 
@@ -207,7 +234,7 @@ class Budgeted(Selection):
             asked = f"selection.target={self.target:,}"
             most = f"the smallest cost that can be had is {total - largest:,} of {total:,}"
             nearest = [f"{total - cost:,}" for cost in near]
-        protected = len(self.staying(pool.units)) if self.protected else 0
+        protected = len(self.protected_units(pool.units)) if self.protected else 0
         return InfeasibleBudget(
             f"{asked} (tolerance {self.tolerance}) of {self.budget} cannot be had: {most}, the nearest achievable "
             + (" and ".join(nearest) or "none")

@@ -1,13 +1,15 @@
 """BK-SDM's fixed sets of blocks (arXiv 2305.15798): no scores, and no ratio but the one they come to."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from criteria.selection.base import Measure, Pool, Selection
 
 VARIANTS = ("base", "small", "tiny")
 
 
 @dataclass
-class BkSdm:
+class BkSdm(Selection):
     """The whole network by a smaller one of its kind: see lightning_modules/backbones/diffusion/restage.py.
 
     `variant`: base takes the second ResNet block and attention of every stage, small the middle block, too, and tiny
@@ -18,16 +20,11 @@ class BkSdm:
     variant: str = "base"
 
     needs_scores = False
-    budget = "params"
-    """what the achieved ratio is stated in"""
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"selection.variant={self.variant!r} is unknown; choose one of: {', '.join(VARIANTS)}")
 
-    def check(self, pool: Any) -> None:
-        """Any pool will do: the sets are not made of its units."""
-
-    def changes(self, pool: Any, scores: Any, measure: Any = None) -> list[dict[str, str]]:
-        """One change, of the whole network; pool, scores and measure have no say in it."""
+    def changes(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[dict[str, str]]:
+        """Return one change, of the whole network; pool, scores and measure have no say in it."""
         return [{"kind": "restage", "variant": self.variant}]

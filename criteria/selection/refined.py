@@ -20,6 +20,8 @@ class Refined(Knapsack):
 
     evaluations: int = 64
 
+    needs_joint_loss = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.evaluations < 1:

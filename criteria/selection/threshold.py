@@ -99,7 +99,7 @@ class Threshold(Budgeted):
 
     def order(self, pool: Pool, scores: Mapping[str, float]) -> list[str]:
         """The units that may go, the lowest score first, then in the order of the forward pass."""
-        protected = set(self.staying(pool.units))
+        protected = set(self.protected_units(pool.units))
         staying = {group(name) for name in protected}
         names = sorted((unit.name for unit in pool.units), key=scores.__getitem__)
         last = {group(name): name for name in names}  # of each group, the one of the highest score

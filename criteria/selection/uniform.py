@@ -56,7 +56,7 @@ class Uniform(Budgeted):
     def kinds(self, pool: Pool) -> list[Kind]:
         """The kinds, the one with the most units a group last."""
         pool.total(self.budget)
-        staying = set(self.staying(pool.units))
+        staying = set(self.protected_units(pool.units))
         found: dict[str, dict[str, list[Unit]]] = {}
         for unit in pool.units:
             found.setdefault(unit.kind, {}).setdefault(group(unit.name), []).append(unit)

@@ -15,6 +15,10 @@ class UnwritableDirectory(OSError):
     """The folder for runs cannot be made or written to."""
 
 
+class StaleArtefact(ValueError):
+    """A stage's artefact belongs to another teacher, or to other scores."""
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that is complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,3 +73,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_fresh(path: Path, what: str, stored: str, wanted: str) -> None:
+    """Raise StaleArtefact where a file was made from something else (`what`) than what this run has."""
+    if stored != wanted:
+        raise StaleArtefact(
+            f"{path} belongs to {what} {stored[:16]}, this run has {wanted[:16]}; delete it (what was made from it "
+            "goes, too), or run with force=true"
+        )

@@ -1,55 +1,77 @@
-"""What the stages of a job share: their times, and what to say when one runs out of memory."""
+"""How long the parts of a job take, and what to do when one runs out of memory."""
 
 import contextlib
+import logging
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 from omegaconf import DictConfig
 
-from experiments.engine.artefacts import read_json, write_json
-from experiments.engine.ranks import is_rank_zero
 from lightning_modules.metrics.cost import peak_memory, reset_peak_memory
+
+log = logging.getLogger(__name__)
 
 
 class OutOfMemory(RuntimeError):
-    """The machine has too little memory for a stage; the message says what lowers it."""
+    """The machine has too little memory for a part of the job; the message says what lowers it."""
 
 
-class Stages:
-    """`with stages("distil"): ...` times a stage; `seconds` has the sums, over all processes that worked on the run.
+class Clock:
+    """`with clock("distil"): ...` adds the time of the block to `seconds["distil"]`.
 
-    A stage that was killed is not counted, as nothing says how long it had worked.
+    A block that ends with an error is not counted, nor is one whose process is killed.
+
+    Args:
+        cfg: the job's configuration, for the advice on memory.
+        device: the device whose peak memory the advice names.
+        seconds: times of the processes that worked on the run before, by part.
+        save: called with `seconds` after each block.
     """
 
-    def __init__(self, cfg: DictConfig, device: torch.device, note: Path) -> None:
-        self.cfg, self.device, self.note = cfg, device, note
-        self.seconds: dict[str, float] = read_json(note) if note.exists() else {}
+    def __init__(
+        self,
+        cfg: DictConfig,
+        device: torch.device,
+        seconds: dict[str, float] | None = None,
+        save: Callable[[dict[str, float]], None] = lambda seconds: None,
+    ) -> None:
+        self.cfg, self.device, self.save = cfg, device, save
+        self.seconds = dict(seconds or {})
         reset_peak_memory()
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Time a stage, and say what to do when it runs out of memory."""
+        """Time a block. Raises OutOfMemory in the place of an error that says so."""
+        log.debug("%s: begins", name)
         start = time.monotonic()
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            text = str(error).lower()
-            if (
-                not isinstance(error, MemoryError | torch.OutOfMemoryError)
-                and "allocate memory" not in text
-                and "not enough memory" not in text
-            ):
-                raise
-            cfg = self.cfg
-            raise OutOfMemory(
-                f"out of memory in stage {name!r} (peak so far {peak_memory(self.device) / 2**30:.1f} GiB; "
-                f"data.batch_size={cfg.data.batch_size}, calibration.batch_size={cfg.calibration.batch_size}, "
-                f"evaluation.batch_size={cfg.evaluation.batch_size}). Lower the batch size of that stage; "
-                "trainer.accumulate_grad_batches keeps the effective batch, trainer.precision=bf16-mixed halves "
-                "activations"
-            ) from error
-        self.seconds[name] = round(self.seconds.get(name, 0) + time.monotonic() - start, 2)
-        if is_rank_zero():
-            write_json(self.note, self.seconds)
+            if is_out_of_memory(error):
+                raise OutOfMemory(self.advise(name)) from error
+            raise
+        seconds = time.monotonic() - start
+        log.debug("%s: %.2f s", name, seconds)
+        self.seconds[name] = round(self.seconds.get(name, 0) + seconds, 2)
+        self.save(self.seconds)
+
+    def advise(self, name: str) -> str:
+        cfg = self.cfg
+        return (
+            f"out of memory in stage {name!r} (peak so far {peak_memory(self.device) / 2**30:.1f} GiB; "
+            f"data.batch_size={cfg.data.batch_size}, calibration.batch_size={cfg.calibration.batch_size}, "
+            f"evaluation.batch_size={cfg.evaluation.batch_size}). Lower the batch size of that stage; "
+            "trainer.accumulate_grad_batches keeps the effective batch, trainer.precision=bf16-mixed halves "
+            "activations"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error of Python or torch says that no memory was left."""
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "allocate memory" in text
+        or "not enough memory" in text
+    )

@@ -1,17 +1,13 @@
 """The evaluation stage: one protocol for teacher, pruned and distilled network, whatever their family."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from omegaconf import DictConfig
-from torch.utils.data import DataLoader
-
-from experiments.engine.artefacts import read_json
 from experiments.engine.cache import cached
-from experiments.engine.clock import Stages
 from experiments.engine.identity import RESULT_VERSION, effective
+from experiments.engine.inputs import held_out
+from experiments.engine.job import TEACHER, Job
 from experiments.engine.measures import (
     build_measures,
     check_network_measures,
@@ -20,79 +16,65 @@ from experiments.engine.measures import (
     of_samples,
     taken_of_network,
 )
-from experiments.engine.run import Run
 from experiments.engine.samples import Drawn
 from experiments.engine.texts import Texts
 from lightning_modules.backbones.base import NetworkBackbone
-from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
-from lightning_modules.metrics.cost import device_name, latencies, peak_memory
+from lightning_modules.metrics.cost import device_name, latencies
 from lightning_modules.metrics.protocol import NetworkMeasure
 from lightning_modules.modules.joint_loss import JointLoss
 from lightning_modules.training.trainer import autocast, make_trainer, precision_of
 
 
 class Evaluator:
-    """Measures networks against the teacher and the data, as `cfg.evaluation` says."""
+    """Measures networks against the teacher and the data, as `cfg.evaluation` says.
 
-    def __init__(
-        self, cfg: DictConfig, run: Run, data: Any, teacher: NetworkBackbone, teacher_id: str, stages: Stages
-    ) -> None:
-        self.cfg, self.run, self.data, self.stages = cfg, run, data, stages
-        self.teacher, self.teacher_id = teacher, teacher_id
-        self.measures = build_measures(cfg)
+    Raises ValueError for measures that cannot be taken of the teacher's networks, or on texts that it was calibrated
+    on (`calibration`: the data modules of calibration samples, where they are others than the job's data).
+    """
+
+    def __init__(self, job: Job, calibration: Sequence[Any] = ()) -> None:
+        self.job, self.cfg, self.teacher = job, job.cfg, job.teacher
+        self.measures = build_measures(self.cfg)
         self.drawn: Drawn | None = None
         if measures := of_samples(self.measures):
-            if not isinstance(teacher, DiffusionBackbone):
+            if not self.teacher.generates:
                 raise ValueError(
                     f"evaluation.metrics.{next(iter(measures))} measures generated samples, and this teacher generates "
                     "none; choose measures of the network: evaluation=perplexity for a language model, "
                     "evaluation=accuracy for an image classifier"
                 )
-            self.drawn = Drawn(cfg, run, data, teacher, teacher_id, stages, measures)
-        check_network_measures(of_networks(self.measures), list(self.measures), teacher, data)
+            self.drawn = Drawn(job, measures)
+        for data in (job.data, *calibration):
+            check_network_measures(of_networks(self.measures), list(self.measures), self.teacher, data)
         self.texts: Texts | None = None
-        if teacher.writes_text and cfg.evaluation.prompts is not None:
-            self.texts = Texts(cfg, run, teacher, self.teacher_key(), stages)
+        if self.teacher.writes_text and self.cfg.evaluation.prompts is not None:
+            self.texts = Texts(job, self.teacher_key())
 
     def teacher_key(self) -> dict[str, Any]:
-        """What the teacher's evaluations are kept under, whatever the run."""
+        """Return the key under which evaluations of the teacher are kept, whatever the run."""
         options = {key: value for key, value in effective(self.cfg)["teacher"].items() if key not in ("name", "path")}
-        return {"teacher": self.teacher_id, "options": options}
+        return {"teacher": self.job.teacher_id, "options": options}
 
-    def held_out(self) -> DataLoader:
-        """The samples on which losses are measured."""
-        return held_out(self.cfg, self.data)
+    def metrics(self, networks: Mapping[str, NetworkBackbone]) -> dict[str, Any]:
+        """Return costs and quality of all networks, as entries of metrics.json; nothing that depends on time.
 
-    def metrics(self, plan: dict[str, Any], networks: dict[str, NetworkBackbone]) -> dict[str, Any]:
-        """Quality of teacher, pruned and distilled network; counts; nothing that depends on time."""
-        cfg, path = self.cfg, self.run / "metrics.json"
-        if path.exists():
-            return read_json(path)
-        budget = cfg.selection.get("budget", "params")
-        final = "distilled" if "distilled" in networks else "pruned"
-        metrics: dict[str, Any] = {
-            "run_id": self.run.id,
-            **requested(cfg.selection, self.teacher.totals()),
-            "plan/budget": budget,
-            "plan/removed_units": sum("unit" in change for change in plan["changes"]),
-            "plan/predicted_harm": plan["predicted_harm"],
-        }
-        for name, network in (("teacher", self.teacher), ("student", networks["pruned"])):
+        The last network is the one that the run delivers: its costs stand under `student/`, its quality under `eval/`,
+        too, one name for dashboards whatever the stages were.
+        """
+        cfg, final = self.cfg, list(networks)[-1]
+        metrics: dict[str, Any] = {}
+        for name, network in (*networks.items(), ("student", networks[final])):
             metrics |= {f"{name}/{cost}": total for cost, total in network.totals().items()}
             metrics[f"{name}/macs_attention"] = network.macs().attention
         if self.teacher.writes_text:
             metrics["macs_tokens"] = self.teacher.length
-        if budget != "latency":  # that is measured, and stands in measured.json
-            metrics["plan/achieved_ratio"] = 1 - metrics[f"student/{budget}"] / metrics[f"teacher/{budget}"]
-        metrics["eval/weights"] = ("ema" if cfg.ema_decay is not None else "last") if final == "distilled" else "pruned"
-
         for name, network in networks.items():
-            if name == "teacher":
+            if name == TEACHER:
                 continue
-            with self.stages("measure losses"):
+            with self.job.clock("measure losses"):
                 module = JointLoss(network, self.teacher, cfg.evaluation.seed)
                 make_trainer(cfg.trainer, f"loss of {name}", cfg.evaluation.precision).test(
-                    module, self.held_out(), verbose=False
+                    module, held_out(cfg, self.job.data), verbose=False
                 )
                 metrics |= {
                     f"{name}/{key}": value for key, value in module.metrics.items() if key != "teacher_task_loss"
@@ -107,18 +89,16 @@ class Evaluator:
         if self.texts is not None:
             for name, network in networks.items():
                 self.texts.write(name, network)
-        # "eval/..." is what the run delivers: one name for dashboards, whether it was distilled or not.
-        metrics |= {f"eval/{key.split('/')[1]}": value for key, value in metrics.items() if key.startswith(f"{final}/")}
-        self.run.write("metrics.json", metrics)
-        return metrics
+        quality = {key: value for key, value in metrics.items() if key.startswith(f"{final}/")}
+        return metrics | {f"eval/{key.split('/')[1]}": value for key, value in quality.items()}
 
-    def values(self, name: str, measure: NetworkMeasure, networks: dict[str, NetworkBackbone]) -> dict[str, float]:
+    def values(self, name: str, measure: NetworkMeasure, networks: Mapping[str, NetworkBackbone]) -> dict[str, float]:
         """A measure of each network, {network/measure: value}; the teacher's is taken once for all runs."""
-        device = self.stages.device
+        device = self.job.device
         precision = precision_of(self.cfg.evaluation.precision, device.type)
 
         def taken(network: NetworkBackbone) -> dict[str, float]:
-            with self.stages("measure networks"), autocast(precision, device):
+            with self.job.clock("measure networks"), autocast(precision, device):
                 return taken_of_network(measure, name, network, device)
 
         key = {**self.teacher_key(), "measure": effective(self.cfg)["evaluation"]["metrics"][name], "name": name}
@@ -126,7 +106,7 @@ class Evaluator:
         found: dict[str, float] = {}
         for of, network in networks.items():
             once = functools.partial(taken, network)
-            values = cached(self.run.cache / "measures", key, once) if of == "teacher" else once()
+            values = cached(self.job.run.cache / "measures", key, once) if of == TEACHER else once()
             found |= {f"{of}/{column}": value for column, value in values.items()}
         return finite(found, "the network's output is broken")
 
@@ -143,53 +123,33 @@ class Evaluator:
         measures = {name: {"better": measure.better, **own[name]} for name, measure in self.measures.items()}
         return {**shared, "measures": measures}
 
-    def latency_achieved(self, ratio: float) -> dict[str, float]:
-        """The built student's own share of a latency budget; says so where it is not what was asked for."""
-        selection = self.cfg.selection
-        if selection.get("budget") != "latency":
-            return {}
-        if "ratio" in selection and not selection.ratio <= ratio <= selection.ratio + selection.tolerance:
-            print(
-                f"the built student saves {ratio:.3f} of the latency, selection.ratio={selection.ratio} (tolerance "
-                f"{selection.tolerance}) was asked for: what units save alone did not add up"
-            )
-        return {"plan/achieved_ratio": ratio}
+    def measured(self, student: NetworkBackbone, wanted: tuple[float, float] | None) -> dict[str, Any]:
+        """Return the latencies of teacher and student, taken in turns, as entries of measured.json.
 
-    def measured(self, student: NetworkBackbone) -> dict[str, Any]:
-        """Latency of teacher and student, taken in turns, and the job's time and peak memory."""
-        device = self.stages.device
+        `wanted` is the window of ratios of a latency budget, None without one; the built student's own ratio is
+        returned with it, and a warning is logged where it lies outside.
+        """
+        device = self.job.device
         batch, repeats = self.cfg.evaluation.latency_batch, self.cfg.evaluation.latency_repeats
-        with self.stages("time"):
+        with self.job.clock("time"):
             calls: dict[str, Callable[[], Any]] = {}
             for name, network in (("teacher", self.teacher), ("student", student)):
                 inputs = network.to(device).eval().example_inputs(batch, device)
                 calls[name] = functools.partial(network.predict, inputs)
             times = latencies(calls, repeats, device)
+        ratio = times["student"] / times["teacher"]
         measured: dict[str, Any] = {f"{name}/latency_ms": value for name, value in times.items()}
         measured |= {
-            "latency_ratio": times["student"] / times["teacher"],
-            **self.latency_achieved(1 - times["student"] / times["teacher"]),
+            "latency_ratio": ratio,
             "latency_batch": batch,
             "latency_precision": "float32",
             "device": device_name(device),
-            "torch": str(torch.__version__),
-            "peak_memory_bytes": peak_memory(device),
         }
+        if wanted is not None:
+            measured["plan/achieved_ratio"] = 1 - ratio
+            if not wanted[0] <= 1 - ratio <= wanted[1]:
+                print(
+                    f"the built student saves {1 - ratio:.3f} of the latency, selection.ratio={wanted[0]} (tolerance "
+                    f"{wanted[1] - wanted[0]:g}) was asked for: what units save alone did not add up"
+                )
         return measured
-
-
-def requested(selection: DictConfig, totals: Mapping[str, int]) -> dict[str, float | None]:
-    """The ratio that was asked for, as an entry of metrics.json, and the target it comes from where one was given.
-
-    The ratio is None where units were given; `totals` are the teacher's.
-    """
-    target = selection.get("target")
-    if target is None:
-        return {"plan/requested_ratio": selection.get("ratio")}
-    return {"plan/requested_ratio": 1 - target / totals[selection.budget], "plan/requested_target": target}
-
-
-def held_out(cfg: DictConfig, data: Any) -> DataLoader:
-    """The held-out samples on which losses are measured."""
-    count, seed, batch = (cfg.evaluation[key] for key in ("loss_samples", "seed", "batch_size"))
-    return data.subset("holdout", count, seed, batch, field="evaluation.loss_samples")

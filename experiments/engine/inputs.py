@@ -1,4 +1,4 @@
-"""What every program that scores units needs: teacher and data as configured, and the batches of a criterion."""
+"""Teacher, data and calibration batches as configured, for stages and for programs that score units."""
 
 import inspect
 from typing import Any
@@ -14,7 +14,7 @@ from lightning_modules.modules.sampling import seeds
 
 
 def teacher_of(cfg: DictConfig) -> NetworkBackbone:
-    """The teacher, under the noise schedule of its own pipeline unless the configuration gives another."""
+    """Return the teacher, under the noise schedule of its own pipeline unless the configuration gives another."""
     parameters = inspect.signature(hydra.utils.get_object(cfg.teacher._target_)).parameters
     if "_target_" in cfg.noise_scheduler and "noise_scheduler" not in parameters:
         raise ConfigError(
@@ -25,7 +25,7 @@ def teacher_of(cfg: DictConfig) -> NetworkBackbone:
 
 
 def data_of(cfg: DictConfig) -> Any:
-    """The data as configured, its samples as stored latents where `latents` names some."""
+    """Return the data module; its samples are stored latents where `latents` names some."""
     data = build(cfg.data)
     if cfg.latents is not None:
         if not hasattr(data, "use_latents"):
@@ -34,11 +34,40 @@ def data_of(cfg: DictConfig) -> Any:
     return data
 
 
+def calibration_data(cfg: DictConfig, data: Any) -> Any:
+    """Return the data module of calibration samples: `data`, unless the configuration names another."""
+    return data if cfg.calibration.data is None else build(cfg.calibration.data)
+
+
+def calibration_batches(cfg: DictConfig, data: Any, criterion: Criterion, network: NetworkBackbone) -> DataLoader:
+    """Return the batches of calibration samples.
+
+    They are spread evenly over the samples where a part of the batches has to speak for all: timesteps of diffusion
+    networks go with the samples' numbers.
+    """
+    calibration = cfg.calibration
+    return data.subset(
+        "train",
+        calibration.samples,
+        calibration.seed,
+        calibration.batch_size,
+        spread=criterion.spreads_batches(network),
+        augment=calibration.augment,
+        field="calibration.samples",
+    )
+
+
 def batches_for(
     criterion: Criterion, cfg: DictConfig, teacher: NetworkBackbone, data: Any, calibration: DataLoader | None
 ) -> DataLoader | None:
-    """The calibration batches, or those of seeds, with training captions where the teacher takes text."""
+    """Return the calibration batches, or those of seeds, with training captions where the teacher takes text."""
     if criterion.needs != "seeds":
         return calibration
     captions = data.captions("train", criterion.seeds) if teacher.takes_text else None
     return seeds(cfg.calibration.seed, criterion.seeds, cfg.calibration.batch_size, captions)
+
+
+def held_out(cfg: DictConfig, data: Any) -> DataLoader:
+    """Return the held-out samples on which losses are measured."""
+    count, seed, batch = (cfg.evaluation[key] for key in ("loss_samples", "seed", "batch_size"))
+    return data.subset("holdout", count, seed, batch, field="evaluation.loss_samples")

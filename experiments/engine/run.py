@@ -1,9 +1,11 @@
 """A run: its folder, its lock, and what in the folder is its own."""
 
 import contextlib
+import logging
 import os
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,8 @@ class ForeignFolder(ValueError):
     """Files that no run has made stand where a run would write."""
 
 
-ENTRIES = (
-    *("config.yaml", "scores.json", "plan.json", "seconds.json", "metrics.csv", "metrics.json", "measured.json"),
-    *("finished.json", "report.html", "student", "distilled", "weights", "checkpoints", "samples", "sounds", "figures"),
-    *("export", "failure", "wandb"),
-)
-"""Every file and folder that a run writes directly below its own folder; nothing else there is ever removed."""
+ENTRIES = ("config.yaml", "run.log", "measured.json", "finished.json", "report.html", "figures", "sounds", "wandb")
+"""What a run writes directly below its own folder, beside the artefacts of its stages."""
 
 TEMPORARY = "?" * 8
 """The random ending of a temporary file or folder, as a pattern: tempfile makes endings of eight characters."""
@@ -51,6 +49,8 @@ class Run:
         if files := named_files(named):
             key["files"] = fingerprint(files, self.cache)
         self.id = digest(key)[:16]
+        self.measured: dict[str, Any] = {}
+        """the content of measured.json: figures that depend on the machine"""
         self.folder = Path(cfg.paths.runs) / cfg.name / f"{cfg.label}-{self.id[:8]}"
 
     def __truediv__(self, name: str) -> Path:
@@ -67,11 +67,12 @@ class Run:
         return (self / "finished.json").exists()
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
-        """Make the directory and hold its lock.
+    def opened(self, artefacts: Sequence[str] = ()) -> Iterator[None]:
+        """Make the folder, hold its lock, and write the log of what happens inside into it.
 
-        Raises RunBusy naming the process that has the lock, ForeignFolder where the folder is a link, lies outside
-        paths.runs, or holds files under a run's names that no run has made.
+        `artefacts` are the paths of what the stages make. Raises RunBusy naming the process that has the lock, and
+        ForeignFolder where the folder is a link, lies outside paths.runs, or holds files under a run's names that no
+        run has made.
         """
         self.check_place()
         make_folder(self.folder)
@@ -93,13 +94,15 @@ class Run:
             ) from error
         with lock:
             lock.release()  # `with` took it a second time
-            self.claim()
+            self.claim([*ENTRIES, *artefacts])
             write_json(self / ".holder.json", {"pid": os.getpid(), "host": socket.gethostname()})
             self.clean()
             config = OmegaConf.create(portable(OmegaConf.to_container(self.cfg, resolve=True)))
             text = f"# run {self.id}; ROOT is the folder of secateur\n{OmegaConf.to_yaml(config)}"
             (self / "config.yaml").write_text(text)
-            yield
+            self.measured = read_json(self / "measured.json") if (self / "measured.json").exists() else {}
+            with logged(self / "run.log"):
+                yield
 
     def check_place(self) -> None:
         """Raise ForeignFolder where the run's folder is a link, or a link on the way leads out of paths.runs."""
@@ -115,35 +118,76 @@ class Run:
                 "remove the link that leads there, or choose another folder with paths.runs=..."
             )
 
-    def claim(self) -> None:
-        """Write the manifest: the names below the folder that belong to the run.
+    def claim(self, entries: Sequence[str]) -> None:
+        """Write the manifest: the paths below the folder that belong to the run.
 
-        It is written before anything else, and only where none of these names is taken, so that what has such a name
+        It is written before anything else, and only where none of these paths is taken, so that what has such a name
         later was made by a run. Raises ForeignFolder naming the first one that is taken.
         """
         manifest = self / ".manifest.json"
         if manifest.exists():
             return
-        if taken := [name for name in ENTRIES if os.path.lexists(self / name)]:
+        if taken := [name for name in entries if os.path.lexists(self / name)]:
             raise ForeignFolder(
                 f"{self / taken[0]} was made by no run of this version (the folder has no .manifest.json); move it "
                 "away, or choose another folder with paths.runs=..."
             )
-        write_json(manifest, {"run": self.id, "entries": ENTRIES})
+        write_json(manifest, {"run": self.id, "entries": list(entries)})
+
+    def entries(self) -> list[str]:
+        """Return the paths that belong to the run, as its manifest has them."""
+        entries: list[str] = read_json(self / ".manifest.json")["entries"]
+        return entries
 
     def clean(self) -> None:
         """Remove what a killed process was writing; with `force=true`, all that runs have made (not cached scores)."""
         if self.cfg.force:
-            self.clear()
-        for name in read_json(self / ".manifest.json")["entries"]:
-            for partial in self.folder.glob(f".{name}.{TEMPORARY}"):
+            self.clear(self.entries())
+        for path in map(Path, self.entries()):
+            for partial in (self.folder / path.parent).glob(f".{path.name}.{TEMPORARY}"):
                 remove(partial)
         for partial in (self / "samples").glob(f".*.{TEMPORARY}"):
             remove(partial)
 
-    def clear(self, *kept: str) -> None:
-        """Remove what the manifest says that runs have made, but for the entries named here."""
+    def clear(self, paths: Sequence[str]) -> None:
+        """Remove some of what runs have made; the run is not finished from then on."""
         remove(self / "finished.json")  # first: a run that is cut off here is not finished
-        for name in read_json(self / ".manifest.json")["entries"]:
-            if name not in kept:
-                remove(self / name)
+        for path in paths:
+            remove(self / path)
+
+    @contextlib.contextmanager
+    def discarded_on_error(self) -> Iterator[None]:
+        """Remove the folder again where the block refuses the configuration of a run that has made nothing yet.
+
+        Somebody's own files in it stay.
+        """
+        made = [name for name in self.entries() if name not in ("config.yaml", "run.log")] if is_rank_zero() else [""]
+        new = not any(os.path.lexists(self / name) for name in made)
+        try:
+            yield
+        except BaseException:
+            if new:
+                self.clear(self.entries())
+                for name in (".manifest.json", ".holder.json", ".lock"):
+                    remove(self / name)
+                with contextlib.suppress(OSError):  # it is not empty
+                    self.folder.rmdir()
+                    self.folder.parent.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Append what is logged inside to a file, and the traceback of an error that ends the block."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    except BaseException:
+        handler.handle(logging.LogRecord("secateur", logging.ERROR, __file__, 0, "stopped", (), sys.exc_info()))
+        raise
+    finally:
+        root.removeHandler(handler)
+        handler.close()

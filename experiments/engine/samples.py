@@ -4,21 +4,20 @@ import contextlib
 import functools
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 
 from conf.schema import build
 from experiments.engine.artefacts import digest, staged
 from experiments.engine.cache import locked
-from experiments.engine.clock import Stages
 from experiments.engine.identity import RESULT_VERSION, effective
+from experiments.engine.job import Job
 from experiments.engine.measures import TrainingImages, check_measures, measured
 from experiments.engine.ranks import agreed, barrier, is_rank_zero
-from experiments.engine.run import Run
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.metrics.protocol import Labels, Measure, Samples
 from lightning_modules.modules.sampling import Generation, seeds
@@ -28,20 +27,13 @@ from lightning_modules.training.trainer import make_trainer, precision_of
 class Drawn:
     """Samples of networks as `cfg.evaluation` says; raises ValueError naming a measure that cannot be taken of them."""
 
-    def __init__(
-        self,
-        cfg: DictConfig,
-        run: Run,
-        data: Any,
-        teacher: DiffusionBackbone,
-        teacher_id: str,
-        stages: Stages,
-        measures: dict[str, Measure],
-    ) -> None:
-        self.cfg, self.run, self.data, self.stages = cfg, run, data, stages
-        self.teacher, self.teacher_id, self.measures = teacher, teacher_id, measures
-        evaluation = cfg.evaluation
-        self.reference = TrainingImages(data, run.cache, stages.device, evaluation.reference_images, evaluation.resize)
+    def __init__(self, job: Job, measures: dict[str, Measure]) -> None:
+        self.job, self.cfg, self.data, self.measures = job, job.cfg, job.data, measures
+        self.teacher: Any = job.teacher
+        evaluation = self.cfg.evaluation
+        self.reference = TrainingImages(
+            job.data, job.run.cache, job.device, evaluation.reference_images, evaluation.resize
+        )
         check_measures(measures, self.shape(), self.asked_captions(), self.labels())
 
     def shape(self) -> tuple[int, int, int]:
@@ -78,15 +70,15 @@ class Drawn:
         """Images of one network from the evaluation's seeds, uint8 (N,H,W,C); the teacher's are shared by all runs."""
         cfg, evaluation = self.cfg, self.cfg.evaluation
         protocol = {key: effective(cfg)[key] for key in ("sampler", "noise_scheduler")}
-        precision = precision_of(evaluation.precision, self.stages.device.type)
+        precision = precision_of(evaluation.precision, self.job.device.type)
         protocol |= {"samples": evaluation.samples, "seed": evaluation.seed, "precision": precision}
         protocol["batch_size"] = evaluation.batch_size  # can move the last bit
         protocol["prompts"] = digest(self.prompts)
         protocol["size"] = [self.teacher.data_shape(), self.shape()]
-        shown = self.run / "samples" / name
+        shown = self.job.run / "samples" / name
         if name == "teacher":  # shared by all runs, so made once, under a lock
-            key = digest({"teacher": self.teacher_id, "version": RESULT_VERSION, **protocol})[:16]
-            folder = self.run.cache / "samples" / key
+            key = digest({"teacher": self.job.teacher_id, "version": RESULT_VERSION, **protocol})[:16]
+            folder = self.job.run.cache / "samples" / key
             with locked(folder):
                 self.generate(name, network, folder)
         else:
@@ -102,7 +94,7 @@ class Drawn:
         cfg, evaluation = self.cfg, self.cfg.evaluation
         if agreed((folder / "images.npy").exists()):
             return
-        with self.stages("generate"), staged(folder) if is_rank_zero() else contextlib.nullcontext() as partial:
+        with self.job.clock("generate"), staged(folder) if is_rank_zero() else contextlib.nullcontext() as partial:
             batches = seeds(evaluation.seed, evaluation.samples, evaluation.batch_size, self.prompts)
             module = Generation(
                 network,
@@ -116,13 +108,13 @@ class Drawn:
             trainer.test(module, batches, verbose=False)
         barrier()
 
-    def values(self, networks: dict[str, Any]) -> dict[str, float]:
+    def values(self, networks: Mapping[str, Any]) -> dict[str, float]:
         """Every measure of each network's samples, {network/measure: value}."""
         images = {name: self.samples(name, network) for name, network in networks.items()}
         found: dict[str, float] = {}
-        with self.stages("measure samples"):
+        with self.job.clock("measure samples"):
             for name, each in images.items():
-                samples = Samples(each, name, self.asked_captions(), self.labels(), self.stages.device)
+                samples = Samples(each, name, self.asked_captions(), self.labels(), self.job.device)
                 found |= measured(self.measures, samples, self.reference)
         return found
 

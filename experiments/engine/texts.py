@@ -3,15 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from conf.schema import build
 from experiments.engine.artefacts import read_json, write_json
 from experiments.engine.cache import cached
-from experiments.engine.clock import Stages
 from experiments.engine.identity import RESULT_VERSION
+from experiments.engine.job import Job
 from experiments.engine.ranks import agreed, barrier, is_rank_zero
-from experiments.engine.run import Run
 from lightning_modules.training.trainer import autocast, precision_of
 
 
@@ -21,26 +18,26 @@ class Texts:
     They are to be looked at, and are no measure.
     """
 
-    def __init__(self, cfg: DictConfig, run: Run, teacher: Any, teacher_key: Any, stages: Stages) -> None:
-        self.cfg, self.run, self.teacher_key, self.stages = cfg, run, teacher_key, stages
-        if teacher.tokenizer is None:
+    def __init__(self, job: Job, teacher_key: dict[str, Any]) -> None:
+        self.job, self.cfg, self.teacher_key = job, job.cfg, teacher_key
+        if job.teacher.tokenizer is None:
             raise ValueError("evaluation.prompts: the teacher has no tokenizer to read them by; choose null")
-        self.prompts: list[str] = build(cfg.evaluation.prompts)[: cfg.evaluation.samples]
+        self.prompts: list[str] = build(self.cfg.evaluation.prompts)[: self.cfg.evaluation.samples]
 
     def write(self, name: str, network: Any) -> None:
         """Write samples/<name>/texts.json, unless it is there; the teacher's are shared by all runs."""
-        path, evaluation = self.run / "samples" / name / "texts.json", self.cfg.evaluation
+        path, evaluation = self.job.run / "samples" / name / "texts.json", self.cfg.evaluation
 
         def written() -> dict[str, Any]:
-            with self.stages("write texts"), autocast(evaluation.precision, self.stages.device):
-                texts = network.write(self.prompts, evaluation.tokens, self.stages.device)
+            with self.job.clock("write texts"), autocast(evaluation.precision, self.job.device):
+                texts = network.write(self.prompts, evaluation.tokens, self.job.device)
             return {"prompts": self.prompts, "tokens": evaluation.tokens, "texts": texts}
 
         if not agreed(path.exists()):
-            precision = precision_of(evaluation.precision, self.stages.device.type)
+            precision = precision_of(evaluation.precision, self.job.device.type)
             protocol = {"prompts": self.prompts, "tokens": evaluation.tokens, "precision": precision}
             key = {**self.teacher_key, **protocol, "version": RESULT_VERSION}
-            found = cached(self.run.cache / "texts", key, written) if name == "teacher" else written()
+            found = cached(self.job.run.cache / "texts", key, written) if name == "teacher" else written()
             if is_rank_zero():
                 write_json(path, found)
         barrier()

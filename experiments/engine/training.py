@@ -1,29 +1,21 @@
-"""The training stage of every pipeline: one way to make a trained module from the configuration and to fit it."""
+"""Training as every stage does it: a module is made from the configuration, fitted, and resumed."""
 
 from typing import Any
 
-import pytorch_lightning as pl
 from omegaconf import DictConfig
 
 from conf.schema import build
-from experiments.engine.run import Run
-from experiments.reporting.dashboard import Dashboard
+from experiments.engine.job import Job
 from lightning_modules.training.ema import WarmedUpEMA
 from lightning_modules.training.trainer import fit
 
 
-def train(
-    cfg: DictConfig,
-    node: DictConfig,
-    run: Run,
-    data: pl.LightningDataModule,
-    stage: str,
-    dashboard: Dashboard,
-    **networks: Any,
-) -> Any:
-    """Build the module that `node` names around `networks`, train it in `run`, and return it."""
+def train(job: Job, node: DictConfig, stage: str, **networks: Any) -> Any:
+    """Build the module that `node` names around `networks`, train it under the name of a stage, and return it."""
+    cfg, run = job.cfg, job.run
     optimizer, schedule = build(cfg.optimizer), build(cfg.lr_scheduler)
-    module = build(node, optimizer=optimizer, lr_scheduler=schedule, seed=cfg.seed, dump=run / "failure", **networks)()
+    dump = run / "failure" / stage
+    module = build(node, optimizer=optimizer, lr_scheduler=schedule, seed=cfg.seed, dump=dump, **networks)()
     callbacks = [WarmedUpEMA(cfg.ema_decay)] if cfg.ema_decay is not None else []
-    fit(module, data, cfg.trainer, run.folder, stage, dashboard.loggers, callbacks)
+    fit(module, job.data, cfg.trainer, run.folder, stage, job.dashboard.loggers, callbacks)
     return module

@@ -39,7 +39,6 @@ from experiments.reporting.tables import (
 PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
 )
-NETWORKS = ("teacher", "pruned", "distilled")
 COSTS = {
     "params": "parameters",
     "macs": "MACs, conv + linear",
@@ -63,9 +62,12 @@ def report_run(folder: Path) -> str:
         stored = read_json(folder / "scores.json")
         scores = stored["scores"]
         figures.unit_scores(scores, removed, stored["criterion"], folder / "figures" / "scores.png", protected)
-    if (folder / "metrics.csv").exists():
-        figures.loss_curves(pd.read_csv(folder / "metrics.csv"), folder / "figures" / "losses.png")
-    images = {name: folder / "samples" / name / "images.npy" for name in NETWORKS}
+    histories = sorted((folder / "history").glob("*.csv"))
+    for path in histories:
+        name = "losses" if len(histories) == 1 else f"losses_{path.stem}"
+        figures.loss_curves(pd.read_csv(path), folder / "figures" / f"{name}.png")
+    networks = metrics["networks"]
+    images = {name: folder / "samples" / name / "images.npy" for name in networks}
     images = {name: path for name, path in images.items() if path.exists()}
     if images:
         figures.sample_grids(
@@ -74,15 +76,18 @@ def report_run(folder: Path) -> str:
         )
 
     summary = summarise(folder, metrics, measured, protected)
-    measures = sorted({key.split("/")[1] for key in metrics if key.startswith("pruned/")})
+    measures = sorted(
+        {key.split("/")[1] for name in networks[1:] for key in metrics if key.startswith(f"{name}/")} - {*COSTS}
+    )
     page = PAGES.get_template("run.html.j2").render(
-        quality={key: [metrics.get(f"{name}/{key}") for name in NETWORKS] for key in measures},
+        quality={key: [metrics.get(f"{name}/{key}") for name in networks] for key in measures},
         better={key: part["better"] for key, part in measures_of(metrics).items()},
         protocol=described(metrics["protocol"]) if "protocol" in metrics else None,
+        networks=networks,
         title=folder.name,
         summary=summary,
-        sounds=page_sounds(folder, config, NETWORKS),
-        written=texts_of(folder, NETWORKS),
+        sounds=page_sounds(folder, config, networks),
+        written=texts_of(folder, networks),
         metrics=metrics,
         measured=measured,
         removed=set(removed),
@@ -119,7 +124,7 @@ def summarise(folder: Path, metrics: dict[str, Any], measured: dict[str, Any], p
             "output loss",
             " -> ".join(
                 f"{metrics[f'{name}/output_loss']:.5f} {name}"
-                for name in NETWORKS[1:]
+                for name in metrics["networks"][1:]
                 if f"{name}/output_loss" in metrics
             ),
         ),
@@ -127,7 +132,7 @@ def summarise(folder: Path, metrics: dict[str, Any], measured: dict[str, Any], p
     for metric, own in measures_of(metrics).items():
         values = [
             f"{shown(metrics[f'{name}/{metric}'])} {name}"
-            for name in ("pruned", "distilled", "teacher")
+            for name in (*metrics["networks"][1:], "teacher")
             if f"{name}/{metric}" in metrics
         ]
         lines.append((metric, f"{', '.join(values)} ({taken_how(metrics['protocol'], own)})"))
@@ -229,7 +234,7 @@ def collect(root: Path) -> pd.DataFrame:
             "latency_ratio": measured["latency_ratio"],
             "latency_ms": measured["student/latency_ms"],
             "latency_at": f"batch {measured['latency_batch']}, {measured['device']}",
-            "output_loss_pruned": metrics["pruned/output_loss"],
+            "output_loss_pruned": metrics[f"{first_pruned(metrics)}/output_loss"],
             "output_loss": metrics["eval/output_loss"],
             "metric": metric,
             "better": measures[metric]["better"] if metric else "lower",
@@ -237,7 +242,11 @@ def collect(root: Path) -> pd.DataFrame:
         }
         if row["ratio"] is None:  # units that were given: their own ratio
             row["ratio"] = round(row["achieved"], 4)
-        for name, key in (("quality_pruned", "pruned"), ("quality", "eval"), ("quality_teacher", "teacher")):
+        for name, key in (
+            ("quality_pruned", first_pruned(metrics)),
+            ("quality", "eval"),
+            ("quality_teacher", "teacher"),
+        ):
             row[name] = metrics.get(f"{key}/{metric}") if metric else None
             row |= {f"{key}/{other}": metrics.get(f"{key}/{other}") for other in columns(measures)[1:]}
         rows[run_id] = row
@@ -250,6 +259,12 @@ def collect(root: Path) -> pd.DataFrame:
     several = runs.groupby("teacher")["fingerprint"].transform("nunique") > 1
     runs.loc[several, "teacher"] += " (" + runs["fingerprint"].str[:8] + ")"
     return runs.sort_values(["criterion", "selection", "distillation", "ratio", "seed", "run"], ignore_index=True)
+
+
+def first_pruned(metrics: dict[str, Any]) -> str:
+    """Return the name of the first network that a run has made: as pruned, before any training."""
+    name: str = metrics["networks"][1]
+    return name
 
 
 def scored_by(cfg: dict[str, Any]) -> str:

@@ -83,7 +83,7 @@ def provenance(cfg: DictConfig, backbone: DiffusionBackbone, content: str) -> di
     }
 
 
-def check_latents(cfg: DictConfig, data: Any, backbone: DiffusionBackbone) -> None:
+def check_latents(cfg: DictConfig, data: Any, backbone: Any) -> None:
     """Raise ValueError where stored latents belong to another VAE, text encoder or data set than this job's.
 
     Where the pictures themselves are not on this machine any more, their content is not compared.

@@ -34,6 +34,10 @@ class NetworkBackbone(nn.Module):
     """what a language model reads and writes text by, where it is known"""
     writes_text = False
     """is it a language model?"""
+    generates = False
+    """does it draw samples from seeds?"""
+    stratifies_timesteps = False
+    """do calibration samples have timesteps that go with their numbers?"""
     width_changes_stages = True
     """have the outputs of stages fewer channels where channels were removed?"""
 
@@ -94,6 +98,11 @@ class NetworkBackbone(nn.Module):
     def pruned(self, changes: Sequence[Change]) -> Self:
         """A student of its own: the same weights after the changes of a plan."""
         raise NotImplementedError
+
+    def check_plan(self, changes: Sequence[Change]) -> None:
+        """Raise ValueError where changes that were made without scores cannot be applied to this network."""
+        if any(change["kind"] == "restage" for change in changes):
+            raise ValueError("selection.name='bk_sdm' is for the U-Nets of Stable Diffusion; choose knapsack")
 
     def adopt(self, network: nn.Module, changes: Sequence[Change] = ()) -> Self:
         """A backbone like this one around another network, made from this one's by these changes."""

@@ -1,6 +1,7 @@
 """How much time the removal of each unit saves."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,25 +10,37 @@ from criteria.base import Unit
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.metrics.cost import latencies
 
+WHOLE = "the whole network"
+"""No unit is called so: names of units are module paths."""
 
-def unit_savings(
+
+@dataclass(frozen=True)
+class UnitLatencies:
+    """Latencies of one forward pass, in whole microseconds."""
+
+    network: int
+    """of the whole network"""
+    saved: dict[str, int]
+    """{unit: what its removal alone saves}; below zero where the pruned network was slower"""
+
+
+def measure_unit_latencies(
     backbone: NetworkBackbone, units: Sequence[Unit], protocol: Any, device: torch.device
-) -> dict[str, int]:
-    """Microseconds of one forward that the removal of each unit saves; under "" those of the whole network.
+) -> UnitLatencies:
+    """Return the medians over rounds in which the whole network and each network without one unit take turns.
 
-    Medians over `protocol.latency_repeats` rounds in which the whole network and every pruned one take their turns.
+    `protocol.latency_repeats` rounds, `protocol.latency_batch` samples at once.
     """
     inputs = backbone.to(device).eval().example_inputs(protocol.latency_batch, device)
 
-    def without(name: str) -> Callable[[], Any]:
+    def without(names: Sequence[str]) -> Callable[[], Any]:
         def call() -> Any:
-            with backbone.without([name] if name else []):
+            with backbone.without(names):
                 return backbone.predict(inputs)
 
         return call
 
-    times = latencies(
-        {name: without(name) for name in ("", *(unit.name for unit in units))}, protocol.latency_repeats, device
-    )
-    whole = times.pop("")
-    return {"": round(1000 * whole)} | {name: round(1000 * (whole - time)) for name, time in times.items()}
+    calls = {WHOLE: without([])} | {unit.name: without([unit.name]) for unit in units}
+    times = latencies(calls, protocol.latency_repeats, device)
+    whole = times.pop(WHOLE)
+    return UnitLatencies(round(1000 * whole), {name: round(1000 * (whole - time)) for name, time in times.items()})

@@ -30,6 +30,7 @@ class History(Logger):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
+        path.parent.mkdir(exist_ok=True)
 
     @property
     def name(self) -> str:

@@ -68,19 +68,19 @@ def fit(
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Train for `conf.steps` optimiser steps, resuming from `folder`/checkpoints when there is something to resume.
+    """Train for `conf.steps` optimiser steps, resuming from `folder`/checkpoints/<stage> where there is one.
 
     A resumed run ends in the same bits as an undisturbed one on the same devices: batch order and noise are
     functions of (seed, position), and the loader's position is in the checkpoint.
     """
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / "checkpoints" / stage
     checkpoints.mkdir(parents=True, exist_ok=True)
     resume = newest_checkpoint(checkpoints)
     if resume is None and conf.resume == "required":
         raise ValueError(
             f"trainer.resume='required', but there is no checkpoint in {checkpoints}; choose trainer.resume=auto"
         )
-    history = History(folder / "metrics.csv")
+    history = History(folder / "history" / f"{stage}.csv")
     history.rewind(resume[1] if resume else 0)
     saver = ModelCheckpoint(
         dirpath=checkpoints,

@@ -14,7 +14,7 @@ from support.process import ROOT, train
 
 from conf import schema
 from conf.schema import ConfigError
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 
 CONF = ROOT / "conf"
 CHOICES = [
@@ -277,7 +277,7 @@ def test_a_decay_of_the_average_outside_0_to_1_is_out_of_range_before_anything_r
 def test_an_impossible_ratio_fails_before_the_teacher_is_looked_for(configure, tmp_path, value):
     cfg = configure(f"selection.ratio={value}", "teacher.path=/no/such/teacher", f"paths.runs={tmp_path}/runs")
     with pytest.raises(Exception, match=r"selection\.ratio") as caught:
-        prune(cfg)
+        run_pipeline(cfg)
     assert f"selection.ratio={value} is out of range; choose 0 < ratio < 1" in str(caught.value)
     assert ("0.5" in str(caught.value)) == (value == "50")
     assert not (tmp_path / "runs").exists()
@@ -294,21 +294,21 @@ def test_an_impossible_ratio_fails_before_the_teacher_is_looked_for(configure, t
 )
 def test_impossible_values_fail_before_anything_is_written(configure, overrides, tmp_path, override, message):
     with pytest.raises(Exception, match=re.escape(message)):
-        prune(configure(*overrides, override))
+        run_pipeline(configure(*overrides, override))
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_asking_for_a_gpu_that_is_not_there_fails_before_anything_is_written(configure, overrides, tmp_path):
     with pytest.raises(ValueError, match=r"trainer\.accelerator='gpu', but no CUDA device is visible") as caught:
-        prune(configure(*overrides, "trainer=gpu"))
+        run_pipeline(configure(*overrides, "trainer=gpu"))
     assert "trainer=cpu" in str(caught.value) and "trainer=auto" in str(caught.value)
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_criterion_that_does_not_know_its_option_fails_and_lists_the_choices(configure, overrides):
     with pytest.raises(Exception, match=r"criterion\.reduction='median' is unknown; choose one of: sum, mean"):
-        prune(configure(*overrides, "criterion=magnitude", "criterion.reduction=median"))
+        run_pipeline(configure(*overrides, "criterion=magnitude", "criterion.reduction=median"))
 
 
 @pytest.mark.parametrize("criterion", ["output_loss", "wanda"])

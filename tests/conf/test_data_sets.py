@@ -26,7 +26,7 @@ from datamodules.readers.base import BadSample, MissingData
 from datamodules.readers.folder import Folder
 from datamodules.readers.lsun import Lmdb
 from datamodules.readers.parquet import Parquet
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 
 
 def encoded(picture: np.ndarray, kind: str = "png") -> bytes:
@@ -255,7 +255,7 @@ def test_a_data_set_of_the_published_format_runs(configure, overrides, data_here
     data = build(cfg.data)
     assert (len(data.source("train")), len(data.source("holdout"))) == (20, 8)
     assert data.image_shape() == (3, 8, 8)
-    prune(cfg)
+    run_pipeline(cfg)
     assert list((tmp_path / "runs").rglob("finished.json"))
 
 

@@ -14,8 +14,8 @@ from webdataset import TarWriter
 
 from conf.schema import ROOT
 from datamodules.readers.base import MissingData
-from experiments.engine import pipeline
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
+from experiments.engine.stages.select import Select
 
 RECIPES = {
     "laptop_diff_sdxl_50": ("sdxl", "bypass"),
@@ -109,7 +109,7 @@ def run_of(tmp_path: Path) -> Path:
 def test_a_recipe_runs_end_to_end_on_a_shrunk_pipeline(recipe, shrunk, configure, tmp_path, unverified, monkeypatch):
     extra = ["criterion.seeds=1", "selection.tolerance=0.1"] if recipe == "ld_pruner_sd14" else []
     extra += ["selection.tolerance=0.2"] if recipe.startswith("laptop") else []
-    prune(configure(*shrunk(recipe), *extra))
+    run_pipeline(configure(*shrunk(recipe), *extra))
     run = run_of(tmp_path)
     metrics, plan = json.loads((run / "metrics.json").read_text()), json.loads((run / "plan.json").read_text())
     assert metrics["student/params"] < metrics["teacher/params"]
@@ -131,7 +131,7 @@ def test_a_recipe_runs_end_to_end_on_a_shrunk_pipeline(recipe, shrunk, configure
 @pytest.mark.parametrize("recipe", UNCONDITIONAL)
 def test_a_recipe_for_the_embedded_model_runs_on_a_tiny_one(recipe, overrides, configure, tmp_path, unverified):
     extra = ["criterion.seeds=2", "criterion.steps=2"] if recipe == "ld_pruner_uig" else []
-    prune(configure(*overrides, f"experiment={recipe}", *extra))
+    run_pipeline(configure(*overrides, f"experiment={recipe}", *extra))
     metrics = json.loads((run_of(tmp_path) / "metrics.json").read_text())
     assert metrics["plan/requested_ratio"] <= metrics["plan/achieved_ratio"]
 
@@ -162,7 +162,7 @@ def test_a_recipe_for_unconditional_latents_runs_on_data_as_published(
     cfg = configure(
         f"experiment={recipe}", *small, *data, *extra, f"teacher.path={teacher}", f"paths.runs={tmp_path}/runs"
     )
-    prune(cfg)
+    run_pipeline(cfg)
     metrics = json.loads((run_of(tmp_path) / "metrics.json").read_text())
     assert cfg.selection.ratio <= metrics["plan/achieved_ratio"] <= cfg.selection.ratio + 0.2
     assert np.isfinite([metrics["pruned/output_loss"], metrics["distilled/output_loss"]]).all()
@@ -191,7 +191,7 @@ def test_a_recipe_takes_other_captioned_data(recipe, choice, configure):
 def test_without_the_papers_data_a_recipe_says_how_to_get_them(shrunk, configure, monkeypatch, tmp_path):
     monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
     with pytest.raises(MissingData, match=r"preprocessed_212k/train does not exist: fetch and unpack BK-SDM's"):
-        prune(configure(*shrunk("bk_sdm_tiny")))
+        run_pipeline(configure(*shrunk("bk_sdm_tiny")))
 
 
 def test_conditions_of_a_text_model_reach_the_teacher_in_scoring_and_distillation(
@@ -199,12 +199,12 @@ def test_conditions_of_a_text_model_reach_the_teacher_in_scoring_and_distillatio
 ):
     """Another caption, other scores: the text is not ignored."""
     found = []
-    monkeypatch.setattr(pipeline.Job, "plan", lambda self, scores: found.append(scores) or 1 / 0)
+    monkeypatch.setattr(Select, "run", lambda self, job: found.append(self.score.scores) or 1 / 0)
     for text in ("the cat", "at 9"):
         monkeypatch.setattr(
             "datamodules.readers.folder.captions_of", lambda root, folder, *_, text=text: [text] * len(folder)
         )
         with pytest.raises(ZeroDivisionError):
-            prune(configure(*shrunk("laptop_diff_sd15_33"), "force=true"))
+            run_pipeline(configure(*shrunk("laptop_diff_sd15_33"), "force=true"))
     assert found[0].keys() == found[1].keys()
     assert all(found[0][name]["score"] != found[1][name]["score"] for name in found[0])

@@ -21,7 +21,8 @@ from criteria.base import Unit
 from criteria.scores.bn_scale import BnScale
 from criteria.scores.bottleneck import Bottleneck, binary_loss, budget_loss
 from experiments.engine.artefacts import read_json
-from experiments.engine.pipeline import Job, prune
+from experiments.engine.pipeline import run_pipeline
+from experiments.engine.stages.export import Export
 from lightning_modules.backbones.classification.backbone import ClassifierBackbone
 from lightning_modules.backbones.classification.image_networks import build
 from lightning_modules.modules.base import NonFiniteLoss
@@ -237,10 +238,10 @@ def test_a_job_trains_gates_for_the_ratio_of_its_selection(configure, overrides,
         numbers.extend(int(number) for batch in batches for number in batch["number"])
         return score(criterion, backbone, units, batches, *arguments)
 
-    monkeypatch.setattr("experiments.engine.pipeline.score", watched)
-    monkeypatch.setattr(Job, "export", lambda *_: None)  # other tests', and long
+    monkeypatch.setattr("experiments.engine.stages.score.score", watched)
+    monkeypatch.setattr(Export, "run", lambda *_: None)  # other tests', and long
     job = ("criterion=bottleneck", "selection.ratio=0.4", "distillation=none", "calibration.samples=8")
-    prune(configure(*overrides, *job))
+    run_pipeline(configure(*overrides, *job))
     assert sorted(numbers) == list(range(8)) != numbers
     (stored,) = (read_json(path) for path in tmp_path.glob("runs/.cache/scores/*.json"))
     given = stored["key"]["criterion"]

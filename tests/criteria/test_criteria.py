@@ -21,7 +21,7 @@ from conf import schema
 from conf.schema import ROOT
 from criteria.base import Criterion
 from criteria.scores.output_loss import OutputLoss
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 from lightning_modules.backbones.diffusion.pruned_unet import Bypass
 from lightning_modules.backbones.diffusion.unet import UNetBackbone
 from lightning_modules.modules.scoring import score
@@ -186,9 +186,9 @@ def test_a_pair_that_cannot_be_ends_the_job_before_it_scores(
     given = overrides_of(name)
     if family == "dit":
         given.append(f"teacher.path={tiny_pipeline('dit', tmp_path / 'dit')}")
-    monkeypatch.setattr("experiments.engine.pipeline.score", lambda *_: pytest.fail("it is scored"))
+    monkeypatch.setattr("experiments.engine.stages.score.score", lambda *_: pytest.fail("it is scored"))
     with pytest.raises(ValueError) as caught:
-        prune(configure(*overrides, *given))
+        run_pipeline(configure(*overrides, *given))
     assert str(caught.value) == f"criterion={name.split()[0]} cannot score teacher=ddpm_cifar10: {reason}"
     assert not list(tmp_path.rglob("scores.json"))
 

@@ -9,7 +9,7 @@ from support.networks import bypasses, tiny_backbone
 from support.results import the_run
 
 from experiments.engine import pipeline
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 from experiments.engine.run import Run
 from lightning_modules.metrics.unit_latency import unit_savings
 from lightning_modules.modules import joint_loss as evaluation
@@ -63,7 +63,7 @@ def test_a_job_with_a_latency_budget_states_what_the_built_student_saves(
         "unit_savings",
         lambda backbone, units, protocol, device: {"": 1000} | {unit.name: 100 + next(savings) % 3 for unit in units},
     )
-    prune(configure(*overrides, "selection.budget=latency", "distillation=none"))
+    run_pipeline(configure(*overrides, "selection.budget=latency", "distillation=none"))
     run = the_run(tmp_path / "runs")
     metrics, measured = (json.loads((run / name).read_text()) for name in ("metrics.json", "measured.json"))
     assert "plan/achieved_ratio" not in metrics and metrics["plan/budget"] == "latency"
@@ -85,4 +85,4 @@ def test_what_is_measured_identifies_a_run_only_where_it_decides_the_plan(config
 def test_latency_of_channels_is_refused_before_anything_is_scored(overrides, configure):
     given = ["criterion=magnitude", "criterion.level=channel", "selection=threshold", "selection.budget=latency"]
     with pytest.raises(ValueError, match=r"selection\.budget='latency' is for blocks and operators"):
-        prune(configure(*overrides, *given, "distillation=none"))
+        run_pipeline(configure(*overrides, *given, "distillation=none"))

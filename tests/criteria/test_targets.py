@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from experiments.engine.artefacts import read_json
 from experiments.engine.evaluation import requested
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 from experiments.reporting.page import averaged, collect, costs, report_set
 from experiments.reporting.tables import amounts
 
@@ -72,7 +72,7 @@ def test_a_sweep_over_targets_is_one_curve_over_the_ratio(configure, overrides, 
     total = teacher.params()
     job = ["selection.ratio=null", "criterion=magnitude", "distillation=none", "logger=csv"]
     for target in (0.7 * total, 0.5 * total):
-        prune(configure(*overrides, *job, f"selection.target={target}"))
+        run_pipeline(configure(*overrides, *job, f"selection.target={target}"))
     study = tmp_path / "runs" / "debug"
     for run in study.iterdir():
         target = read_json(run / "plan.json")["selection"]["target"]
@@ -96,7 +96,7 @@ def test_a_sweep_over_targets_is_one_curve_over_the_ratio(configure, overrides, 
     for run, count in ((first, 126.55e6), (second, 55.84e6)):
         metrics = read_json(run / "metrics.json") | {"teacher/flops": 2e8, "student/flops": count}
         (run / "metrics.json").write_text(json.dumps(metrics))
-    prune(configure(*overrides, *job[1:], "selection.ratio=0.4"))
+    run_pipeline(configure(*overrides, *job[1:], "selection.ratio=0.4"))
     page = report_set(study)
     runs, table = results(study)
     assert set(table["FLOPs"]) == {"126.55 M", "55.84 M", ""} and sorted(table["target"])[0] == ""

@@ -217,8 +217,8 @@ def test_the_student_that_is_built_costs_what_was_chosen_within_half_a_units_ste
 
 
 def test_a_group_is_protected_by_its_name():
-    assert Threshold(0.5, protected=["a"]).staying(WIDE.units) == ["a:0", "a:1", "a:2"]
-    assert Threshold(0.5, protected=["c", "a:1"]).staying(WIDE.units) == ["a:1", "c:0"]
+    assert Threshold(0.5, protected=["a"]).protected_units(WIDE.units) == ["a:0", "a:1", "a:2"]
+    assert Threshold(0.5, protected=["c", "a:1"]).protected_units(WIDE.units) == ["a:1", "c:0"]
     assert thresholded(0.15, [0.0, 0.0, 0.0, 1.0, 2.0, 0.0], protected=["a"]) == ["b:0"]
 
 
@@ -226,6 +226,6 @@ def test_what_is_neither_unit_nor_group_is_named_with_the_nearest():
     units = [Unit(f"stages.{i}.conv1:{k}", "channel", 0, 0) for i in range(3) for k in range(2)]
     near = "'stages.1.conv' is not a unit of this network; the nearest are: stages.1.conv1, stages.2.conv1, "
     with pytest.raises(ValueError, match=re.escape(f"selection.protected: {near}")):
-        Threshold(0.5, protected=["stages.1.conv"]).staying(units)
+        Threshold(0.5, protected=["stages.1.conv"]).protected_units(units)
     with pytest.raises(ValueError, match=r"'1:': slices are of blocks; name channels, or groups .* 'stages\.0\.conv1'"):
-        Threshold(0.5, protected=["1:"]).staying(units)
+        Threshold(0.5, protected=["1:"]).protected_units(units)

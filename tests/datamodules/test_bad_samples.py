@@ -21,7 +21,7 @@ from datamodules.readers.arrays import Arrays
 from datamodules.readers.base import BadSample, Lazily, Record
 from datamodules.readers.folder import Folder
 from datamodules.seeding import derive
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 from lightning_modules.training.trainer import fit
 
 # What is bad
@@ -320,7 +320,7 @@ def damaged(tmp_path: Path, overrides: list[str]) -> Callable[..., list[str]]:
 
 
 def test_a_job_goes_on_without_its_bad_samples_says_so_and_keeps_count(configure, damaged, tmp_path, capsys, quick_end):
-    prune(configure(*damaged(2)))
+    run_pipeline(configure(*damaged(2)))
     out = capsys.readouterr().out
     files = [str(tmp_path / "pictures" / f"{number}.png") for number in range(2)]
     assert any(f"is replaced by another: {file} cannot be used: no known format of pictures" in out for file in files)
@@ -334,7 +334,7 @@ def test_a_job_goes_on_without_its_bad_samples_says_so_and_keeps_count(configure
 
 def test_a_job_with_too_many_bad_samples_stops_before_it_trains(configure, damaged, tmp_path):
     with pytest.raises(TooManyBadSamples) as caught:
-        prune(configure(*damaged(20)))
+        run_pipeline(configure(*damaged(20)))
     assert "more than data.max_bad_fraction=0.01 allows" in str(caught.value)
     assert str(caught.value).count("no known format of pictures") == 5
     assert not list(tmp_path.rglob("*.ckpt"))

@@ -16,7 +16,8 @@ from datamodules.base import Stream
 from datamodules.images import Images, ImageSet
 from datamodules.readers.arrays import Arrays
 from datamodules.seeding import derive, numpy_rng, torch_rng
-from experiments.engine.pipeline import content_hash, prune
+from experiments.engine.pipeline import run_pipeline
+from experiments.engine.stages.score import content_hash
 
 quickly = settings(derandomize=True, database=None, deadline=None, max_examples=60)
 
@@ -238,7 +239,7 @@ def test_images_that_the_teacher_does_not_take_are_refused_with_both_shapes(
     np.savez(path, x_train=other, x_test=other, y_train=np.zeros(64), y_test=np.zeros(64))
     cfg = configure(*overrides, f"data.train.path={path}", f"data.holdout.path={path}")
     with pytest.raises(ValueError) as caught:
-        prune(cfg)
+        run_pipeline(cfg)
     message = str(caught.value)
     assert "data=tiny" in message and str((channels, size, size)) in message and str((3, 8, 8)) in message
     assert not list(tmp_path.rglob("scores.json"))

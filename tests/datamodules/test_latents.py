@@ -14,7 +14,7 @@ from datamodules.latents import TextTable, read_manifest
 from datamodules.readers import folder as folders
 from datamodules.readers.base import MissingData
 from experiments.engine.inputs import data_of, teacher_of
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 from experiments.tools.precompute import check_latents, precompute, provenance
 from lightning_modules.backbones.diffusion.pipeline_parts import Surroundings
 
@@ -110,9 +110,9 @@ def test_a_job_on_stored_latents_runs_neither_vae_nor_text_encoder(stored, confi
     with monkeypatch.context() as patched:
         patched.setattr(Surroundings, "posterior", refuse)
         patched.setattr(Surroundings, "encoded", refuse)
-        prune(cfg)
+        run_pipeline(cfg)
     run = next(Path(cfg.paths.runs).glob("debug/*/finished.json")).parent
-    assert (run / "distilled").exists()
+    assert (run / "networks" / "distilled").exists()
 
 
 def test_a_run_is_told_apart_by_its_latents_not_by_where_they_lie(stored, configure, tmp_path):

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertTokenizer, CLIPModel, CLIPProcessor, Dinov2Config, Dinov2Model
 
 from datamodules.readers.base import MissingData
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 from lightning_modules.metrics.clip import ClipScore, OpenClipScore, PickScore
 from lightning_modules.metrics.dino import MEAN, STD, Dino
 from lightning_modules.metrics.features import resized
@@ -273,7 +273,7 @@ def test_pickled_weights_in_a_folder_are_none_and_a_file_is_looked_for_in_the_da
 def test_a_job_whose_measure_has_no_weights_stops_before_it_starts(configure, text_job, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(MissingData, match=r"evaluation\.metrics\.clip_score: path='openai/clip-vit-large-patch14'"):
-        prune(configure(*[o for o in text_job if not o.startswith("evaluation=")], "evaluation=clip_score"))
+        run_pipeline(configure(*[o for o in text_job if not o.startswith("evaluation=")], "evaluation=clip_score"))
     assert not list(tmp_path.rglob("scores.json"))
 
 
@@ -285,7 +285,7 @@ def test_a_job_measures_how_its_samples_fit_their_prompts_at_another_size(
     given = [override for override in text_job if not override.startswith("evaluation=")]
     given += ["evaluation=clip_score", f"evaluation.metrics.clip_score.path={clip}", "evaluation.resize=8"]
     given += [f"+evaluation.prompts={{_target_: datamodules.texts.prompts.read_prompts, path: {tmp_path}/prompts.txt}}"]
-    prune(configure(*given))
+    run_pipeline(configure(*given))
     (run,) = (path.parent for path in tmp_path.rglob("metrics.json"))
     metrics = json.loads((run / "metrics.json").read_text())
     for network in ("teacher", "pruned", "distilled"):

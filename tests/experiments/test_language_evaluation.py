@@ -16,8 +16,9 @@ from datamodules.readers.base import MissingData
 from datamodules.texts.corpus import Corpus
 from datamodules.texts.tokens import Tokenizer as Encoder
 from experiments.engine.artefacts import write_json
-from experiments.engine.clock import Stages
+from experiments.engine.clock import Clock
 from experiments.engine.evaluation import Evaluator
+from experiments.engine.job import Job
 from experiments.engine.measures import check_network_measures, columns
 from experiments.engine.run import Run
 from experiments.reporting import page as report
@@ -278,8 +279,8 @@ def job(configure, data_folder, overrides, text, tmp_path):
         run = Run(cfg, "teacher")
         run.folder.mkdir(parents=True)
         OmegaConf.save(cfg, run / "config.yaml")
-        stages = Stages(cfg, CPU, run / "seconds.json")
-        return Evaluator(cfg, run, corpus(), reader(), "teacher", stages), run
+        job = Job(cfg, run, CPU, Clock(cfg, CPU), None, corpus(), "teacher", {"teacher": reader()})
+        return Evaluator(job), run
 
     return make
 
@@ -293,11 +294,17 @@ def measured_run(job, *given: str) -> tuple[dict, Run]:
     evaluator, run = job("distillation=none", *given)
     plan = plan_of("model.layers.1")
     pruned = evaluator.teacher.pruned(plan["changes"])
-    metrics = evaluator.metrics(plan, {"teacher": evaluator.teacher, "pruned": pruned})
+    networks = {"teacher": evaluator.teacher, "pruned": pruned}
+    metrics = {
+        **{"run_id": run.id, "networks": list(networks), "plan/requested_ratio": None, "plan/budget": "params"},
+        **{"plan/removed_units": 1, "plan/achieved_ratio": 0.1},
+        **evaluator.metrics(networks),
+    }
+    write_json(run / "metrics.json", metrics)
     write_json(run / "plan.json", plan | {"teacher": "aaaa", "protected": [f"model.layers.{i}" for i in (0, 2, 3, 4)]})
     units = {unit.name: {"score": 1.0} for unit in evaluator.teacher.units()}
     write_json(run / "scores.json", {"scores": units, "criterion": "perplexity"})
-    write_json(run / "measured.json", evaluator.measured(pruned) | {"seconds": {}})
+    write_json(run / "measured.json", evaluator.measured(pruned, None) | {"peak_memory_bytes": 1, "seconds": {}})
     write_json(run / "finished.json", {})
     return metrics, run
 
@@ -371,7 +378,7 @@ def test_continuations_stand_side_by_side_and_are_the_same_again(job):
     page = (run / "report.html").read_text()
     assert "Continuations of the same prompts" in page and "<td>Once upon</td>" in page
     evaluator, without = job("seed=2", "evaluation.prompts=null")
-    evaluator.metrics(plan_of(), {"teacher": evaluator.teacher, "pruned": evaluator.teacher})
+    evaluator.metrics({"teacher": evaluator.teacher, "pruned": evaluator.teacher})
     assert not (without / "samples").exists()
 
 

@@ -17,7 +17,7 @@ from conf.schema import ConfigError
 from datamodules.readers.base import MissingData
 from datamodules.texts.tokens import found
 from experiments.engine.artefacts import read_json
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 from experiments.reporting.page import report_set
 from experiments.studies.shortened_llama.__main__ import markdown, results
 from experiments.tools.precompute import backbone_of
@@ -59,7 +59,7 @@ def words(overrides: list[str], language_teacher: Path, tmp_path: Path) -> list[
 
 def test_a_job_ends_in_a_stock_network_with_its_tokenizer(configure, words):
     cfg = configure(*words, 'selection.protected=[":1"]')
-    prune(cfg)
+    run_pipeline(cfg)
     run = the_run(Path(cfg.paths.runs))
     metrics, plan = (read_json(run / name) for name in ("metrics.json", "plan.json"))
     assert plan["protected"] == ["model.layers.0"]
@@ -86,9 +86,9 @@ def test_a_job_ends_in_a_stock_network_with_its_tokenizer(configure, words):
 @pytest.mark.usefixtures("unverified")
 def test_adapters_resume_at_the_same_bits(configure, words, capsys):
     cfg = configure(*words, "trainer.steps=4", "trainer.checkpoint_every=2", "distillation.lora.dropout=0.3")
-    prune(cfg)
+    run_pipeline(cfg)
     run = the_run(Path(cfg.paths.runs))
-    whole = load_file(run / "distilled" / "model.safetensors")
+    whole = load_file(run / "networks" / "distilled" / "model.safetensors")
     for name in ("distilled", "export"):
         shutil.rmtree(run / name)
     for name in ("finished.json", "metrics.json"):
@@ -96,9 +96,9 @@ def test_adapters_resume_at_the_same_bits(configure, words, capsys):
     (last,) = (run / "checkpoints").glob("step=0000004.ckpt")
     last.unlink()
     capsys.readouterr()
-    prune(cfg)
+    run_pipeline(cfg)
     assert "resuming from step 2 of 4" in capsys.readouterr().out
-    assert same_tensors(load_file(run / "distilled" / "model.safetensors"), whole)
+    assert same_tensors(load_file(run / "networks" / "distilled" / "model.safetensors"), whole)
     assert not any("lora" in name for name in whole)
 
 
@@ -106,12 +106,12 @@ def test_adapters_resume_at_the_same_bits(configure, words, capsys):
 @pytest.mark.parametrize("distillation", ["task_only", "language"])
 def test_all_weights_are_retrained_and_distilled(configure, words, distillation):
     cfg = configure(*(w for w in words if "lora" not in w), f"distillation={distillation}")
-    prune(cfg)
+    run_pipeline(cfg)
     run = the_run(Path(cfg.paths.runs))
-    before, after = (load_file(run / name / "model.safetensors") for name in ("student", "distilled"))
+    before, after = (load_file(run / "networks" / name / "model.safetensors") for name in ("pruned", "distilled"))
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
-    history = (run / "metrics.csv").read_text()
+    history = (run / "history" / "distil.csv").read_text()
     assert ("train/weighted_feature/model.layers" in history) == (distillation == "language")
 
 
@@ -122,9 +122,9 @@ def test_width_is_cut_to_the_same_budget_and_distilled_layer_by_layer(configure,
     cfg = configure(
         *given, *f"criterion={criterion}".split(), "selection=uniform", "distillation=language", "selection.ratio=0.17"
     )
-    prune(cfg)
+    run_pipeline(cfg)
     run = the_run(Path(cfg.paths.runs))
-    config = read_json(run / "distilled" / "config.json")
+    config = read_json(run / "networks" / "distilled" / "config.json")
     assert (config["num_hidden_layers"] == 4 and config["num_key_value_heads"] < 2) or config["intermediate_size"] < 24
     achieved = read_json(run / "metrics.json")["plan/achieved_ratio"]
     assert achieved == pytest.approx(0.1736, abs=1e-4)
@@ -146,7 +146,7 @@ def test_calibration_can_be_on_another_text(configure, words, tmp_path):
         )
     ]
     for cfg in cfgs:
-        prune(cfg)
+        run_pipeline(cfg)
     runs = sorted({path.parent for path in tmp_path.rglob("finished.json")})
     first, second = (read_json(run / "scores.json") for run in runs)
     assert first["key"] != second["key"] and first["scores"] != second["scores"]
@@ -164,7 +164,7 @@ def test_a_recipe_runs_on_a_tiny_network_and_texts(configure, words, tmp_path, r
         text = f"evaluation.metrics.perplexity.text={tmp_path}/holdout.txt"
         given += [text, "evaluation.metrics.perplexity.length=12", "evaluation.metrics.perplexity.tokens=null"]
     cfg = configure(f"experiment={recipe}", *given, *SMALL, "selection.ratio=0.2", "selection.tolerance=0.1")
-    prune(cfg)
+    run_pipeline(cfg)
     metrics = read_json(the_run(Path(cfg.paths.runs)) / "metrics.json")
     assert metrics["plan/removed_units"] == 1 and metrics["distilled/perplexity_stories"] > 1
     if recipe == "shortened_llama":
@@ -191,7 +191,7 @@ def test_the_papers_recipe_calibrates_on_books_and_trains_on_instructions(config
         *("trainer.steps=2", "trainer.accumulate_grad_batches=2", "lr_scheduler.num_warmup_steps=1"),
         *("selection.ratio=0.2", "selection.tolerance=0.1", 'selection.protected=[":1","-2:"]'),
     )
-    prune(cfg)
+    run_pipeline(cfg)
     run = the_run(Path(cfg.paths.runs))
     assert [change["unit"] for change in read_json(run / "plan.json")["changes"]] == ["model.layers.1"]
     metrics = read_json(run / "metrics.json")
@@ -202,15 +202,15 @@ def test_a_text_that_scores_were_made_on_is_no_measure(configure, words, tmp_pat
     given = ["+data@calibration.data=wikitext2", "calibration.data.length=12"]
     given += [f"calibration.data.train={tmp_path}/holdout.txt", f"calibration.data.holdout={tmp_path}/train.txt"]
     with pytest.raises(ValueError, match=r"evaluation\.metrics\.perplexity_stories: .*is trained or calibrated on"):
-        prune(configure(*words, *given))
+        run_pipeline(configure(*words, *given))
 
 
 @pytest.mark.usefixtures("quick_end")
 def test_another_text_under_the_same_name_is_another_run(configure, words, tmp_path):
     cfg = configure(*(w for w in words if "lora" not in w), "distillation=none")
-    prune(cfg)
+    run_pipeline(cfg)
     (tmp_path / "train.txt").write_text(TRAIN[::-1])
-    prune(cfg)
+    run_pipeline(cfg)
     assert len(list(tmp_path.rglob("finished.json"))) == 2
 
 
@@ -225,7 +225,7 @@ def test_the_study_tells_its_runs_apart(configure, words, tmp_path):
         ["distillation=task_only"],
         ["distillation=none", 'selection.protected=[":2"]'],
     ):
-        prune(configure(*small, *given))
+        run_pipeline(configure(*small, *given))
     root = tmp_path / "runs" / "shortened_llama"
     table, unpruned = results(root)
     assert list(zip(table["criterion"], table["retraining"], strict=True)) == [
@@ -242,7 +242,7 @@ def test_the_study_tells_its_runs_apart(configure, words, tmp_path):
         trained["distilled/perplexity_stories"],
     )
     assert "| perplexity+ | 1 |" in markdown(table)
-    prune(configure(*small, "distillation=task_only", "seed=1"))
+    run_pipeline(configure(*small, "distillation=task_only", "seed=1"))
     with pytest.raises(ValueError, match="several runs of"):
         results(root)
 
@@ -266,7 +266,7 @@ def test_what_does_not_go_with_a_language_model_is_said_before_it_is_scored(conf
     kept = [word for word in words if not word.startswith(f"{group}.")]
     cfg = configure(*kept, *given)
     with pytest.raises(ValueError, match=message):
-        prune(cfg)
+        run_pipeline(cfg)
     assert not list(Path(cfg.paths.runs).rglob("scores.json"))
 
 

@@ -11,7 +11,7 @@ from support.results import files, the_run
 from conf.schema import ConfigError
 from experiments.engine.artefacts import read_json
 from experiments.engine.identity import fingerprint, read_config
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 from experiments.engine.run import ForeignFolder, Run
 from experiments.reporting.page import report_set
 from lightning_modules.backbones.files import weight_files
@@ -39,7 +39,7 @@ def test_a_link_at_a_runs_place_is_refused_and_what_it_points_to_is_not_touched(
     folder.symlink_to(precious)
     before = {name: (precious / name).read_text() for name in files(precious)}
     with pytest.raises(ForeignFolder, match=rf"{re.escape(str(folder))} is a symbolic link \(to .*precious\)"):
-        prune(cfg)
+        run_pipeline(cfg)
     assert {name: (precious / name).read_text() for name in files(precious)} == before
 
 
@@ -49,14 +49,14 @@ def test_a_link_above_a_runs_folder_that_leads_out_of_paths_runs_is_refused(conf
     study.parent.mkdir(parents=True, exist_ok=True)
     study.symlink_to(precious)
     with pytest.raises(ForeignFolder, match=r"lies outside paths.runs"):
-        prune(cfg)
+        run_pipeline(cfg)
     assert files(precious) == {"thesis.txt", ".hidden/key"}
 
 
 def test_paths_runs_itself_may_be_a_link(configure, overrides, tmp_path, quick_end):
     (tmp_path / "disk").mkdir()
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
-    prune(configure(*overrides))
+    run_pipeline(configure(*overrides))
     assert (the_run(tmp_path / "disk") / "finished.json").exists()
 
 
@@ -67,22 +67,22 @@ def test_files_that_no_run_has_made_stay_when_a_run_starts_plans_anew_and_is_for
     for path in mine:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
-    prune(cfg)
+    run_pipeline(cfg)
     (folder / "finished.json").unlink()
     (folder / "plan.json").unlink()  # the plan is made again, and all that was made from it
-    prune(cfg)
-    prune(configure(*overrides, "force=true"))
+    run_pipeline(cfg)
+    run_pipeline(configure(*overrides, "force=true"))
     assert [path.read_text() for path in mine] == ["mine"] * len(mine)
 
 
 def test_what_a_killed_process_was_writing_is_removed(configure, overrides, quick_end):
     cfg = configure(*overrides)
-    prune(cfg)
+    run_pipeline(cfg)
     folder = folder_of(cfg)
     (folder / "finished.json").unlink()
     (folder / ".metrics.json.ab12cd_3").write_text("half")
     (folder / ".export.ab12cd_3").mkdir()
-    prune(cfg)
+    run_pipeline(cfg)
     assert not [name for name in files(folder) if "ab12cd_3" in name] and not (folder / ".export.ab12cd_3").exists()
 
 
@@ -93,17 +93,17 @@ def test_a_file_of_a_runs_name_that_no_run_has_made_is_refused(configure, overri
     path.parent.mkdir(parents=True)
     path.write_text("mine")
     with pytest.raises(ForeignFolder, match=rf"{re.escape(str(path))} was made by no run"):
-        prune(cfg)
+        run_pipeline(cfg)
     assert path.read_text() == "mine"
 
 
 def test_a_linked_export_is_replaced_by_force_and_its_target_stays(configure, overrides, tmp_path, quick_end):
-    prune(configure(*overrides))
+    run_pipeline(configure(*overrides))
     export = the_run(tmp_path / "runs") / "export"
     export.rename(tmp_path / "moved")
     export.symlink_to(tmp_path / "moved")
     before = files(tmp_path / "moved")
-    prune(configure(*overrides, "force=true"))
+    run_pipeline(configure(*overrides, "force=true"))
     assert not export.is_symlink() and files(export) == files(tmp_path / "moved") == before
 
 
@@ -128,7 +128,7 @@ def test_a_label_that_no_file_system_takes_is_refused(configure):
 @pytest.fixture
 def study(configure, overrides, tmp_path, unverified) -> Path:
     """A folder with one finished run, whose configuration was changed by somebody else."""
-    prune(configure(*overrides, "distillation=none"))
+    run_pipeline(configure(*overrides, "distillation=none"))
     return tmp_path / "runs"
 
 

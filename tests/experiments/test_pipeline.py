@@ -22,10 +22,10 @@ from conf.schema import ROOT, build
 from criteria.selection.base import InfeasibleBudget
 from datamodules.images import Images
 from experiments.engine import pipeline
-from experiments.engine.artefacts import UnwritableDirectory, read_json
+from experiments.engine.artefacts import StaleArtefact, UnwritableDirectory, read_json
 from experiments.engine.clock import OutOfMemory
 from experiments.engine.identity import fingerprint
-from experiments.engine.pipeline import StaleArtefact, prune
+from experiments.engine.pipeline import run_pipeline
 from experiments.engine.run import Run, RunBusy
 from experiments.reporting.page import collect, report_set
 from lightning_modules.backbones.files import weight_files
@@ -35,11 +35,11 @@ from lightning_modules.export.verify import ExportMismatch, verify
 WEIGHTS = "diffusion_pytorch_model.pruned.safetensors"
 NETWORK = {"config.json", WEIGHTS}
 FINISHED = {
-    *(".lock", ".holder.json", ".manifest.json", "config.yaml", "scores.json", "plan.json", "metrics.csv"),
-    *("seconds.json", "metrics.json", "measured.json", "report.html", "finished.json"),
+    *(".lock", ".holder.json", ".manifest.json", "config.yaml", "scores.json", "plan.json", "run.log"),
+    *("history/distil.csv", "metrics.json", "measured.json", "report.html", "finished.json"),
     *("figures/scores.png", "figures/losses.png"),
-    *("checkpoints/step=0000002.ckpt", "checkpoints/step=0000004.ckpt"),
-    *(f"{folder}/{name}" for folder in ("student", "distilled", "export/unet") for name in NETWORK),
+    *("checkpoints/distil/step=0000002.ckpt", "checkpoints/distil/step=0000004.ckpt"),
+    *(f"{folder}/{name}" for folder in ("networks/pruned", "networks/distilled", "export/unet") for name in NETWORK),
     *("export/README.md", "export/model_index.json", "export/scheduler/scheduler_config.json"),
     "export/unet/pruned_unet.py",
 }
@@ -54,7 +54,7 @@ def finished(configure, overrides, tmp_path, tmp_path_factory, unverified) -> tu
     """(cfg, run): a finished job below tmp_path/runs."""
     if not DONE:
         runs = tmp_path_factory.mktemp("done") / "runs"
-        prune(configure(*overrides[:5], *overrides[6:], f"paths.runs={runs}"))
+        run_pipeline(configure(*overrides[:5], *overrides[6:], f"paths.runs={runs}"))
         DONE["runs"] = runs
     shutil.copytree(DONE["runs"], tmp_path / "runs")
     return configure(*overrides), the_run(tmp_path / "runs")
@@ -73,7 +73,7 @@ def test_a_finished_run_is_exactly_these_files_also_below_a_folder_with_spaces_a
     runs, teacher = tmp_path / "läufe mit leerzeichen ✂" / "runs", tmp_path / "der lehrer ü"
     shutil.copytree(teacher_folder, teacher)
     job = [override for override in sampling if not override.startswith(("paths.runs=", "teacher.path="))]
-    prune(configure(*job, f"paths.runs='{runs}'", f"teacher.path='{teacher}'"))
+    run_pipeline(configure(*job, f"paths.runs='{runs}'", f"teacher.path='{teacher}'"))
     run = the_run(runs)
     assert files(run) == FINISHED | SAMPLED
     kinds = sorted(re.sub(r"[0-9a-f]{16,}", "ID", name) for name in files(runs / ".cache"))
@@ -109,13 +109,13 @@ def test_a_finished_job_is_not_run_again_and_reads_no_weights(finished, monkeypa
     def forbidden(*args: Any, **kwargs: Any) -> None:
         pytest.fail("a finished job did something")
 
-    for name in ("pipeline.load_network", "run.cached"):
-        monkeypatch.setattr(f"experiments.{name}", forbidden)
-    for name in ("load_teacher", "files.load_teacher", "files.load_network"):
+    for name in ("job.load_network", "stages.score.cached"):
+        monkeypatch.setattr(f"experiments.engine.{name}", forbidden)
+    for name in ("diffusion.load.load_teacher", "diffusion.load.load_network"):
         monkeypatch.setattr(f"lightning_modules.backbones.{name}", forbidden)
     monkeypatch.setattr(hashlib, "file_digest", forbidden)
     monkeypatch.setattr(Images, "source", forbidden)
-    prune(cfg)
+    run_pipeline(cfg)
     assert stamps(run) == before
     printed = capsys.readouterr().out
     assert f"finished already: {run} (force=true runs it again)" in printed
@@ -126,10 +126,15 @@ def test_force_runs_a_finished_job_again_from_nothing(configure, overrides, fini
     _, run = finished
     before, results = stamps(run), read_json(run / "metrics.json")
     (run / "export" / "left_over").touch()
-    prune(configure(*overrides, "force=true"))
+    run_pipeline(configure(*overrides, "force=true"))
     assert files(run) == FINISHED
     assert read_json(run / "metrics.json") == results
-    for name in ("student/config.json", "checkpoints/step=0000004.ckpt", "metrics.json", "finished.json"):
+    for name in (
+        "networks/pruned/config.json",
+        "checkpoints/distil/step=0000004.ckpt",
+        "metrics.json",
+        "finished.json",
+    ):
         assert (run / name).stat().st_mtime_ns > before[name], name
 
 
@@ -139,7 +144,7 @@ def test_a_forced_job_that_is_stopped_while_it_clears_up_is_not_finished(configu
         "experiments.engine.run.shutil.rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
-        prune(configure(*overrides, "force=true"))
+        run_pipeline(configure(*overrides, "force=true"))
     assert not (run / "finished.json").exists()
 
 
@@ -149,7 +154,7 @@ def test_a_data_set_is_one_yaml_file_outside_the_repository(configure, overrides
     assert {path.suffix for path in (data_folder / "data").iterdir()} == {".yaml"}
     cfg = configure(*overrides)
     assert cfg.data.train.path == str(images_file)
-    prune(cfg)
+    run_pipeline(cfg)
     batch = next(iter(build(cfg.data).subset("train", 4, 0, 4)))
     with np.load(images_file) as archive:
         shown = ((batch["image"].permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
@@ -194,12 +199,12 @@ def test_a_run_that_another_process_works_on_is_refused_until_that_process_is_go
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(RunBusy, match=rf"{re.escape(str(folder))} is being made by process {holder.pid} on there"):
-            prune(cfg)
+            run_pipeline(cfg)
         assert files(folder) == {".lock", ".holder.json"}
     finally:
         holder.kill()
         holder.communicate()
-    prune(cfg)
+    run_pipeline(cfg)
     assert files(folder) == FINISHED
     assert read_json(folder / ".holder.json")["pid"] == os.getpid()
 
@@ -242,7 +247,7 @@ def test_a_folder_that_cannot_be_made_is_named(configure, overrides, tmp_path):
     (tmp_path / "file").write_text("a file, not a folder")
     job = [override for override in overrides if not override.startswith("paths.runs=")]
     with pytest.raises(UnwritableDirectory) as caught:
-        prune(configure(*job, f"paths.runs={tmp_path}/file/runs"))
+        run_pipeline(configure(*job, f"paths.runs={tmp_path}/file/runs"))
     assert str(tmp_path / "file") in str(caught.value) and "paths.runs=" in str(caught.value)
 
 
@@ -256,7 +261,7 @@ def test_an_artefact_of_another_teacher_or_of_other_scores_is_refused_with_both_
     wanted, content[field] = content[field], "0123456789abcdef" * 4
     (run / artefact).write_text(json.dumps(content))
     with pytest.raises(StaleArtefact) as caught:
-        prune(cfg)
+        run_pipeline(cfg)
     for part in (str(run / artefact), "0123456789abcdef", wanted[:16], "force=true"):
         assert part in str(caught.value)
 
@@ -274,11 +279,11 @@ def test_a_plan_made_anew_takes_what_was_made_from_the_one_before_with_it(finish
         (run / name).unlink()
     for name in ("failure", "sounds/pruned"):
         (run / name).mkdir(parents=True)
-    prune(cfg)
+    run_pipeline(cfg)
     plan, metrics = read_json(run / "plan.json"), read_json(run / "metrics.json")
     assert plan["changes"] != before["changes"]
     removed = [change["unit"] for change in plan["changes"]]
-    for name in ("student", "distilled", "export/unet"):
+    for name in ("networks/pruned", "networks/distilled", "export/unet"):
         assert read_json(run / name / "config.json")["removed_units"] == removed, name
     assert metrics["plan/predicted_harm"] == plan["predicted_harm"]
     assert files(run) == FINISHED and (run / "wandb").exists() and not (run / "sounds").exists()
@@ -293,7 +298,7 @@ def test_a_plan_with_an_unknown_unit_is_refused(finished):
     with pytest.raises(
         ValueError, match=r"'mid_block\.resnet\.0' is not a unit .* nearest are: mid_block\.resnets\.0"
     ) as caught:
-        prune(cfg)
+        run_pipeline(cfg)
     assert str(run / "plan.json") in str(caught.value)
 
 
@@ -309,7 +314,7 @@ def test_a_cut_off_artefact_is_named(finished, artefact):
         (run / "finished.json").unlink()
     damaged.write_text(damaged.read_text()[:40])
     with pytest.raises(ValueError, match=rf"{re.escape(str(damaged))} is not readable JSON .*delete it"):
-        prune(cfg)
+        run_pipeline(cfg)
 
 
 def test_an_edited_weight_file_makes_another_teacher(configure, overrides, teacher_folder, tmp_path):
@@ -345,7 +350,7 @@ def test_running_out_of_memory_says_in_which_stage_and_what_lowers_it(
 
     monkeypatch.setattr(pipeline, "score", score)
     with pytest.raises(OutOfMemory if explained else RuntimeError) as caught:
-        prune(configure(*overrides))
+        run_pipeline(configure(*overrides))
     assert (caught.value if not explained else caught.value.__cause__) is error
     if explained:
         for part in ("stage 'score units'", "calibration.batch_size=2", "data.batch_size=4", "evaluation.batch_size=2"):
@@ -354,14 +359,8 @@ def test_running_out_of_memory_says_in_which_stage_and_what_lowers_it(
 
 def test_an_infeasible_ratio_fails_before_anything_is_scored(configure, overrides, tmp_path):
     with pytest.raises(InfeasibleBudget, match=r"selection\.ratio=0\.9999 .* the nearest achievable 0\.\d+"):
-        prune(configure(*overrides, "selection.ratio=0.9999"))
-    assert files(the_run(tmp_path / "runs")) == {
-        ".lock",
-        ".holder.json",
-        ".manifest.json",
-        "config.yaml",
-        "seconds.json",
-    }
+        run_pipeline(configure(*overrides, "selection.ratio=0.9999"))
+    assert not (tmp_path / "runs" / "debug").exists()  # a configuration that is refused leaves no run
 
 
 # Export
@@ -400,7 +399,7 @@ def test_a_run_whose_export_does_not_match_is_not_finished(configure, overrides,
 
     monkeypatch.setattr(pipeline, "verify", mismatch)
     with pytest.raises(ExportMismatch):
-        prune(configure(*overrides))
+        run_pipeline(configure(*overrides))
     left = FINISHED - {name for name in FINISHED if name.startswith(("export/", "figures/"))}
     assert files(the_run(tmp_path / "runs")) == left - {"finished.json", "measured.json", "report.html"}
 
@@ -412,7 +411,7 @@ def test_a_run_whose_export_does_not_match_is_not_finished(configure, overrides,
 def test_two_processes_give_the_scores_of_one(configure, overrides, data_folder, tmp_path, unverified):
     job = [override for override in overrides if not override.startswith(("paths.runs=", "trainer="))]
     job += ["calibration.samples=6", "calibration.batch_size=2"]
-    prune(configure(*job, "trainer=cpu", f"paths.runs={tmp_path}/one"))
+    run_pipeline(configure(*job, "trainer=cpu", f"paths.runs={tmp_path}/one"))
     train(*job, "trainer=ddp", "trainer.accelerator=cpu", f"paths.runs={tmp_path}/two", config_dir=data_folder)
     one, two = the_run(tmp_path / "one"), the_run(tmp_path / "two")
     assert one.name == two.name

@@ -17,11 +17,12 @@ from support.results import the_run
 from conf.schema import ROOT
 from experiments.engine import pipeline
 from experiments.engine.artefacts import read_json, write_json
-from experiments.engine.clock import Stages
-from experiments.engine.pipeline import prune
+from experiments.engine.clock import Clock
+from experiments.engine.pipeline import run_pipeline
 from experiments.engine.ranks import is_rank_zero
 from experiments.engine.run import Run
 from experiments.engine.samples import Drawn
+from experiments.engine.stages import score as score_stage
 from experiments.engine.texts import Texts
 
 
@@ -46,7 +47,7 @@ def late(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
 
 
 def pruned(rank: int, cfg: DictConfig) -> None:
-    prune(cfg)
+    run_pipeline(cfg)
     assert torch.distributed.get_world_size() == 2
 
 
@@ -58,16 +59,16 @@ def test_a_rank_waits_for_the_student_that_rank_0_writes(configure, job, tmp_pat
 
 
 def test_a_rank_of_a_forced_job_reads_nothing_of_the_run_before(configure, job, tmp_path, monkeypatch, quick_end):
-    prune(configure(*job))
+    run_pipeline(configure(*job))
     run = the_run(tmp_path / "runs")
     before = read_json(run / "scores.json")
     write_json(run / "scores.json", before | {"key": "of another teacher"})
-    go, clean = pipeline.Job.go, Run.clean
+    meet, clean = pipeline.meet, Run.clean
 
-    def noted(job: Any) -> None:
+    def noted(trainer: Any) -> None:
         if not is_rank_zero():
             (tmp_path / "rank 1 goes").touch()
-        go(job)
+        meet(trainer)
 
     def delayed(folder: Run) -> None:
         """Clean a second after rank 1 could begin to read."""
@@ -77,7 +78,7 @@ def test_a_rank_of_a_forced_job_reads_nothing_of_the_run_before(configure, job, 
         time.sleep(is_rank_zero())
         clean(folder)
 
-    monkeypatch.setattr(pipeline.Job, "go", noted)
+    monkeypatch.setattr(pipeline, "meet", noted)
     monkeypatch.setattr(Run, "clean", delayed)
     with two_ranks(pruned, configure(*job, *ON_TWO, "force=true")):
         pass
@@ -89,16 +90,16 @@ def test_ranks_agree_on_scores_that_another_job_has_made_in_the_meantime(
 ):
     """Rank 0 waits for that job; before that, rank 1 sees no scores."""
     job = [*overrides, "distillation=none", "evaluation.loss_samples=4"]
-    prune(configure(*job))
+    run_pipeline(configure(*job))
     (scores,) = tmp_path.glob("runs/.cache/scores/*.json")
-    cached = pipeline.cached
+    cached = score_stage.cached
 
     def noted(*arguments: Any) -> Any:
         (tmp_path / f"rank {int(not is_rank_zero())} asks").touch()
         return cached(*arguments)
 
-    monkeypatch.setattr(pipeline, "cached", noted)
-    monkeypatch.setattr(pipeline, "score", lambda *_: pytest.fail("scores are there"))
+    monkeypatch.setattr(score_stage, "cached", noted)
+    monkeypatch.setattr(score_stage, "score", lambda *_: pytest.fail("scores are there"))
     other = scores.rename(tmp_path / "other.json")
     with (
         FileLock(scores.with_suffix(".lock")) as lock,
@@ -132,8 +133,9 @@ def wrote(rank: int, run: Run) -> None:
     torch.distributed.init_process_group("gloo")
     texts = object.__new__(Texts)
     texts.cfg = OmegaConf.create({"evaluation": {"tokens": 2, "precision": "32-true"}})
-    texts.run, texts.teacher_key, texts.prompts = run, {}, ["one"]
-    texts.stages = Stages(texts.cfg, torch.device("cpu"), run / f"seconds{rank}.json")
+    texts.teacher_key, texts.prompts = {}, ["one"]
+    cpu = torch.device("cpu")
+    texts.job = SimpleNamespace(run=run, device=cpu, clock=Clock(texts.cfg, cpu))
     for _ in range(2):
         texts.write("teacher", SimpleNamespace(write=lambda prompts, *_: [f"{prompts[0]} two"]))
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from support.results import the_run
 
 from experiments.engine.artefacts import read_json
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 from experiments.reporting import page as report
 from experiments.reporting.page import averaged, collect, report_set
 
@@ -32,7 +32,7 @@ def another(made, configure, overrides, tmp_path_factory, tmp_path, unverified) 
     """another(name, run_id, config, plan, **measured): a finished run below tmp_path/study, as a job leaves it."""
     if not made:
         runs = tmp_path_factory.mktemp("made")
-        prune(configure(*overrides, f"paths.runs={runs}", "distillation=none", "logger.wandb=false"))
+        run_pipeline(configure(*overrides, f"paths.runs={runs}", "distillation=none", "logger.wandb=false"))
         made["run"] = the_run(runs)
 
     def make(

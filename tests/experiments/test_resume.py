@@ -20,7 +20,7 @@ from support.results import differences, files, results, the_run, trained_state
 from conf.schema import ROOT
 from experiments.engine import pipeline
 from experiments.engine.artefacts import read_json
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 from lightning_modules.training.checkpoints import CorruptCheckpoint
 
 pytestmark = pytest.mark.usefixtures("quick_end")
@@ -65,7 +65,7 @@ def test_a_job_killed_while_scoring_training_and_evaluating_ends_in_the_bits_of_
         "sampler.steps=30",
         "evaluation.batch_size=1",
     ]
-    prune(configure(*moved(job, tmp_path / "undisturbed")))
+    run_pipeline(configure(*moved(job, tmp_path / "undisturbed")))
     undisturbed = the_run(tmp_path / "undisturbed")
 
     runs = tmp_path / "killed"
@@ -75,33 +75,33 @@ def test_a_job_killed_while_scoring_training_and_evaluating_ends_in_the_bits_of_
     kill_when(lambda: any(cache.glob("scores/*.lock")), command, tmp_path / "scoring.log")
     assert not list(cache.glob("scores/*.json")) and not (run / "scores.json").exists(), "killed too late"
 
-    kill_when(lambda: any(run.glob("checkpoints/*.ckpt")), command, tmp_path / "training.log")
-    assert (run / "student").exists() and not (run / "distilled").exists(), "killed too late"
+    kill_when(lambda: any(run.glob("checkpoints/distil/*.ckpt")), command, tmp_path / "training.log")
+    assert (run / "networks" / "pruned").exists() and not (run / "networks" / "distilled").exists(), "killed too late"
 
     printed = kill_when(lambda: (run / "samples" / "pruned").exists(), command, tmp_path / "evaluating.log")
     assert re.search(r"distil: resuming from step \d+ of 60 \(step=\d+\.ckpt\)", printed)
     assert not (run / "samples" / "distilled").exists() and not (run / "metrics.json").exists(), "killed too late"
 
-    prune(configure(*moved(job, runs)))
+    run_pipeline(configure(*moved(job, runs)))
     assert the_run(runs) == run
     assert differences(results(run), results(undisturbed)) == []
     assert {name for name in files(run) if not name.startswith("checkpoints/")} == {
         name for name in files(undisturbed) if not name.startswith("checkpoints/")
     }
-    history = pd.read_csv(run / "metrics.csv")
+    history = pd.read_csv(run / "history" / "distil.csv")
     assert not history.duplicated(["step", "name"]).any()
 
 
 def test_what_a_killed_process_was_writing_is_removed(configure, overrides, tmp_path):
     cfg = configure(*overrides)
-    prune(cfg)
+    run_pipeline(cfg)
     run = the_run(tmp_path / "runs")
     (run / "finished.json").unlink()
     complete = files(run) | {"finished.json"}
     for name in (".student.x1", "samples/.pruned.x2", ".metrics.json.x3"):
         (run / name).mkdir(parents=True)
         (run / name / "part").touch()
-    prune(cfg)
+    run_pipeline(cfg)
     assert files(run) == complete
 
 
@@ -113,7 +113,7 @@ class Stopped(BaseException):
 
 
 def test_a_job_stopped_after_each_of_its_artefacts_ends_in_the_same_bits(configure, sampling, tmp_path, monkeypatch):
-    prune(configure(*moved(sampling, tmp_path / "undisturbed")))
+    run_pipeline(configure(*moved(sampling, tmp_path / "undisturbed")))
     runs, replace, stopped_at = tmp_path / "stopped", os.replace, []
 
     def replace_and_stop(source: Any, target: Any) -> None:
@@ -126,14 +126,17 @@ def test_a_job_stopped_after_each_of_its_artefacts_ends_in_the_same_bits(configu
     cfg = configure(*moved(sampling, runs))
     for _ in range(40):
         try:
-            prune(cfg)
+            run_pipeline(cfg)
             break
         except Stopped:
             pass
     run, undisturbed = the_run(runs), the_run(tmp_path / "undisturbed")
-    artefacts = "scores.json plan.json student distilled metrics.json samples/teacher samples/pruned samples/distilled"
-    artefacts += " checkpoints/step=0000002.ckpt checkpoints/step=0000004.ckpt export measured.json finished.json"
-    artefacts += " metrics.csv seconds.json .holder.json"
+    artefacts = (
+        "scores.json plan.json networks/pruned networks/distilled metrics.json export measured.json finished.json"
+    )
+    artefacts += " samples/teacher samples/pruned samples/distilled"
+    artefacts += " checkpoints/distil/step=0000002.ckpt checkpoints/distil/step=0000004.ckpt"
+    artefacts += " history/distil.csv .holder.json .manifest.json"
     inside = {Path(path).relative_to(run).as_posix() for path in stopped_at if Path(path).is_relative_to(run)}
     assert inside == set(artefacts.split())
     assert differences(results(run), results(undisturbed)) == []
@@ -165,7 +168,7 @@ def trained(configure, overrides, tmp_path_factory, monkeypatch):
 
             with monkeypatch.context() as patch:
                 patch.setattr(Trainer, "save_checkpoint", save_and_copy)
-                prune(configure(*moved(job, runs)))
+                run_pipeline(configure(*moved(job, runs)))
             BASES[key] = the_run(runs)
             assert files(runs / "every_step") == {f"step={step:07d}.ckpt" for step in range(1, 6)}
         return job, BASES[key]
@@ -177,9 +180,9 @@ def interrupted(run: Path, runs: Path, steps: list[int]) -> Path:
     """The state of a run of which only these checkpoints were there yet; returns the folder of the checkpoints."""
     folder = runs / "debug" / run.name
     (folder / "checkpoints").mkdir(parents=True)
-    for name in ("scores.json", "plan.json", "metrics.csv"):
+    for name in ("scores.json", "plan.json", "history/distil.csv"):
         shutil.copy(run / name, folder / name)
-    shutil.copytree(run / "student", folder / "student")
+    shutil.copytree(run / "networks" / "pruned", folder / "student")
     for step in steps:
         shutil.copy(run.parent.parent / "every_step" / f"step={step:07d}.ckpt", folder / "checkpoints")
     return folder / "checkpoints"
@@ -203,17 +206,17 @@ def test_resuming_from_every_checkpoint_ends_in_the_same_bits(configure, tmp_pat
         runs = tmp_path / f"from{step}"
         interrupted(run, runs, [step])
         capsys.readouterr()
-        prune(configure(*moved(job, runs)))
+        run_pipeline(configure(*moved(job, runs)))
         assert ("resuming from step" in capsys.readouterr().out) == (step < 5)
         assert differences(results(the_run(runs)), results(run)) == [], f"from step {step}"
-        assert (the_run(runs) / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+        assert (the_run(runs) / "metrics.csv").read_bytes() == (run / "history" / "distil.csv").read_bytes()
 
 
 def test_a_text_to_image_job_resumes_in_the_same_bits(configure, text_job, tmp_path, trained, capsys):
     """Its latents are draws, and its captions are encoded anew."""
     job, run = trained("criterion=magnitude", base=text_job)
     interrupted(run, tmp_path / "text", [3])
-    prune(configure(*moved(job, tmp_path / "text")))
+    run_pipeline(configure(*moved(job, tmp_path / "text")))
     assert "resuming from step 3 of 5" in capsys.readouterr().out
     assert differences(results(the_run(tmp_path / "text")), results(run)) == []
 
@@ -225,7 +228,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(config
     content = damaged.read_bytes()
     damaged.write_bytes(content[: int(kept * len(content))])
     with pytest.warns(UserWarning, match=re.escape(f"checkpoint {damaged} cannot be read")):
-        prune(configure(*moved(job, tmp_path / "damaged")))
+        run_pipeline(configure(*moved(job, tmp_path / "damaged")))
     assert "resuming from step 2 of 5 (step=0000002.ckpt)" in capsys.readouterr().out
     assert differences(results(the_run(tmp_path / "damaged")), results(run)) == []
 
@@ -237,7 +240,7 @@ def test_checkpoints_of_which_none_can_be_read_are_an_error_naming_them(configur
         path.write_bytes(path.read_bytes()[:1000])
     with warnings.catch_warnings(), pytest.raises(CorruptCheckpoint) as caught:
         warnings.simplefilter("ignore")
-        prune(configure(*moved(job, tmp_path / "damaged")))
+        run_pipeline(configure(*moved(job, tmp_path / "damaged")))
     for part in (str(folder), "step=0000002.ckpt", "step=0000003.ckpt", "delete them"):
         assert part in str(caught.value)
     assert files(folder) == {"step=0000002.ckpt", "step=0000003.ckpt"}  # nothing was thrown away
@@ -247,12 +250,12 @@ def test_resume_required_fails_without_a_checkpoint_and_goes_on_with_one(configu
     job, run = trained()
     required = moved([*job, "trainer.resume=required"], tmp_path / "required")
     with pytest.raises(ValueError, match=r"trainer\.resume='required', but there is no checkpoint in ") as caught:
-        prune(configure(*required))
+        run_pipeline(configure(*required))
     assert str(the_run(tmp_path / "required") / "checkpoints") in str(caught.value)
     assert "trainer.resume=auto" in str(caught.value)
     shutil.rmtree(tmp_path / "required")
     interrupted(run, tmp_path / "required", [2])
-    prune(configure(*required))
+    run_pipeline(configure(*required))
     assert differences(results(the_run(tmp_path / "required")), results(run)) == []
 
 
@@ -260,13 +263,13 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(configure,
     found = {}
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         torch.rand(5)  # the global generator plays no part
-        prune(configure(*moved(sampling, tmp_path / name), f"seed={seed}"))
+        run_pipeline(configure(*moved(sampling, tmp_path / name), f"seed={seed}"))
         found[name] = results(the_run(tmp_path / name))
     assert differences(found["again"], found["first"]) == []
     for name in (
         "scores.json",
         "plan.json",
-        "student/diffusion_pytorch_model.pruned.safetensors",
+        "networks/pruned/diffusion_pytorch_model.pruned.safetensors",
         "samples/pruned/images.npy",
     ):
         assert found["other"][name] == found["first"][name], f"the training seed has changed {name}"
@@ -279,25 +282,25 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(configure,
 
 
 def test_only_the_last_two_checkpoints_are_kept(configure, overrides, tmp_path):
-    prune(configure(*overrides, "trainer.steps=6", "trainer.checkpoint_every=1"))
+    run_pipeline(configure(*overrides, "trainer.steps=6", "trainer.checkpoint_every=1"))
     assert files(the_run(tmp_path / "runs") / "checkpoints") == {"step=0000005.ckpt", "step=0000006.ckpt"}
 
 
 def test_only_the_last_two_checkpoints_are_kept_by_a_resumed_run_too(configure, tmp_path, trained):
     job, run = trained()
     folder = interrupted(run, tmp_path / "resumed", [1, 2])
-    prune(configure(*moved(job, tmp_path / "resumed")))
+    run_pipeline(configure(*moved(job, tmp_path / "resumed")))
     assert files(folder) == {"step=0000004.ckpt", "step=0000005.ckpt"}
 
 
 def test_a_finished_stage_is_not_run_again(configure, overrides, tmp_path, monkeypatch):
     """A job that stopped after its training reads the distilled network and does not train."""
-    prune(configure(*overrides))
+    run_pipeline(configure(*overrides))
     run = the_run(tmp_path / "runs")
     (run / "finished.json").unlink()
     before = trained_state(max((run / "checkpoints").iterdir()))
     for name in ("train", "score"):
         monkeypatch.setattr(pipeline, name, lambda *_, **__: pytest.fail("a finished stage was run again"))
-    prune(configure(*overrides))
+    run_pipeline(configure(*overrides))
     assert (run / "finished.json").exists()
     assert differences(trained_state(max((run / "checkpoints").iterdir())), before) == []

@@ -13,7 +13,7 @@ from support.process import ROOT
 from conf import schema
 from experiments.engine import run as run_module
 from experiments.engine.artefacts import digest
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 from experiments.engine.run import Run
 from lightning_modules.backbones.files import weight_files
 
@@ -202,7 +202,7 @@ def test_a_digest_does_not_depend_on_the_order_of_keys(content, random):
 
 def test_a_job_runs_in_a_folder_with_spaces_and_accents_under_the_same_name(configure, overrides, tmp_path):
     cfg = configure(*overrides, f"paths.runs='{tmp_path}/my runs é'")
-    prune(cfg)
+    run_pipeline(cfg)
     (folder,) = (tmp_path / "my runs é" / "debug").iterdir()
     assert (folder / "finished.json").exists() and (folder / "export" / "model_index.json").exists()
     plain = Run(configure(*overrides), run_module.read_json(folder / "plan.json")["teacher"])

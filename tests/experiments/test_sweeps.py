@@ -15,12 +15,12 @@ from wandb.proto import wandb_internal_pb2
 
 from conf.schema import ROOT
 from experiments.engine.artefacts import read_json
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 from experiments.reporting.page import report_set
 
 SWEEP = ["criterion=output_loss,magnitude,random", "selection.ratio=0.3,0.5,0.9999", "seed=0"]
 WITHOUT_RELOAD = (
-    "import experiments.engine.pipeline, train; experiments.engine.pipeline.verify = lambda *_: 0.0; train.main()"
+    "import experiments.engine.stages.export as export, train; export.verify = lambda *_: 0.0; train.main()"
 )
 
 
@@ -60,7 +60,7 @@ def test_a_sweep_shares_scores_survives_a_failing_job_and_is_not_run_twice(
 
     # The report of the same folder; random has a second seed.
     for ratio in (0.3, 0.5):
-        prune(configure(*job, "criterion=random", "seed=1", f"selection.ratio={ratio}"))
+        run_pipeline(configure(*job, "criterion=random", "seed=1", f"selection.ratio={ratio}"))
     page = report_set(study)
     assert files(study / "report") == {
         *("index.html", "results.csv", "table.md", "output_loss_over_ratio.png"),

@@ -18,9 +18,8 @@ from support.results import the_run
 from conf.schema import ROOT, build
 from criteria.selection.base import Pool
 from datamodules.readers.folder import Folder
-from experiments.engine import pipeline
-from experiments.engine.pipeline import prune
-from experiments.engine.pretrain import pretrain
+from experiments.engine.pipeline import run_pipeline
+from experiments.engine.stages.select import Select
 from experiments.tools.precompute import backbone_of, precompute
 from lightning_modules.backbones.diffusion.dit import DiTBackbone
 from lightning_modules.backbones.diffusion.dit_weights import STD, initialise
@@ -210,7 +209,7 @@ def test_the_recipes_of_the_three_sizes_differ_in_their_teacher_alone(size, conf
 
 
 def test_laptop_diff_prunes_and_distils_a_dit_by_class(job, dit, configure, tmp_path, quick_end):
-    prune(configure(*job("laptop_diff_dit_xl_imagenet"), f"teacher.path={dit}"))
+    run_pipeline(configure(*job("laptop_diff_dit_xl_imagenet"), f"teacher.path={dit}"))
     run = the_run(tmp_path / "runs")
     metrics = json.loads((run / "metrics.json").read_text())
     plan = json.loads((run / "plan.json").read_text())
@@ -226,7 +225,7 @@ def test_laptop_diff_prunes_and_distils_a_dit_by_class(job, dit, configure, tmp_
 def test_the_class_reaches_the_teacher_in_scoring(job, dit, configure, monkeypatch, tmp_path):
     """Other labels, other scores."""
     found, take = [], Folder.take
-    monkeypatch.setattr(pipeline.Job, "plan", lambda self, scores: found.append(scores) or 1 / 0)
+    monkeypatch.setattr(Select, "run", lambda self, job: found.append(self.score.scores) or 1 / 0)
     for shift in (0, 5):
 
         def shifted(self, indices, shift=shift):
@@ -236,7 +235,7 @@ def test_the_class_reaches_the_teacher_in_scoring(job, dit, configure, monkeypat
         monkeypatch.setattr(Folder, "take", shifted)
         given = [*job("laptop_diff_dit_xl_imagenet"), f"teacher.path={dit}", f"paths.runs={tmp_path}/{shift}"]
         with pytest.raises(ZeroDivisionError):
-            prune(configure(*given))
+            run_pipeline(configure(*given))
     assert found[0].keys() == found[1].keys()
     assert all(found[0][name]["score"] != found[1][name]["score"] for name in found[0])
 
@@ -247,7 +246,7 @@ def test_a_dit_is_trained_from_nothing_on_stored_latents_of_imagenets_shape(job,
     given += [f"pretrain.network.{key}={value}" for key, value in small.items()]
     cfg = configure(*given)
     precompute(cfg)
-    pretrain(cfg)
+    run_pipeline(cfg)
     weights = the_run(tmp_path / "runs") / "weights"
     stock, teacher = DiTPipeline.from_pretrained(weights), load_teacher(str(weights))
     stock.set_progress_bar_config(disable=True)

@@ -20,7 +20,7 @@ from datamodules.images import Images
 from datamodules.readers.arrays import Arrays
 from datamodules.readers.base import MissingData, located
 from experiments.engine.artefacts import read_json
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 from experiments.reporting import figures
 from experiments.reporting.page import report_set
 from experiments.studies.autobot import __main__ as study
@@ -136,7 +136,7 @@ def read(run: Path, *names: str) -> list[Any]:
 
 def test_a_job_prunes_fine_tunes_measures_and_exports_a_classifier(configure, pictures, images_file, capsys):
     cfg = configure(*pictures)
-    prune(cfg)
+    run_pipeline(cfg)
     run = the_run(Path(cfg.paths.runs))
     metrics, plan, scores, measured = read(run, "metrics.json", "plan.json", "scores.json", "measured.json")
     assert measured["export_max_difference"] == 0
@@ -148,14 +148,14 @@ def test_a_job_prunes_fine_tunes_measures_and_exports_a_classifier(configure, pi
     held_out = archive["x_test"], archive["y_test"]
     for name, network in {
         "teacher": tiny_resnet(),
-        "pruned": load(run / "student"),
+        "pruned": load(run / "networks" / "pruned"),
         "distilled": load(run / "export"),
     }.items():
         assert metrics[f"{name}/accuracy"] == percent_right(network, *held_out)
     assert metrics["eval/accuracy"] == metrics["distilled/accuracy"] and metrics["eval/weights"] == "last"
     protocol = metrics["protocol"]["measures"]["accuracy"]
     assert (protocol["better"], protocol["data"], protocol["images"]) == ("higher", "tiny", 16)
-    before, after = (load_file(run / name / "model.safetensors") for name in ("student", "distilled"))
+    before, after = (load_file(run / "networks" / name / "model.safetensors") for name in ("pruned", "distilled"))
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert any("running_mean" in name for name in changed) and any("conv1.weight" in name for name in changed)
     assert sorted(path.name for path in (run / "export").iterdir()) == [
@@ -176,7 +176,7 @@ def test_a_job_prunes_fine_tunes_measures_and_exports_a_classifier(configure, pi
 
     capsys.readouterr()
     before = (run / "metrics.json").stat().st_mtime_ns
-    prune(cfg)
+    run_pipeline(cfg)
     assert "finished already" in capsys.readouterr().out and (run / "metrics.json").stat().st_mtime_ns == before
 
 
@@ -184,7 +184,7 @@ def test_a_job_prunes_fine_tunes_measures_and_exports_a_classifier(configure, pi
 @pytest.mark.parametrize("criterion", ["magnitude calibration.samples=100000", "taylor", "bn_scale", "random"])
 def test_other_criteria_meet_the_same_target(configure, pictures, criterion):
     cfg = configure(*pictures, *f"criterion={criterion}".split(), "distillation=none")
-    prune(cfg)
+    run_pipeline(cfg)
     (metrics,) = read(the_run(Path(cfg.paths.runs)), "metrics.json")
     assert abs(metrics["student/flops"] - cfg.selection.target) < 10_000
 
@@ -199,8 +199,8 @@ def test_the_study_has_a_row_a_run_and_refuses_to_mix_targets(configure, picture
     }
     for words in jobs:
         cfg = configure(*pictures, "calibration.batch_size=4", "distillation=none", *words)
-        prune(cfg)
-    prune(configure(*pictures, "calibration.batch_size=4", "criterion=magnitude", "trainer.steps=1"))
+        run_pipeline(cfg)
+    run_pipeline(configure(*pictures, "calibration.batch_size=4", "criterion=magnitude", "trainer.steps=1"))
     monkeypatch.setattr(sys, "argv", ["autobot", cfg.paths.runs, "--out", str(out)])
     study.main()
     table, layers = pd.read_csv(out / "results.csv"), pd.read_csv(out / "layers.csv")
@@ -213,7 +213,7 @@ def test_the_study_has_a_row_a_run_and_refuses_to_mix_targets(configure, picture
     assert "| 4 |" in capsys.readouterr().out
     page = report_set(Path(cfg.paths.runs))  # one target: no curves over a ratio
     assert {path.stem for path in page.parent.glob("*.png")} == {"quality_by_method", "quality_over_latency_ratio"}
-    prune(configure(*pictures, "criterion=magnitude", "distillation=none", "selection.target=5e5"))
+    run_pipeline(configure(*pictures, "criterion=magnitude", "distillation=none", "selection.target=5e5"))
     with pytest.raises(ValueError, match=r"has runs of several values of target: (400000|500000)"):
         study.main()
 
@@ -244,9 +244,9 @@ def test_methods_at_one_target_are_bars_with_the_best_on_top(tmp_path, monkeypat
 @pytest.mark.usefixtures("quick_end")
 def test_a_classifier_is_distilled_from_the_unpruned_one(configure, pictures, images_file):
     cfg = configure(*pictures, "distillation=normalized", "evaluation.loss_samples=16")
-    prune(cfg)
+    run_pipeline(cfg)
     run = the_run(Path(cfg.paths.runs))
-    history = (run / "metrics.csv").read_text()
+    history = (run / "history" / "distil.csv").read_text()
     for name in ("task", "output", *(f"weighted_feature/stages.{s}" for s in range(3))):
         assert f"train/{name}" in history
     (metrics,) = read(run, "metrics.json")
@@ -286,7 +286,7 @@ def test_what_does_not_go_with_a_classifier_is_said_before_it_is_scored(configur
     ]
     cfg = configure(*kept, *given)
     with pytest.raises(ValueError, match=message):
-        prune(cfg)
+        run_pipeline(cfg)
     assert not list(Path(cfg.paths.runs).rglob("scores.json"))
 
 
@@ -294,13 +294,13 @@ def test_images_of_another_size_are_refused(configure, pictures, tmp_path):
     save(CifarResNet(1, classes=CLASSES, image_size=16), tmp_path)
     kept = [word for word in pictures if not word.startswith("teacher.path=")]
     with pytest.raises(ValueError, match=r"data=tiny: its images are \(3, 8, 8\), the teacher takes \(3, 16, 16\)"):
-        prune(configure(*kept, f"teacher.path={tmp_path}"))
+        run_pipeline(configure(*kept, f"teacher.path={tmp_path}"))
 
 
 def test_an_accuracy_is_of_no_other_network(configure, overrides):
     cfg = configure(*(word for word in overrides if "evaluation=" not in word), "evaluation=accuracy")
     with pytest.raises(ValueError, match=r"evaluation\.metrics\.accuracy: accuracy is of an image classifier"):
-        prune(cfg)
+        run_pipeline(cfg)
 
 
 # Exports

@@ -18,7 +18,7 @@ from torch import Tensor
 from conf import schema
 from conf.schema import ROOT
 from experiments.engine.artefacts import read_json
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 from lightning_modules.losses.level_weights import NORMALIZATIONS, LevelWeights
 from lightning_modules.modules.base import NonFiniteLoss
 from lightning_modules.modules.distillation import Distillation
@@ -174,12 +174,12 @@ def test_training_leaves_the_teacher_alone_and_out_of_the_checkpoint(train_tiny,
 
 @pytest.mark.usefixtures("quick_end")
 def test_of_a_pipeline_the_student_alone_is_in_the_checkpoint_and_in_what_is_saved(configure, text_job, tmp_path):
-    prune(configure(*text_job, "criterion=magnitude"))
+    run_pipeline(configure(*text_job, "criterion=magnitude"))
     run = the_run(tmp_path / "runs")
     weights = "diffusion_pytorch_model.pruned.safetensors"
-    for folder in ("student", "distilled"):
+    for folder in ("networks/pruned", "networks/distilled"):
         assert {path.name for path in (run / folder).iterdir()} == {"config.json", weights}
-    student, saved = load_file(run / "student" / weights), checkpoint(run, 4)
+    student, saved = load_file(run / "networks" / "pruned" / weights), checkpoint(run, 4)
     expected = {f"student.network.{name}" for name in student} | {"weights.energy"}
     assert set(saved["state_dict"]) == set(saved["current_model_state"]) == expected
     sizes = {name: value.numel() for name, value in leaves(saved).items() if isinstance(value, Tensor)}
@@ -192,7 +192,7 @@ def test_of_a_pipeline_the_student_alone_is_in_the_checkpoint_and_in_what_is_sav
 
 def test_every_term_is_logged_by_level_before_and_after_its_weight(train_tiny, tmp_path):
     train_tiny(Distillation)
-    history = pd.read_csv(tmp_path / "metrics.csv")
+    history = pd.read_csv(tmp_path / "history" / "distil.csv")
     kept = [stage for stage in STAGES if stage != "down_blocks.0"]
     terms = {"loss", "task", "output"} | {f"{kind}/{name}" for kind in ("feature", "weighted_feature") for name in kept}
     for term in terms:
@@ -290,14 +290,14 @@ def test_every_choice_of_distillation_makes_a_job(configure, overrides, text_job
     job = [*text_job, *FIXED[name]] if name in FIXED else overrides
     cfg = configure(*job, f"distillation={name}", *FURTHER.get(name, []))
     assert cfg.distillation.name == name
-    prune(cfg)
+    run_pipeline(cfg)
     run = the_run(tmp_path / "runs")
     metrics = read_json(run / "metrics.json")
     trains = name != "none"
     assert metrics["eval/weights"] == ("ema" if trains else "pruned")
-    assert (run / "distilled").exists() == (run / "checkpoints").exists() == trains
+    assert (run / "networks" / "distilled").exists() == (run / "checkpoints").exists() == trains
     assert ("distilled/output_loss" in metrics) == trains
     assert metrics["eval/output_loss"] == metrics["distilled/output_loss" if trains else "pruned/output_loss"]
     weights = f"diffusion_pytorch_model{'' if name in FIXED else '.pruned'}.safetensors"
     exported = load_file(run / "export" / "unet" / weights)
-    assert same_tensors(exported, load_file(run / ("distilled" if trains else "student") / weights))
+    assert same_tensors(exported, load_file(run / "networks" / ("distilled" if trains else "pruned") / weights))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from conf import schema
 from datamodules.readers.arrays import Npz
 from datamodules.readers.base import MissingData
-from experiments.engine.pretrain import pretrain
+from experiments.engine.pipeline import run_pipeline
 from lightning_modules.backbones.classification.backbone import ClassifierBackbone
 from lightning_modules.backbones.classification.image_networks import (
     IMAGENET_MEAN,
@@ -515,7 +515,7 @@ def test_a_classifier_is_trained_and_its_folder_is_a_teacher(configure, tmp_path
     job = ["experiment=pretrain_cifar10_classifier", "pretrain.architecture=resnet8", "++pretrain.image_size=8"]
     job += ["debug=tiny", "data=tiny", "data.batch_size=4", "data.crop=1", "trainer=cpu", "++pretrain.classes=3"]
     job += [f"paths.runs={tmp_path}/runs", "evaluation.loss_samples=16", "evaluation.batch_size=8"]
-    pretrain(configure(*job))
+    run_pipeline(configure(*job))
     run = the_run(tmp_path / "runs")
     assert run.name.startswith("resnet8-seed0")
     assert {t.dtype for t in load_file(run / "weights" / "model.safetensors").values()} == {torch.float16, torch.int64}

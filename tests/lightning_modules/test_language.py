@@ -311,7 +311,7 @@ def test_the_plus_rule_keeps_the_first_four_and_the_last_two():
     ratio = 2 * units[0].params / backbone.params()
     plus = Ranked(ratio=ratio, tolerance=0.01, protected=[":4", "-2:"])
     assert plus.select(pool, scores) == ["model.layers.4", "model.layers.5"]
-    assert plus.staying(units) == [f"model.layers.{i}" for i in (0, 1, 2, 3, 7, 8)]
+    assert plus.protected_units(units) == [f"model.layers.{i}" for i in (0, 1, 2, 3, 7, 8)]
     assert Ranked(ratio=ratio, tolerance=0.01).select(pool, scores) == ["model.layers.0", "model.layers.1"]
 
 

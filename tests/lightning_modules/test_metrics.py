@@ -18,7 +18,7 @@ from conf.schema import ROOT, build
 from datamodules.readers.arrays import Npz
 from datamodules.readers.base import MissingData, data_root
 from datamodules.seeding import numpy_rng
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
 from lightning_modules.backbones.classification.load import load_resnet
 from lightning_modules.metrics.cost import count_macs, latencies, peak_memory
 from lightning_modules.metrics.features import Inception, ResNet20
@@ -192,7 +192,7 @@ def test_fid_without_weights_and_network_fails_before_anything_runs_and_says_wha
     no_inception, configure, overrides, tmp_path
 ):
     with pytest.raises(Exception, match=INCEPTION) as caught:
-        prune(configure(*overrides, "evaluation=fid"))
+        run_pipeline(configure(*overrides, "evaluation=fid"))
     for way_out in (
         "$SECATEUR_DATA",
         "evaluation.metrics.fid: ",

@@ -14,9 +14,9 @@ from support.pipelines import BETAS, tiny_pipeline
 
 from conf.schema import build
 from datamodules.seeding import torch_rng
-from experiments.engine import pipeline
 from experiments.engine.identity import fingerprint
-from experiments.engine.pipeline import prune
+from experiments.engine.pipeline import run_pipeline
+from experiments.engine.stages.score import Score
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.files import weight_files
@@ -45,10 +45,10 @@ def teacher_of(configure, overrides, monkeypatch):
 
     def load(path: str, *more: str) -> DiffusionBackbone:
         found = []
-        monkeypatch.setattr(pipeline.Job, "check", lambda job: found.append(job.teacher) or 1 / 0)
+        monkeypatch.setattr(Score, "check", lambda self, job: found.append(job.teacher) or 1 / 0)
         job = [override for override in overrides if not override.startswith("teacher.path=")]
         with pytest.raises(ZeroDivisionError):
-            prune(configure(*job, f"teacher.path={path}", *more))
+            run_pipeline(configure(*job, f"teacher.path={path}", *more))
         return found[0]
 
     return load
@@ -104,7 +104,7 @@ def test_a_network_without_a_schedule_is_refused_before_anything_is_scored(confi
     job = [override for override in overrides if not override.startswith("teacher.path=")]
     expected = f"{path} holds a network without its pipeline, so its noise schedule is not known"
     with pytest.raises(Exception, match=f"{re.escape(expected)}; say it: noise_scheduler=linear "):
-        prune(configure(*job, f"teacher.path={path}"))
+        run_pipeline(configure(*job, f"teacher.path={path}"))
     assert not list(tmp_path.rglob("scores.json"))
 
 

@@ -16,7 +16,7 @@ from support.results import differences, the_run, trained_state
 from datamodules.readers.base import MissingData
 from datamodules.seeding import torch_rng
 from experiments.engine.inputs import data_of
-from experiments.engine.pretrain import pretrain
+from experiments.engine.pipeline import run_pipeline
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.diffusion.new import new_backbone
 from lightning_modules.modules.denoiser import Denoiser, new_denoiser
@@ -98,7 +98,7 @@ def trained(job, configure, tmp_path: Path, tmp_path_factory: pytest.TempPathFac
 
     def make(recipe: str) -> Path:
         if recipe not in FINISHED:
-            pretrain(configure(*job(recipe)))
+            run_pipeline(configure(*job(recipe)))
             FINISHED[recipe] = tmp_path_factory.mktemp("finished") / "runs"
             shutil.move(tmp_path / "runs", FINISHED[recipe])
         shutil.copytree(FINISHED[recipe], tmp_path / "runs")
@@ -166,7 +166,7 @@ def test_training_from_nothing_resumes_in_the_same_bits(job, trained, configure,
     for file in (last, run / "metrics.json", run / "finished.json"):
         file.unlink()
     shutil.rmtree(run / "weights")
-    pretrain(configure(*job(recipe)))
+    run_pipeline(configure(*job(recipe)))
     assert "resuming from step 2 of 4" in capsys.readouterr().out
     assert whole == {file.name: file.read_bytes() for file in (run / "weights").rglob("*.safetensors")}
     assert differences(trained_state(last), state) == [] and (run / "metrics.json").read_bytes() == metrics
@@ -174,9 +174,9 @@ def test_training_from_nothing_resumes_in_the_same_bits(job, trained, configure,
 
 def test_a_finished_run_is_not_trained_again(job, trained, configure, capsys, monkeypatch):
     run = trained("digits_ldm")
-    monkeypatch.setattr("experiments.engine.pretrain.train", None)
-    pretrain(configure(*job("digits_ldm")))
-    assert f"finished: {run}" in capsys.readouterr().out
+    monkeypatch.setattr("experiments.engine.stages.train.train", None)
+    run_pipeline(configure(*job("digits_ldm")))
+    assert f"finished already: {run}" in capsys.readouterr().out
 
 
 # Text

@@ -97,7 +97,7 @@ def text_job(overrides: list[str], captioned: Path, text_teacher: Path) -> list[
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the reload of the export in a process of its own, which takes most of a tiny job's time."""
-    monkeypatch.setattr("experiments.engine.pipeline.verify", lambda student, folder: 0.0)
+    monkeypatch.setattr("experiments.engine.stages.export.verify", lambda student, folder: 0.0)
 
 
 @pytest.fixture

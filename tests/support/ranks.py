@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pytorch_lightning.utilities import rank_zero_only
 
-from experiments.engine import run as run_module
+from experiments.engine import ranks
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def two_ranks(function: Callable[..., Any], *arguments: Any, seconds: float = 60
         names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
         os.environ.update({name: str(value) for name, value in names.items()})
         rank_zero_only.rank = rank  # this and the next line are what an import in this process would have found
-        run_module.PARENT = os.getppid()
+        ranks.PARENT = os.getppid()
         try:
             function(rank, *arguments)
         except BaseException:

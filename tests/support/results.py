@@ -52,5 +52,5 @@ def results(run: Path) -> dict[str, Any]:
     """All that must not depend on interruptions: scores, plan, metrics, weights, samples and the last checkpoint."""
     kept = {name for name in files(run) if name.endswith((".safetensors", ".npy"))}
     kept |= {"scores.json", "plan.json", "metrics.json"}
-    newest = max((run / "checkpoints").iterdir())
+    newest = max((run / "checkpoints" / "distil").iterdir())
     return {name: (run / name).read_bytes() for name in kept} | {"checkpoint": newest.name} | trained_state(newest)

@@ -26,6 +26,8 @@ class DiffusionBackbone(NetworkBackbone):
     """
 
     library = "diffusers"
+    generates = True
+    stratifies_timesteps = True
     component = "unet"
     """the network's name in its pipeline"""
 

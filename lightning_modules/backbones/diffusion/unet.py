@@ -28,7 +28,7 @@ from lightning_modules.backbones.diffusion.pruned_unet import (
     stages,
     stand_in,
 )
-from lightning_modules.backbones.diffusion.restage import restage
+from lightning_modules.backbones.diffusion.restage import restage, student_config
 from lightning_modules.backbones.width.graph import Channels
 
 CLASSES = {
@@ -138,6 +138,11 @@ class UNetBackbone(DiffusionBackbone):
 
     def stand_in(self, unit: nn.Module) -> nn.Module:
         return stand_in(unit, self.options.get("pointwise", "sum"))
+
+    def check_plan(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            if change["kind"] == "restage":
+                student_config(self.network.config, change["variant"])
 
     def pruned(self, changes: Sequence[Change]) -> Self:
         kinds = {change["kind"] for change in changes}

@@ -1,0 +1,70 @@
+"""The stage `distil`: the student is trained, by its task and by the teacher."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+
+from conf.schema import build
+from experiments.engine.job import TEACHER, Job
+from experiments.engine.stage import Stage, latest, latest_network
+from experiments.engine.stages.select import Select
+from experiments.engine.training import train
+from lightning_modules.modules.distillation import check_levels
+
+
+class Distil(Stage):
+    """Trains a copy of the network that was made last, as `cfg.distillation` says. Without a `_target_`, nothing.
+
+    The result's weights are those of the moving average where that is on.
+
+    Args:
+        makes: the name of the trained network.
+        settings: see Stage.
+    """
+
+    usual_name = "distil"
+
+    def __init__(self, makes: str = "distilled", settings: dict[str, Any] | None = None) -> None:
+        super().__init__(settings)
+        self.name_of_result = makes
+
+    def prepare(self, cfg: DictConfig) -> None:
+        self.makes = self.name_of_result if "_target_" in cfg.distillation else None
+
+    def link(self, before: Sequence[Stage]) -> None:
+        self.source, self.select = latest_network(before), latest(before, Select)
+
+    def artefacts(self) -> list[str]:
+        return [f"networks/{self.makes}", *training_artefacts(self)] if self.makes else []
+
+    def check(self, job: Job) -> None:
+        if self.makes is None:
+            return
+        cfg, teacher = job.cfg, job.teacher
+        narrower = self.select is not None and "slice" in self.select.kinds(job) and teacher.width_changes_stages
+        if narrower and cfg.distillation.get("w_feat"):
+            raise ValueError(
+                f"distillation.w_feat={cfg.distillation.w_feat}: a student with fewer channels has no feature maps "
+                "like the teacher's; choose distillation=task_only, output_only or none"
+            )
+        job.data.train_dataloader()
+        if cfg.distillation.get("lora") is not None:
+            build(cfg.distillation.lora).check(teacher.network)
+        check_levels(teacher, **{key: cfg.distillation.get(key) for key in ("normalization", "taps")})
+
+    def run(self, job: Job) -> None:
+        if self.makes is None:
+            return
+        base, changes = job.origins.get(self.source, (TEACHER, ()))
+        if not job.folder_of(self.makes).exists():
+            with job.clock(self.name):
+                networks = {"student": job.load(self.source, base, changes), "teacher": job.teacher}
+                module = train(job, job.cfg.distillation, self.name, **networks)
+                job.save(self.makes, module.result())
+        job.networks[self.makes], job.origins[self.makes] = job.load(self.makes, base, changes), (base, changes)
+
+
+def training_artefacts(stage: Stage) -> list[str]:
+    """Return what the training of a stage leaves behind, beside its result."""
+    return [f"checkpoints/{stage.name}", f"history/{stage.name}.csv", f"failure/{stage.name}"]

@@ -1,0 +1,56 @@
+"""The stage `export`: a folder that opens without this project, and the proof that it does."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.engine.artefacts import staged
+from experiments.engine.job import Job
+from experiments.engine.ranks import barrier, is_rank_zero
+from experiments.engine.stage import Stage
+from experiments.engine.stages.select import Select
+from experiments.reporting.card import model_card
+from lightning_modules.export.export import check_hub, dense_twin, export
+from lightning_modules.export.verify import verify
+
+
+class Export(Stage):
+    """Exports the network that was made last, with a model card, and reloads it in a clean process."""
+
+    usual_name = "export"
+
+    def link(self, before: Sequence[Stage]) -> None:
+        self.selects = [stage for stage in before if isinstance(stage, Select)]
+
+    def artefacts(self) -> list[str]:
+        return [self.artefact("export")]
+
+    def check(self, job: Job) -> None:
+        cfg = job.cfg.export
+        if cfg.dense_twin:
+            kinds = {kind for select in self.selects for kind in select.kinds(job)}
+            if kinds != {"bypass"} or len(self.selects) > 1 or job.teacher.library != "diffusers":
+                raise ValueError(
+                    "export.dense_twin=true: only a plan that bypasses whole blocks of a diffusion network has such a "
+                    "twin; choose false"
+                )
+        if cfg.push_to_hub is not None:
+            check_hub(cfg.push_to_hub)
+
+    def run(self, job: Job) -> None:
+        if is_rank_zero():
+            with job.clock("export"), staged(job.run / self.artefact("export")) as partial:
+                export(job.student, partial, self.card(job))
+                job.record(export_max_difference=verify(job.student, partial))
+                if job.cfg.export.dense_twin:
+                    dense_twin(job.teacher, job.student).save_pretrained(partial / "dense_twin")
+        barrier()
+
+    def card(self, job: Job) -> str:
+        scores: dict[str, Any] = {}
+        for select in self.selects:
+            scores |= select.score.scores
+        plans = [select.plan_made for select in self.selects]
+        changes = [change for plan in plans for change in plan["changes"]]
+        harm = sum(plan["predicted_harm"] for plan in plans)
+        plan = {"teacher": job.teacher_id, "changes": changes, "predicted_harm": harm}
+        return model_card(job.cfg, plan, scores, job.metrics, job.student)

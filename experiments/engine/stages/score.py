@@ -1,0 +1,162 @@
+"""The stage `score`: a number per unit, how much harm its removal does."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader
+
+from conf.schema import build
+from criteria.base import SCORING_VERSION, Unit, check_scores
+from experiments.engine.artefacts import check_fresh, digest, read_json
+from experiments.engine.cache import cached
+from experiments.engine.identity import effective, fingerprint
+from experiments.engine.inputs import batches_for, calibration_batches, calibration_data
+from experiments.engine.job import Job
+from experiments.engine.ranks import agreed
+from experiments.engine.stage import Stage, latest_network
+from lightning_modules.backbones.base import NetworkBackbone
+from lightning_modules.modules.scoring import score
+from lightning_modules.training.trainer import make_trainer, precision_of
+
+Scores = dict[str, dict[str, float]]
+"""{unit: {"score": harm, ...}}"""
+
+
+class Score(Stage):
+    """Scores all units of the network that was made last by `cfg.criterion`, on `cfg.calibration`.
+
+    Scores are kept in the cache of all runs: they depend on neither ratio nor training seed.
+    """
+
+    usual_name = "score"
+
+    def __init__(self, settings: dict[str, Any] | None = None) -> None:
+        super().__init__(settings)
+        self.needed = False
+        """a selection after this stage uses the scores"""
+        self.scores: Scores = {}
+        self._data: Any = None
+
+    def prepare(self, cfg: DictConfig) -> None:
+        self.criterion = build(cfg.criterion)
+
+    def link(self, before: Sequence[Stage]) -> None:
+        self.source = latest_network(before)
+
+    def artefacts(self) -> list[str]:
+        return [self.artefact("scores.json")]
+
+    def units(self, job: Job) -> list[Unit]:
+        """Return the units that are scored, in the order of the forward pass."""
+        return job.networks[self.source].units(self.criterion.level)
+
+    def check(self, job: Job) -> None:
+        cfg = job.cfg
+        if (network := job.networks.get(self.source)) is None:
+            return
+        if reason := self.criterion.supports(network):
+            raise ValueError(
+                f"criterion={cfg.criterion.name} cannot score teacher={cfg.teacher.get('name', '?')}: {reason}"
+            )
+        if cfg.calibration.data is not None:
+            check_data(network, "calibration.data", cfg.calibration.data.get("name"), self.data(job))
+        if self.needed:
+            self.batches(job)
+
+    def data(self, job: Job) -> Any:
+        """Return the data module that calibration samples come from."""
+        if self._data is None:
+            self._data = calibration_data(job.cfg, job.data)
+        return self._data
+
+    def calibration_batches(self, job: Job) -> DataLoader:
+        return calibration_batches(job.cfg, self.data(job), self.criterion, job.networks[self.source])
+
+    def batches(self, job: Job) -> DataLoader | None:
+        """Return the batches that the criterion looks at: calibration samples or seeds; None where it needs none."""
+        if self.criterion.needs == "nothing":
+            return None
+        calibration = self.calibration_batches(job) if self.criterion.needs == "data" else None
+        return batches_for(self.criterion, job.cfg, job.networks[self.source], self.data(job), calibration)
+
+    def run(self, job: Job) -> None:
+        if not self.needed:
+            return
+        cfg, calibration, criterion = job.cfg, job.cfg.calibration, self.criterion
+        network, units, batches = job.networks[self.source], self.units(job), self.batches(job)
+        network.memory_bound = None if calibration.memory_gib is None else int(calibration.memory_gib * 2**30)
+        network.compiled = {} if calibration.compile else None
+        key = self.key(job, batches)
+        path = job.run / self.artefact("scores.json")
+        if agreed(path.exists()):
+            stored = read_json(path)
+            check_fresh(path, "scores", stored["key"], digest(key))
+            check_scores(stored["scores"], units)
+            self.scores = stored["scores"]
+            return
+
+        def compute() -> Scores:
+            trainer = make_trainer(
+                cfg.trainer, "score units", calibration.precision, inference_mode=not criterion.needs_grad
+            )
+            return score(criterion, network, units, batches, trainer, calibration.seed)
+
+        with job.clock("score units"):
+            self.scores = cached(job.run.cache / "scores", key, compute)
+        check_scores(self.scores, units)
+        job.run.write(
+            path.name,
+            {
+                "key": digest(key),
+                "teacher": job.identify(self.source),
+                "criterion": cfg.criterion.name,
+                "level": criterion.level,
+                "scores": self.scores,
+            },
+        )
+
+    def key(self, job: Job, batches: DataLoader | None) -> dict[str, Any]:
+        """Return all that the scores depend on."""
+        cfg, fields = job.cfg, effective(job.cfg)
+        precision = precision_of(cfg.calibration.precision, job.device.type)
+        return {
+            "teacher": job.identify(self.source),
+            "options": {k: v for k, v in fields["teacher"].items() if k not in ("name", "path")},
+            "criterion": fields["criterion"],
+            "files": fingerprint(self.criterion.files(), job.run.cache),
+            "units": [unit.name for unit in self.units(job)],
+            "calibration": {k: v for k, v in fields["calibration"].items() if k != "data"} | {"precision": precision},
+            "data": None if batches is None else content_hash(batches),  # whatever its name
+            "noise_scheduler": fields["noise_scheduler"],
+            "ranks": cfg.trainer.devices * cfg.trainer.num_nodes if fields["criterion"].get("stable_for") else None,
+            "version": SCORING_VERSION,
+        }
+
+
+def check_data(network: NetworkBackbone, field: str, name: str | None, data: Any) -> None:
+    """Raise ValueError, naming the field of the configuration, where a network cannot take a data set's samples."""
+    try:
+        network.check_data(data)
+    except ValueError as error:
+        raise ValueError(f"{field}={name}: {error}") from error
+
+
+HASHED = 64
+"""batches, evenly spaced, that stand for all calibration batches in the key of their scores"""
+
+
+def content_hash(batches: DataLoader) -> str:
+    """Return the sha256 of images, labels, captions and seeds, of all batches or of HASHED evenly spaced ones."""
+    several = list(batches.batch_sampler)  # type: ignore[arg-type]
+    chosen = several[:: -(-len(several) // HASHED)]
+    total = hashlib.sha256()
+    for batch in DataLoader(
+        batches.dataset, batch_sampler=chosen, num_workers=batches.num_workers, collate_fn=batches.collate_fn
+    ):
+        for name in sorted(batch):
+            value = batch[name]
+            total.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
+    return total.hexdigest()

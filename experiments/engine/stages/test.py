@@ -1,0 +1,42 @@
+"""The stage `test`: what was trained from nothing is measured on the held-out samples."""
+
+from collections.abc import Sequence
+
+from conf.schema import ConfigError
+from experiments.engine.artefacts import read_json
+from experiments.engine.inputs import held_out
+from experiments.engine.job import Job
+from experiments.engine.stage import Stage, latest
+from experiments.engine.stages.train import Train
+from lightning_modules.training.trainer import make_trainer
+
+
+class Test(Stage):
+    """Runs the test loop of the module that the train stage before it has trained; writes metrics.json."""
+
+    usual_name = "test"
+    needs_teacher = False
+
+    def link(self, before: Sequence[Stage]) -> None:
+        train = latest(before, Train)
+        if train is None:
+            raise ConfigError(f"pipeline.stages.{self.name}: there is no stage before it that trains (Train)")
+        self.train = train
+
+    def artefacts(self) -> list[str]:
+        return [self.artefact("metrics.json")]
+
+    def check(self, job: Job) -> None:
+        held_out(job.cfg, job.data)
+
+    def run(self, job: Job) -> None:
+        path = job.run / self.artefact("metrics.json")
+        if path.exists():
+            job.metrics = read_json(path)
+            return
+        module = self.train.module
+        with job.clock(self.name):
+            trainer = make_trainer(job.cfg.trainer, "test", job.cfg.evaluation.precision)
+            trainer.test(module, held_out(job.cfg, job.data), verbose=False)
+        job.metrics = {"run_id": job.run.id, **module.metrics}
+        job.run.write(path.name, job.metrics)
