@@ -262,11 +262,11 @@ def test_a_resumed_training_counts_on(tmp_path):
     conf = Trainer(accelerator="cpu", precision="32-true", steps=7, checkpoint_every=3)
     undisturbed, resumed = holed(), holed()
     fit(Idle(), undisturbed, conf, tmp_path, "idle")
-    (tmp_path / "checkpoints" / "step=0000006.ckpt").unlink()
+    (tmp_path / "checkpoints" / "idle" / "step=0000006.ckpt").unlink()
     fit(Idle(), resumed, conf, tmp_path, "idle")  # from step 3 on
     counts = undisturbed.skipped.state_dict()
     assert resumed.skipped.state_dict() == counts and counts["seen"] == 7 * 6
-    stored = torch.load(tmp_path / "checkpoints" / "step=0000003.ckpt", weights_only=True)["Images"]
+    stored = torch.load(tmp_path / "checkpoints" / "idle" / "step=0000003.ckpt", weights_only=True)["Images"]
     assert stored["seen"] == 3 * 6 and 0 < stored["count"] < counts["count"]
 
 

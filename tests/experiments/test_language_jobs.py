@@ -93,7 +93,7 @@ def test_adapters_resume_at_the_same_bits(configure, words, capsys):
         shutil.rmtree(run / name)
     for name in ("finished.json", "metrics.json"):
         (run / name).unlink()
-    (last,) = (run / "checkpoints").glob("step=0000004.ckpt")
+    (last,) = (run / "checkpoints" / "distil").glob("step=0000004.ckpt")
     last.unlink()
     capsys.readouterr()
     run_pipeline(cfg)

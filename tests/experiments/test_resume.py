@@ -18,7 +18,6 @@ from pytorch_lightning import Trainer
 from support.results import differences, files, results, the_run, trained_state
 
 from conf.schema import ROOT
-from experiments.engine import pipeline
 from experiments.engine.artefacts import read_json
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.training.checkpoints import CorruptCheckpoint
@@ -98,7 +97,7 @@ def test_what_a_killed_process_was_writing_is_removed(configure, overrides, tmp_
     run = the_run(tmp_path / "runs")
     (run / "finished.json").unlink()
     complete = files(run) | {"finished.json"}
-    for name in (".student.x1", "samples/.pruned.x2", ".metrics.json.x3"):
+    for name in ("networks/.pruned.abcdefg1", "samples/.pruned.abcdefg2", ".metrics.json.abcdefg3"):
         (run / name).mkdir(parents=True)
         (run / name / "part").touch()
     run_pipeline(cfg)
@@ -179,13 +178,15 @@ def trained(configure, overrides, tmp_path_factory, monkeypatch):
 def interrupted(run: Path, runs: Path, steps: list[int]) -> Path:
     """The state of a run of which only these checkpoints were there yet; returns the folder of the checkpoints."""
     folder = runs / "debug" / run.name
-    (folder / "checkpoints").mkdir(parents=True)
-    for name in ("scores.json", "plan.json", "history/distil.csv"):
+    checkpoints = folder / "checkpoints" / "distil"
+    for made in (checkpoints, folder / "history"):
+        made.mkdir(parents=True)
+    for name in (".manifest.json", "scores.json", "plan.json", "history/distil.csv"):
         shutil.copy(run / name, folder / name)
-    shutil.copytree(run / "networks" / "pruned", folder / "student")
+    shutil.copytree(run / "networks" / "pruned", folder / "networks" / "pruned")
     for step in steps:
-        shutil.copy(run.parent.parent / "every_step" / f"step={step:07d}.ckpt", folder / "checkpoints")
-    return folder / "checkpoints"
+        shutil.copy(run.parent.parent / "every_step" / f"step={step:07d}.ckpt", checkpoints)
+    return checkpoints
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_resuming_from_every_checkpoint_ends_in_the_same_bits(configure, tmp_pat
         run_pipeline(configure(*moved(job, runs)))
         assert ("resuming from step" in capsys.readouterr().out) == (step < 5)
         assert differences(results(the_run(runs)), results(run)) == [], f"from step {step}"
-        assert (the_run(runs) / "metrics.csv").read_bytes() == (run / "history" / "distil.csv").read_bytes()
+        assert (the_run(runs) / "history" / "distil.csv").read_bytes() == (run / "history" / "distil.csv").read_bytes()
 
 
 def test_a_text_to_image_job_resumes_in_the_same_bits(configure, text_job, tmp_path, trained, capsys):
@@ -251,7 +252,7 @@ def test_resume_required_fails_without_a_checkpoint_and_goes_on_with_one(configu
     required = moved([*job, "trainer.resume=required"], tmp_path / "required")
     with pytest.raises(ValueError, match=r"trainer\.resume='required', but there is no checkpoint in ") as caught:
         run_pipeline(configure(*required))
-    assert str(the_run(tmp_path / "required") / "checkpoints") in str(caught.value)
+    assert str(the_run(tmp_path / "required") / "checkpoints" / "distil") in str(caught.value)
     assert "trainer.resume=auto" in str(caught.value)
     shutil.rmtree(tmp_path / "required")
     interrupted(run, tmp_path / "required", [2])
@@ -283,7 +284,7 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(configure,
 
 def test_only_the_last_two_checkpoints_are_kept(configure, overrides, tmp_path):
     run_pipeline(configure(*overrides, "trainer.steps=6", "trainer.checkpoint_every=1"))
-    assert files(the_run(tmp_path / "runs") / "checkpoints") == {"step=0000005.ckpt", "step=0000006.ckpt"}
+    assert files(the_run(tmp_path / "runs") / "checkpoints" / "distil") == {"step=0000005.ckpt", "step=0000006.ckpt"}
 
 
 def test_only_the_last_two_checkpoints_are_kept_by_a_resumed_run_too(configure, tmp_path, trained):
@@ -298,9 +299,11 @@ def test_a_finished_stage_is_not_run_again(configure, overrides, tmp_path, monke
     run_pipeline(configure(*overrides))
     run = the_run(tmp_path / "runs")
     (run / "finished.json").unlink()
-    before = trained_state(max((run / "checkpoints").iterdir()))
-    for name in ("train", "score"):
-        monkeypatch.setattr(pipeline, name, lambda *_, **__: pytest.fail("a finished stage was run again"))
+    before = trained_state(max((run / "checkpoints" / "distil").iterdir()))
+    for name in ("distil.train", "score.score"):
+        monkeypatch.setattr(
+            f"experiments.engine.stages.{name}", lambda *_, **__: pytest.fail("a finished stage was run again")
+        )
     run_pipeline(configure(*overrides))
     assert (run / "finished.json").exists()
-    assert differences(trained_state(max((run / "checkpoints").iterdir())), before) == []
+    assert differences(trained_state(max((run / "checkpoints" / "distil").iterdir())), before) == []

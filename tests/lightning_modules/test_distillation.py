@@ -150,7 +150,7 @@ def train_tiny(configure, overrides, tmp_path):
 
 
 def checkpoint(run: Path, step: int) -> dict[str, Any]:
-    return torch.load(run / "checkpoints" / f"step={step:07d}.ckpt", weights_only=True)
+    return torch.load(run / "checkpoints" / "distil" / f"step={step:07d}.ckpt", weights_only=True)
 
 
 def test_training_leaves_the_teacher_alone_and_out_of_the_checkpoint(train_tiny, tmp_path):
@@ -254,7 +254,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_optimiser_steps(
     assert "optimizer.lr" in message
     assert len(recorder.weights) == 2
     assert same_tensors(train_tiny.module.student.state_dict(), recorder.weights[-1])
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "checkpoints" / "distil").iterdir()) == [
         "step=0000001.ckpt",
         "step=0000002.ckpt",
     ]

@@ -160,7 +160,7 @@ def test_a_new_model_is_a_stock_pipeline_and_a_teacher_that_generates_the_same(t
 @pytest.mark.parametrize("recipe", ["cifar10_vae", "cifar10_t2i"])
 def test_training_from_nothing_resumes_in_the_same_bits(job, trained, configure, capsys, recipe):
     run = trained(recipe)
-    last = run / "checkpoints" / "step=0000004.ckpt"
+    last = run / "checkpoints" / "train" / "step=0000004.ckpt"
     whole = {file.name: file.read_bytes() for file in (run / "weights").rglob("*.safetensors")}
     state, metrics = trained_state(last), (run / "metrics.json").read_bytes()
     for file in (last, run / "metrics.json", run / "finished.json"):

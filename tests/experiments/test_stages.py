@@ -1,0 +1,151 @@
+"""Pipelines as lists: a stage twice, several rounds of pruning, and lists that cannot be run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.results import differences, files, the_run
+
+from conf.schema import ConfigError
+from experiments.engine.artefacts import read_json
+from experiments.engine.pipeline import make_stages, run_pipeline
+from experiments.engine.stage import Stage
+
+pytestmark = pytest.mark.usefixtures("quick_end")
+
+STAGES = "experiments.engine.stages"
+TWICE = f"""name: twice
+stages:
+  score: {{_target_: {STAGES}.score.Score}}
+  select: {{_target_: {STAGES}.select.Select}}
+  build: {{_target_: {STAGES}.build.Build, makes: pruned}}
+  distil: {{_target_: {STAGES}.distil.Distil, makes: distilled}}
+  distil_again:
+    _target_: {STAGES}.distil.Distil
+    makes: distilled_again
+    settings: {{trainer: {{steps: 2}}, distillation: {{w_feat: 0.0}}}}
+  evaluate: {{_target_: {STAGES}.evaluate.Evaluate}}
+  export: {{_target_: {STAGES}.export.Export}}
+"""
+ROUNDS = f"""name: rounds
+stages:
+  score: {{_target_: {STAGES}.score.Score}}
+  select: {{_target_: {STAGES}.select.Select, settings: {{selection: {{ratio: 0.2}}}}}}
+  build: {{_target_: {STAGES}.build.Build, makes: pruned}}
+  distil: {{_target_: {STAGES}.distil.Distil, makes: distilled}}
+  score_again: {{_target_: {STAGES}.score.Score}}
+  select_again: {{_target_: {STAGES}.select.Select, settings: {{selection: {{ratio: 0.3}}}}}}
+  build_again: {{_target_: {STAGES}.build.Build, makes: pruned_again}}
+  distil_again: {{_target_: {STAGES}.distil.Distil, makes: distilled_again}}
+  evaluate: {{_target_: {STAGES}.evaluate.Evaluate}}
+  export: {{_target_: {STAGES}.export.Export}}
+"""
+LISTS = {"twice": TWICE, "rounds": ROUNDS}
+
+
+@pytest.fixture
+def lists(data_folder) -> list[str]:
+    """The two pipelines as files outside the repository; returns their names."""
+    (data_folder / "pipeline").mkdir(exist_ok=True)
+    for name, content in LISTS.items():
+        (data_folder / "pipeline" / f"{name}.yaml").write_text(content)
+    return list(LISTS)
+
+
+def results(run: Path) -> dict[str, Any]:
+    """All that must not depend on interruptions."""
+    kept = [name for name in files(run) if name.endswith((".safetensors", ".npy", ".csv"))]
+    kept += [name for name in files(run) if name.startswith(("scores", "plan", "metrics"))]
+    return {name: (run / name).read_bytes() for name in kept}
+
+
+class Killed(BaseException):
+    """As if the process had been killed between two stages."""
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_killed_between_any_two_stages_ends_in_the_same_bits(
+    configure, sampling, lists, tmp_path, monkeypatch, name
+):
+    job = [override for override in sampling if not override.startswith("paths.runs=")]
+    undisturbed = configure(*job, f"pipeline={name}", f"paths.runs={tmp_path}/undisturbed")
+    run_pipeline(undisturbed)
+    expected = results(the_run(tmp_path / "undisturbed"))
+    stages, begun = [stage.name for stage in make_stages(undisturbed)], []
+    assert len(stages) == len(set(stages)) == LISTS[name].count("_target_")
+
+    for kind in {type(stage) for stage in make_stages(undisturbed)}:
+        run = kind.run
+
+        def stopping(self: Stage, job: Any, run: Any = run) -> None:
+            if self.name not in begun:
+                begun.append(self.name)
+                raise Killed
+            run(self, job)
+
+        monkeypatch.setattr(kind, "run", stopping)
+    cfg = configure(*job, f"pipeline={name}", f"paths.runs={tmp_path}/killed")
+    for _ in stages:
+        with pytest.raises(Killed):
+            run_pipeline(cfg)
+    run_pipeline(cfg)
+    assert begun == stages
+    assert differences(results(the_run(tmp_path / "killed")), expected) == []
+
+
+def test_every_network_of_a_list_has_a_name_and_is_measured_in_order(configure, sampling, lists, tmp_path):
+    run_pipeline(configure(*sampling, "pipeline=rounds"))
+    run = the_run(tmp_path / "runs")
+    metrics, measured = read_json(run / "metrics.json"), read_json(run / "measured.json")
+    names = ["teacher", "pruned", "distilled", "pruned_again", "distilled_again"]
+    assert metrics["networks"] == names
+    assert {path.name for path in (run / "networks").iterdir()} == set(names[1:])
+    assert {path.name for path in (run / "samples").iterdir()} == set(names)
+    params = [metrics[f"{name}/params"] for name in names]
+    assert params[0] > params[1] == params[2] > params[3] == params[4] == metrics["student/params"]
+    assert metrics["plan/achieved_ratio"] == 1 - params[-1] / params[0]
+    assert 0.2 <= 1 - params[1] / params[0] <= 0.3 and 0.3 <= 1 - params[3] / params[2] <= 0.4
+    assert metrics["eval/output_loss"] == metrics["distilled_again/output_loss"]
+    assert measured["student/latency_ms"] > 0
+    first, second = read_json(run / "plan.json"), read_json(run / "plan-select_again.json")
+    assert metrics["plan/removed_units"] == len(first["changes"]) + len(second["changes"])
+    assert not {change["unit"] for change in first["changes"]} & {change["unit"] for change in second["changes"]}
+    assert set(read_json(run / "scores-score_again.json")["scores"]) == set(
+        read_json(run / "scores.json")["scores"]
+    ) - {change["unit"] for change in first["changes"]}
+
+
+def test_settings_hold_for_one_stage_alone(configure, overrides, lists, tmp_path):
+    run_pipeline(configure(*overrides, "pipeline=twice"))
+    run = the_run(tmp_path / "runs")
+    steps = {path.name: max(path.iterdir()).name for path in (run / "checkpoints").iterdir()}
+    assert steps == {"distil": "step=0000004.ckpt", "distil_again": "step=0000002.ckpt"}
+    terms = {path.stem: "feature" in path.read_text() for path in (run / "history").iterdir()}
+    assert terms == {"distil": True, "distil_again": False}
+
+
+WRONG = {
+    "no stage": ("~pipeline.stages.score", "there is no stage before it that scores"),
+    "another class": ("pipeline.stages.score._target_=criteria.scores.output_loss.OutputLoss", "it is no Stage"),
+    "one name twice": ("pipeline.stages.distil.makes=pruned", "there is a network of that name already"),
+    "a name that is no name": ("pipeline.stages.build.makes=../x", "is no name; choose lower-case letters"),
+    "settings": ("+pipeline.stages.distil.settings={trainer: {stepz: 1}}", "settings: .*stepz"),
+    "a value": (
+        "+pipeline.stages.distil.settings={trainer: {steps: 0}}",
+        r"settings: trainer\.steps=0 is out of range",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_list_that_cannot_be_run_is_refused_before_anything_is_read(configure, overrides, tmp_path, wrong):
+    override, message = WRONG[wrong]
+    with pytest.raises(ConfigError, match=message):
+        run_pipeline(configure(*overrides, override, "teacher.path=/nowhere"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_stage_that_is_null_is_left_out(configure, overrides, tmp_path):
+    run_pipeline(configure(*overrides, "pipeline.stages.export=null", "evaluation=none"))
+    run = the_run(tmp_path / "runs")
+    assert (run / "finished.json").exists() and not (run / "export").exists()
