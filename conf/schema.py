@@ -58,6 +58,8 @@ class Trainer:
     log_every_n_steps: int = 1
     resume: str = "auto"
     """auto may start afresh and says so; required fails when there is no checkpoint"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """further arguments of Lightning's Trainer, such as {detect_anomaly: true}"""
 
 
 @dataclass
@@ -141,11 +143,14 @@ class Task:
 
 @dataclass
 class Logger:
-    wandb: bool = True
+    wandb: bool = False
+    """one run of Weights & Biases per job"""
     project: str = "secateur"
     entity: str | None = None
     mode: str = "auto"
     """auto is online when there is a key, else offline; or online | offline"""
+    loggers: dict[str, Any] = field(default_factory=dict)
+    """further loggers of Lightning by name, each a `_target_`; `save_dir` is the run's folder unless it is given"""
 
 
 @dataclass
@@ -186,6 +191,8 @@ class Config:
     export: Export = field(default_factory=Export)
     precompute: Precompute = field(default_factory=Precompute)
     trainer: Trainer = field(default_factory=Trainer)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """callbacks of Lightning for every training, by name, each a `_target_`"""
     logger: Logger = field(default_factory=Logger)
     paths: Paths = field(default_factory=Paths)
 

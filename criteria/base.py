@@ -160,8 +160,11 @@ class Criterion:
     needs = "data"
     """what a batch holds: data (calibration samples) | seeds (of `seeds` images to generate) | nothing"""
     needs_grad = False
-    level = "depth"
-    """one of LEVELS: the pool of units that is scored"""
+    level: str = Level.DEPTH
+    """the pool of units that is scored"""
+    module: Any = None
+    """Callable (criterion, backbone) -> LightningModule that trains what the criterion trains, a step per calibration
+    batch, with the network frozen. None: the batches are fed to `update`."""
     seeds = 0
 
     def supports(self, backbone: Backbone) -> str | None:

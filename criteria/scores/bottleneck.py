@@ -1,6 +1,6 @@
 """AutoBot (arXiv 2111.09635): units behind trainable gates, under a budget that the gates have to keep."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from criteria.selection.base import group
 class Bottleneck(Criterion):
     """The gate of a unit, between 0 and 1, after training all gates together; the network itself is frozen.
 
-    A gate is lambda = sigmoid(alpha), `init` at first. The alphas are trained with Adam at `lr`, a step a calibration
-    batch, by `lightning_modules/modules/gate_training.py`, on
+    A gate is lambda = sigmoid(alpha), `init` at first. The alphas are trained with Adam at `lr`, a step per calibration
+    batch, by `module` (lightning_modules/modules/gate_training.py), on
 
         task loss + beta * L_g + gamma * L_h,
 
@@ -41,6 +41,7 @@ class Bottleneck(Criterion):
         lr: float = 0.5,
         init: float = 0.9,
         keep_after: float = 0.6,
+        module: Callable[..., Any] | None = None,
     ) -> None:
         if (ratio is None) == (target is None):
             raise ValueError(
@@ -62,7 +63,7 @@ class Bottleneck(Criterion):
         self.level = check_level(level)
         self.ratio, self.target, self.budget = ratio, target, budget
         self.beta, self.gamma, self.lr, self.init = beta, gamma, lr, init
-        self.keep_after = keep_after
+        self.keep_after, self.module = keep_after, module
         self.history: list[dict[str, float]] = []
         """of each iteration: loss, task, L_g, L_h, and the cost under gates"""
 

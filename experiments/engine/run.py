@@ -25,7 +25,10 @@ class ForeignFolder(ValueError):
     """Files that no run has made stand where a run would write."""
 
 
-ENTRIES = ("config.yaml", "run.log", "measured.json", "finished.json", "report.html", "figures", "sounds", "wandb")
+ENTRIES = (
+    *("config.yaml", "run.log", "measured.json", "finished.json", "report.html", "figures", "sounds"),
+    *("wandb", "logs"),
+)
 """What a run writes directly below its own folder, beside the artefacts of its stages."""
 
 TEMPORARY = "?" * 8

@@ -17,5 +17,6 @@ def train(job: Job, node: DictConfig, stage: str, **networks: Any) -> Any:
     dump = run / "failure" / stage
     module = build(node, optimizer=optimizer, lr_scheduler=schedule, seed=cfg.seed, dump=dump, **networks)()
     callbacks = [WarmedUpEMA(cfg.ema_decay)] if cfg.ema_decay is not None else []
+    callbacks += [build(callback) for callback in cfg.callbacks.values()]
     fit(module, job.data, cfg.trainer, run.folder, stage, job.dashboard.loggers, callbacks)
     return module

@@ -1,15 +1,18 @@
 """Weights & Biases: one run a job, offline where there is no key, always finished."""
 
+import inspect
 import netrc
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import hydra.utils
 import wandb
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger, WandbLogger
 
+from conf.schema import ConfigError, build
 from experiments.engine.identity import effective
 from experiments.engine.ranks import is_rank_zero
 from experiments.engine.run import Run
@@ -28,6 +31,7 @@ class Dashboard:
 
     def __enter__(self) -> Self:
         logger = self.cfg.logger
+        self.loggers = [self.build_logger(name, node) for name, node in logger.loggers.items()]
         if logger.wandb and is_rank_zero():
             mode: Any = logger.mode
             if mode == "auto":
@@ -45,8 +49,17 @@ class Dashboard:
                 settings=wandb.Settings(console="off", silent=mode == "offline"),
                 reinit="finish_previous",
             )
-            self.loggers = [WandbLogger(experiment=self.wandb)]
+            self.loggers.append(WandbLogger(experiment=self.wandb))
         return self
+
+    def build_logger(self, name: str, node: DictConfig) -> Logger:
+        """Return a logger of Lightning that writes into the run's folder; raises ConfigError naming it."""
+        takes_folder = "save_dir" in inspect.signature(hydra.utils.get_object(node._target_)).parameters
+        folder = {"save_dir": self.run / "logs"} if takes_folder and "save_dir" not in node else {}
+        try:
+            return build(node, **folder)
+        except Exception as error:
+            raise ConfigError(f"logger.loggers.{name} cannot be made: {error.__cause__ or error}") from error
 
     def finish(self, metrics: dict[str, Any], measured: dict[str, Any]) -> None:
         """Put the summary, the pictures and the sounds on the dashboard, under flat names."""

@@ -27,7 +27,14 @@ class NetworkBackbone(nn.Module):
     channels: Any
     """blocks of channels (Blocks), made when first asked for; not of every family"""
     library = ""
-    """the package whose loaders open an export: diffusers | transformers"""
+    """the package whose loaders open an export: diffusers | transformers | torch; also the name of the program that
+    reloads one, lightning_modules/export/reload_<library>.py"""
+    pipeline_tag: str | None = None
+    """the task under which the Hugging Face hub lists an export"""
+    slices = "units"
+    """what a plan of width removes, in the plural"""
+    has_dense_twin = False
+    """can a network of the teacher's own class and shape do what a student of bypassed blocks does?"""
     surroundings: Any = None
     """the other parts of a diffusion pipeline, where there is one"""
     tokenizer: Any = None
@@ -273,6 +280,28 @@ class NetworkBackbone(nn.Module):
         """config.json and safetensors weights, as the network's library writes them."""
         raise NotImplementedError
 
+    # Exports: given by the families
+
+    def save_export(self, folder: Path) -> None:
+        """Write what the network's library opens by itself, in safetensors."""
+        raise NotImplementedError
+
+    def reload_arguments(self) -> list[str]:
+        """Return the further command line arguments of the program that reloads an export."""
+        return []
+
+    def random_arguments(self) -> dict[str, Any]:
+        """Return arguments of the network for two samples, with noise where there are numbers, on the CPU."""
+        raise NotImplementedError
+
+    def expected_outputs(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        """Return what a reloaded export has to compute from these arguments: "output", and what else is compared."""
+        return {"output": output_of(self.network, arguments)}
+
+    def card_usage(self) -> str:
+        """Return how an export is loaded, in Markdown."""
+        raise NotImplementedError
+
 
 def joint(gates: Mapping[str, Tensor], part: Unit | Shared) -> Tensor:
     """How far a part is gone that goes with its units: the product of 1 - gate."""
@@ -295,3 +324,10 @@ def blend(bypass: nn.Module, gate: Tensor) -> Any:
 def hidden(output: Any) -> Tensor:
     """The feature map among a module's outputs: the last tensor (joint blocks give the text stream first)."""
     return output if isinstance(output, Tensor) else [part for part in output if isinstance(part, Tensor)][-1]
+
+
+def output_of(network: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    """Return what a network computes from its arguments, in eval mode."""
+    with torch.inference_mode():
+        output: Tensor = network.eval()(**arguments, return_dict=False)[0]
+    return output

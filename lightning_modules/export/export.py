@@ -1,53 +1,20 @@
 """A folder that opens with diffusers (or transformers, or torch) alone, and the proof that it does."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 
-from lightning_modules.backbones.base import NetworkBackbone
-from lightning_modules.backbones.classification import image_networks
-from lightning_modules.backbones.diffusion import pruned_unet
-from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
-from lightning_modules.export.verify import difference, is_stock, output_of, random_arguments
+from lightning_modules.backbones.base import NetworkBackbone, output_of
+from lightning_modules.export.verify import difference
 
 
 def export(student: NetworkBackbone, folder: Path, card: str = "") -> None:
-    """Write what the network's library opens by itself, in safetensors, with a model card.
-
-    Of a diffusion network it is the teacher's pipeline around the student. Where the plan allows it the network is a
-    stock one. Else its class lies beside its weights: `DiffusionPipeline.from_pretrained(folder,
-    trust_remote_code=True)` opens it where only diffusers is installed, and without `trust_remote_code` it is refused,
-    rather than opened as a stock network with untrained parts. A language model is a stock one, with its tokenizer. An
-    image classifier has the file of its class beside its weights, which needs torch and safetensors.
-    """
+    """Write what the network's library opens by itself, with a model card: see the backbones' `save_export`."""
     student.network.to("cpu")
-    if isinstance(student, DiffusionBackbone):
-        export_pipeline(student, folder)
-    else:
-        student.save(folder)
-        if student.tokenizer is not None:
-            student.tokenizer.save_pretrained(folder)
-        if student.library == "torch":
-            shutil.copyfile(image_networks.__file__, folder / "image_networks.py")
+    student.save_export(folder)
     (folder / "README.md").write_text(card)
-
-
-def export_pipeline(student: DiffusionBackbone, folder: Path) -> None:
-    """A diffusers pipeline around the student."""
-    network, surroundings = student.network, student.surroundings
-    assert surroundings is not None, "a teacher is loaded with its pipeline"
-    surroundings.to(torch.device("cpu"))
-    surroundings.save(network, folder)
-    if not is_stock(network):
-        index = folder / "model_index.json"
-        content = json.loads(index.read_text())
-        content[student.component] = ["pruned_unet", type(network).__name__]
-        index.write_text(json.dumps(content, indent=2) + "\n")
-        shutil.copyfile(pruned_unet.__file__, folder / student.component / "pruned_unet.py")
 
 
 def dense_twin(teacher: NetworkBackbone, student: NetworkBackbone) -> Any:
@@ -70,7 +37,7 @@ def dense_twin(teacher: NetworkBackbone, student: NetworkBackbone) -> Any:
     filled = {key: kept.get(key, torch.zeros(shape)) for key, shape in shapes.items()}
     if all(filled[key].shape == shape for key, shape in shapes.items()):
         twin.load_state_dict(filled)
-        arguments = random_arguments(student)
+        arguments = student.random_arguments()
         if difference(output_of(twin, arguments), output_of(student.network, arguments))[1]:
             return twin
     raise ValueError(

@@ -1,15 +1,64 @@
 """What every trained module shares: noise as a function of position, and no step taken on a loss that is not finite."""
 
+import inspect
+import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import hydra.utils
 import pytorch_lightning as pl
 import torch
+from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from conf.schema import ConfigError
 from datamodules.seeding import derive
+
+FILLED = {
+    "distillation": ("student", "teacher", "optimizer", "lr_scheduler", "seed", "dump"),
+    "pretrain": ("optimizer", "lr_scheduler", "seed", "dump"),
+}
+"""Arguments of trained modules that the pipeline gives, by the group that names the module."""
+
+METHODS = {"distillation": ("result",), "pretrain": ("save",)}
+"""Methods of trained modules, beside those of a LightningModule, that the pipeline calls."""
+
+CONTRACT = {
+    "distillation": "a LightningModule (TrainedModule helps) that takes the keyword arguments student, teacher, "
+    "optimizer, lr_scheduler, seed and dump, and has result() -> NetworkBackbone, the trained network",
+    "pretrain": "a LightningModule (TrainedModule helps) that takes the keyword arguments optimizer, lr_scheduler, seed "
+    "and dump, and has save(folder), which writes its weights, and metrics, a dictionary that its test loop fills",
+}
+"""What a module has to be, by the group that names it."""
+
+
+def check_module(node: DictConfig, group: str) -> None:
+    """Raise ConfigError, with the contract, where the pipeline could not train what a node of the configuration names.
+
+    `group` is "distillation" or "pretrain".
+    """
+    for name in FILLED[group]:
+        if name in node:
+            raise ConfigError(f"{group}.{name}: the pipeline itself gives this argument; leave it out")
+    target = hydra.utils.get_object(node._target_)
+    fault = None
+    parameters = inspect.signature(target).parameters.values()
+    taken = {parameter.name for parameter in parameters}
+    is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    missing = [name for name in FILLED[group] if name not in taken and not is_open]
+    kind = target if inspect.isclass(target) else typing.get_type_hints(target).get("return", object)
+    lacking = [name for name in METHODS[group] if kind is not object and not hasattr(kind, name)]
+    if not node.get("_partial_"):
+        fault = "_partial_: true is missing beside it, so that it would be made without its networks"
+    elif missing:
+        fault = f"it does not take {', '.join(missing)}"
+    elif lacking:
+        fault = f"it has no method {', '.join(lacking)}"
+    if fault is not None:
+        raise ConfigError(f"{group}._target_={node._target_!r} cannot be trained: {fault}. It names {CONTRACT[group]}")
+
 
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Schedule = Callable[[torch.optim.Optimizer], Any]

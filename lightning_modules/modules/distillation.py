@@ -1,6 +1,6 @@
 """Distilling an unpruned teacher into its pruned student."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from conf.schema import build
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.losses.level_weights import LevelWeights, features
 from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule
@@ -36,6 +37,8 @@ class Distillation(TrainedModule):
     backbone's own `distance`. With `lora` only low-rank adapters are trained, and `result`
     has them merged into the weights.
 
+    `feature_distance` compares two feature maps; None is their mean squared difference.
+
     The three terms are BK-SDM's (arXiv 2305.15798), the weights alpha_l follow LAPTOP-Diff (arXiv 2404.11098); the
     weights of the terms in the latter are not known, the defaults are ours.
     """
@@ -51,6 +54,7 @@ class Distillation(TrainedModule):
         taps: Any = "stages",
         skip_emptied: bool = True,
         lora: Lora | None = None,
+        feature_distance: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
         optimizer: Optimizer,
         lr_scheduler: Schedule,
@@ -61,9 +65,25 @@ class Distillation(TrainedModule):
         self.student, self.reference = student.train(), Reference(teacher)
         self.w_task, self.w_out, self.w_feat = w_task, w_out, w_feat
         self.levels = tap_pairs(student, teacher, taps, skip_emptied) if w_feat else {}
+        self.feature_distance = F.mse_loss if feature_distance is None else feature_distance
         self.needs_teacher = bool(w_out or self.levels)
         self.weights = LevelWeights(normalization, len(self.levels))
         self.merge = (lambda: None) if lora is None else lora.into(student.network, seed)
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any], teacher: NetworkBackbone, narrower: bool) -> None:
+        """Raise ValueError for a configuration that could not be trained with this teacher.
+
+        `settings` are the group's fields; `narrower`: the student's feature maps have fewer channels.
+        """
+        if narrower and settings.get("w_feat"):
+            raise ValueError(
+                f"distillation.w_feat={settings['w_feat']}: a student with fewer channels has no feature maps "
+                "like the teacher's; choose distillation=task_only, output_only or none"
+            )
+        if settings.get("lora") is not None:
+            build(settings["lora"]).check(teacher.network)
+        check_levels(teacher, settings.get("normalization"), settings.get("taps"))
 
     def result(self) -> NetworkBackbone:
         """The student as trained, in its own shape."""
@@ -96,7 +116,7 @@ class Distillation(TrainedModule):
             for level, name in enumerate(self.levels):
                 pair = (found[name].float() for found in (features_s, features_t))
                 f_s, f_t = pair if counts is None else (feature[counts] for feature in pair)
-                raw = F.mse_loss(f_s, f_t)
+                raw = self.feature_distance(f_s, f_t)
                 weighted = self.weights(level, f_t) * raw
                 losses[f"feature/{name}"], losses[f"weighted_feature/{name}"] = raw.detach(), weighted.detach()
                 total = total + self.w_feat * weighted

@@ -9,9 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from criteria.base import Criterion, Unit
-from criteria.scores.bottleneck import Bottleneck
 from lightning_modules.modules.base import sum_over_ranks
-from lightning_modules.modules.gate_training import BottleneckTraining
 
 
 class Scoring(pl.LightningModule):
@@ -61,11 +59,11 @@ def score(
         return criterion.finish()
     with as_before(backbone):
         backbone.eval()
-        if isinstance(criterion, Bottleneck):
+        if criterion.module is not None:
             criterion.start(backbone, units, seed)  # type: ignore[arg-type]
             backbone.requires_grad_(False)
             trainer.fit_loop.max_epochs = 1
-            trainer.fit(BottleneckTraining(criterion, backbone), batches)
+            trainer.fit(criterion.module(criterion, backbone), batches)
             return criterion.finish()
         module = Scoring(criterion, backbone, units, seed)
         trainer.test(module, batches, verbose=False)

@@ -1,7 +1,8 @@
 """The Lightning Trainer of every stage: devices, precision, progress, checkpoints, and what to resume from."""
 
 import contextlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +42,39 @@ def make_trainer(conf: Any, stage: str, precision: str, **options: Any) -> pl.Tr
     device = accelerator_of(conf.accelerator)
     torch.backends.cuda.matmul.allow_tf32 = False  # scores and metrics on a GPU are to equal those on a CPU
     torch.backends.cudnn.allow_tf32 = False
-    callbacks = [StageBar(stage), *options.pop("callbacks", [])]
-    return pl.Trainer(
-        accelerator=device,
-        devices=conf.devices,
-        num_nodes=conf.num_nodes,
-        strategy=conf.strategy,
-        precision=precision_of(precision, device),  # type: ignore[arg-type]
-        deterministic="warn",
-        plugins=[AtomicCheckpoints()],
-        callbacks=callbacks,
-        logger=options.pop("logger", False),
-        enable_model_summary=False,
-        enable_checkpointing=options.pop("enable_checkpointing", False),
-        use_distributed_sampler=False,  # the streams and the steps share the data out themselves
+    arguments: dict[str, Any] = {
+        "accelerator": device,
+        "devices": conf.devices,
+        "num_nodes": conf.num_nodes,
+        "strategy": conf.strategy,
+        "precision": precision_of(precision, device),
+        "deterministic": "warn",
+        "plugins": [AtomicCheckpoints()],
+        "callbacks": [StageBar(stage), *options.pop("callbacks", [])],
+        "logger": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "use_distributed_sampler": False,  # the streams and the steps share the data out themselves
         **options,
-    )
+    }
+    check_options(conf.options, arguments)
+    return pl.Trainer(**arguments, **conf.options)
+
+
+TAKEN = (
+    *("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches", "gradient_clip_val"),
+    *("log_every_n_steps", "num_sanity_val_steps", "limit_val_batches", "default_root_dir"),
+)
+"""Arguments of Lightning's Trainer that fields of the configuration, or the pipeline, decide in some stage."""
+
+
+def check_options(options: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError for a key of `trainer.options` that Lightning's Trainer has not, or that is decided already."""
+    valid = [name for name in inspect.signature(pl.Trainer).parameters if name not in (*arguments, *TAKEN)]
+    for name in options:
+        if name not in valid:
+            reason = "is decided by another field, or by the pipeline" if name in (*arguments, *TAKEN) else "is unknown"
+            raise ValueError(f"trainer.options.{name} {reason}; choose from: {', '.join(valid)}")
 
 
 def fit(

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import hydra.utils
 from omegaconf import DictConfig
 
-from conf.schema import build
 from experiments.engine.job import TEACHER, Job
 from experiments.engine.stage import Stage, latest, latest_network
 from experiments.engine.stages.select import Select
 from experiments.engine.training import train
-from lightning_modules.modules.distillation import check_levels
+from lightning_modules.modules.base import check_module
 
 
 class Distil(Stage):
@@ -31,6 +31,8 @@ class Distil(Stage):
 
     def prepare(self, cfg: DictConfig) -> None:
         self.makes = self.name_of_result if "_target_" in cfg.distillation else None
+        if self.makes:
+            check_module(cfg.distillation, "distillation")
 
     def link(self, before: Sequence[Stage]) -> None:
         self.source, self.select = latest_network(before), latest(before, Select)
@@ -43,15 +45,10 @@ class Distil(Stage):
             return
         cfg, teacher = job.cfg, job.teacher
         narrower = self.select is not None and "slice" in self.select.kinds(job) and teacher.width_changes_stages
-        if narrower and cfg.distillation.get("w_feat"):
-            raise ValueError(
-                f"distillation.w_feat={cfg.distillation.w_feat}: a student with fewer channels has no feature maps "
-                "like the teacher's; choose distillation=task_only, output_only or none"
-            )
+        module: Any = hydra.utils.get_object(cfg.distillation._target_)
+        if hasattr(module, "check_settings"):  # a module of somebody's own may have none
+            module.check_settings(cfg.distillation, teacher, narrower)
         job.data.train_dataloader()
-        if cfg.distillation.get("lora") is not None:
-            build(cfg.distillation.lora).check(teacher.network)
-        check_levels(teacher, **{key: cfg.distillation.get(key) for key in ("normalization", "taps")})
 
     def run(self, job: Job) -> None:
         if self.makes is None:

@@ -28,7 +28,7 @@ class Export(Stage):
         cfg = job.cfg.export
         if cfg.dense_twin:
             kinds = {kind for select in self.selects for kind in select.kinds(job)}
-            if kinds != {"bypass"} or len(self.selects) > 1 or job.teacher.library != "diffusers":
+            if kinds != {"bypass"} or len(self.selects) > 1 or not job.teacher.has_dense_twin:
                 raise ValueError(
                     "export.dense_twin=true: only a plan that bypasses whole blocks of a diffusion network has such a "
                     "twin; choose false"

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from omegaconf import DictConfig
+
+from conf.schema import ConfigError
 from experiments.engine.artefacts import staged
 from experiments.engine.job import Job
 from experiments.engine.ranks import is_rank_zero
@@ -9,6 +12,7 @@ from experiments.engine.stage import Stage
 from experiments.engine.stages.distil import training_artefacts
 from experiments.engine.training import train
 from experiments.tools.precompute import backbone_of, check_latents
+from lightning_modules.modules.base import check_module
 
 
 class Train(Stage):
@@ -16,6 +20,11 @@ class Train(Stage):
 
     usual_name = "train"
     needs_teacher = False
+
+    def prepare(self, cfg: DictConfig) -> None:
+        if not isinstance(cfg.pretrain, DictConfig):
+            raise ConfigError(f"pretrain={cfg.pretrain}: there is nothing to train; choose an experiment=pretrain_...")
+        check_module(cfg.pretrain, "pretrain")
 
     def artefacts(self) -> list[str]:
         return [self.artefact("weights"), *training_artefacts(self)]

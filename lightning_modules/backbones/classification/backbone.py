@@ -5,7 +5,9 @@ Shapes: N images, C classes.
 
 import copy
 import functools
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -87,6 +89,8 @@ class ClassifierBackbone(NetworkBackbone):
     """
 
     library = "torch"
+    pipeline_tag = "image-classification"
+    slices = "channels"
 
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the images it takes."""
@@ -195,3 +199,34 @@ class ClassifierBackbone(NetworkBackbone):
 
     def save(self, folder: Any) -> None:
         image_networks.save(self.network, folder)
+
+    # Exports
+
+    def save_export(self, folder: Path) -> None:
+        """Write config.json and weights, and beside them the file of the class, which needs torch and safetensors."""
+        self.save(folder)
+        shutil.copyfile(image_networks.__file__, folder / "image_networks.py")
+
+    def random_arguments(self) -> dict[str, Any]:
+        shape = self.example_inputs(2, "cpu")["sample"].shape
+        return {"image": torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1}
+
+    def expected_outputs(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        with torch.inference_mode():
+            return {"output": self.network.eval()(arguments["image"])}
+
+    def card_usage(self) -> str:
+        channels, height, width = self.image_shape()
+        return f"""    import sys
+    import numpy, torch
+    from PIL import Image
+    sys.path.insert(0, folder)
+    from image_networks import load  # the file beside the weights
+    network = load(folder).eval()
+    picture = Image.open("picture.png").convert("{"RGB" if channels == 3 else "L"}").resize(({width}, {height}))
+    image = torch.from_numpy(numpy.atleast_3d(picture).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.inference_mode():
+        print(network(image).softmax(1))
+
+`image_networks.py` needs torch and safetensors (and torchvision for the networks that are torchvision's).
+"""

@@ -1,7 +1,9 @@
 """What every diffusion network shares as a backbone: batches, noise, prediction, generation."""
 
 import inspect
+import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from criteria.base import Batch
 from datamodules.seeding import torch_rng
 from lightning_modules.backbones.base import NetworkBackbone
+from lightning_modules.backbones.diffusion import pruned_unet
 from lightning_modules.backbones.diffusion.pipeline_parts import Surroundings, move
 
 
@@ -26,6 +29,7 @@ class DiffusionBackbone(NetworkBackbone):
     """
 
     library = "diffusers"
+    has_dense_twin = True
     generates = True
     stratifies_timesteps = True
     component = "unet"
@@ -258,6 +262,68 @@ class DiffusionBackbone(NetworkBackbone):
 
     def save(self, folder: Path) -> None:
         self.network.save_pretrained(folder, safe_serialization=True)
+
+    # Exports
+
+    def save_export(self, folder: Path) -> None:
+        """Write the pipeline around the network; a class that diffusers has not lies beside its weights.
+
+        `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens it where only diffusers is installed.
+        Without `trust_remote_code` it is refused, rather than opened as a stock network with untrained parts.
+        """
+        parts = self.surroundings
+        assert parts is not None, "a teacher is loaded with its pipeline"
+        parts.to(torch.device("cpu"))
+        parts.save(self.network, folder)
+        if not is_stock(self.network):
+            index = folder / "model_index.json"
+            content = json.loads(index.read_text())
+            content[self.component] = ["pruned_unet", type(self.network).__name__]
+            index.write_text(json.dumps(content, indent=2) + "\n")
+            shutil.copyfile(pruned_unet.__file__, folder / self.component / "pruned_unet.py")
+
+    def reload_arguments(self) -> list[str]:
+        return [self.component, str(int(not is_stock(self.network)))]
+
+    def random_arguments(self) -> dict[str, Any]:
+        rng = torch.Generator().manual_seed(0)
+        inputs = self.example_inputs(2, "cpu")
+        inputs["sample"] = torch.randn(inputs["sample"].shape, generator=rng)
+        inputs["timestep"] = torch.tensor([10, 500])
+        states = inputs["conditions"].get("encoder_hidden_states")
+        if states is not None:
+            inputs["conditions"]["encoder_hidden_states"] = torch.randn(states.shape, generator=rng)
+        return self.arguments(inputs)
+
+    def card_usage(self) -> str:
+        parts = self.surroundings
+        without, captions = ([], []) if parts is None else (parts.missing(), list(parts.table or ()))
+        absent = "".join(f", {name}=None" for name in without)
+        return f"""    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True{absent})
+
+(`trust_remote_code` is needed where a file `pruned_unet.py` lies beside the weights.)
+{stored_captions_usage(captions)}"""
+
+
+def is_stock(network: nn.Module) -> bool:
+    """Tell whether diffusers itself has the class of a network."""
+    return type(network).__module__.startswith("diffusers.")
+
+
+def stored_captions_usage(captions: Sequence[str]) -> str:
+    """Return how to ask for pictures where there is no text encoder, in Markdown; "" where there are no captions."""
+    if not captions:
+        return ""
+    rows = "\n".join(f"- {row}: {caption or '(no caption)'}" for row, caption in enumerate(captions[:20]))
+    return f"""
+There is no text encoder: the states of {len(captions)} captions lie in `text/`, by row.
+
+    from safetensors.torch import load_file
+    states = load_file(f"{{folder}}/text/text-00000.safetensors")["encoder_hidden_states"].float()
+    pipeline(prompt_embeds=states[1:2], negative_prompt_embeds=states[:1], guidance_scale=3.0)
+
+{rows}
+"""
 
 
 def is_flow(schedule: Any) -> bool:

@@ -243,6 +243,41 @@ class LanguageBackbone(NetworkBackbone):
     def save(self, folder: Path) -> None:
         self.network.save_pretrained(folder)
 
+    # Exports
+
+    def save_export(self, folder: Path) -> None:
+        """Write a stock model of transformers, with its tokenizer where it has one."""
+        self.save(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    def reload_arguments(self) -> list[str]:
+        return ["" if self.tokenizer is None else PROBE]
+
+    def random_arguments(self) -> dict[str, Any]:
+        shape = self.example_inputs(2, "cpu")["sample"].shape
+        rng = torch.Generator().manual_seed(0)
+        return {"input_ids": torch.randint(self.network.config.vocab_size, shape, generator=rng)}
+
+    def expected_outputs(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        """Also: the tokens that it writes, and those that its tokenizer reads."""
+        outputs = super().expected_outputs(arguments)
+        outputs["tokens"] = greedy(self.network, arguments["input_ids"], 16)
+        if self.tokenizer is not None:
+            outputs["text"] = torch.tensor(self.tokenizer(PROBE)["input_ids"])
+        return outputs
+
+    def card_usage(self) -> str:
+        return """    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokens = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
+    print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+"""
+
+
+PROBE = "Once upon a time, 3 researchers pruned a model.\n"
+"""A text that an export's tokenizer has to read as the teacher's does."""
+
 
 def greedy(network: Any, tokens: Tensor, new: int) -> Tensor:
     """Token ids (N,L) and up to `new` more, the most likely ones, with a key-value cache."""
