@@ -59,7 +59,7 @@ class Trainer:
     resume: str = "auto"
     """auto may start afresh and says so; required fails when there is no checkpoint"""
     options: dict[str, Any] = field(default_factory=dict)
-    """further arguments of Lightning's Trainer, such as {detect_anomaly: true}"""
+    """further arguments of Lightning's Trainer for training, not for scoring or evaluation: {detect_anomaly: true}"""
 
 
 @dataclass
@@ -150,7 +150,7 @@ class Logger:
     mode: str = "auto"
     """auto is online when there is a key, else offline; or online | offline"""
     loggers: dict[str, Any] = field(default_factory=dict)
-    """further loggers of Lightning by name, each a `_target_`; `save_dir` is the run's folder unless it is given"""
+    """further loggers of Lightning by name, each a `_target_`; `save_dir` is logs/ of the run's folder unless given"""
 
 
 @dataclass
@@ -192,7 +192,8 @@ class Config:
     precompute: Precompute = field(default_factory=Precompute)
     trainer: Trainer = field(default_factory=Trainer)
     callbacks: dict[str, Any] = field(default_factory=dict)
-    """callbacks of Lightning for every training, by name, each a `_target_`"""
+    """callbacks of Lightning for every training, by name, each a `_target_`. They are not part of the run's identity,
+    so they must watch the training and not change its result"""
     logger: Logger = field(default_factory=Logger)
     paths: Paths = field(default_factory=Paths)
 
@@ -224,13 +225,16 @@ def check(cfg: DictConfig) -> None:
     if cfg.calibration.data is not None and not isinstance(cfg.calibration.data, DictConfig):
         name = cfg.calibration.data
         raise ConfigError(f"calibration.data={name!r} is no data set; say +data@calibration.data={name}")
-    for name, node in cfg.evaluation.metrics.items():
-        if not isinstance(node, DictConfig) or "_target_" not in node:
-            raise ConfigError(f"evaluation.metrics.{name}={node} is no measure: choose a class as its _target_")
+    for path, kind in (("evaluation.metrics", "measure"), ("callbacks", "callback"), ("logger.loggers", "logger")):
+        for name, node in OmegaConf.select(cfg, path).items():
+            if not isinstance(node, DictConfig) or "_target_" not in node:
+                raise ConfigError(f"{path}.{name}={node} is no {kind}: choose a class as its _target_")
+    for name in cfg.evaluation.metrics:
         if name in RESERVED:
             raise ConfigError(f"evaluation.metrics.{name}: that name is taken; choose none of: {', '.join(RESERVED)}")
     for path, node in targets(cfg):
         check_target(path, node)
+    check_trainer_options(cfg.trainer.options)
     check_ranges(cfg)
     choices = {
         "trainer.accelerator": ("auto", "cpu", "gpu"),
@@ -355,6 +359,37 @@ def check_target(path: str, node: Any) -> None:
         if not fits(value, hint):
             name = hint.__name__ if inspect.isclass(hint) else str(hint)
             raise ConfigError(f"{path}.{key}={value!r} is of the wrong type: {node._target_} takes {name}")
+
+
+PROJECT_ARGUMENTS = (
+    *(
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "strategy",
+        "precision",
+        "deterministic",
+        "plugins",
+        "callbacks",
+        "logger",
+    ),
+    *("enable_model_summary", "enable_checkpointing", "use_distributed_sampler", "default_root_dir", "max_epochs"),
+    *("max_steps", "limit_train_batches", "limit_val_batches", "accumulate_grad_batches", "gradient_clip_val"),
+    *("log_every_n_steps", "num_sanity_val_steps"),
+)
+"""Arguments of Lightning's Trainer that this project sets in a training, from other fields or on its own."""
+
+
+def check_trainer_options(options: DictConfig) -> None:
+    """Raise ConfigError for a name that Lightning's Trainer does not know, or that the project sets itself."""
+    for name, value in options.items():
+        if name in PROJECT_ARGUMENTS:
+            raise ConfigError(
+                f"trainer.options.{name}={value}: this project sets it from another field or on its own; choose none "
+                f"of: {', '.join(PROJECT_ARGUMENTS)}"
+            )
+    if options:  # else Lightning need not be imported yet
+        check_target("trainer.options", OmegaConf.create({"_target_": "pytorch_lightning.Trainer", **options}))
 
 
 def fits(value: Any, hint: Any) -> bool:

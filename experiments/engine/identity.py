@@ -16,7 +16,7 @@ RESULT_VERSION = 1
 """Goes up when the same configuration would give another result."""
 
 NO_EFFECT = {
-    "": ("name", "label", "force", "logger", "paths", "precompute"),
+    "": ("name", "label", "force", "logger", "callbacks", "paths", "precompute"),
     "trainer": ("accelerator", "devices", "num_nodes", "strategy", "resume", "checkpoint_every", "log_every_n_steps"),
     "data": ("num_workers", "max_bad_fraction"),
     "teacher": ("get",),

@@ -28,7 +28,7 @@ from lightning_modules.backbones.diffusion.backbone import is_flow
 from lightning_modules.backbones.files import weight_files
 from lightning_modules.export.export import push
 from lightning_modules.metrics.cost import peak_memory
-from lightning_modules.training.trainer import accelerator_of, make_trainer
+from lightning_modules.training.trainer import accelerator_of, make_callbacks, make_trainer
 
 log = logging.getLogger(__name__)
 
@@ -162,8 +162,10 @@ def check_parts(cfg: DictConfig, noise_scheduler: Any) -> None:
     tries: dict[str, Callable[[], Any]] = {
         "optimizer and lr_scheduler": lambda: build(cfg.lr_scheduler)(build(cfg.optimizer)([weight])),
         "trainer": lambda: [
-            make_trainer(cfg.trainer, "", p) for p in (cfg.trainer.precision, cfg.evaluation.precision)
+            make_trainer(cfg.trainer, "", cfg.trainer.precision, **build(cfg.trainer.options)),
+            make_trainer(cfg.trainer, "", cfg.evaluation.precision),
         ],
+        "callbacks": lambda: make_callbacks(cfg.callbacks),
     }
     if noise_scheduler is not None:
         tries["sampler"] = lambda: check_sampler(build(cfg.sampler.scheduler)(noise_scheduler.config), noise_scheduler)

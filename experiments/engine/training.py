@@ -3,11 +3,12 @@
 from typing import Any
 
 from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Callback
 
 from conf.schema import build
 from experiments.engine.job import Job
 from lightning_modules.training.ema import WarmedUpEMA
-from lightning_modules.training.trainer import fit
+from lightning_modules.training.trainer import fit, make_callbacks
 
 
 def train(job: Job, node: DictConfig, stage: str, **networks: Any) -> Any:
@@ -16,7 +17,7 @@ def train(job: Job, node: DictConfig, stage: str, **networks: Any) -> Any:
     optimizer, schedule = build(cfg.optimizer), build(cfg.lr_scheduler)
     dump = run / "failure" / stage
     module = build(node, optimizer=optimizer, lr_scheduler=schedule, seed=cfg.seed, dump=dump, **networks)()
-    callbacks = [WarmedUpEMA(cfg.ema_decay)] if cfg.ema_decay is not None else []
-    callbacks += [build(callback) for callback in cfg.callbacks.values()]
+    callbacks: list[Callback] = [WarmedUpEMA(cfg.ema_decay)] if cfg.ema_decay is not None else []
+    callbacks += make_callbacks(cfg.callbacks)
     fit(module, job.data, cfg.trainer, run.folder, stage, job.dashboard.loggers, callbacks)
     return module

@@ -26,12 +26,11 @@ class Dashboard:
 
     def __init__(self, cfg: DictConfig, run: Run) -> None:
         self.cfg, self.run = cfg, run
-        self.loggers: list[Logger] = []
+        self.loggers = [self.build_logger(name, node) for name, node in cfg.logger.loggers.items()]
         self.wandb: Any = None
 
     def __enter__(self) -> Self:
         logger = self.cfg.logger
-        self.loggers = [self.build_logger(name, node) for name, node in logger.loggers.items()]
         if logger.wandb and is_rank_zero():
             mode: Any = logger.mode
             if mode == "auto":
@@ -53,13 +52,17 @@ class Dashboard:
         return self
 
     def build_logger(self, name: str, node: DictConfig) -> Logger:
-        """Return a logger of Lightning that writes into the run's folder; raises ConfigError naming it."""
+        """Return a logger of Lightning that writes into the run's folder.
+
+        Raises ConfigError for one that cannot be made, with the extra to install where that is missing.
+        """
         takes_folder = "save_dir" in inspect.signature(hydra.utils.get_object(node._target_)).parameters
         folder = {"save_dir": self.run / "logs"} if takes_folder and "save_dir" not in node else {}
         try:
             return build(node, **folder)
         except Exception as error:
-            raise ConfigError(f"logger.loggers.{name} cannot be made: {error.__cause__ or error}") from error
+            extra = "; pip install -e '.[tensorboard]'" if "TensorBoard" in node._target_ else ""
+            raise ConfigError(f"logger.loggers.{name} cannot be made: {error.__cause__ or error}{extra}") from error
 
     def finish(self, metrics: dict[str, Any], measured: dict[str, Any]) -> None:
         """Put the summary, the pictures and the sounds on the dashboard, under flat names."""

@@ -1,16 +1,16 @@
-"""A distance of directions between feature maps."""
+"""A distance between the directions of feature maps."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
 class CosineDistance:
-    """Return 1 - cos(f_S, f_T), the mean over samples and places of the angle between vectors of channels.
+    """One minus the cosine between the vectors of channels of two feature maps, averaged over samples and positions.
 
-    It ignores how large features are, so that no level outweighs another: choose normalization none with it. As a
-    distance of feature maps it is a choice of ours, of no paper that is re-implemented here.
+    Equations 1 and 2 of Deng & Li 2022 (arXiv 2201.10703), there for one level. It does not depend on the size of the
+    features, so that no level outweighs another: use it with normalization=none. Its use for pruning is ours.
     """
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the distance of two feature maps, (N,C,H,W), or (N,L,C) of sequences; a scalar."""
+        """Return the distance, a scalar in [0, 2], of maps of shape (N,C,H,W), or (N,L,C) or (N,C) of sequences."""
         return 1 - F.cosine_similarity(student, teacher, dim=1 if student.dim() == 4 else -1).mean()

@@ -1,46 +1,49 @@
-"""Distilling an unpruned teacher into its pruned student."""
+"""Distillation of an unpruned teacher into its pruned student."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from torch import Tensor
 
 from conf.schema import build
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.losses.level_weights import LevelWeights, features
-from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule
+from lightning_modules.modules.base import DistillationModule, Optimizer, Schedule
 from lightning_modules.modules.lora import Lora
 
 
-class Reference:
-    """Holds a network that is neither trained, nor saved, nor copied with the module that uses it."""
+class Distillation(DistillationModule):
+    """Task, output and feature losses: L = w_task * L_task + w_out * L_out + w_feat * sum_l alpha_l * d(f_S_l, f_T_l).
 
-    def __init__(self, network: NetworkBackbone) -> None:
-        self.network = network.eval().requires_grad_(False)
+    L_out is mean((eps_S - eps_T)^2) of noise predictions; the backbone's `distance` defines it, which for language
+    models is a divergence of distributions. d is mean((f_S_l - f_T_l)^2) unless `feature_distance` is given. Each
+    feature term is logged before and after its weight alpha_l (see LevelWeights).
 
-    def __deepcopy__(self, memo: Any) -> Self:
-        return self
+    The three terms are BK-SDM's (arXiv 2305.15798), the weights alpha_l follow LAPTOP-Diff (arXiv 2404.11098). The
+    weights of the terms in the latter are not known, and the defaults are ours.
 
-
-class Distillation(TrainedModule):
-    """L = w_task * L_task + w_out * mean((eps_S - eps_T)^2) + w_feat * sum_l alpha_l * mean((f_S_l - f_T_l)^2).
-
-    `taps` says which feature maps are compared: `stages` (the outputs of down, middle and up blocks; of transformers
-    the blocks), `units` (the outputs of the units that survive), a list of module paths, or a mapping {teacher's path:
-    student's}. With `skip_emptied` a stage that lost every unit it had is not compared: nothing is left in it that
-    could follow the teacher. Every term is logged by level, before and after its weight alpha_l (see LevelWeights).
-
-    The squared error of the outputs is that of noise predictions; a language model's outputs are compared by the
-    backbone's own `distance`. With `lora` only low-rank adapters are trained, and `result`
-    has them merged into the weights.
-
-    `feature_distance` compares two feature maps; None is their mean squared difference.
-
-    The three terms are BK-SDM's (arXiv 2305.15798), the weights alpha_l follow LAPTOP-Diff (arXiv 2404.11098); the
-    weights of the terms in the latter are not known, the defaults are ours.
+    Args:
+        student: see DistillationModule.
+        teacher: see DistillationModule.
+        w_task: weight of the loss that the teacher was trained with.
+        w_out: weight of the distance between the outputs.
+        w_feat: weight of the sum of the feature terms.
+        normalization: how alpha_l follows from the teacher's feature maps, one of NORMALIZATIONS.
+        taps: the feature maps that are compared: `stages` (outputs of the down, middle and up blocks of a U-Net, or
+            of the blocks of a transformer), `units` (outputs of the units that are kept), a list of module paths, or
+            a mapping {module path of the teacher: module path of the student}.
+        skip_emptied: leave out stages all of whose units were removed, since nothing in them can learn.
+        lora: low-rank adapters, which alone are trained; `result` merges them into the weights. None trains all.
+        feature_distance: distance (student's map, teacher's map) -> scalar; the maps are float32, of shape (N,C,H,W)
+            or (N,L,C), or (tokens,C) where padding is left out. None is the mean squared error.
+        optimizer: see TrainedModule.
+        lr_scheduler: see TrainedModule.
+        seed: see TrainedModule.
+        dump: see TrainedModule.
     """
 
     def __init__(
@@ -61,8 +64,7 @@ class Distillation(TrainedModule):
         seed: int,
         dump: Path,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, seed, dump)
-        self.student, self.reference = student.train(), Reference(teacher)
+        super().__init__(student, teacher, optimizer, lr_scheduler, seed, dump)
         self.w_task, self.w_out, self.w_feat = w_task, w_out, w_feat
         self.levels = tap_pairs(student, teacher, taps, skip_emptied) if w_feat else {}
         self.feature_distance = F.mse_loss if feature_distance is None else feature_distance
@@ -72,10 +74,7 @@ class Distillation(TrainedModule):
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any], teacher: NetworkBackbone, narrower: bool) -> None:
-        """Raise ValueError for a configuration that could not be trained with this teacher.
-
-        `settings` are the group's fields; `narrower`: the student's feature maps have fewer channels.
-        """
+        """Raise ValueError for settings that cannot be trained with this teacher; see DistillationModule."""
         if narrower and settings.get("w_feat"):
             raise ValueError(
                 f"distillation.w_feat={settings['w_feat']}: a student with fewer channels has no feature maps "
@@ -83,39 +82,43 @@ class Distillation(TrainedModule):
             )
         if settings.get("lora") is not None:
             build(settings["lora"]).check(teacher.network)
+        distance = settings.get("feature_distance")
+        if distance is not None and not (isinstance(distance, DictConfig) and callable(build(distance))):
+            raise ValueError(
+                f"distillation.feature_distance={distance} is no distance; choose null for the mean squared error, or "
+                "a class whose objects are called with two feature maps, such as "
+                "{_target_: lightning_modules.losses.cosine.CosineDistance}"
+            )
         check_levels(teacher, settings.get("normalization"), settings.get("taps"))
 
     def result(self) -> NetworkBackbone:
-        """The student as trained, in its own shape."""
+        """Return the trained student, with adapters merged into its weights."""
         self.merge()
         return self.student
 
-    @property
-    def teacher(self) -> NetworkBackbone:
-        return self.reference.network
-
     def on_fit_start(self) -> None:
         if self.needs_teacher:
-            self.teacher.to(self.device)
+            super().on_fit_start()
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = self.student.training_inputs(batch)
-        with features({name: self.student.network.get_submodule(at) for name, at in self.levels.items()}) as features_s:
+        with features({name: self.student.network.get_submodule(path) for name, path in self.levels.items()}) as maps_s:
             eps_s = self.student.predict(inputs).float()
         losses = {"task": self.student.losses(eps_s, inputs).mean()}
         total = self.w_task * losses["task"]
         if self.needs_teacher:
             with (
                 torch.no_grad(),
-                features({name: self.teacher.network.get_submodule(name) for name in self.levels}) as features_t,
+                features({name: self.teacher.network.get_submodule(name) for name in self.levels}) as maps_t,
             ):
                 eps_t = self.teacher.predict(inputs).float()
             losses["output"] = self.student.distance(eps_s, eps_t, inputs)
             total = total + self.w_out * losses["output"]
-            counts = inputs.get("mask")  # of tokens, where not all of them do
+            counted = inputs.get("mask")  # of tokens: padding does not count
             for level, name in enumerate(self.levels):
-                pair = (found[name].float() for found in (features_s, features_t))
-                f_s, f_t = pair if counts is None else (feature[counts] for feature in pair)
+                f_s, f_t = maps_s[name].float(), maps_t[name].float()
+                if counted is not None:
+                    f_s, f_t = f_s[counted], f_t[counted]
                 raw = self.feature_distance(f_s, f_t)
                 weighted = self.weights(level, f_t) * raw
                 losses[f"feature/{name}"], losses[f"weighted_feature/{name}"] = raw.detach(), weighted.detach()
@@ -124,7 +127,7 @@ class Distillation(TrainedModule):
 
 
 def check_levels(teacher: NetworkBackbone, normalization: str | None, taps: Any) -> None:
-    """Raise ValueError for a normalisation or a tap that is not there, before any work is done; None is not checked."""
+    """Raise ValueError for an unknown normalisation or a tap that the teacher does not have; None is not checked."""
     if normalization is not None:
         LevelWeights(normalization, 0)
     if taps is not None:
@@ -132,19 +135,19 @@ def check_levels(teacher: NetworkBackbone, normalization: str | None, taps: Any)
 
 
 def tap_names(teacher: NetworkBackbone, taps: Any) -> list[str]:
-    """The teacher's module paths whose outputs are compared; raises ValueError for a path that is not there."""
+    """Return the module paths of the teacher whose outputs are compared; raises ValueError for an unknown path."""
     stages = list(teacher.stages())
     if isinstance(taps, str):
         if taps not in ("stages", "units"):
             raise ValueError(f"distillation.taps={taps!r} is unknown; choose stages, units, or a list of module paths")
         if taps == "units" and not teacher.survivors():
             raise ValueError(
-                "distillation.taps='units': this network has no units of depth; choose stages or a list of paths"
+                "distillation.taps='units': this network has no units of depth; choose stages or a list of module paths"
             )
         return stages if taps == "stages" else teacher.survivors()
-    there = dict(teacher.network.named_modules())
+    modules = dict(teacher.network.named_modules())
     for name in taps:
-        if name not in there:
+        if name not in modules:
             raise ValueError(
                 f"distillation.taps: {name!r} is not a module of this network; stages are: {', '.join(stages)}"
             )
@@ -152,10 +155,10 @@ def tap_names(teacher: NetworkBackbone, taps: Any) -> list[str]:
 
 
 def tap_pairs(student: NetworkBackbone, teacher: NetworkBackbone, taps: Any, skip_emptied: bool) -> dict[str, str]:
-    """{module path of the teacher: that of the student}, of the taps that the student has.
+    """Return {module path of the teacher: module path of the student} for the taps that the student has.
 
-    Raises ValueError for a path that the student has not, and where the student's counterparts of a list or of the
-    units are not known.
+    Raises ValueError for a path that the student does not have, and for a list or `units` where the student's modules
+    have other paths than the teacher's, so that it is not known which of them correspond.
     """
     names, units, kept = tap_names(teacher, taps), teacher.survivors(), student.kept()
     renamed = any(old != new for old, new in student.moved.items())
@@ -181,9 +184,9 @@ def tap_pairs(student: NetworkBackbone, teacher: NetworkBackbone, taps: Any, ski
     elif skip_emptied and not isinstance(taps, Mapping):
         names = [name for name in names if not has_lost_all(name)]
     pairs = {name: taps[name] if isinstance(taps, Mapping) else student.moved.get(name, name) for name in names}
-    there = dict(student.network.named_modules())
+    modules = dict(student.network.named_modules())
     for name in pairs.values():
-        if name not in there:
+        if name not in modules:
             raise ValueError(
                 f"distillation.taps: {name!r} is not a module of the student; its stages are: "
                 f"{', '.join(student.stages())}"

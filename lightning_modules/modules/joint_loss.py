@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.diffusion.pipeline_parts import move
-from lightning_modules.modules.base import sum_over_ranks
-from lightning_modules.modules.distillation import Reference
+from lightning_modules.modules.base import Reference, sum_over_ranks
 
 
 class JointLoss(pl.LightningModule):

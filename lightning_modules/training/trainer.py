@@ -1,80 +1,84 @@
-"""The Lightning Trainer of every stage: devices, precision, progress, checkpoints, and what to resume from."""
+"""The Lightning Trainer of every stage: devices, precision, progress, checkpoints and resuming."""
 
 import contextlib
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 
+from conf.schema import ConfigError, build
 from lightning_modules.training.checkpoints import AtomicCheckpoints, newest_checkpoint
 from lightning_modules.training.history import History
 from lightning_modules.training.progress import StageBar
 
 
 def accelerator_of(name: str) -> str:
-    """ "cuda" or "cpu" for `trainer.accelerator`; raises ValueError for a GPU that is not there."""
+    """Return "cuda" or "cpu" for a `trainer.accelerator`; raises ValueError where it is gpu and none is visible."""
     if name == "gpu" and not torch.cuda.is_available():
         raise ValueError("trainer.accelerator='gpu', but no CUDA device is visible; choose trainer=cpu or trainer=auto")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def precision_of(name: str, device: str) -> str:
-    """What a precision is on "cuda" or "cpu": `auto` is bf16 mixed precision on a GPU that has it, else float32."""
+    """Return the precision that `name` means on "cuda" or "cpu".
+
+    `auto` is bf16 mixed precision on a GPU that computes in it, else float32.
+    """
     if name != "auto":
         return name
     return "bf16-mixed" if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 def autocast(name: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """The precision of `make_trainer`, for what runs without a trainer."""
-    kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    kind = kinds.get(precision_of(name, device.type))
-    return contextlib.nullcontext() if kind is None else torch.autocast(device.type, kind)
+    """Return a context with the precision of `make_trainer`, for computations without a Trainer."""
+    dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    dtype = dtypes.get(precision_of(name, device.type))
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def make_trainer(conf: Any, stage: str, precision: str, **options: Any) -> pl.Trainer:
-    """A Trainer as `conf` (the trainer group) says, with one progress bar named after the stage."""
+def make_trainer(conf: Any, stage: str, precision: str, **arguments: Any) -> pl.Trainer:
+    """Return a Trainer on the devices of `conf` (the trainer group), with one progress bar named after the stage.
+
+    `arguments` are further ones of Lightning's Trainer. `conf.options` has no effect here, only in `fit`.
+    """
     device = accelerator_of(conf.accelerator)
     torch.backends.cuda.matmul.allow_tf32 = False  # scores and metrics on a GPU are to equal those on a CPU
     torch.backends.cudnn.allow_tf32 = False
-    arguments: dict[str, Any] = {
-        "accelerator": device,
-        "devices": conf.devices,
-        "num_nodes": conf.num_nodes,
-        "strategy": conf.strategy,
-        "precision": precision_of(precision, device),
-        "deterministic": "warn",
-        "plugins": [AtomicCheckpoints()],
-        "callbacks": [StageBar(stage), *options.pop("callbacks", [])],
-        "logger": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "use_distributed_sampler": False,  # the streams and the steps share the data out themselves
-        **options,
-    }
-    check_options(conf.options, arguments)
-    return pl.Trainer(**arguments, **conf.options)
+    callbacks = [StageBar(stage), *arguments.pop("callbacks", [])]
+    return pl.Trainer(
+        accelerator=device,
+        devices=conf.devices,
+        num_nodes=conf.num_nodes,
+        strategy=conf.strategy,
+        precision=precision_of(precision, device),  # type: ignore[arg-type]
+        deterministic="warn",
+        plugins=[AtomicCheckpoints()],
+        callbacks=callbacks,
+        logger=arguments.pop("logger", False),
+        enable_model_summary=False,
+        enable_checkpointing=arguments.pop("enable_checkpointing", False),
+        use_distributed_sampler=False,  # the streams and the steps share the data out themselves
+        **arguments,
+    )
 
 
-TAKEN = (
-    *("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches", "gradient_clip_val"),
-    *("log_every_n_steps", "num_sanity_val_steps", "limit_val_batches", "default_root_dir"),
-)
-"""Arguments of Lightning's Trainer that fields of the configuration, or the pipeline, decide in some stage."""
-
-
-def check_options(options: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError for a key of `trainer.options` that Lightning's Trainer has not, or that is decided already."""
-    valid = [name for name in inspect.signature(pl.Trainer).parameters if name not in (*arguments, *TAKEN)]
-    for name in options:
-        if name not in valid:
-            reason = "is decided by another field, or by the pipeline" if name in (*arguments, *TAKEN) else "is unknown"
-            raise ValueError(f"trainer.options.{name} {reason}; choose from: {', '.join(valid)}")
+def make_callbacks(nodes: DictConfig) -> list[Callback]:
+    """Return the callbacks of the group `callbacks`; raises ConfigError naming one that cannot be made."""
+    callbacks: list[Callback] = []
+    for name, node in dict(nodes).items():
+        try:
+            callback = build(node)
+        except Exception as error:
+            raise ConfigError(f"callbacks.{name!s} cannot be made: {error.__cause__ or error}") from error
+        if not isinstance(callback, Callback):
+            raise ConfigError(f"callbacks.{name!s}._target_={node._target_!r} makes no Callback of Lightning")
+        callbacks.append(callback)
+    return callbacks
 
 
 def fit(
@@ -86,10 +90,19 @@ def fit(
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Train for `conf.steps` optimiser steps, resuming from `folder`/checkpoints/<stage> where there is one.
+    """Train a module for `conf.steps` optimiser steps, resuming from the newest checkpoint where there is one.
 
     A resumed run ends in the same bits as an undisturbed one on the same devices: batch order and noise are
     functions of (seed, position), and the loader's position is in the checkpoint.
+
+    Args:
+        module: the module; it holds the trained weights (their moving average, with that callback) afterwards.
+        data: gives the training batches, endlessly.
+        conf: the group `trainer`.
+        folder: the run's folder; checkpoints go to checkpoints/<stage>, logged values to history/<stage>.csv.
+        stage: name of the stage, also of the progress bar.
+        loggers: further loggers.
+        callbacks: further callbacks.
     """
     checkpoints = folder / "checkpoints" / stage
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -125,6 +138,7 @@ def fit(
         log_every_n_steps=conf.log_every_n_steps,
         num_sanity_val_steps=0,
         limit_val_batches=0,
+        **build(conf.options),
     )
     if resume and resume[1] >= conf.steps:  # killed between the last step and what follows
         module.load_state_dict(torch.load(resume[0], map_location="cpu", weights_only=True)["state_dict"])
@@ -132,6 +146,6 @@ def fit(
     if resume:
         print(f"{stage}: resuming from step {resume[1]} of {conf.steps} ({resume[0].name})", flush=True)
     trainer.fit(module, datamodule=data, ckpt_path=resume[0] if resume else None, weights_only=True)
-    if trainer.is_global_zero:  # Lightning forgets those from before a kill
+    if trainer.is_global_zero:  # a resumed Trainer does not know the earlier process's checkpoints
         for old in sorted(checkpoints.glob("step=*.ckpt"))[:-2]:
             old.unlink()

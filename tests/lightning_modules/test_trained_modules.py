@@ -1,0 +1,339 @@
+"""Modules, losses, callbacks, loggers and Trainer options of a user's own: what is accepted, and what is refused."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+from support.distillation import REMOVED, STAGES, distillation, losses_of, outputs_of
+from support.networks import bypasses, tiny_backbone, tiny_batch
+from support.results import the_run
+
+from conf.schema import PROJECT_ARGUMENTS, ConfigError
+from experiments.engine.identity import effective
+from experiments.engine.pipeline import run_pipeline
+from lightning_modules.losses.cosine import CosineDistance
+from lightning_modules.modules.base import FILLED, check_module
+from lightning_modules.training.trainer import fit, make_trainer
+
+MODULES = '''
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import CSVLogger
+
+from lightning_modules.modules.base import DistillationModule
+
+
+class Outputs(DistillationModule):
+    """The mean absolute difference of the outputs, times `scale`."""
+
+    def __init__(self, student, teacher, scale: float = 1.0, **others):
+        super().__init__(student, teacher, **others)
+        self.scale = scale
+
+    def losses(self, batch):
+        inputs = self.student.training_inputs(batch)
+        with torch.no_grad():
+            expected = self.teacher.predict(inputs)
+        return {"loss": self.scale * (self.student.predict(inputs) - expected).abs().mean()}
+
+
+class Strict(Outputs):
+    @classmethod
+    def check_settings(cls, settings, teacher, narrower):
+        raise ValueError(f"scale={settings['scale']}, narrower={narrower}, {len(teacher.stages())} stages")
+
+
+class NoResult(pl.LightningModule):
+    def __init__(self, student, teacher, optimizer, lr_scheduler, seed, dump):
+        super().__init__()
+
+
+class NoSeed(DistillationModule):
+    def __init__(self, student, teacher, optimizer, lr_scheduler, dump):
+        super().__init__(student, teacher, optimizer, lr_scheduler, 0, dump)
+
+
+class NoModule:
+    def __init__(self, **arguments):
+        pass
+
+
+def make_no_result(**arguments) -> NoResult:
+    return NoResult(**arguments)
+
+
+def doubled(student, teacher):
+    return 2 * (student - teacher).square().mean()
+
+
+class Doubled:
+    def __call__(self, student, teacher):
+        return doubled(student, teacher)
+
+
+class Steps(Callback):
+    seen = []
+
+    def on_train_batch_end(self, trainer, *arguments):
+        self.seen.append(trainer.global_step)
+'''
+
+
+@pytest.fixture
+def own(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """own(file, text): a configuration file beside those of the tests; the module `own_modules` can be imported."""
+    folder = data_folder / "own python"
+    folder.mkdir(exist_ok=True)
+    (folder / "own_modules.py").write_text(MODULES)
+    monkeypatch.syspath_prepend(folder)
+
+    def write(file: str, text: str) -> None:
+        (data_folder / file).parent.mkdir(exist_ok=True)
+        (data_folder / file).write_text(text)
+
+    return write
+
+
+def distils(target: str, **fields: Any) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create({"name": "own", "_target_": target, "_partial_": True, **fields}))
+
+
+# The contract
+
+
+@pytest.mark.usefixtures("quick_end")
+def test_a_module_outside_the_repository_is_a_class_and_a_file(configure, overrides, own, tmp_path):
+    own("distillation/own.yaml", distils("own_modules.Outputs", scale=2.0))
+    run_pipeline(configure(*overrides, "distillation=own"))
+    lines = (the_run(tmp_path / "runs") / "history" / "distil.csv").read_text().splitlines()
+    losses = [line.rpartition(",")[0] for line in lines[1:] if ",epoch," not in line]
+    assert losses == [f"{step},train/loss" for step in range(4)]
+    assert (the_run(tmp_path / "runs") / "networks" / "distilled" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "fields", "fault"),
+    [
+        ("Outputs", {"_partial_": False}, "`_partial_: true` is missing beside it"),
+        ("NoResult", {}, "it has no method result"),
+        ("make_no_result", {}, "it has no method result"),
+        ("NoSeed", {}, "it does not take the argument seed"),
+        ("NoModule", {}, "NoModule is no LightningModule"),
+    ],
+)
+def test_a_module_that_cannot_be_trained_is_refused_with_the_contract_and_leaves_no_folder(
+    configure, overrides, own, tmp_path, target, fields, fault
+):
+    own("distillation/own.yaml", distils(f"own_modules.{target}", **fields))
+    cfg = configure(*overrides, "distillation=own")
+    with pytest.raises(ConfigError, match=r"^distillation\._target_='own_modules\.") as caught:
+        run_pipeline(cfg)
+    message = str(caught.value)
+    assert f"cannot be trained: {fault}. It has to be a LightningModule" in message
+    assert "result() returns the trained NetworkBackbone" in message
+    assert all(name in message for name in FILLED["distillation"])
+    assert not list((tmp_path / "runs").glob("debug/*"))
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group in FILLED for name in FILLED[group]])
+def test_what_the_pipeline_passes_itself_is_refused_in_the_configuration(configure, group, name):
+    node = configure(*["experiment=pretrain_cifar10"] * (group == "pretrain"))[group].copy()
+    check_module(node, group)
+    OmegaConf.update(node, name, 3, force_add=True)
+    with pytest.raises(ConfigError, match=rf"^{group}\.{name}=3: the pipeline passes {name} itself; remove the key$"):
+        check_module(node, group)
+
+
+@pytest.mark.parametrize("narrower", [False, True])
+def test_a_module_may_check_its_own_settings(configure, overrides, own, narrower):
+    own("distillation/own.yaml", distils("own_modules.Strict", scale=2.0))
+    width = ["criterion=magnitude", "criterion.level=channel", "selection=threshold"] if narrower else []
+    with pytest.raises(ValueError, match=rf"^scale=2\.0, narrower={narrower}, 5 stages$"):
+        run_pipeline(configure(*overrides, "distillation=own", *width))
+
+
+# Distances of feature maps
+
+
+def test_another_distance_of_feature_maps_takes_the_place_of_the_squared_error():
+    teacher = tiny_backbone("UNet2DModel")
+    student, batch = teacher.pruned(bypasses(REMOVED)), tiny_batch(teacher)
+    options: dict[str, Any] = {"normalization": "none", "skip_emptied": False}
+    losses = losses_of(distillation(student, teacher, feature_distance=CosineDistance(), **options), batch)
+    squared = losses_of(distillation(student, teacher, **options), batch)
+    s, t = outputs_of(student, STAGES, batch), outputs_of(teacher, STAGES, batch)
+    for name in STAGES:
+        assert torch.equal(losses[f"feature/{name}"], 1 - F.cosine_similarity(s[name], t[name], dim=1).mean())
+        assert torch.equal(squared[f"feature/{name}"], F.mse_loss(s[name], t[name]))
+    assert torch.equal(losses["output"], squared["output"])
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((2, 3, 4, 5), 1), ((2, 4, 3), 2), ((7, 3), 1)])
+def test_the_cosine_distance_compares_vectors_of_channels_and_ignores_their_size(shape, axis):
+    one, other = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    dots = (one * other).sum(axis) / (one.square().sum(axis) * other.square().sum(axis)).sqrt()
+    distance = CosineDistance()
+    assert float(distance(one, other)) == pytest.approx(1 - float(dots.mean()), rel=1e-12)
+    assert float(distance(one, 4 * one)) == pytest.approx(0, abs=1e-12)
+    assert float(distance(one, -one)) == pytest.approx(2, rel=1e-12)
+    assert torch.equal(distance(8 * one, other), distance(one, other))  # a power of two: no rounding
+
+
+@pytest.mark.usefixtures("quick_end")
+def test_a_distance_outside_the_repository_is_a_class_and_a_line(configure, overrides, own, tmp_path):
+    runs = {}
+    for name, distance in {"plain": "null", "own": "{_target_: own_modules.Doubled}"}.items():
+        own(f"distillation/{name}.yaml", f"defaults: [normalized]\nname: {name}\nfeature_distance: {distance}\n")
+        job = [o for o in overrides if not o.startswith("paths.runs=")]
+        run_pipeline(configure(*job, f"distillation={name}", f"paths.runs={tmp_path}/{name}"))
+        lines = (the_run(tmp_path / name) / "history" / "distil.csv").read_text().splitlines()
+        runs[name] = {line.split(",")[1]: float(line.split(",")[2]) for line in reversed(lines[1:])}  # of step 0
+    assert runs["own"]["train/output"] == runs["plain"]["train/output"]
+    assert runs["own"]["train/feature/up_blocks.1"] == pytest.approx(2 * runs["plain"]["train/feature/up_blocks.1"])
+
+
+@pytest.mark.parametrize("value", ["cosine", "{a: 1}", "{_target_: own_modules.Steps}"])
+def test_what_is_no_distance_is_refused_before_scoring(configure, overrides, own, tmp_path, value):
+    own("distillation/own.yaml", f"defaults: [normalized]\nname: own\nfeature_distance: {value}\n")
+    with pytest.raises(ValueError, match=r"^distillation\.feature_distance=.* is no distance; choose null") as caught:
+        run_pipeline(configure(*overrides, "distillation=own"))
+    assert "lightning_modules.losses.cosine.CosineDistance" in str(caught.value)
+    assert not list((tmp_path / "runs").glob("debug/*"))
+
+
+# Options of the Trainer
+
+
+def arguments_of(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]) -> dict[str, Any]:
+    """The arguments of the Trainer that is made, and not used."""
+
+    class Made(Exception):
+        pass
+
+    given: dict[str, Any] = {}
+
+    def trainer(**arguments: Any) -> None:
+        given.update(arguments)
+        raise Made
+
+    monkeypatch.setattr(pl, "Trainer", trainer)
+    with pytest.raises(Made):
+        make()
+    return given
+
+
+def test_options_reach_the_trainer_of_a_training_and_no_other(configure, overrides, tmp_path, monkeypatch):
+    cfg = configure(*overrides, "+trainer.options={detect_anomaly: true, benchmark: false}")
+    trained = arguments_of(
+        monkeypatch, lambda: fit(pl.LightningModule(), pl.LightningDataModule(), cfg.trainer, tmp_path, "distil")
+    )
+    assert (trained["detect_anomaly"], trained["benchmark"]) == (True, False)
+    assert trained.keys() - {"detect_anomaly", "benchmark"} == set(PROJECT_ARGUMENTS) - {"default_root_dir"}
+    other = arguments_of(monkeypatch, lambda: make_trainer(cfg.trainer, "score units", "32-true"))
+    assert not other.keys() & {"detect_anomaly", "benchmark"}
+
+
+@pytest.mark.parametrize("name", PROJECT_ARGUMENTS)
+def test_an_option_that_the_project_sets_itself_is_refused_by_name(configure, name):
+    assert name in inspect.signature(pl.Trainer).parameters
+    with pytest.raises(ConfigError, match=rf"^trainer\.options\.{name}=1: this project sets it"):
+        configure(f"+trainer.options.{name}=1")
+
+
+def test_an_unknown_option_is_refused_with_the_list_of_lightning(configure):
+    with pytest.raises(ConfigError, match=r"^trainer\.options\.detect_anomly is unknown; did you mean") as caught:
+        configure("+trainer.options.detect_anomly=true")
+    assert "'detect_anomaly'" in str(caught.value)
+    assert all(name in str(caught.value) for name in inspect.signature(pl.Trainer).parameters)
+    with pytest.raises(ConfigError, match=r"trainer\.options\.detect_anomaly='often' is of the wrong type"):
+        configure("+trainer.options.detect_anomaly=often")
+
+
+def test_an_option_that_lightning_refuses_is_refused_before_scoring(configure, overrides, tmp_path):
+    with pytest.raises(ConfigError, match=r"^trainer cannot be made as configured: .*enable_progress_bar"):
+        run_pipeline(configure(*overrides, "+trainer.options.enable_progress_bar=false"))
+    assert not list((tmp_path / "runs").glob("debug/*"))
+
+
+# Callbacks and loggers
+
+
+@pytest.mark.usefixtures("quick_end")
+def test_callbacks_and_loggers_of_files_see_the_training(configure, overrides, own, tmp_path):
+    own("callbacks/steps.yaml", "steps: {_target_: own_modules.Steps}\n")
+    own(
+        "logger/tables.yaml",
+        "loggers:\n  one: {_target_: own_modules.CSVLogger, version: one}\n"
+        f"  two: {{_target_: own_modules.CSVLogger, version: two, save_dir: '{tmp_path}/elsewhere'}}\n",
+    )
+    given = ["callbacks=[learning_rate,steps]", "logger=[csv,tables,tensorboard]"]
+    run_pipeline(configure(*overrides, *given, "trainer.accumulate_grad_batches=2"))
+    run = the_run(tmp_path / "runs")
+    from own_modules import Steps
+
+    assert Steps.seen == [0, 1, 1, 2, 2, 3, 3, 4]
+    history = (run / "history" / "distil.csv").read_text()
+    tables = [folder / "lightning_logs" for folder in (run / "logs", tmp_path / "elsewhere")]
+    assert (tables[0] / "one" / "metrics.csv").read_text() == (tables[1] / "two" / "metrics.csv").read_text()
+    assert "lr-AdamW" in history and "lr-AdamW" in (tables[0] / "one" / "metrics.csv").read_text()
+    assert len(list(tables[0].glob("events.out.tfevents.*"))) == 1
+
+
+def test_several_loggers_go_with_the_dashboard(configure):
+    assert configure("logger=[wandb,tensorboard]").logger.wandb
+    for logger in ("csv", "tensorboard"):
+        assert not configure(f"logger={logger}").logger.wandb
+
+
+def test_callbacks_and_loggers_are_no_part_of_the_identity_and_options_are(configure):
+    plain = effective(configure())
+    assert effective(configure("callbacks=learning_rate", "logger=tensorboard")) == plain
+    changed = effective(configure("+trainer.options.gradient_clip_algorithm=value"))
+    assert changed["trainer"].pop("options") == {"gradient_clip_algorithm": "value"}
+    assert plain["trainer"].pop("options") == {} and changed == plain
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+callbacks.mine=3", r"callbacks\.mine=3 is no callback: choose a class as its _target_"),
+        ("+logger.loggers.mine=3", r"logger\.loggers\.mine=3 is no logger: choose a class as its _target_"),
+        ("callbacks=learning", "learning"),
+    ],
+)
+def test_what_is_no_callback_or_logger_is_refused_when_composing(configure, override, message):
+    with pytest.raises((ConfigError, ConfigCompositionException, Exception), match=message):
+        configure(override)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("torch.nn.Identity", r"callbacks\.mine\._target_='torch\.nn\.Identity' makes no Callback of Lightning"),
+        (
+            "pytorch_lightning.callbacks.ModelPruning, pruning_fn: none_such",
+            r"callbacks\.mine cannot be made: .*none_such",
+        ),
+    ],
+)
+def test_a_callback_that_cannot_be_made_is_refused_before_scoring(configure, overrides, tmp_path, target, message):
+    with pytest.raises(ConfigError, match=message):
+        run_pipeline(configure(*overrides, f"+callbacks.mine={{_target_: {target}}}"))
+    assert not list((tmp_path / "runs").glob("debug/*"))
+
+
+def test_without_tensorboard_the_error_names_what_to_install(configure, overrides, tmp_path, monkeypatch):
+    for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(f"lightning_fabric.loggers.tensorboard.{name}", False)
+    monkeypatch.setattr("pytorch_lightning.loggers.tensorboard._TENSORBOARD_AVAILABLE", False, raising=False)
+    with pytest.raises(ConfigError, match=r"^logger\.loggers\.tensorboard cannot be made: (?s:.*)'\.\[tensorboard\]'"):
+        run_pipeline(configure(*overrides, "logger=tensorboard"))
+    assert not list((tmp_path / "runs").glob("debug/*"))
