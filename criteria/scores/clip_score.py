@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from criteria.base import Backbone, Batch, Unit
+from criteria.scores.shared.clip import clip_cosines
 from criteria.scores.shared.generation import Generation, check_seeds, generates
 from criteria.scores.shared.leave_one_out import PerSample
 
@@ -60,13 +61,8 @@ class ClipScore(PerSample):
     @torch.no_grad()
     def clip_score(self, samples: Tensor, captions: list[str]) -> Tensor:
         """100 times the cosines (N,) of generated samples, as images, with their captions."""
-        images = list(self.backbone.decode(samples).cpu().numpy())
-        longest = self.clip.config.text_config.max_position_embeddings
-        inputs = self.processor(
-            text=captions, images=images, return_tensors="pt", padding=True, truncation=True, max_length=longest
-        )
-        embedded = self.clip.to(samples.device)(**inputs.to(samples.device))
-        return 100 * (embedded.image_embeds.double() * embedded.text_embeds.double()).sum(1)
+        images = self.backbone.decode(samples).cpu().numpy()
+        return 100 * clip_cosines(self.clip, self.processor, images, captions, samples.device)
 
 
 def load_clip(path: str) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from conf.schema import ConfigError, build
 from criteria.base import Criterion
 from lightning_modules.backbones.base import NetworkBackbone
-from lightning_modules.modules.sampling import seeds
+from lightning_modules.modules.sampling import seed_batches
 
 
 def teacher_of(cfg: DictConfig) -> NetworkBackbone:
@@ -64,7 +64,7 @@ def batches_for(
     if criterion.needs != "seeds":
         return calibration
     captions = data.captions("train", criterion.seeds) if teacher.takes_text else None
-    return seeds(cfg.calibration.seed, criterion.seeds, cfg.calibration.batch_size, captions)
+    return seed_batches(cfg.calibration.seed, criterion.seeds, cfg.calibration.batch_size, captions)
 
 
 def held_out(cfg: DictConfig, data: Any) -> DataLoader:

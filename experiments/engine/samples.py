@@ -20,7 +20,7 @@ from experiments.engine.measures import TrainingImages, check_measures, measured
 from experiments.engine.ranks import agreed, barrier, is_rank_zero
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.metrics.protocol import Labels, Measure, Samples
-from lightning_modules.modules.sampling import Generation, seeds
+from lightning_modules.modules.sampling import Generation, seed_batches
 from lightning_modules.training.trainer import make_trainer, precision_of
 
 
@@ -52,7 +52,7 @@ class Drawn:
         return self.data.captions("holdout", evaluation.samples)
 
     def asked_captions(self) -> list[str] | None:
-        """The caption of each sample: where there are fewer, they go round, as in `seeds`."""
+        """The caption of each sample: where there are fewer, they go round, as in `seed_batches`."""
         if self.prompts is None:
             return None
         return [self.prompts[k % len(self.prompts)] for k in range(self.cfg.evaluation.samples)]
@@ -62,7 +62,7 @@ class Drawn:
         if self.teacher.takes_text:
             return None
         evaluation = self.cfg.evaluation
-        numbers = next(iter(seeds(evaluation.seed, evaluation.samples, evaluation.samples, None)))
+        numbers = next(iter(seed_batches(evaluation.seed, evaluation.samples, evaluation.samples, None)))
         found = self.teacher.conditions(numbers, torch.device("cpu")).get("class_labels")
         return None if found is None else found.numpy()
 
@@ -95,7 +95,7 @@ class Drawn:
         if agreed((folder / "images.npy").exists()):
             return
         with self.job.clock("generate"), staged(folder) if is_rank_zero() else contextlib.nullcontext() as partial:
-            batches = seeds(evaluation.seed, evaluation.samples, evaluation.batch_size, self.prompts)
+            batches = seed_batches(evaluation.seed, evaluation.samples, evaluation.batch_size, self.prompts)
             module = Generation(
                 network,
                 build(cfg.sampler.scheduler),

@@ -1,4 +1,4 @@
-"""Feature distillation: the levels that are compared, and how much each of them counts."""
+"""Weights of the levels in feature distillation, and the feature maps that are compared."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ NORMALIZATIONS = ("teacher_energy", "teacher_norm", "running", "none")
 
 
 class LevelWeights(nn.Module):
-    """alpha_l of  sum_l alpha_l * mean((f_S_l - f_T_l)^2),  from the teacher's feature maps f_T_l.
+    """The weights alpha_l in  sum_l alpha_l * d(f_S_l, f_T_l),  from the teacher's feature maps f_T_l.
 
     `none`: 1, which is BK-SDM's loss (arXiv 2305.15798); the few largest feature maps dominate it.
     `teacher_energy`: 1 / mean(f_T_l^2) over the batch; each term is then a relative squared error.
@@ -35,6 +35,7 @@ class LevelWeights(nn.Module):
         self.register_buffer("energy", torch.zeros(levels))
 
     def forward(self, level: int, teacher: Tensor) -> Tensor:
+        """Return the weight of a level, a scalar, for the teacher's feature map of a batch."""
         if self.normalization == "none":
             return torch.ones((), device=teacher.device)
         if self.normalization == "teacher_norm":
@@ -49,21 +50,22 @@ class LevelWeights(nn.Module):
 
 @contextlib.contextmanager
 def features(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """The outputs of some modules during the forward passes inside (the feature map where a module gives several).
+    """Yield a dictionary that forward passes inside the context fill with the feature maps of some modules, by name.
 
-    Modules are held by reference: their names may change under DDP, the references do not.
+    Where a module returns several values, its feature map is kept. Modules are referred to as objects, since their
+    names may change under DDP.
     """
-    found: dict[str, Tensor] = {}
+    maps: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            found[name] = hidden(output)
+            maps[name] = hidden(output)
 
         return hook
 
     handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     try:
-        yield found
+        yield maps
     finally:
         for handle in handles:
             handle.remove()

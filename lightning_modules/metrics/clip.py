@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from criteria.scores.shared.clip import clip_cosines
 from datamodules.readers.base import MissingData
 from lightning_modules.metrics.published import digest_of, local_file, local_folder
 from lightning_modules.metrics.text_fit import TextFit
@@ -40,12 +41,7 @@ class ClipScore(TextFit):
 
     def scores(self, images: np.ndarray, captions: list[str], device: torch.device) -> Tensor:
         network, processor = self.loaded
-        longest = network.config.text_config.max_position_embeddings
-        inputs = processor(
-            text=captions, images=list(images), return_tensors="pt", padding=True, truncation=True, max_length=longest
-        )
-        found = network.to(device)(**inputs.to(device))
-        return self.scale(network) * (found.image_embeds.double() * found.text_embeds.double()).sum(1)
+        return self.scale(network) * clip_cosines(network, processor, images, captions, device)
 
     def scale(self, network: Any) -> float:
         return 100.0

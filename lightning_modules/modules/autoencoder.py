@@ -1,4 +1,4 @@
-"""Training a variational autoencoder: what stands between pictures (or mel pictures) and the latents of a diffusion."""
+"""Training of a variational autoencoder, which encodes pictures (or mel pictures) as latents of a diffusion model."""
 
 import math
 from pathlib import Path
@@ -13,10 +13,18 @@ from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, s
 
 
 class Autoencoder(TrainedModule):
-    """Mean absolute error of the reconstruction, and `kl_weight` times the divergence per latent from N(0, 1).
+    """Mean absolute error of the reconstruction, plus `kl_weight` times the divergence per latent from N(0, 1).
 
-    The form of Rombach et al. 2022 (arXiv 2112.10752, appendix G) without its perceptual and adversarial terms, which
-    need networks of their own: reconstructions are softer. The weight is ours.
+    The loss of Rombach et al. 2022 (arXiv 2112.10752, appendix G) without its perceptual and adversarial terms, which
+    need networks of their own, so that reconstructions are softer. The weight is ours.
+
+    Args:
+        vae: an AutoencoderKL of diffusers.
+        kl_weight: weight of the divergence.
+        optimizer: see TrainedModule.
+        lr_scheduler: see TrainedModule.
+        seed: see TrainedModule.
+        dump: see TrainedModule.
     """
 
     def __init__(
@@ -34,12 +42,13 @@ class Autoencoder(TrainedModule):
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         image = batch["image"]
         posterior = self.vae.encode(image).latent_dist
-        noise = torch.randn(posterior.mean.shape).to(posterior.mean)  # of the CPU generator: the same on every device
+        noise = torch.randn(posterior.mean.shape).to(posterior.mean)  # drawn on the CPU: the same on every device
         error = F.l1_loss(self.vae.decode(posterior.mean + posterior.std * noise).sample, image)
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
         return {"loss": error + self.kl_weight * divergence, "l1": error, "kl": divergence}
 
     def on_test_start(self) -> None:
+        # Over samples: squared error, mean latent, mean squared latent, and their number.
         self.sums = torch.zeros(4, dtype=torch.float64)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -59,13 +68,22 @@ class Autoencoder(TrainedModule):
         self.metrics = {"test_psnr_db": psnr, "latent_std": deviation, "test_images": int(count)}
 
     def save(self, folder: Path) -> None:
-        """config.json with the scaling factor, and half-precision safetensors, as diffusers writes them."""
+        """Write config.json with the scaling factor, and half-precision safetensors, as diffusers does."""
         self.vae.half().save_pretrained(folder, safe_serialization=True)
 
 
 def new_autoencoder(
     vae: dict[str, Any], kl_weight: float, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path
 ) -> Autoencoder:
-    """An Autoencoder with fresh weights, drawn from `seed`, of a diffusers configuration of AutoencoderKL."""
+    """Return an Autoencoder with new weights.
+
+    Args:
+        vae: configuration of diffusers' AutoencoderKL.
+        kl_weight: see Autoencoder.
+        optimizer: see TrainedModule.
+        lr_scheduler: see TrainedModule.
+        seed: seed of the weights, and of training.
+        dump: see TrainedModule.
+    """
     torch.manual_seed(seed)
     return Autoencoder(AutoencoderKL.from_config(dict(vae)), kl_weight, optimizer, lr_scheduler, seed, dump)

@@ -1,4 +1,4 @@
-"""Training a classifier: a teacher to be pruned, or the features of `frechet_resnet20` and `frechet_digits`."""
+"""Training of a classifier: a teacher to prune, or the features of `frechet_resnet20` and `frechet_digits`."""
 
 import copy
 from collections.abc import Sequence
@@ -15,7 +15,15 @@ from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, s
 
 
 class Classifier(TrainedModule):
-    """Cross-entropy training; `test_step` measures the accuracy on the held-out images."""
+    """A classifier trained on the cross-entropy; its test loop measures the accuracy on the held-out images.
+
+    Args:
+        network: the classifier.
+        optimizer: see TrainedModule.
+        lr_scheduler: see TrainedModule.
+        seed: see TrainedModule.
+        dump: see TrainedModule.
+    """
 
     def __init__(
         self, network: ImageNetwork, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path
@@ -32,7 +40,7 @@ class Classifier(TrainedModule):
         ClassifierBackbone(self.network).check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_test_start(self) -> None:
-        self.counts = torch.zeros(2, dtype=torch.float64)
+        self.counts = torch.zeros(2, dtype=torch.float64)  # correctly classified images, all images
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         if batch_idx % self.trainer.world_size == self.global_rank:
@@ -44,7 +52,7 @@ class Classifier(TrainedModule):
         self.metrics = {"test_accuracy": correct / count, "test_images": int(count)}
 
     def save(self, folder: Path) -> None:
-        """config.json and model.safetensors in half precision, which opens as a teacher."""
+        """Write config.json and model.safetensors in half precision, which load as a teacher."""
         save(copy.deepcopy(self.network).half(), folder)
 
 
@@ -59,10 +67,18 @@ def new_classifier(
     std: Sequence[float] | None = None,
     image_size: int | None = None,
 ) -> Classifier:
-    """A Classifier with fresh weights, drawn from `seed`.
+    """Return a Classifier with new weights.
 
-    `architecture` is a name such as resnet56; `classes`, `image_size`, and `mean` and `std` (a value a channel of the
-    images) are the architecture's unless given.
+    Args:
+        architecture: name, such as resnet56; see conf/pretrain/classifier.yaml.
+        optimizer: see TrainedModule.
+        lr_scheduler: see TrainedModule.
+        seed: seed of the weights, and of training.
+        dump: see TrainedModule.
+        classes: number of classes; None is the architecture's usual one.
+        mean: mean of the images per channel, in [0, 1]; None is the architecture's usual one.
+        std: standard deviation of the images per channel; None is the architecture's usual one.
+        image_size: edge of the images in pixels; None is the architecture's usual one.
     """
     torch.manual_seed(seed)
     network = build(named(architecture, classes=classes, mean=mean, std=std, image_size=image_size))

@@ -1,4 +1,4 @@
-"""Training a diffusion model from nothing: the task loss alone. It makes the embedded teachers."""
+"""Training of a diffusion model from nothing, on the task loss alone. The embedded teachers are made with it."""
 
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,17 @@ from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, s
 
 
 class Denoiser(TrainedModule):
-    """Mean squared error to the noise that was added (Ho et al. 2020, arXiv 2006.11239, equation 14).
+    """A network trained on the mean squared error to the added noise (Ho et al. 2020, arXiv 2006.11239, equation 14).
 
-    A network that takes text sees the empty caption with probability `drop_text` instead of a sample's own, for
-    classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598). `captions`: those whose text states are saved in
-    the place of the text encoder; None saves the encoder.
+    Args:
+        backbone: the network with its noise schedule, and its VAE and text encoder where it has them.
+        drop_text: probability that a sample's caption is replaced by the empty one, for classifier-free guidance (Ho &
+            Salimans 2022, arXiv 2207.12598); without effect where the network takes no text.
+        captions: captions whose text states are saved instead of the text encoder; None saves the encoder.
+        optimizer: see TrainedModule.
+        lr_scheduler: see TrainedModule.
+        seed: see TrainedModule.
+        dump: see TrainedModule.
     """
 
     def __init__(
@@ -37,18 +43,18 @@ class Denoiser(TrainedModule):
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         inputs = self.backbone.training_inputs(batch)
         if self.backbone.takes_text and self.drop_text:
-            inputs["conditions"] = self.dropped(inputs["conditions"], batch, len(inputs["sample"]))
+            inputs["conditions"] = self.drop_captions(inputs["conditions"], batch, len(inputs["sample"]))
         return {"loss": self.backbone.loss(inputs)}
 
-    def dropped(self, conditions: dict[str, Any], batch: dict[str, Any], count: int) -> dict[str, Any]:
-        """Conditions of which some samples have those of the empty caption."""
+    def drop_captions(self, conditions: dict[str, Any], batch: dict[str, Any], count: int) -> dict[str, Any]:
+        """Return the conditions of `count` samples, each with probability `drop_text` those of the empty caption."""
         assert self.backbone.surroundings is not None
         empty = batch.get("empty_text") or self.backbone.surroundings.empty_text(1, self.device)
-        chosen = torch.rand(count) < self.drop_text  # of the CPU generator: the same on every device
-        return replaced(conditions, move(empty, self.device), chosen.to(self.device))
+        chosen = torch.rand(count) < self.drop_text  # drawn on the CPU: the same on every device
+        return replace_chosen(conditions, move(empty, self.device), chosen.to(self.device))
 
     def on_test_start(self) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64)
+        self.sums = torch.zeros(2, dtype=torch.float64)  # losses over samples, and the number of samples
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if batch_idx % self.trainer.world_size == self.global_rank:
@@ -62,7 +68,7 @@ class Denoiser(TrainedModule):
         self.metrics = {"test_task_loss": float(total[0] / total[1]), "test_images": int(total[1])}
 
     def save(self, folder: Path) -> None:
-        """What `teacher.path` takes, in half precision: the pipeline, or a lone network with its noise schedule."""
+        """Write what `teacher.path` loads, in half precision: the pipeline, or the network and its noise schedule."""
         backbone = self.backbone.half()
         surroundings = backbone.surroundings
         if surroundings is None:
@@ -77,17 +83,17 @@ class Denoiser(TrainedModule):
         surroundings.save(backbone.network, folder)
 
 
-def replaced(conditions: dict[str, Any], empty: dict[str, Any], chosen: Tensor) -> dict[str, Any]:
-    """Nested conditions in which the chosen samples have the empty caption's; what has no text in it stays."""
-    found: dict[str, Any] = {}
+def replace_chosen(conditions: dict[str, Any], empty: dict[str, Any], chosen_N: Tensor) -> dict[str, Any]:
+    """Return nested conditions in which the chosen samples have the values of `empty`, where it has some."""
+    replaced: dict[str, Any] = {}
     for key, value in conditions.items():
         if isinstance(value, dict):
-            found[key] = replaced(value, empty.get(key, {}), chosen)
+            replaced[key] = replace_chosen(value, empty.get(key, {}), chosen_N)
         elif key in empty:
-            found[key] = torch.where(chosen.view(-1, *[1] * (value.ndim - 1)), empty[key], value)
+            replaced[key] = torch.where(chosen_N.view(-1, *[1] * (value.ndim - 1)), empty[key], value)
         else:
-            found[key] = value
-    return found
+            replaced[key] = value
+    return replaced
 
 
 def new_denoiser(
@@ -103,7 +109,21 @@ def new_denoiser(
     captions: list[str] | None = None,
     drop_text: float = 0.1,
 ) -> Denoiser:
-    """A Denoiser around a network with fresh weights, drawn from `seed`; see `new_backbone` for its parts."""
+    """Return a Denoiser around a network with new weights.
+
+    Args:
+        network: configuration of the network; see `new_backbone`.
+        noise_scheduler: see `new_backbone`.
+        optimizer: see TrainedModule.
+        lr_scheduler: see TrainedModule.
+        seed: seed of the weights, and of training.
+        dump: see TrainedModule.
+        vae: see `new_backbone`.
+        text_encoder: see `new_backbone`.
+        text_tokens: see `new_backbone`.
+        captions: see Denoiser.
+        drop_text: see Denoiser.
+    """
     torch.manual_seed(seed)
     backbone = new_backbone(network, noise_scheduler, vae, text_encoder, text_tokens)
     return Denoiser(backbone, drop_text, captions, optimizer, lr_scheduler, seed, dump)

@@ -1,4 +1,4 @@
-"""Training the gates of criteria/scores/bottleneck.py."""
+"""Training of the gates of criteria/scores/bottleneck.py."""
 
 import math
 from typing import Any
@@ -13,9 +13,9 @@ from lightning_modules.modules.base import NonFiniteLoss, sum_over_ranks
 
 
 class BottleneckTraining(pl.LightningModule):
-    """An Adam step on the gates for each calibration batch, in order; on several ranks each takes a share of every one.
+    """Takes one Adam step on the gates per calibration batch, in their order; ranks share the samples of each batch.
 
-    `criterion` has been started; the backbone is registered here to be moved to the device, and has to be frozen.
+    `criterion` has been started. The backbone is a submodule so that it is moved to the device, and must be frozen.
     """
 
     def __init__(self, criterion: Bottleneck, backbone: nn.Module) -> None:
@@ -31,7 +31,10 @@ class BottleneckTraining(pl.LightningModule):
             )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The loss of the whole batch, with the gradient of a rank's share of it: their mean is that of the whole."""
+        """Return the loss of the whole batch, with the gradient of this rank's share.
+
+        The mean of these gradients over ranks is the gradient of the whole batch.
+        """
         criterion, ranks = self.criterion, self.trainer.world_size
         gates = criterion.gates()
         size = len(next(value for value in batch.values() if isinstance(value, Tensor)))
@@ -51,7 +54,7 @@ class BottleneckTraining(pl.LightningModule):
         return losses["loss"]
 
     def check(self, values: dict[str, float], iteration: int) -> None:
-        """Raise NonFiniteLoss before a step is taken with a loss that is not finite, on all ranks alike."""
+        """Raise NonFiniteLoss, on all ranks, before a step is taken with a loss that is not finite."""
         if not math.isfinite(values["loss"]):
             told = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
             raise NonFiniteLoss(

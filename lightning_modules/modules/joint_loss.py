@@ -16,9 +16,10 @@ from lightning_modules.modules.base import Reference, sum_over_ranks
 
 
 class JointLoss(pl.LightningModule):
-    """The joint output loss E ||eps_student - eps_teacher||^2 and both task losses, on fixed held-out samples.
+    """Measures the joint output loss E ||eps_student - eps_teacher||^2 and both task losses on held-out samples.
 
-    Of a language model the outputs are logits.
+    The outputs of a language model are its logits. `metrics` has the figures after a test loop; it raises
+    FloatingPointError where one is not finite.
     """
 
     def __init__(self, student: NetworkBackbone, teacher: NetworkBackbone, seed: int) -> None:
@@ -27,6 +28,7 @@ class JointLoss(pl.LightningModule):
 
     def on_test_start(self) -> None:
         self.reference.network.to(self.device)
+        # Over samples: joint loss, task loss of the student, task loss of the teacher, and their number.
         self.sums = torch.zeros(4, dtype=torch.float64)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -36,8 +38,8 @@ class JointLoss(pl.LightningModule):
         output_s, output_t = (network.predict(inputs) for network in (self.student, self.reference.network))
         losses = [float(self.student.losses(output, inputs).mean()) for output in (output_s, output_t)]
         count = len(output_s)
-        found = [square_errors(output_s, output_t), *(count * loss for loss in losses), count]
-        self.sums += torch.tensor(found, dtype=torch.float64)
+        sums = [sum_square_errors(output_s, output_t), *(count * loss for loss in losses), count]
+        self.sums += torch.tensor(sums, dtype=torch.float64)
 
     def on_test_epoch_end(self) -> None:
         joint, task, teacher, count = sum_over_ranks(self, self.sums).tolist()
@@ -48,19 +50,19 @@ class JointLoss(pl.LightningModule):
         self.metrics = {"output_loss": joint / count, "task_loss": task / count, "teacher_task_loss": teacher / count}
 
 
-AT_ONCE = 2**26
-"""Numbers that are turned into float64 at once: the logits of a batch of texts may be many."""
+FLOAT64_VALUES = 2**26
+"""Values that are held in float64 at once (512 MiB): the logits of a batch of texts may be many more."""
 
 
-def square_errors(output: Tensor, other: Tensor) -> float:
-    """The sum over samples of mean((output - other)^2), in float64, of as many samples at once as AT_ONCE allows."""
-    part = max(1, AT_ONCE // output[0].numel())
+def sum_square_errors(output: Tensor, other: Tensor) -> float:
+    """Return the sum over samples of mean((output - other)^2), computed in float64."""
+    part = max(1, FLOAT64_VALUES // output[0].numel())
     pairs = zip(output.split(part), other.split(part), strict=True)
     return sum(len(a) * float(a.to(torch.float64, copy=True).sub_(b).square_().mean()) for a, b in pairs)
 
 
 class JointMeasure:
-    """measure(names): E ||eps without all of these units - eps||^2 on fixed calibration samples, one call a plan."""
+    """A function of the names of units: E ||eps without all of them - eps||^2 on fixed calibration samples."""
 
     def __init__(self, backbone: NetworkBackbone, batches: DataLoader, seed: int, device: torch.device) -> None:
         self.backbone, self.batches, self.seed, self.device = backbone.to(device).eval(), batches, seed, device
@@ -68,9 +70,9 @@ class JointMeasure:
     @functools.cached_property
     @torch.no_grad()
     def dense(self) -> list[tuple[dict[str, Any], Tensor]]:
-        """Inputs and the whole network's outputs, kept from the first call on."""
-        made = [self.backbone.calibration_inputs(move(batch, self.device), self.seed) for batch in self.batches]
-        return [(inputs, self.backbone.predict(inputs)) for inputs in made]
+        """Inputs of all batches and the whole network's outputs, computed at the first call."""
+        batches = [self.backbone.calibration_inputs(move(batch, self.device), self.seed) for batch in self.batches]
+        return [(inputs, self.backbone.predict(inputs)) for inputs in batches]
 
     @torch.no_grad()
     def __call__(self, names: Sequence[str]) -> float:

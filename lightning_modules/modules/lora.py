@@ -13,9 +13,15 @@ from datamodules.seeding import derive
 
 @dataclass
 class Lora:
-    """W x + alpha / rank * B A dropout(x) in every linear layer or convolution whose path ends in one of `targets`.
+    """Adapters W x + alpha / rank * B A dropout(x) in the linear layers and convolutions that `targets` name.
 
-    A is drawn as a function of the seed of training, B begins at zero.
+    A is drawn from the seed of training, and B is zero at first, so that the network is unchanged.
+
+    Args:
+        targets: endings of module paths, such as q_proj.
+        rank: rows of A.
+        alpha: scale of the adapters.
+        dropout: probability of dropout in front of A.
     """
 
     targets: list[str]
@@ -30,7 +36,7 @@ class Lora:
             raise ValueError(f"distillation.lora.dropout={self.dropout} is out of range; choose 0 <= dropout < 1")
 
     def check(self, network: nn.Module) -> None:
-        """Raise ImportError without peft, and ValueError for targets that are not there or share their weight."""
+        """Raise ImportError without peft, and ValueError for a target that is absent or shares its weight."""
         try:
             import peft  # noqa: F401, PLC0415  of the extra `language`
         except ImportError as error:
@@ -38,18 +44,21 @@ class Lora:
         layers = {name: part for name, part in network.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d))}
         weights = [part.weight for part in network.modules() if isinstance(part, (nn.Linear, nn.Conv2d, nn.Embedding))]
         for target in self.targets:
-            meant = [part for name, part in layers.items() if f".{name}".endswith(f".{target}")]
-            if not meant:
+            matches = [part for name, part in layers.items() if f".{name}".endswith(f".{target}")]
+            if not matches:
                 near = difflib.get_close_matches(target, {name.rpartition(".")[2] for name in layers}, n=3, cutoff=0.3)
                 raise ValueError(
                     f"distillation.lora.targets: {target!r} is no linear layer or convolution of a "
                     f"{type(network).__name__}; the nearest are: {', '.join(near)}"
                 )
-            if any(sum(weight is part.weight for weight in weights) > 1 for part in meant):
+            if any(sum(weight is part.weight for weight in weights) > 1 for part in matches):
                 raise ValueError(f"distillation.lora.targets: {target!r} shares its weight with another layer")
 
     def into(self, network: Any, seed: int) -> Callable[[], Any]:
-        """Put adapters into a network and freeze the rest; returns what merges them. Raises what `check` raises."""
+        """Put adapters into a network, freeze the rest, and return a function that merges them into the weights.
+
+        Raises what `check` raises.
+        """
         self.check(network)
         from peft import LoraConfig  # noqa: PLC0415
         from peft.tuners.lora import LoraModel  # noqa: PLC0415

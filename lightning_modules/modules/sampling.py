@@ -1,4 +1,4 @@
-"""Drawing images from seeds under a Trainer."""
+"""Generation of samples from seeds under a Trainer."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,9 +15,17 @@ from lightning_modules.metrics.features import resized
 
 
 class Generation(pl.LightningModule):
-    """Test batches are those of `seeds`; rank 0 writes one uint8 image a seed, in their order, into the .npy `file`.
+    """Writes one uint8 image per seed, in their order, into a .npy file; the test batches are those of `seed_batches`.
 
-    They are written while they are made, so that no more than a batch of each rank is held; `size` resizes them.
+    Rank 0 writes the images as they are generated, so that at most one batch per rank is in memory.
+
+    Args:
+        backbone: the network.
+        sampler: makes a diffusers scheduler from the configuration of the noise schedule.
+        steps: sampling steps.
+        guidance: scale of classifier-free guidance; 1 is none.
+        size: edge in pixels to which images are resized; None leaves them as they are.
+        file: the .npy file, on rank 0; None on other ranks.
     """
 
     def __init__(
@@ -34,7 +42,7 @@ class Generation(pl.LightningModule):
         self.size, self.file = size, file
 
     def on_test_start(self) -> None:
-        self.mine: list[np.ndarray] = []  # of the batches that the ranks have since they last met
+        self.unwritten: list[np.ndarray] = []  # images of this rank that rank 0 has not gathered yet
         self.written = 0
         self.images: Any = None
 
@@ -42,21 +50,21 @@ class Generation(pl.LightningModule):
         world = self.trainer.world_size
         if batch_idx % world == self.global_rank:
             samples = self.backbone.generate(batch, self.sampler, self.steps, self.guidance)
-            made = self.backbone.decode(samples).numpy()
-            self.mine = [made if self.size is None else resized(made, self.size)]
+            images = self.backbone.decode(samples).numpy()
+            self.unwritten = [images if self.size is None else resized(images, self.size)]
         if batch_idx % world == world - 1 or batch_idx == self.trainer.num_test_batches[0] - 1:
-            self.meet()
+            self.gather()
 
-    def meet(self) -> None:
-        """Bring the ranks' batches together and write them."""
-        found: list[Any] = [self.mine]
+    def gather(self) -> None:
+        """Gather the batches of all ranks on rank 0 and write them."""
+        by_rank: list[Any] = [self.unwritten]
         if self.trainer.world_size > 1:
-            found = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(found, self.mine)
-        self.mine = []
+            by_rank = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(by_rank, self.unwritten)
+        self.unwritten = []
         if self.file is None:
             return
-        for images in (images for part in found for images in part):
+        for images in (images for batches in by_rank for images in batches):
             if self.images is None:
                 count = len(self.trainer.test_dataloaders.dataset)  # type: ignore[union-attr]
                 self.images = open_memmap(self.file, "w+", np.uint8, (count, *images.shape[1:]))
@@ -68,11 +76,16 @@ class Generation(pl.LightningModule):
             self.images.flush()
 
 
-def seeds(seed: int, count: int, batch_size: int, captions: Sequence[str] | None) -> DataLoader:
-    """Batches of {"seed": (N,), "caption": list}; seed k has caption k of those there are, going round."""
+SEED_STRIDE = 10_000_019
+"""Distance between the first sample seeds of two consecutive values of `seed`: larger than any number of samples, so
+that two values share no sample."""
+
+
+def seed_batches(seed: int, count: int, batch_size: int, captions: Sequence[str] | None) -> DataLoader:
+    """Return batches of {"seed": (N,), "caption": list} with `count` seeds; captions repeat when they are fewer."""
 
     def collate(numbers: list[int]) -> dict[str, Any]:
-        batch: dict[str, Any] = {"seed": seed * 10_000_019 + torch.tensor(numbers)}
+        batch: dict[str, Any] = {"seed": seed * SEED_STRIDE + torch.tensor(numbers)}
         return batch | {"caption": [captions[k % len(captions)] for k in numbers]} if captions else batch
 
     return DataLoader(range(count), batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]

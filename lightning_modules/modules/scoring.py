@@ -1,4 +1,4 @@
-"""Driving a criterion under a Lightning Trainer: the same devices, precision and ranks as training."""
+"""Runs a criterion under a Lightning Trainer, with the same devices, precision and ranks as training."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ class Scoring(pl.LightningModule):
         self.criterion, self.backbone, self.units, self.calibration_seed = criterion, backbone, units, seed
         self.scores: dict[str, dict[str, float]] = {}
         self.settled = False
-        """the criterion needs no more batches; a test loop cannot be left, so the rest is passed over"""
+        """The criterion needs no more batches. A test loop cannot be stopped, so the remaining ones are skipped."""
 
     def on_test_start(self) -> None:
         if self.trainer.world_size > self.trainer.num_test_batches[0]:
@@ -50,9 +50,15 @@ def score(
     trainer: pl.Trainer,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """{unit: {"score": ...}} under `trainer`; the network's mode and gradients are as before afterwards.
+    """Return {unit: {"score": ...}}; the network's mode and gradients are afterwards what they were.
 
-    `batches` are None where the criterion needs nothing.
+    Args:
+        criterion: the criterion.
+        backbone: the network, a NetworkBackbone.
+        units: the units to score.
+        batches: calibration batches or seeds; None where the criterion needs none.
+        trainer: runs the batches.
+        seed: seed of the noise of calibration samples.
     """
     if criterion.needs == "nothing":
         criterion.start(backbone, units, seed)  # type: ignore[arg-type]
@@ -72,7 +78,7 @@ def score(
 
 @contextlib.contextmanager
 def as_before(network: nn.Module) -> Iterator[None]:
-    """Modes, gradients and what asks for them are afterwards what they were; a Trainer drops gradients."""
+    """Restore modes, gradients and `requires_grad` of a network afterwards; a Trainer deletes gradients."""
     modes = {module: module.training for module in network.modules()}
     kept = {parameter: (parameter.requires_grad, parameter.grad) for parameter in network.parameters()}
     try:

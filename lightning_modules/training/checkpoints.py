@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent."""
+"""Checkpoints that are complete or absent, and the newest one that can be read."""
 
 import os
 import warnings
@@ -10,11 +10,14 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 
 class CorruptCheckpoint(RuntimeError):
-    """No checkpoint of a run that has some can be read."""
+    """A run has checkpoints, and none of them can be read."""
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and moves it there, so that it is complete or absent after a kill."""
+    """Writes a checkpoint to a temporary file of the same folder and renames it, so that it is complete or absent.
+
+    Lightning's own atomic save copies from the system's temporary folder, which is not atomic across file systems.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         partial = Path(path).with_suffix(".partial")
@@ -23,13 +26,13 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """The newest checkpoint that can be read, and its step; None where there is none at all.
+    """Return the newest checkpoint that can be read, and its step; None where the folder has no checkpoint.
 
-    One that cannot be read (cut off, empty) is named in a warning and passed over. Raises CorruptCheckpoint when
-    there are some and none can be read.
+    One that cannot be read (truncated, empty) is skipped with a warning. Raises CorruptCheckpoint where there are
+    checkpoints and none can be read.
     """
-    found = sorted(folder.glob("step=*.ckpt"), reverse=True)
-    for path in found:
+    paths = sorted(folder.glob("step=*.ckpt"), reverse=True)
+    for path in paths:
         try:
             return path, int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
         except Exception as error:
@@ -37,9 +40,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
                 f"checkpoint {path} cannot be read ({type(error).__name__}: {error}); trying the one before",
                 stacklevel=2,
             )
-    if found:
+    if paths:
         raise CorruptCheckpoint(
-            f"none of the checkpoints in {folder} can be read ({', '.join(path.name for path in found)}); "
+            f"none of the checkpoints in {folder} can be read ({', '.join(path.name for path in paths)}); "
             "delete them to start the training again"
         )
     return None

@@ -1,4 +1,4 @@
-"""The moving average of the weights."""
+"""Exponential moving average of the weights."""
 
 import pytorch_lightning as pl
 import torch

@@ -1,4 +1,4 @@
-"""Logged values as a CSV file."""
+"""Logged values in a CSV file."""
 
 import csv
 import logging
@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 HISTORY_FIELDS = ("step", "name", "value")
 
-# Lightning's announcements, and deprecations that its and torchdata's users can do nothing about.
+# Lightning's announcements, and deprecation warnings about code inside Lightning and torchdata.
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
 for message in (
     ".*set_vital.*",
@@ -25,7 +25,10 @@ for message in (
 
 
 class History(Logger):
-    """Appends every logged value to a CSV of (step, name, value); a resumed run forgets what it will log again."""
+    """Logger that appends every value to a CSV file of (step, name, value).
+
+    A resumed run removes the rows that it will log again (`rewind`).
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -50,7 +53,7 @@ class History(Logger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Keep what was logged before optimiser step `step`; a line cut off by a crash goes too."""
+        """Remove the rows from optimiser step `step` on, and a row that a crash has truncated."""
         rows = []
         if step and self.path.exists():
             with open(self.path, newline="") as file:

@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 
 class StageBar(ProgressBar):
-    """One bar a stage, named for what goes on, with the time that is left; it goes on where a resumed run goes on.
+    """One progress bar per stage, with its name and the time left; in a resumed run it starts at the resumed step.
 
-    Where nobody watches (a log file) it writes a line now and then instead of many a second.
+    Where the output is no terminal (a log file), it is written every ten seconds instead of five times per second.
     """
 
     def __init__(self, stage: str) -> None:
@@ -23,14 +23,14 @@ class StageBar(ProgressBar):
         self.enabled = False
 
     def open(self, total: float, done: int = 0) -> None:
-        wait = 0.2 if sys.stderr.isatty() else 10.0
+        seconds = 0.2 if sys.stderr.isatty() else 10.0
         self.bar = tqdm(
             desc=f"{self.stage:<20}",
             total=int(total),
             initial=done,
             disable=not self.enabled,
-            mininterval=wait,
-            maxinterval=wait,
+            mininterval=seconds,
+            maxinterval=seconds,
             dynamic_ncols=True,
             leave=True,
         )
@@ -39,8 +39,8 @@ class StageBar(ProgressBar):
         self.open(trainer.num_training_batches, trainer.fit_loop.epoch_loop.total_batch_idx + 1)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        told = ", ".join(f"{name}={float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
-        self.bar.set_postfix_str(told, refresh=False)
+        values = ", ".join(f"{name}={float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
+        self.bar.set_postfix_str(values, refresh=False)
         self.bar.update()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -22,7 +22,7 @@ from lightning_modules.metrics import distances as measures
 from lightning_modules.metrics.distances import Frechet
 from lightning_modules.metrics.protocol import Samples
 from lightning_modules.metrics.statistics import Statistics
-from lightning_modules.modules.sampling import Generation, seeds
+from lightning_modules.modules.sampling import Generation, seed_batches
 from lightning_modules.training.trainer import autocast, make_trainer, precision_of
 
 # Samples
@@ -49,7 +49,7 @@ def drawn_and_measured(rank: int, folder, devices: int) -> None:
     sampler = build(OmegaConf.create({"_target_": "diffusers.DDIMScheduler.from_config", "_partial_": True}))
     file = folder / f"{devices}.npy" if rank == 0 else None
     module = Generation(backbone, sampler, 2, size=4, file=file)
-    make_trainer(conf, "samples", "32-true").test(module, seeds(0, 7, 3, None), verbose=False)
+    make_trainer(conf, "samples", "32-true").test(module, seed_batches(0, 7, 3, None), verbose=False)
     measures.PART = 4
     features = Flat()
     found = Samples(small(10)).features(features)

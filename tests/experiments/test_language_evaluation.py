@@ -26,7 +26,7 @@ from experiments.reporting.figures import spans
 from lightning_modules.backbones.language.backbone import LanguageBackbone
 from lightning_modules.metrics.perplexity import Perplexity
 from lightning_modules.metrics.zero_shot import ZeroShot
-from lightning_modules.modules.joint_loss import square_errors
+from lightning_modules.modules.joint_loss import sum_square_errors
 
 CPU = torch.device("cpu")
 TEXT = "Once upon a time, there was a cat. It sat on a mat, and it was a black cat: a cat of cats!"
@@ -359,10 +359,10 @@ def test_squared_errors_are_summed_in_parts_and_leave_the_outputs_alone(monkeypa
     outputs = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     before = outputs.clone()
     expected = float((outputs[0] - outputs[1]).square().mean()) * 5
-    assert square_errors(*outputs) == expected
+    assert sum_square_errors(*outputs) == expected
     for most in (1, 24, 36):  # one, two and three samples at once
-        monkeypatch.setattr(evaluation_module, "AT_ONCE", most)
-        assert square_errors(*outputs) == pytest.approx(expected, rel=1e-12)
+        monkeypatch.setattr(evaluation_module, "FLOAT64_VALUES", most)
+        assert sum_square_errors(*outputs) == pytest.approx(expected, rel=1e-12)
     assert torch.equal(outputs, before)
 
 

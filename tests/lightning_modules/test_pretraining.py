@@ -221,12 +221,12 @@ def test_captions_are_dropped_for_a_share_of_the_samples_and_replaced_by_the_emp
     chosen = torch.rand(200) < 0.3
     assert 40 < int(chosen.sum()) < 80
     torch.manual_seed(5)
-    found = denoiser.dropped(own, {}, 200)["encoder_hidden_states"]
+    found = denoiser.drop_captions(own, {}, 200)["encoder_hidden_states"]
     expected = torch.where(chosen[:, None, None], empty["encoder_hidden_states"], own["encoder_hidden_states"])
     assert torch.equal(found, expected)
     assert not torch.equal(empty["encoder_hidden_states"][0], own["encoder_hidden_states"][0])
     torch.manual_seed(5)
-    stored = denoiser.dropped(own, {"empty_text": {"encoder_hidden_states": torch.zeros(1, TOKENS, 8)}}, 200)
+    stored = denoiser.drop_captions(own, {"empty_text": {"encoder_hidden_states": torch.zeros(1, TOKENS, 8)}}, 200)
     assert (stored["encoder_hidden_states"] == 0).flatten(1).all(1).equal(chosen)
 
 
