@@ -1,4 +1,4 @@
-"""How often an image classifier is right."""
+"""Accuracy of an image classifier."""
 
 import functools
 import hashlib
@@ -10,15 +10,19 @@ import torch
 from lightning_modules.backbones.classification.backbone import ClassifierBackbone
 from lightning_modules.metrics.protocol import in_parts
 
-LOOKED_AT = 256
-"""held-out images that tell data sets of one name apart, and whose labels stand for all where labels cost an image"""
+PROBED_IMAGES = 256
+"""Number of held-out images whose content identifies the data set in the protocol, and whose labels are checked where
+reading a label means reading an image."""
 
 
 class Accuracy:
     """Percent of the held-out images whose label is among the `top` classes of the largest logits.
 
-    All held-out images, or a fixed random choice of `images` of them, `batch_size` at a time, shared out over the
-    ranks. `data` is what the data set is called in the protocol.
+    Args:
+        data: name of the data set in the protocol.
+        images: size of a fixed random choice of the held-out images; None takes all.
+        batch_size: images per forward pass; ranks share the batches.
+        top: number of classes.
     """
 
     of = "network"
@@ -33,10 +37,9 @@ class Accuracy:
         self.data: Any = None
 
     def check(self, backbone: Any, data: Any) -> None:
-        """A network that is no classifier, too few images, no labels, labels that are none of the network's classes.
+        """Raise ValueError for a network that is no classifier, too few images, and missing or unknown labels.
 
-        The data of the first call are the ones that are measured: later ones are those that scores were made on, of
-        which nothing is asked here.
+        The data of the first call are measured. Later calls pass the data that scores were made on, which may be any.
         """
         if not isinstance(backbone, ClassifierBackbone):
             raise ValueError(
@@ -46,32 +49,32 @@ class Accuracy:
             return
         if self.top >= backbone.classes:
             raise ValueError(f"top={self.top}: the teacher has {backbone.classes} classes; choose a number below that")
-        there = len(data.source("holdout"))
-        if self.images is not None and self.images > there:
+        available = len(data.source("holdout"))
+        if self.images is not None and self.images > available:
             raise ValueError(
-                f"images={self.images}: data.holdout has {there}; choose a number up to that, or null for all"
+                f"images={self.images}: data.holdout has {available}; choose a number up to that, or null for all"
             )
         self.data = data
-        if not {"image", "label"} <= self.looked_at.keys():
+        if not {"image", "label"} <= self.probed.keys():
             raise ValueError(f"data={self.name}: {type(data).__name__} gives no images with labels")
         known = getattr(data.source("holdout"), "labels", None)
-        check_labels(self.looked_at["label"].numpy() if known is None else known, backbone.classes, self.name)
+        check_labels(self.probed["label"].numpy() if known is None else known, backbone.classes, self.name)
 
     @functools.cached_property
     def samples(self) -> Any:
-        """The images that are measured: batches of them by their numbers."""
+        """The measured images; `__getitems__` gives batches by their numbers."""
         count = self.images or len(self.data.source("holdout"))
         return self.data.subset("holdout", count, seed=0, batch_size=self.batch_size).dataset
 
     @functools.cached_property
-    def looked_at(self) -> dict[str, Any]:
-        """Some of the images that are measured, spread evenly over them."""
-        places = np.linspace(0, len(self.samples) - 1, min(len(self.samples), LOOKED_AT)).astype(int)
-        return self.samples.__getitems__(places.tolist())
+    def probed(self) -> dict[str, Any]:
+        """A batch of at most PROBED_IMAGES of the measured images, evenly spaced."""
+        numbers = np.linspace(0, len(self.samples) - 1, min(len(self.samples), PROBED_IMAGES)).astype(int)
+        return self.samples.__getitems__(numbers.tolist())
 
     def protocol(self) -> dict[str, Any]:
-        some = self.looked_at
-        content = hashlib.sha256(some["image"].numpy().tobytes() + some["label"].numpy().tobytes()).hexdigest()[:8]
+        batch = self.probed
+        content = hashlib.sha256(batch["image"].numpy().tobytes() + batch["label"].numpy().tobytes()).hexdigest()[:8]
         return {"data": self.name, "content": content, "images": len(self.samples), "top": self.top}
 
     @torch.no_grad()
@@ -79,8 +82,8 @@ class Accuracy:
         backbone.to(device).eval()
         skipped = self.data.counted("holdout", len(self.samples))
 
-        def right(part: np.ndarray) -> np.ndarray:
-            """Of each image whether its label is among the `top` classes."""
+        def classify(part: np.ndarray) -> np.ndarray:
+            """Return for each image whether its label is among the `top` classes."""
             batch = self.samples.__getitems__(part.tolist())
             skipped.add(batch)
             label_N = batch["label"]
@@ -88,13 +91,14 @@ class Accuracy:
             logits_NK = backbone.predict({"sample": batch["image"].to(device)}).float().cpu()
             return (logits_NK.topk(self.top).indices == label_N[:, None]).any(1).numpy()
 
-        found = np.concatenate(list(in_parts(len(self.samples), right, f"accuracy on {self.name}", self.batch_size)))
+        parts = in_parts(len(self.samples), classify, f"accuracy on {self.name}", self.batch_size)
+        correct_N = np.concatenate(list(parts))
         skipped.report()
-        return 100 * int(found.sum()) / len(found)
+        return 100 * int(correct_N.sum()) / len(correct_N)
 
 
 def check_labels(label_N: np.ndarray, classes: int, name: str) -> None:
-    """Raise ValueError for images without a label, and for labels that are none of so many classes."""
+    """Raise ValueError for images without a label, and for labels outside of 0 to `classes` - 1."""
     if (label_N < 0).any():
         raise ValueError(f"data={name}: there are images without a label; choose data with a label for each image")
     if label_N.max() >= classes:

@@ -1,4 +1,4 @@
-"""The share of samples that show the class that was asked for."""
+"""The fraction of samples that show the requested class."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from lightning_modules.metrics.protocol import Labels, OnFeatures, Reference, Sa
 
 
 class ClassAccuracy(OnFeatures):
-    """Share of the samples that a classifier puts into the class they were asked for.
+    """Fraction of the samples that a classifier assigns to the requested class.
 
-    That class is the label of a class-conditional network, or the one of `classes` whose name stands in the caption,
-    as a word of its own. `features` give the logarithms of the probabilities of `classes`, in this order.
+    The requested class is the label of a class-conditional network, or the one of `classes` whose name is a word of
+    the caption. `features` are the log-probabilities of `classes`, in this order.
     """
 
     better = "higher"
@@ -26,10 +26,10 @@ class ClassAccuracy(OnFeatures):
 
     def check(self, shape: tuple[int, int, int], captions: Sequence[str] | None, labels: Labels) -> None:
         super().check(shape, captions, labels)
-        self.asked(captions, labels)
+        self.requested_classes(captions, labels)
 
-    def asked(self, captions: Sequence[str] | None, labels: Labels) -> np.ndarray:
-        """The number of each sample's class. Raises ValueError naming a caption or label without one."""
+    def requested_classes(self, captions: Sequence[str] | None, labels: Labels) -> np.ndarray:
+        """Return the number of each sample's class; raises ValueError naming a caption or label without one."""
         if labels is not None:
             if labels.min() < 0 or labels.max() >= len(self.classes):
                 raise ValueError(
@@ -39,18 +39,19 @@ class ClassAccuracy(OnFeatures):
             return labels
         if captions is None:
             raise ValueError("its classes are asked for by labels or captions, and this teacher takes neither")
-        return np.array([self.named(caption) for caption in captions])
+        return np.array([self.class_in(caption) for caption in captions])
 
-    def named(self, caption: str) -> int:
+    def class_in(self, caption: str) -> int:
+        """Return the number of the one class that a caption names; raises ValueError for none or several."""
         words = {word.strip(".,;:!?\"'()").lower() for word in caption.split()}
-        found = [number for number, name in enumerate(self.classes) if name.lower() in words]
-        if len(found) != 1:
+        numbers = [number for number, name in enumerate(self.classes) if name.lower() in words]
+        if len(numbers) != 1:
             raise ValueError(f"caption {caption!r} has to name one of these classes: {', '.join(self.classes)}")
-        return found[0]
+        return numbers[0]
 
     def protocol(self, reference: Reference) -> dict[str, Any]:
         return super().protocol(reference) | {"classes": len(self.classes)}
 
     def __call__(self, samples: Samples, reference: Reference) -> float:
-        read = samples.features(self.features).argmax(1)
-        return float((read == self.asked(samples.captions, samples.labels)).mean())
+        classes_N = samples.features(self.features).argmax(1)
+        return float((classes_N == self.requested_classes(samples.captions, samples.labels)).mean())

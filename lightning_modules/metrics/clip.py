@@ -15,10 +15,11 @@ from lightning_modules.metrics.text_fit import TextFit
 
 
 class ClipScore(TextFit):
-    """100 times the cosine of the embeddings of image and caption (arXiv 2104.08718), not cut off at 0.
+    """100 times the cosine of the embeddings of image and caption (arXiv 2104.08718), not clipped at 0.
 
-    `path`: a folder or the id of a downloaded model of the hub, for transformers; `processor`: the same of what reads
-    text and images, where that lies elsewhere.
+    Args:
+        path: a folder with a CLIP model of transformers, or the id of a downloaded model of the hub.
+        processor: the same for the model's processor where it is elsewhere; None is `path`.
     """
 
     def __init__(self, path: str = "openai/clip-vit-large-patch14", processor: str | None = None) -> None:
@@ -48,7 +49,7 @@ class ClipScore(TextFit):
 
 
 class PickScore(ClipScore):
-    """PickScore (arXiv 2305.01569): the cosine of a CLIP-H trained on choices of people, times its own scale."""
+    """PickScore (arXiv 2305.01569): the cosine of a CLIP-H trained on people's preferences, times the model's scale."""
 
     def __init__(
         self,
@@ -62,11 +63,14 @@ class PickScore(ClipScore):
 
 
 class OpenClipScore(TextFit):
-    """100 times the cosine of the embeddings of image and caption, of a model of open_clip.
+    """100 times the cosine of the embeddings of image and caption by a model of open_clip.
 
-    `model` is one of open_clip's names, `path` its checkpoint: a file, or `owner/model/file` of the hub that has been
-    downloaded. It is the CLIP score of BK-SDM's protocol with ViT-g-14, and HPSv2 (arXiv 2306.09341) with ViT-H-14
-    and HPSv2's checkpoint; both of them print the cosine itself. Needs the extra `secateur[preference]`.
+    With ViT-g-14 it is the CLIP score of BK-SDM's protocol, and with ViT-H-14 and the checkpoint of HPSv2 it is HPSv2
+    (arXiv 2306.09341); both publish the cosine itself. Needs the extra `secateur[preference]`.
+
+    Args:
+        model: a name of open_clip.
+        path: its checkpoint: a file, or `owner/model/file` of a downloaded model of the hub.
     """
 
     def __init__(self, model: str, path: str) -> None:

@@ -1,4 +1,4 @@
-"""What a network costs: multiply-accumulates in both countings, latency, peak memory."""
+"""Costs of a network: multiply-accumulates with and without attention, latency, and peak memory."""
 
 import contextlib
 import re
@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 ATTENTION = ("bmm", "baddbmm")
-"""Operators of attention's own matrix products, once scaled_dot_product_attention is decomposed."""
+"""Operators of the matrix products inside attention, after scaled_dot_product_attention is decomposed."""
 
 
 @dataclass
@@ -32,12 +32,15 @@ class Macs:
     by_module: Mapping[str, int] = field(repr=False)
 
     def of(self, name: str) -> int:
-        """Convolutions and linear layers of one module."""
+        """Return the multiply-accumulates of the convolutions and linear layers of one module."""
         return self.by_module.get(name, 0)
 
 
 def count_macs(network: nn.Module, forward: Callable[[], Any]) -> Macs:
-    """Count one call of `forward`, module by module; attention takes the backend whose products can be counted."""
+    """Return the multiply-accumulates of one call of `forward`, also by module.
+
+    Attention runs on the backend whose matrix products can be counted.
+    """
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         forward()
     counts = counter.get_flop_counts()
@@ -61,7 +64,7 @@ def count_macs(network: nn.Module, forward: Callable[[], Any]) -> Macs:
 
 @torch.inference_mode()
 def latencies(calls: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of some calls, taken in turns so that they share the machine's ups and downs."""
+    """Return the median milliseconds of some calls; they take turns, so that the machine's load affects all alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
@@ -77,12 +80,12 @@ def latencies(calls: Mapping[str, Callable[[], Any]], repeats: int, device: torc
 
 
 def device_name(device: torch.device) -> str:
-    """What a time was taken on."""
+    """Return the name of a device for measured times."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
 def reset_peak_memory() -> None:
-    """Begin to measure anew: several jobs of a sweep share one process."""
+    """Start a new measurement of peak memory, since several jobs of a sweep share one process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # Linux only; elsewhere the peak stays that of the process
@@ -90,7 +93,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes since `reset_peak_memory`: the largest resident size on a CPU, the allocator's peak on a GPU."""
+    """Return the peak memory in bytes since `reset_peak_memory`: resident size on a CPU, the allocator's on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

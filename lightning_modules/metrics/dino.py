@@ -10,15 +10,15 @@ from lightning_modules.metrics.features import CPU, resized
 from lightning_modules.metrics.published import digest_of, local_folder
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""of ImageNet"""
+"""Per channel, of ImageNet."""
 
 
 class Dino:
-    """The class token behind the last layer, of images resized to `size` pixels by PIL's bicubic filter.
+    """Class token after the last layer, of images resized to `size` pixels by PIL's bicubic filter.
 
-    `path`: a folder or the id of a downloaded model of the hub. As dgm-eval (layer6ai-labs) has it by default:
-    DINOv2's ViT-L/14 without registers at 224 pixels. Its positions are interpolated by transformers here and by the
-    original code there, which moves features a little: compare distances of one implementation only.
+    The defaults are those of dgm-eval (layer6ai-labs): ViT-L/14 without registers at 224 pixels. Its position
+    embeddings are interpolated by transformers here and by DINOv2's own code there, which changes features slightly:
+    compare distances of one implementation only. `path` is a folder or the id of a downloaded model of the hub.
     """
 
     name = "fdd"
@@ -51,9 +51,9 @@ class Dino:
     def __call__(self, images: np.ndarray, device: torch.device = CPU) -> np.ndarray:
         network = self.network.to(device)
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
-        found = []
+        features = []
         for start in range(0, len(images), 32):
             pixels = resized(images[start : start + 32], self.size)
             pixels_NCHW = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2) / 255
-            found.append(network((pixels_NCHW - mean) / std).last_hidden_state[:, 0].double().cpu())
-        return torch.cat(found).numpy()
+            features.append(network((pixels_NCHW - mean) / std).last_hidden_state[:, 0].double().cpu())
+        return torch.cat(features).numpy()

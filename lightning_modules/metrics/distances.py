@@ -1,7 +1,7 @@
-"""Measures of what a network generates: against reference images, or of the samples alone.
+"""Distances between generated samples and reference images.
 
-A configuration names any number of them, `evaluation.metrics: {name: {_target_: ...}}`; a class of a user's own is one
-that has what `Measure` says.
+A configuration has any number of measures, `evaluation.metrics: {name: {_target_: ...}}`. A class outside the
+repository can be one, too: see the protocol `Measure`.
 """
 
 from typing import Any
@@ -12,39 +12,43 @@ from cleanfid.fid import kernel_distance
 
 from datamodules.readers.base import located
 from lightning_modules.metrics.features import Features
-from lightning_modules.metrics.protocol import PART, OnFeatures, Reference, Samples, origin, told
+from lightning_modules.metrics.protocol import PART, OnFeatures, Reference, Samples, describe_reference, origin
 from lightning_modules.metrics.statistics import Statistics
 
 
 class Frechet(OnFeatures):
-    """The Frechet distance between the Gaussians of both sets of features (FID, arXiv 1706.08500).
+    """Frechet distance between the Gaussians of two sets of features (FID, arXiv 1706.08500).
 
-    Reference statistics are those of the data set's training images, or of the file `statistics` (also below
-    $SECATEUR_DATA): safetensors as written here, or pytorch-fid's .npz. Raises MissingData where it is not there.
+    The reference statistics are those of the data set's training images, or of the file `statistics` (also below
+    $SECATEUR_DATA): safetensors as written here, or pytorch-fid's .npz. Raises MissingData where it does not exist.
     """
 
     def __init__(self, features: Features, statistics: str | None = None) -> None:
         super().__init__(features)
         self.path = None if statistics is None else located(statistics, "`statistics` names it; put it there")
 
-    def against(self, reference: Reference) -> Statistics:
+    def reference_statistics(self, reference: Reference) -> Statistics:
         if self.path is None:
             return reference.statistics(self.features)
         return Statistics.load(self.path, **origin(self.features))
 
     def protocol(self, reference: Reference) -> dict[str, Any]:
-        against = self.against(reference)
-        found = super().protocol(reference) | {"reference_images": against.count, "reference": against.digest()[:8]}
-        return found if self.path is None else found | {"statistics": self.path.name}
+        statistics = self.reference_statistics(reference)
+        settings = super().protocol(reference)
+        settings |= {"reference_images": statistics.count, "reference": statistics.digest()[:8]}
+        return settings if self.path is None else settings | {"statistics": self.path.name}
 
     def __call__(self, samples: Samples, reference: Reference) -> float:
-        found = Statistics.of(samples.features(self.features), f"samples of {samples.name}")
-        return found.distance(self.against(reference))
+        statistics = Statistics.of(samples.features(self.features), f"samples of {samples.name}")
+        return statistics.distance(self.reference_statistics(reference))
 
 
 class KernelDistance(OnFeatures):
-    """KID (arXiv 1801.01401) by clean-fid: the unbiased squared MMD under the kernel (x.y / D + 1)^3, averaged over
-    `subsets` random subsets of at most `subset_size` images. Around 0 for the same distribution, below 0 by chance."""
+    """Kernel distance (KID, arXiv 1801.01401) by clean-fid, around 0 for equal distributions and below 0 by chance.
+
+    It is the unbiased squared MMD under the kernel (x.y / D + 1)^3, averaged over `subsets` random subsets of at most
+    `subset_size` images.
+    """
 
     def __init__(self, features: Features, subsets: int = 100, subset_size: int = 1000) -> None:
         super().__init__(features)
@@ -52,7 +56,7 @@ class KernelDistance(OnFeatures):
 
     def protocol(self, reference: Reference) -> dict[str, Any]:
         sizes = {"subsets": self.subsets, "subset_size": self.subset_size}
-        return super().protocol(reference) | sizes | told(reference.features(self.features))
+        return super().protocol(reference) | sizes | describe_reference(reference.features(self.features))
 
     def __call__(self, samples: Samples, reference: Reference) -> float:
         sets = reference.features(self.features), samples.features(self.features)
@@ -65,8 +69,10 @@ class KernelDistance(OnFeatures):
 
 
 class Precision(OnFeatures):
-    """Share of the samples that lie in the reference images' manifold: within the distance of one of these from its
-    `k`-th nearest neighbour (arXiv 1904.06991)."""
+    """Fraction of the samples that lie in the manifold of the reference images (arXiv 1904.06991, equations 1 and 2).
+
+    The manifold consists of the balls around all reference images that reach to their `k`-th nearest neighbour.
+    """
 
     better = "higher"
 
@@ -75,21 +81,21 @@ class Precision(OnFeatures):
         self.k = k
 
     def protocol(self, reference: Reference) -> dict[str, Any]:
-        return super().protocol(reference) | {"k": self.k} | told(reference.features(self.features))
+        return super().protocol(reference) | {"k": self.k} | describe_reference(reference.features(self.features))
 
     def __call__(self, samples: Samples, reference: Reference) -> float:
         return share_within(reference.features(self.features), samples.features(self.features), self.k, samples.device)
 
 
 class Recall(Precision):
-    """Share of the reference images that lie in the samples' manifold; see Precision."""
+    """Fraction of the reference images that lie in the manifold of the samples; see Precision."""
 
     def __call__(self, samples: Samples, reference: Reference) -> float:
         return share_within(samples.features(self.features), reference.features(self.features), self.k, samples.device)
 
 
 def share_within(manifold_ND: np.ndarray, points_MD: np.ndarray, k: int, device: torch.device) -> float:
-    """The share of points that are no farther from some point of the manifold than its k-th nearest other one is.
+    """Return the fraction of points that lie within the k-th-nearest-neighbour ball of a point of the manifold.
 
     Raises ValueError where the manifold has no more than k points.
     """

@@ -1,7 +1,7 @@
-"""What distances between sets of images are taken on: features of images, and the statistics of many.
+"""Features of images, between whose distributions the distances are computed.
 
 `fid` is clean-fid (Parmar et al. 2022, arXiv 2104.11222) on Inception; `frechet_resnet20` is the same distance on the
-64 features of a small CIFAR-10 classifier, for machines without a network: the two are not comparable.
+64 features of a small CIFAR-10 classifier, for machines without internet access. The two are not comparable.
 """
 
 import functools
@@ -25,34 +25,34 @@ CPU = torch.device("cpu")
 
 
 class Features(Protocol):
-    """Turns images into the vectors between whose distributions a distance is taken."""
+    """A function from images to feature vectors."""
 
     name: str
-    """of the Frechet distance on them, under which `data.statistics` may name a file of reference statistics"""
+    """Name of the Frechet distance on these features, and key of its reference statistics in `data.statistics`."""
     dimension: int
     transform: str
-    """what is done to an image before the network sees it"""
+    """Preprocessing of the images, in words."""
 
     def check(self, shape: tuple[int, int, int]) -> None:
-        """Raise ValueError where images of (channels, height, width) are none these features are made for."""
+        """Raise ValueError where the features are not defined for images of (channels, height, width)."""
         ...
 
     def fingerprint(self) -> str:
-        """Of the network's weights."""
+        """Return a digest of the network's weights."""
         ...
 
     def __call__(self, images: np.ndarray, device: torch.device) -> np.ndarray:
-        """uint8 (N,H,W,C) -> float64 (N, dimension)."""
+        """Return the features (N, dimension), float64, of uint8 images (N,H,W,C)."""
         ...
 
 
 class ResNet20:
-    """Pooled features of the embedded CIFAR-10 classifier; images have to be 32x32 RGB."""
+    """Pooled features of the embedded CIFAR-10 classifier, for 32x32 RGB images."""
 
     name, dimension, transform = "frechet_resnet20", 64, "none (32x32)"
     shape: tuple[int, int, int] = (3, 32, 32)
     experiment, instead = "pretrain_resnet20", "fid"
-    """what makes the weights; the evaluation for images of other shapes"""
+    """The experiment that trains the weights, and the evaluation to choose for images of other shapes."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -80,12 +80,12 @@ class ResNet20:
         self.check((channels, height, width))
         network = self.network().to(device)
         tensor_NCHW = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-        found = [self.outputs(network, part.to(device)).cpu() for part in tensor_NCHW.split(250)]
-        return torch.cat(found).double().numpy()
+        outputs = [self.outputs(network, part.to(device)).cpu() for part in tensor_NCHW.split(250)]
+        return torch.cat(outputs).double().numpy()
 
 
 class ResNet20Classes(ResNet20):
-    """Logarithms of the probabilities that the embedded classifier gives to CIFAR-10's classes."""
+    """Log-probabilities of CIFAR-10's classes by the embedded classifier."""
 
     name, dimension = "resnet20_classes", 10
 
@@ -94,11 +94,11 @@ class ResNet20Classes(ResNet20):
 
 
 class Inception:
-    """Inception-v3 features of images that were resized to 299x299.
+    """Inception-v3 features of images resized to 299x299.
 
-    `resize` is one of clean-fid's: `clean` (PIL's antialiased bicubic), or `legacy_pytorch` (bilinear, as pytorch-fid
-    does it). Weights: `path`, else inception-2015-12-05.pt in $SECATEUR_DATA, else what clean-fid downloads by itself.
-    Raises MissingData naming these where none is to be had.
+    `resize` is one of clean-fid's filters: `clean` (PIL's antialiased bicubic), or `legacy_pytorch` (bilinear, as in
+    pytorch-fid). The weights are `path`, else inception-2015-12-05.pt in $SECATEUR_DATA, else clean-fid's download.
+    Raises MissingData naming these where there are none.
     """
 
     name, dimension = "fid", 2048
@@ -135,26 +135,26 @@ class Inception:
             ) from error
 
     def outputs(self, network: Any, image_NCHW: Tensor) -> Tensor:
-        """(N,3,299,299) in 0..255 -> (N, dimension)."""
+        """Return the features (N, dimension) of images (N,3,299,299) with values in [0, 255]."""
         layers = getattr(network, "layers", network)  # the published file keeps the network in `layers`
         return layers((image_NCHW - 128) / 128).view(len(image_NCHW), 2048)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, device: torch.device = CPU) -> np.ndarray:
         network, resize = self.network.to(device), build_resizer(self.resize)
-        found = []
+        outputs = []
         for start in range(0, len(images), 32):
-            resized = np.stack([resize(image) for image in images[start : start + 32]])
-            tensor_NCHW = torch.from_numpy(resized).permute(0, 3, 1, 2).float().to(device)
-            found.append(self.outputs(network, tensor_NCHW).double().cpu())
-        return torch.cat(found).numpy()
+            pixels = np.stack([resize(image) for image in images[start : start + 32]])
+            tensor_NCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().to(device)
+            outputs.append(self.outputs(network, tensor_NCHW).double().cpu())
+        return torch.cat(outputs).numpy()
 
 
 class InceptionClasses(Inception):
-    """Logarithms of the probabilities of Inception's 1008 classes, without the output layer's bias, as the Inception
-    Score has them since its first implementation.
+    """Log-probabilities of Inception's 1008 classes, without the output layer's bias.
 
-    Raises MissingData where the file at hand has the features only, and not the published network with its classes.
+    The Inception Score has left the bias out since its first implementation. Raises MissingData where the file has the
+    features only, and not the published network with its classes.
     """
 
     name, dimension = "inception_classes", 1008
@@ -173,9 +173,9 @@ class InceptionClasses(Inception):
 
 
 def resized(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (N,H,W,C), C of 1 or 3 -> (N,size,size,C), by PIL's antialiased bicubic filter."""
+    """Return uint8 images (N,H,W,C), C of 1 or 3, resized to (N,size,size,C) by PIL's antialiased bicubic filter."""
     if images.shape[1:3] == (size, size):
         return images
     pictures = [Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image) for image in images]
-    found = np.stack([np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)) for picture in pictures])
-    return found.reshape(len(images), size, size, -1)
+    resized_N = np.stack([np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)) for picture in pictures])
+    return resized_N.reshape(len(images), size, size, -1)

@@ -1,4 +1,4 @@
-"""ImageReward (arXiv 2304.05977): a BLIP (arXiv 2201.12086) that reads image and caption, and a linear head on it."""
+"""ImageReward (arXiv 2304.05977): a linear head on a BLIP (arXiv 2201.12086) that reads an image and its caption."""
 
 import functools
 import math
@@ -17,9 +17,9 @@ from lightning_modules.metrics.text_fit import TextFit
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072
-"""of the rewards of the authors' images, by which they normalise them"""
+"""Of the rewards of the authors' images; rewards are normalised with them."""
 TOKENS = 35
-"""to which captions are padded and cut"""
+"""Length to which captions are padded and truncated."""
 
 RENAMED = {
     "cls_token": "embeddings.class_embedding",
@@ -31,7 +31,7 @@ RENAMED = {
     "norm1": "layer_norm1",
     "norm2": "layer_norm2",
 }
-"""names in BLIP's image encoder -> those in transformers; the text encoder's are the same"""
+"""{name in BLIP's image encoder: name in transformers}; the names of the text encoder are the same."""
 
 
 class ImageReward(TextFit):
@@ -53,7 +53,7 @@ class ImageReward(TextFit):
 
     @functools.cached_property
     def loaded(self) -> tuple[Any, Any, list[tuple[Tensor, Tensor]], Any]:
-        """Image encoder, text encoder, the layers of the head (no activations between them), tokenizer."""
+        """The image encoder, the text encoder, the layers of the head (without activations), and the tokenizer."""
         from transformers import BertTokenizer  # noqa: PLC0415  slow to import
 
         state = torch.load(self.file, map_location="cpu", weights_only=True)
@@ -82,12 +82,12 @@ class ImageReward(TextFit):
 
 
 def encoders(vision: dict[str, Tensor], text: dict[str, Tensor]) -> tuple[Any, Any]:
-    """BLIP's encoders in transformers, of the sizes that their weights have; heads are 64 wide."""
+    """Return BLIP's image and text encoders in transformers; sizes follow from the weights, with heads of 64."""
     from transformers import BlipTextConfig, BlipVisionConfig  # noqa: PLC0415  slow to import
     from transformers.models.blip.modeling_blip import BlipVisionModel  # noqa: PLC0415
     from transformers.models.blip.modeling_blip_text import BlipTextModel  # noqa: PLC0415
 
-    _, places, width = vision["pos_embed"].shape
+    _, positions, width = vision["pos_embed"].shape
     patch = vision["patch_embed.proj.weight"].shape[-1]
     image_encoder = BlipVisionModel(
         BlipVisionConfig(
@@ -95,7 +95,7 @@ def encoders(vision: dict[str, Tensor], text: dict[str, Tensor]) -> tuple[Any, A
             intermediate_size=vision["blocks.0.mlp.fc1.weight"].shape[0],
             num_hidden_layers=depth(vision, "blocks."),
             num_attention_heads=width // 64,
-            image_size=math.isqrt(places - 1) * patch,
+            image_size=math.isqrt(positions - 1) * patch,
             patch_size=patch,
             layer_norm_eps=1e-6,
         )
@@ -125,5 +125,5 @@ def encoders(vision: dict[str, Tensor], text: dict[str, Tensor]) -> tuple[Any, A
 
 
 def depth(state: dict[str, Tensor], prefix: str) -> int:
-    """The number of layers whose names begin with `prefix` and a number."""
+    """Return the number of layers whose names are `prefix` and a number."""
     return 1 + max(int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix))

@@ -11,10 +11,10 @@ from lightning_modules.metrics.protocol import OnFeatures, Reference, Samples
 
 
 class InceptionScore(OnFeatures):
-    """exp(E KL(p(y|x) || p(y))) over classes (arXiv 1606.03498), the mean over `splits` parts of the samples.
+    """Inception Score exp(E KL(p(y|x) || p(y))) (arXiv 1606.03498), the mean over `splits` parts of the samples.
 
-    `features` give the logarithms of the classes' probabilities; on another classifier than Inception it is another
-    measure, to be given another name.
+    `features` are the log-probabilities of classes. On another classifier than Inception it is another measure, which
+    needs another name.
     """
 
     better = "higher"

@@ -1,4 +1,4 @@
-"""How surprised a language model is by a text: its perplexity.
+"""Perplexity of a language model on a text.
 
 Shapes: N segments, L tokens.
 """
@@ -19,23 +19,29 @@ from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.metrics.protocol import in_parts
 
 STARTS = ("start", "each", "none")
+"""Choices of `bos`."""
 
 
 class Perplexity:
     """exp(mean negative log-likelihood) of the tokens of a text, in segments of `length` tokens that do not overlap.
 
-    Each segment is seen alone and predicts its tokens but the first; the mean is over all predicted tokens, and what
-    does not fill a segment at the end of the text is left out. `bos` says where the tokenizer's token for a beginning
-    stands: at the `start` of the text, as the first token of the first segment; before `each` segment, which then has
-    a token more and predicts `length` of them; or nowhere (`none`). The default, and `each`, are the protocol of
-    Shortened LLaMA (arXiv 2402.02834, by its code); longer segments give lower values. With `length` null a segment,
-    with its first token, is as long as what the network was made for (`max_position_embeddings`).
+    Every segment is a context of its own, whose tokens except the first are predicted. The mean is over all predicted
+    tokens; a last segment that is not full is left out. The default, and bos=each, are the protocol of Shortened LLaMA
+    (arXiv 2402.02834, by its code). Longer segments give lower values.
 
-    `text` is a file or a folder of files or, with `hub`, a split of a data set, as `path` of Texts in texts/corpus.py,
-    which also says what `subset`, `revision` and `column` are. Files and rows are joined by an empty line; with
-    `separator` so are the parts of files between two of it, without white space around them and without empty ones.
-    `tokens` takes no more than the first ones. `batch_size` segments go through the network at once, shared out over
-    the ranks, so that no more than their logits are held.
+    Args:
+        text: a file or a folder of files or, with `hub`, a split of a data set (`path` of Texts in
+            datamodules/texts/corpus.py). Files and rows are joined by an empty line.
+        length: tokens per segment; None is the context that the network was trained for, first token included.
+        bos: where the tokenizer's token for a beginning is put: at the `start` of the text, as the first token of the
+            first segment; before `each` segment, which then has `length` + 1 tokens; or nowhere (`none`).
+        batch_size: segments per forward pass; ranks share the batches.
+        tokens: use only the first tokens of the text; None uses all.
+        hub: see Texts.
+        subset: see Texts.
+        revision: see Texts.
+        column: see Texts.
+        separator: files are split at it, and the parts are stripped and joined by an empty line, without empty parts.
     """
 
     of = "network"
@@ -62,10 +68,10 @@ class Perplexity:
                 raise ValueError(f"{name}={value} is out of range; choose a whole number of {least} or more")
         self.length, self.bos, self.batch_size, self.tokens = length, bos, batch_size, tokens
         self.encoded: tuple[Any, list[int]] | None = None
-        self.taken: int | str = "full"  # until `check` has seen the network
+        self.tokens_per_segment: int | str = "full"  # until `check` knows the network
         self.source = Texts(text, hub, subset, revision, column, separator)
         self.name = Path(text).name if hub is None else f"{Path(hub).name if Path(hub).exists() else hub} ({text})"
-        self.source.identities()  # a wrong path is said at once
+        self.source.identities()  # raises for a wrong path
 
     @functools.cached_property
     def text(self) -> str:
@@ -75,7 +81,7 @@ class Perplexity:
         return "\n\n".join(texts)
 
     def check(self, backbone: Any, data: Any) -> None:
-        """No tokenizer, segments the network is not made for, a text too short for one, or one that is trained on."""
+        """Raise ValueError for a missing tokenizer, segments that are too long, and a text too short or trained on."""
         if getattr(backbone, "tokenizer", None) is None:
             raise ValueError("perplexity is of a language model with a tokenizer; choose a teacher that has one")
         length, longest = self.context(backbone), backbone.longest
@@ -85,19 +91,19 @@ class Perplexity:
                 "the teacher was made for"
             )
         self.segments(backbone)
-        self.taken = length
+        self.tokens_per_segment = length
         trained_on = data.trained_on() if hasattr(data, "trained_on") else set()
         if shared := [name for key, name in self.source.identities().items() if key in trained_on]:
             raise ValueError(f"text={shared[0]} is trained or calibrated on, too; choose another text")
 
     def context(self, backbone: Any) -> int:
-        """Tokens of a segment, its first one included."""
+        """Return the number of tokens of a segment, its first one included."""
         if self.length is None:
             return backbone.longest
         return self.length + (self.bos == "each")
 
     def segments(self, backbone: NetworkBackbone) -> Tensor:
-        """Token ids (N,L). Raises ValueError where there is not one segment, or no token to begin with."""
+        """Return token ids (N,L); raises ValueError for a text shorter than a segment or a missing first token."""
         tokenizer: Any = backbone.tokenizer
         if self.encoded is None or self.encoded[0] is not tokenizer:  # all networks of a run share one
             self.encoded = tokenizer, tokenizer.encode(self.text, add_special_tokens=False, verbose=False)
@@ -117,17 +123,22 @@ class Perplexity:
     def protocol(self) -> dict[str, Any]:
         content = hashlib.sha256(self.text.encode()).hexdigest()[:8]
         limit = {} if self.tokens is None else {"tokens": self.tokens}
-        return {"text": self.name, "content": content, "length": self.length or self.taken, "bos": self.bos} | limit
+        return {
+            "text": self.name,
+            "content": content,
+            "length": self.length or self.tokens_per_segment,
+            "bos": self.bos,
+        } | limit
 
     @torch.no_grad()
     def __call__(self, backbone: NetworkBackbone, device: torch.device) -> float:
         segments = self.segments(backbone)
         backbone.to(device).eval()
 
-        def surprise(part: np.ndarray) -> np.ndarray:
-            """Mean negative log-likelihoods: all segments predict as many tokens, so theirs is the mean of these."""
+        def mean_losses(part: np.ndarray) -> np.ndarray:
+            """Return a mean negative log-likelihood per segment; all segments predict equally many tokens."""
             inputs = {"sample": segments[torch.from_numpy(part)].to(device)}
             return backbone.losses(backbone.predict(inputs), inputs).double().cpu().numpy()
 
-        found = in_parts(len(segments), surprise, f"perplexity on {self.name}", self.batch_size)
-        return math.exp(np.concatenate(list(found)).mean())
+        parts = in_parts(len(segments), mean_losses, f"perplexity on {self.name}", self.batch_size)
+        return math.exp(np.concatenate(list(parts)).mean())

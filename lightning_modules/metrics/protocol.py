@@ -1,4 +1,4 @@
-"""What a measure is: of generated samples, or of a network itself."""
+"""Protocols of measures, of generated samples and of networks, and of the images that they compare."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from lightning_modules.metrics.features import Features
 from lightning_modules.metrics.statistics import Statistics
 
 PART = 500
-"""images whose features are computed at once"""
+"""Number of images whose features are computed in one call."""
 Labels = np.ndarray | None
 
 
@@ -20,19 +20,26 @@ class Reference(Protocol):
     """The images that samples are compared with."""
 
     def statistics(self, features: Features) -> Statistics:
-        """Mean and covariance of the features of all of them."""
+        """Return the mean and covariance of the features of all images."""
         ...
 
     def features(self, features: Features) -> np.ndarray:
-        """float64 (M, dimension) of some of them, at most `evaluation.reference_images`."""
+        """Return the features (M, dimension), float64, of at most `evaluation.reference_images` images."""
         ...
 
 
 class Samples:
-    """What a network generated: uint8 (N,H,W,C) images, memory-mapped, and what it was asked for.
+    """The images that a network generated, with their captions and labels.
 
-    `captions` and `labels` have an entry an image, or are None where the network takes none. Features are computed
-    once for all measures, shared out over the ranks, in the same parts and so with the same bits on any number of them.
+    Features are computed once for all measures. Ranks share them in the same parts, so that they have the same bits on
+    any number of ranks.
+
+    Args:
+        images: uint8 (N,H,W,C), memory-mapped.
+        name: name of the network, for progress bars and warnings.
+        captions: the caption of each image; None where the network takes none.
+        labels: the class of each image; None where the network takes none.
+        device: device of the computation of features.
     """
 
     def __init__(
@@ -51,79 +58,82 @@ class Samples:
         return len(self.images)
 
     def features(self, features: Features) -> np.ndarray:
-        """float64 (N, dimension)."""
+        """Return the features (N, dimension) of all samples, float64."""
         key = (features.name, *origin(features).values())
         if key not in self.known:
-            self.known[key] = self.mapped(lambda part: features(self.images[part], self.device), features.name)
+            self.known[key] = self.map_parts(lambda part: features(self.images[part], self.device), features.name)
         return self.known[key]
 
-    def mapped(self, compute: Callable[[np.ndarray], np.ndarray], what: str) -> np.ndarray:
-        """What `compute` makes of the indices of a part of the samples, for all of them in their order."""
+    def map_parts(self, compute: Callable[[np.ndarray], np.ndarray], what: str) -> np.ndarray:
+        """Return compute(indices of some samples) for all samples, concatenated in their order."""
         return np.concatenate(list(in_parts(len(self), compute, f"{what} of {self.name}")))
 
 
 def in_parts(
     count: int, compute: Callable[[np.ndarray], np.ndarray], what: str, size: int | None = None
 ) -> Iterator[np.ndarray]:
-    """compute(indices) of `size` (or PART) at a time, in their order on every rank; each rank computes its share."""
+    """Yield compute(indices) for parts of `size` (or PART) indices, in their order, on every rank.
+
+    Each rank computes its share of the parts. `what` is the title of the progress bar.
+    """
     spread = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if spread else (0, 1)
     size = size or PART
     parts = np.split(np.arange(count), range(size, count, size))
     for start in tqdm(range(0, len(parts), world), desc=what, disable=rank > 0 or len(parts) <= world):
-        mine = start + rank
-        found: list[Any] = [compute(parts[mine]) if mine < len(parts) else None]
+        number = start + rank
+        results: list[Any] = [compute(parts[number]) if number < len(parts) else None]
         if world > 1:
             gathered: list[Any] = [None] * world
-            torch.distributed.all_gather_object(gathered, found[0])
-            found = gathered
-        yield from (part for part in found if part is not None)
+            torch.distributed.all_gather_object(gathered, results[0])
+            results = gathered
+        yield from (result for result in results if result is not None)
 
 
 def origin(features: Features) -> dict[str, str]:
-    """What features of the same images have to agree in to be the same."""
+    """Return what identifies features: two computations that agree in it give the same features of an image."""
     return {"features": features.fingerprint(), "transform": features.transform}
 
 
 class Measure(Protocol):
-    """One number for a set of samples. (What is measured without samples is a `NetworkMeasure`.)"""
+    """One number for a set of samples; a number that needs no samples is a `NetworkMeasure`."""
 
     better: Literal["lower", "higher"]
 
     def check(self, shape: tuple[int, int, int], captions: Sequence[str] | None, labels: Labels) -> None:
-        """Raise ValueError where samples of (channels, height, width), asked for by these, cannot be measured."""
+        """Raise ValueError where samples of a shape (C,H,W) with these captions and labels cannot be measured."""
         ...
 
     def protocol(self, reference: Reference) -> dict[str, Any]:
-        """What has to agree for two values to be comparable, for metrics.json."""
+        """Return the settings, for metrics.json, that must agree for two values to be comparable."""
         ...
 
     def __call__(self, samples: Samples, reference: Reference) -> float: ...
 
 
 class NetworkMeasure(Protocol):
-    """One number for a network, or the mean of several, taken without samples: told by `of = "network"`."""
+    """One number for a network, or the mean of several, without samples; recognised by `of = "network"`."""
 
     of: Literal["network"]
     better: Literal["lower", "higher"]
     parts: Sequence[str]
-    """Names of what the number is the mean of, which are values of their own, `<measure>_<part>`; () for none."""
+    """Names of the values whose mean the number is, each reported as `<measure>_<part>`; () for none."""
 
     def check(self, backbone: Any, data: Any) -> None:
-        """Raise ValueError where this network (a backbone) cannot be measured, or trains on what measures it."""
+        """Raise ValueError where this backbone cannot be measured, or is trained on the data of the measure."""
         ...
 
     def protocol(self) -> dict[str, Any]:
-        """What has to agree for two values to be comparable, for metrics.json."""
+        """Return the settings, for metrics.json, that must agree for two values to be comparable."""
         ...
 
     def __call__(self, backbone: Any, device: torch.device) -> float | dict[str, float]:
-        """The number; or, of a measure with `parts`, that of each. Called on all ranks, under the precision."""
+        """Return the number, or one per part. It is called on all ranks, under the precision of the evaluation."""
         ...
 
 
 class OnFeatures:
-    """What measures share that look at images through some features."""
+    """Base class of the measures that are computed from features of images."""
 
     better: Literal["lower", "higher"] = "lower"
 
@@ -140,6 +150,6 @@ class OnFeatures:
         raise NotImplementedError
 
 
-def told(features_ND: np.ndarray) -> dict[str, Any]:
-    """How many reference images there are, and what tells them from others."""
+def describe_reference(features_ND: np.ndarray) -> dict[str, Any]:
+    """Return the number of reference images, and a digest of their features."""
     return {"reference_images": len(features_ND), "reference": hashlib.sha256(features_ND.tobytes()).hexdigest()[:8]}

@@ -1,4 +1,4 @@
-"""Published weights: where they lie on this machine, what to say where they do not, and how they are told apart."""
+"""Published weights: their files on this machine, and digests that identify them."""
 
 import contextlib
 import hashlib
@@ -13,7 +13,7 @@ from datamodules.readers.base import MissingData, located
 
 
 def local_folder(path: str, needs: str = "*.safetensors") -> Path:
-    """A folder, or that of a model of the Hugging Face hub that has been downloaded, with a file like `needs`.
+    """Return a folder, or that of a downloaded model of the Hugging Face hub; it must hold a file that fits `needs`.
 
     Raises MissingData naming the command that downloads it; nothing is downloaded here.
     """
@@ -32,7 +32,7 @@ def local_folder(path: str, needs: str = "*.safetensors") -> Path:
 
 
 def local_file(path: str) -> Path:
-    """A file, also below $SECATEUR_DATA, or `owner/model/file` of the hub that has been downloaded.
+    """Return a file, also below $SECATEUR_DATA, or the downloaded `owner/model/file` of the hub.
 
     Raises MissingData naming the command that downloads it; nothing is downloaded here.
     """
@@ -50,7 +50,7 @@ def local_file(path: str) -> Path:
 
 
 def digest_of(files: Iterable[Path]) -> str:
-    """sha256 over the names and contents of some files."""
+    """Return the sha256 of the names and contents of some files."""
     total = hashlib.sha256()
     for file in sorted(files):
         with open(file, "rb") as stream:
@@ -59,7 +59,7 @@ def digest_of(files: Iterable[Path]) -> str:
 
 
 def digest_of_weights(*networks: nn.Module) -> str:
-    """sha256 over the classes of some networks, and the names, shapes and values of their tensors."""
+    """Return the sha256 of the classes of some networks, and of the names, shapes and values of their tensors."""
     total = hashlib.sha256()
     for network in networks:
         for name, tensor in sorted(network.state_dict().items()):

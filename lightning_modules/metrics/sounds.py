@@ -1,8 +1,8 @@
-"""Features of sounds, for Frechet distances: sounds come as the pictures of a `Mel` and are turned back for networks.
+"""Features of sounds, for Frechet distances. Sounds are given as pictures of a `Mel`, which are converted to waves.
 
 `fad_vggish` is the Frechet audio distance (Kilgour et al. 2019, arXiv 1812.08466), `fad_clap` the same on CLAP's
-embeddings (Gui et al. 2024, arXiv 2311.01616). `frechet_digits` is taken on a small classifier of spoken digits, for
-machines without a network: it is none of these, and the three are not comparable.
+embeddings (Gui et al. 2024, arXiv 2311.01616). `frechet_digits` uses a small classifier of spoken digits, for
+machines without internet access. The three are not comparable.
 """
 
 import functools
@@ -28,7 +28,7 @@ from lightning_modules.metrics.published import digest_of_weights
 
 
 class Digits(ResNet20):
-    """Pooled features of the embedded classifier of spoken digits; pictures have to be those of data=spoken_digits."""
+    """Pooled features of the embedded classifier of spoken digits, for the pictures of data=spoken_digits."""
 
     name, transform = "frechet_digits", "none (48x48)"
     shape = (1, 48, 48)
@@ -39,16 +39,16 @@ class Digits(ResNet20):
 
 
 class DigitsClasses(Digits):
-    """Logarithms of the probabilities that the embedded classifier gives to the digits 0 to 9."""
+    """Log-probabilities of the digits 0 to 9 by the embedded classifier."""
 
     name, dimension = "digits_classes", 10
     outputs = ResNet20Classes.outputs
 
 
 class SoundFeatures:
-    """Features of sounds at `rate` Hz, which `mel` makes of their pictures.
+    """Base class of features of sounds at `rate` Hz, which `mel` reconstructs from their pictures.
 
-    Subclasses give `name`, `rate`, `network`, `outputs`, `fingerprint` and `dimension`.
+    Subclasses define `name`, `rate`, `network`, `outputs`, `fingerprint` and `dimension`.
     """
 
     name: str
@@ -68,11 +68,11 @@ class SoundFeatures:
             raise ValueError(f"{self.name} takes pictures of data.mel, {self.mel.shape}; these are {shape}")
 
     def network(self) -> Any:
-        """In eval mode, on the CPU."""
+        """Return the network in eval mode, on the CPU."""
         raise NotImplementedError
 
     def outputs(self, network: Any, sounds_NT: np.ndarray, device: torch.device) -> Tensor:
-        """Sounds in [-1,1] -> (N, dimension)."""
+        """Return the features (N, dimension) of sounds (N, T) with values in [-1, 1]."""
         raise NotImplementedError
 
     @torch.inference_mode()
@@ -80,19 +80,19 @@ class SoundFeatures:
         height, width, channels = images.shape[1:]
         self.check((channels, height, width))
         network, common = self.network().to(device), math.gcd(self.rate, self.mel.rate)
-        found = []
+        outputs = []
         for start in range(0, len(images), self.batch_size):
             waves = self.mel.wave(images[start : start + self.batch_size])
             sounds = scipy.signal.resample_poly(waves, self.rate // common, self.mel.rate // common, axis=-1)
-            found.append(self.outputs(network, sounds.astype(np.float32), device).double().cpu())
-        return torch.cat(found).numpy()
+            outputs.append(self.outputs(network, sounds.astype(np.float32), device).double().cpu())
+        return torch.cat(outputs).numpy()
 
 
 class Clap(SoundFeatures):
     """The joint embedding of audio and text of a CLAP without feature fusion (Wu et al. 2023, arXiv 2211.06687).
 
-    `path` is a folder or a hub id. Sounds are cut after what the network takes (10 s), shorter ones are repeated.
-    Raises MissingData where the weights are not to be had.
+    `path` is a folder or a hub id. Sounds are truncated to the network's input (10 s); shorter ones are repeated.
+    Raises MissingData where the weights cannot be read.
     """
 
     name, rate = "fad_clap", 48000
@@ -121,17 +121,17 @@ class Clap(SoundFeatures):
         return self.model
 
     def outputs(self, network: Any, sounds_NT: np.ndarray, device: torch.device) -> Tensor:
-        sounds = list(sounds_NT[:, : self.front.nb_max_samples])  # of longer ones it would draw a part
+        sounds = list(sounds_NT[:, : self.front.nb_max_samples])  # it would take a random part of longer ones
         inputs = self.front(sounds, truncation="rand_trunc", sampling_rate=self.rate, return_tensors="pt")
         return network.get_audio_features(**inputs.to(device)).pooler_output
 
 
 class Vggish(SoundFeatures):
-    """The 128 outputs of VGGish (Hershey et al. 2017, arXiv 1609.09430) before their last ReLU.
+    """The 128 outputs of VGGish (Hershey et al. 2017, arXiv 1609.09430) before its last ReLU.
 
-    Weights: `path`, else vggish-10086976.pth or vggish.safetensors in $SECATEUR_DATA, as published by
-    https://github.com/harritaylor/torchvggish. Every 0.96 s are an example, of which a sound has the mean; shorter
-    ones are padded with silence. Raises MissingData where there are no weights.
+    The weights are `path`, else vggish-10086976.pth or vggish.safetensors in $SECATEUR_DATA, as published by
+    https://github.com/harritaylor/torchvggish. The outputs of all windows of 0.96 s are averaged; shorter sounds are
+    padded with silence. Raises MissingData where there are no weights.
     """
 
     name, rate = "fad_vggish", 16000
@@ -139,16 +139,16 @@ class Vggish(SoundFeatures):
     def __init__(self, mel: Mel | None, path: str | None = None) -> None:
         super().__init__(mel)
         self.transform += ", the mean over windows of 0.96 s"
-        places = [data_root() / name for name in ("vggish.safetensors", "vggish-10086976.pth")]
-        places = [Path(path).expanduser()] if path else places
-        found = [place for place in places if place.exists()]
-        if not found:
+        paths = [data_root() / name for name in ("vggish.safetensors", "vggish-10086976.pth")]
+        paths = [Path(path).expanduser()] if path else paths
+        existing = [path for path in paths if path.exists()]
+        if not existing:
             raise MissingData(
-                f"VGGish's weights are in none of {', '.join(map(str, places))}: download vggish-10086976.pth from "
+                f"VGGish's weights are in none of {', '.join(map(str, paths))}: download vggish-10086976.pth from "
                 "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth, or choose "
                 "evaluation=frechet_digits"
             )
-        self.path = found[0]
+        self.path = existing[0]
         self.dimension = self.network().dimension
 
     def fingerprint(self) -> str:
@@ -169,18 +169,18 @@ class Vggish(SoundFeatures):
 
 
 class VggishNetwork(nn.Module):
-    """VGG's first four stages and three linear layers, as wide as the weights: log-mel (N,1,96,64) -> (N,128)."""
+    """VGG's first four stages and three linear layers, log-mel (N,1,96,64) -> (N,128), as wide as the weights."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         try:
-            for place in (0, 3, 6, 8, 11, 13):  # the convolutions; after all but two comes a pooling
-                width, before = state[f"features.{place}.weight"].shape[:2]
+            for index in (0, 3, 6, 8, 11, 13):  # the convolutions; all but two are followed by pooling
+                width, before = state[f"features.{index}.weight"].shape[:2]
                 layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
-                if place not in (6, 11):
+                if index not in (6, 11):
                     layers.append(nn.MaxPool2d(2))
-            shapes = [state[f"embeddings.{place}.weight"].shape for place in (0, 2, 4)]
+            shapes = [state[f"embeddings.{index}.weight"].shape for index in (0, 2, 4)]
         except KeyError as error:
             raise ValueError(f"these are no weights of VGGish: they have no {error}") from error
         self.features = nn.Sequential(*layers)
@@ -190,19 +190,22 @@ class VggishNetwork(nn.Module):
         self.load_state_dict(state)
 
     def forward(self, mel_N1TF: Tensor) -> Tensor:
-        found_NTFC = self.features(mel_N1TF).permute(0, 2, 3, 1)  # the order in which the weights were trained
-        return self.embeddings(found_NTFC.flatten(1))
+        features_NTFC = self.features(mel_N1TF).permute(0, 2, 3, 1)  # the order in which the weights were trained
+        return self.embeddings(features_NTFC.flatten(1))
 
 
 def vggish_examples(sounds_NT: Tensor) -> Tensor:
-    """16 kHz sounds -> VGGish's log-mel examples (N, K, 96, 64), K of 0.96 s each; what is left over is dropped.
+    """Return VGGish's log-mel examples (N, K, 96, 64) of 16 kHz sounds, 0.96 s each; a remainder is left out.
 
-    Magnitudes of periodic Hann windows of 25 ms every 10 ms, 64 bands of HTK's scale from 125 to 7500 Hz, and the
-    logarithm of 0.01 more.
+    Magnitudes of periodic Hann windows of 25 ms every 10 ms, in 64 bands of HTK's scale from 125 to 7500 Hz, plus 0.01
+    before the logarithm.
     """
-    padded = nn.functional.pad(sounds_NT, (0, max(0, 95 * 160 + 400 - sounds_NT.shape[-1])))
-    windows = padded.unfold(-1, 400, 160) * torch.hann_window(400)
-    filters = mel_filter_bank(257, 64, 125.0, 7500.0, 16000, mel_scale="htk", triangularize_in_mel_space=True)
-    bands = torch.fft.rfft(windows, 512).abs() @ torch.from_numpy(filters).float()
-    count = bands.shape[1] // 96
-    return torch.log(bands[:, : count * 96] + 0.01).unflatten(1, (count, 96))
+    window, hop, frames, transform = 400, 160, 96, 512  # samples, samples, windows per example, length of the FFT
+    shortest = (frames - 1) * hop + window
+    padded = nn.functional.pad(sounds_NT, (0, max(0, shortest - sounds_NT.shape[-1])))
+    windows = padded.unfold(-1, window, hop) * torch.hann_window(window)
+    bins = transform // 2 + 1
+    filters = mel_filter_bank(bins, 64, 125.0, 7500.0, 16000, mel_scale="htk", triangularize_in_mel_space=True)
+    bands = torch.fft.rfft(windows, transform).abs() @ torch.from_numpy(filters).float()
+    count = bands.shape[1] // frames
+    return torch.log(bands[:, : count * frames] + 0.01).unflatten(1, (count, frames))

@@ -22,14 +22,14 @@ class Statistics:
 
     @classmethod
     def of(cls, features_ND: np.ndarray, name: str = "these images") -> "Statistics":
-        """Warns where there are no more images than dimensions: the covariance is then singular."""
+        """Return the statistics of features; warns where the covariance is singular for lack of images."""
         count, dimension = features_ND.shape
         warn_of_few(count, dimension, name)
         return cls(features_ND.mean(0), np.cov(features_ND, rowvar=False), count)
 
     @classmethod
     def of_parts(cls, parts_ND: Iterable[np.ndarray], name: str) -> "Statistics":
-        """The same of features that come in parts and are never held together."""
+        """Return the statistics of features that come in parts and are never all in memory."""
         count, mean, scatter = 0, np.zeros(()), np.zeros(())
         for part in parts_ND:  # Chan, Golub and LeVeque 1983, equation 2.1
             total, shift = count + len(part), part.mean(0) - mean
@@ -45,9 +45,9 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path, **origin: str) -> "Statistics":
-        """Raises ValueError where the file was made by other features than `origin` says.
+        """Read statistics; raises ValueError where the file was made with other features than those of `origin`.
 
-        An .npz of `mu` and `sigma`, as pytorch-fid and clean-fid write them, does not tell by which.
+        An .npz with `mu` and `sigma`, as pytorch-fid and clean-fid write it, does not say with which.
         """
         if Path(path).suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
@@ -62,17 +62,18 @@ class Statistics:
             return cls(file.get_tensor("mean"), file.get_tensor("covariance"), int(metadata["count"]))
 
     def digest(self) -> str:
-        """sha256 of what they say."""
+        """Return the sha256 of mean and covariance."""
         return hashlib.sha256(self.mean.tobytes() + np.ascontiguousarray(self.covariance).tobytes()).hexdigest()
 
     def distance(self, other: "Statistics") -> float:
-        """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))."""
+        """Return the Frechet distance |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))."""
         with warnings.catch_warnings():  # clean-fid calls scipy's sqrtm as it was before 1.18
             warnings.simplefilter("ignore", DeprecationWarning)
             return float(frechet_distance(self.mean, self.covariance, other.mean, other.covariance))
 
 
 def warn_of_few(count: int, dimension: int, name: str) -> None:
+    """Warn where there are no more images than dimensions, since the covariance is then singular."""
     if count <= dimension:
         warnings.warn(
             f"{count} images are too few for the covariance of {dimension} features ({name}): "

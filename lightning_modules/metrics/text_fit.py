@@ -11,7 +11,7 @@ from lightning_modules.metrics.protocol import Labels, Reference, Samples
 
 
 class TextFit:
-    """What measures share that say how well images fit the captions they were asked for: a score an image, averaged."""
+    """Base class of the measures of how well images fit their captions: the mean of a score per image."""
 
     better: Literal["lower", "higher"] = "higher"
     transform = "the model's own preprocessing"
@@ -24,14 +24,14 @@ class TextFit:
             raise ValueError(f"it takes images of 3 channels, these are {shape}")
 
     def fingerprint(self) -> str:
-        """Of the model's weights."""
+        """Return a digest of the model's weights."""
         raise NotImplementedError
 
     def protocol(self, reference: Reference) -> dict[str, Any]:
         return {"features": self.fingerprint(), "transform": self.transform}
 
     def scores(self, images: np.ndarray, captions: list[str], device: torch.device) -> Tensor:
-        """uint8 (N,H,W,3) images and their captions -> (N,)."""
+        """Return the scores (N,) of uint8 images (N,H,W,3) and their captions."""
         raise NotImplementedError
 
     def __call__(self, samples: Samples, reference: Reference) -> float:
@@ -39,9 +39,9 @@ class TextFit:
         assert captions is not None
 
         @torch.inference_mode()
-        def scored(part: np.ndarray) -> np.ndarray:
+        def score(part: np.ndarray) -> np.ndarray:
             batches = np.split(part, range(self.batch_size, len(part), self.batch_size))
-            found = [self.scores(samples.images[b], [captions[k] for k in b], samples.device) for b in batches]
-            return torch.cat(found).double().cpu().numpy()
+            scores = [self.scores(samples.images[b], [captions[k] for k in b], samples.device) for b in batches]
+            return torch.cat(scores).double().cpu().numpy()
 
-        return float(samples.mapped(scored, type(self).__name__).mean())
+        return float(samples.map_parts(score, type(self).__name__).mean())

@@ -1,4 +1,4 @@
-"""Accuracy of a language model on multiple-choice tasks without examples, by the evaluation harness of EleutherAI."""
+"""Zero-shot accuracy of a language model on multiple-choice tasks, by the evaluation harness of EleutherAI."""
 
 import contextlib
 import copy
@@ -17,17 +17,20 @@ from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.metrics.published import digest_of
 
 FILTER = "none"
-"""How lm-eval calls what it takes of an answer as it is."""
+"""Lm-eval's name for the filter that leaves answers as they are."""
 
 
 class ZeroShot:
-    """The plain mean of a metric of each of some tasks, all from 0 to 1; each task's is `<measure>_<task>`.
+    """Unweighted mean of one metric per task, each in [0, 1]; the value of a task is reported as `<measure>_<task>`.
 
-    `tasks` has the metric by task: those that lm-eval brings along, whose data come from the Hugging Face hub or its
-    cache, and those whose YAML files are below the folder `include_path`, as lm-eval describes them, which may name
-    local data. `limit` takes no more than the first samples of each. The seven of Shortened LLaMA (arXiv 2402.02834)
-    are in conf/evaluation/zero_shot.yaml; the paper used lm-eval at commit 3326c54. Needs the extra
-    `secateur[zeroshot]`.
+    The seven tasks of Shortened LLaMA (arXiv 2402.02834) are in conf/evaluation/zero_shot.yaml; the paper used lm-eval
+    at commit 3326c54. Needs the extra `secateur[zeroshot]`.
+
+    Args:
+        tasks: {task: metric}. Tasks of lm-eval read their data from the Hugging Face hub or its cache.
+        limit: use only the first samples of each task; None uses all.
+        include_path: folder with the YAML files of further tasks in lm-eval's format, which may name local data.
+        batch_size: requests per forward pass.
     """
 
     of = "network"
@@ -52,17 +55,17 @@ class ZeroShot:
 
     @functools.cached_property
     def manager(self) -> Any:
-        """What finds tasks by name: below `include_path`, and in lm-eval where that has not all of them."""
+        """Lm-eval's task manager for `include_path`, with lm-eval's own tasks where some task is not there."""
         from lm_eval.tasks import TaskManager  # noqa: PLC0415  an optional extra, and slow to import
 
         if self.folder is not None:
-            own = TaskManager(include_path=str(self.folder), include_defaults=False)
-            if set(self.tasks) <= set(own.all_subtasks):
-                return own
+            manager = TaskManager(include_path=str(self.folder), include_defaults=False)
+            if set(self.tasks) <= set(manager.all_subtasks):
+                return manager
         return TaskManager(include_path=None if self.folder is None else str(self.folder))
 
     def check(self, backbone: NetworkBackbone, data: Any) -> None:
-        """No tokenizer, unknown tasks, metrics that a task has not; MissingData where a task's data are not here."""
+        """Raise ValueError for a missing tokenizer, task or metric, and MissingData for missing data of a task."""
         if getattr(backbone, "tokenizer", None) is None:
             raise ValueError("zero-shot tasks are of a language model with a tokenizer; choose a teacher that has one")
         if unknown := sorted(set(self.tasks) - set(self.manager.all_subtasks)):
@@ -80,11 +83,11 @@ class ZeroShot:
                 raise ValueError(f"tasks.{name}={metric!r} is unknown; choose one of: {', '.join(known)}")
 
     def protocol(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"tasks": " ".join(f"{name}:{metric}" for name, metric in self.tasks.items())}
-        found |= {"lm_eval": importlib.metadata.version("lm_eval"), "limit": self.limit}
+        settings: dict[str, Any] = {"tasks": " ".join(f"{name}:{metric}" for name, metric in self.tasks.items())}
+        settings |= {"lm_eval": importlib.metadata.version("lm_eval"), "limit": self.limit}
         if self.folder is not None:
-            found["content"] = digest_of(file for file in Path(self.folder).rglob("*") if file.is_file())[:8]
-        return found
+            settings["content"] = digest_of(file for file in Path(self.folder).rglob("*") if file.is_file())[:8]
+        return settings
 
     def __call__(self, backbone: NetworkBackbone, device: torch.device) -> dict[str, float]:
         import lm_eval  # noqa: PLC0415  an optional extra, and slow to import
@@ -93,8 +96,8 @@ class ZeroShot:
         network = backbone.to(device).eval().network
         # A copy of the tokenizer: lm-eval gives it a token for padding.
         model = HFLM(network, tokenizer=copy.deepcopy(backbone.tokenizer), batch_size=self.batch_size)
-        with alone():
-            found = lm_eval.simple_evaluate(
+        with evaluating_alone():
+            output = lm_eval.simple_evaluate(
                 model,
                 tasks=list(self.tasks),
                 num_fewshot=0,
@@ -106,13 +109,13 @@ class ZeroShot:
                 numpy_random_seed=None,
                 torch_random_seed=None,
             )
-        assert found is not None
-        return {name: float(found["results"][name][f"{metric},{FILTER}"]) for name, metric in self.tasks.items()}
+        assert output is not None
+        return {name: float(output["results"][name][f"{metric},{FILTER}"]) for name, metric in self.tasks.items()}
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Each rank evaluates for itself: lm-eval gives results to local rank 0 only."""
+def evaluating_alone() -> Iterator[None]:
+    """Hide the local rank, so that every rank has the results: lm-eval returns them on local rank 0 only."""
     rank = os.environ.pop("LOCAL_RANK", None)
     try:
         yield
