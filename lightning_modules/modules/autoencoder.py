@@ -69,6 +69,7 @@ class Autoencoder(TrainedModule):
 
     def save(self, folder: Path) -> None:
         """Write config.json with the scaling factor, and half-precision safetensors, as diffusers does."""
+        assert hasattr(self, "metrics"), "the test loop, which measures the scaling factor, has to run before save"
         self.vae.half().save_pretrained(folder, safe_serialization=True)
 
 
