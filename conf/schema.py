@@ -1,7 +1,7 @@
-"""The shape of a configuration: what makes a typo, a wrong type or an impossible value fail before a model loads.
+"""The schema of a configuration: a typo, a wrong type or an impossible value fails before a model loads.
 
-Fields that every choice of a group shares are dataclasses. A node with a `_target_` is checked against the signature
-of what it names, so that a class of a user's own gets the same checks without registering anything.
+Fields that all choices of a group share are dataclasses. A node with a `_target_` is checked against the signature of
+the class or function that it names, so that a class outside the repository is checked without registering it.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
-"""Of computing; the weights themselves stay float32 throughout (a `-true` half precision would round the teacher's)."""
+"""Precisions of the computation. Weights stay float32 (a `-true` half precision would round those of the teacher)."""
 
 
 NOTES = ("name", "license")
-"""Keys beside a `_target_` that are no parameters."""
+"""Keys beside a `_target_` that are not passed to it."""
 
 
 RESERVED = ("output_loss", "task_loss", "params", "macs", "macs_attention", "flops", "latency_ms", "weights")
-"""What metrics.json and measured.json have of a network beside `evaluation.metrics`."""
+"""Names of figures in metrics.json and measured.json, which `evaluation.metrics` must not use."""
 
 
 class ConfigError(ValueError):
@@ -57,7 +57,7 @@ class Trainer:
     """optimiser steps between checkpoints; the last two are kept"""
     log_every_n_steps: int = 1
     resume: str = "auto"
-    """auto may start afresh and says so; required fails when there is no checkpoint"""
+    """auto starts anew where there is no checkpoint; required fails there"""
     options: dict[str, Any] = field(default_factory=dict)
     """further arguments of Lightning's Trainer for training, not for scoring or evaluation: {detect_anomaly: true}"""
 
@@ -65,40 +65,40 @@ class Trainer:
 @dataclass
 class Calibration:
     data: Any = None
-    """another data set whose training samples are taken, such as /data@calibration.data=bookcorpus; null: data.train"""
+    """another data set whose training samples are used, such as /data@calibration.data=bookcorpus; null: data.train"""
     samples: int = 128
     batch_size: int = 16
     seed: int = 0
-    """which samples, their noise and timesteps"""
+    """of the choice of samples, their noise and timesteps"""
     augment: bool = False
-    """take them as they are trained on: mirrored and shifted as the data say"""
+    """augment the samples (mirror, shift) as in training"""
     precision: str = "32-true"
     memory_gib: float | None = None
-    """activations that prefix reuse (output_loss, task_loss) may hold, by taking a batch in parts; null: no bound"""
+    """memory for the activations of prefix reuse (output_loss, task_loss), kept by splitting batches; null: no bound"""
     compile: bool = False
-    """compile the network part by part for scoring; moves scores by rounding"""
+    """compile the parts of the network for scoring; changes scores by rounding"""
 
 
 @dataclass
 class Evaluation:
     name: str = MISSING
     metrics: dict[str, Any] = field(default_factory=dict)
-    """measures of samples by name, each a `_target_`; the first is the one that reports draw; none generates nothing"""
+    """measures by name, each a `_target_`; figures show the first one. Without any, no samples are generated"""
     samples: int = 256
     resize: int | None = None
-    """edge in pixels to which samples (and reference images) are resized before they are kept and measured"""
+    """edge in pixels to which samples and reference images are resized before they are stored and measured"""
     prompts: Any = None
-    """a `_target_` that gives a list of prompts; null: the captions of the held-out samples. Sample k has prompt k"""
+    """a `_target_` that returns a list of prompts, one per sample; null: the captions of the held-out samples"""
     tokens: int = 48
-    """of each prompt's continuation by a language model"""
+    """number of tokens with which a language model continues a prompt"""
     reference_images: int = 10000
-    """most training images whose features are kept, for measures that need more than their mean and covariance"""
+    """maximum number of training images for measures that need more than the mean and covariance of features"""
     batch_size: int = 32
     seed: int = 0
-    """of the samples, and of the noise under which the joint output loss is measured"""
+    """of the samples, and of the noise of the joint output loss"""
     precision: str = "32-true"
     loss_samples: int = 128
-    """held-out samples on which losses are measured (and, by the training of a classifier, its accuracy)"""
+    """number of held-out samples for losses, and for the accuracy of a classifier after `pretrain`"""
     latency_batch: int = 16
     latency_repeats: int = 10
 
@@ -116,7 +116,7 @@ class Sampler:
 @dataclass
 class Export:
     dense_twin: bool = False
-    """also write the stock shape with zeros where units were bypassed"""
+    """also write a network of the original architecture, with zeros in place of bypassed units"""
     push_to_hub: str | None = None
     """an id on the Hugging Face hub to push the export to; null pushes nothing"""
 
@@ -124,7 +124,7 @@ class Export:
 @dataclass
 class Precompute:
     dtype: str = "float16"
-    """of what is stored: float16 | float32, with which training is what it would be from pictures, bit for bit"""
+    """of stored latents: float16 | float32; with float32, training has the same bits as from pictures"""
     batch_size: int = 16
     samples_per_shard: int = 1024
 
@@ -169,7 +169,7 @@ class Config:
     seed: int = 0
     """training: data order, noise, initialisation"""
     force: bool = False
-    """run again what is finished"""
+    """run a finished job again"""
     pipeline: Pipeline = field(default_factory=Pipeline)
     task: Task = field(default_factory=Task)
     teacher: Any = None
@@ -178,7 +178,7 @@ class Config:
     selection: Any = None
     data: Any = MISSING
     latents: str | None = None
-    """what `python -m experiments.precompute` made of the data: training then runs no VAE and no text encoder"""
+    """folder of latents by `python -m experiments.precompute`; training then needs no VAE and no text encoder"""
     distillation: Any = None
     pretrain: Any = None
     noise_scheduler: Any = None
@@ -206,13 +206,13 @@ def register() -> None:
 
 
 def either(*given: Any) -> Any:
-    """The first value that is not null, a whole number without its point: for the names of folders."""
+    """Return the first value that is not null, for the names of folders; 0.0 becomes 0."""
     value = next((value for value in given if value is not None), None)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise ConfigError for what composing could not see: unknown parameters of a `_target_`, types, ranges."""
+    """Raise ConfigError for mistakes that Hydra does not find: unknown parameters of a `_target_`, types and ranges."""
     try:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -273,11 +273,11 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "distillation.w_out": (0, math.inf, "0 or more"),
     "distillation.w_feat": (0, math.inf, "0 or more"),
 }
-"""Lowest and highest value of a field, and how to say it."""
+"""The lowest and the highest value of a field, and the range in words."""
 
 
 LONGEST_NAME = 200
-"""Bytes of a folder's name: file systems take 255, and nine are for the run's id."""
+"""Bytes of a folder's name: file systems allow 255, and nine are needed for the run's id."""
 
 
 def check_names(cfg: DictConfig) -> None:
@@ -296,6 +296,7 @@ def check_names(cfg: DictConfig) -> None:
 
 
 def check_ranges(cfg: DictConfig) -> None:
+    """Raise ConfigError for a value outside of RANGES."""
     for path, (low, high, valid) in RANGES.items():
         value = OmegaConf.select(cfg, path)
         if value is not None and not (low <= value <= high and value < math.inf):
@@ -303,7 +304,7 @@ def check_ranges(cfg: DictConfig) -> None:
 
 
 def check_keys(path: str, node: DictConfig) -> None:
-    """A `+` on the command line can put a key into a dataclass node that has no such field."""
+    """Raise ConfigError for keys of dataclass nodes that are no fields; a `+` on the command line can add them."""
     kind = OmegaConf.get_type(node)
     if not dataclasses.is_dataclass(kind):
         return
@@ -315,7 +316,7 @@ def check_keys(path: str, node: DictConfig) -> None:
 
 
 def unknown(path: str, keys: list[Any], there: Iterable[str]) -> None:
-    """Raise ConfigError for the first of some unknown keys, with the nearest that there is."""
+    """Raise ConfigError for the first of some unknown keys, with the nearest valid one."""
     for key in keys:
         close = difflib.get_close_matches(str(key), list(there), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -323,7 +324,7 @@ def unknown(path: str, keys: list[Any], there: Iterable[str]) -> None:
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every node with a `_target_`, and where it is."""
+    """Yield the path and the node of every `_target_`."""
     if isinstance(node, DictConfig):
         if "_target_" in node:
             yield path, node
@@ -335,7 +336,7 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_target(path: str, node: Any) -> None:
-    """The keys of a node are parameters of its `_target_`, with values of the annotated types."""
+    """Raise ConfigError unless the keys of a node are parameters of its `_target_`, with values of their types."""
     try:
         target = hydra.utils.get_object(node._target_)
         parameters = dict(inspect.signature(target).parameters)
@@ -393,7 +394,7 @@ def check_trainer_options(options: DictConfig) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Can a value from a YAML file be an argument annotated like this? Types that YAML has no word for pass."""
+    """Return whether a value from YAML can be an argument with this annotation; types unknown to YAML always pass."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, argument) for argument in arguments)
@@ -414,12 +415,12 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def build(node: DictConfig, **extra: Any) -> Any:
-    """Instantiate a `_target_` node, and those inside it, with plain Python values."""
+    """Return the object of a `_target_` node, with plain Python values; nodes inside it are instantiated first."""
     return hydra.utils.instantiate(without_names(OmegaConf.to_container(node, resolve=True)), _convert_="all", **extra)
 
 
 def without_names(content: Any) -> Any:
-    """The NOTES beside a `_target_` are for people, tables and model cards, not parameters."""
+    """Return content without the NOTES beside a `_target_`, which are for tables and model cards."""
     if isinstance(content, dict):
         return {
             key: without_names(value) for key, value in content.items() if key not in NOTES or "_target_" not in content
