@@ -28,8 +28,8 @@ METHODS = {"distillation": ("result",), "pretrain": ("save",)}
 CONTRACT = {
     "distillation": "a LightningModule (TrainedModule helps) that takes the keyword arguments student, teacher, "
     "optimizer, lr_scheduler, seed and dump, and has result() -> NetworkBackbone, the trained network",
-    "pretrain": "a LightningModule (TrainedModule helps) that takes the keyword arguments optimizer, lr_scheduler, seed "
-    "and dump, and has save(folder), which writes its weights, and metrics, a dictionary that its test loop fills",
+    "pretrain": "a LightningModule (TrainedModule helps) that takes the keyword arguments optimizer, lr_scheduler, "
+    "seed and dump, and has save(folder), which writes its weights, and metrics, a dictionary that its test loop fills",
 }
 """What a module has to be, by the group that names it."""
 

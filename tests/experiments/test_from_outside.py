@@ -1,4 +1,4 @@
-"""A criterion, a trained criterion, a loss, a way to distil, a backbone and a stage from a package outside the repository."""
+"""A criterion, a trained one, a loss, a way to distil, a backbone and a stage from outside the repository."""
 
 from pathlib import Path
 
@@ -96,13 +96,6 @@ class Late(TrainedModule):
 
     def result(self):
         return self.student
-
-
-class NoResult(Late):
-    result = property()
-
-
-del NoResult.result
 
 
 class Forgetful(pl.LightningModule):
@@ -220,7 +213,6 @@ def test_a_stage(job):
 
 
 WRONG = {
-    "NoResult": (["+distillation._partial_=true"], "it has no method result"),
     "Forgetful": (["+distillation._partial_=true"], "it has no method result"),
     "Strange": (["+distillation._partial_=true"], "it does not take teacher, dump|it does not take teacher"),
     "Late": ([], "_partial_: true is missing"),
