@@ -1,5 +1,6 @@
 """A criterion, a trained one, a loss, a way to distil, a backbone and a stage from outside the repository."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -213,18 +214,20 @@ def test_a_stage(job):
 
 
 WRONG = {
-    "Forgetful": (["+distillation._partial_=true"], "it has no method result"),
-    "Strange": (["+distillation._partial_=true"], "it does not take teacher, dump|it does not take teacher"),
-    "Late": ([], "_partial_: true is missing"),
+    "Forgetful": ("_partial_: true", "it has no method result"),
+    "Strange": ("_partial_: true", "it does not take teacher"),
+    "Late": ("", "_partial_: true is missing"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_module_that_misses_the_contract_is_refused_with_the_contract_before_scoring(
-    package, configure, overrides, tmp_path, name
+    package, configure, overrides, data_folder, tmp_path, name
 ):
-    more, fault = WRONG[name]
-    cfg = configure(*overrides, f"distillation={{name: mine, _target_: foreign_package.{name}}}", *more)
+    line, fault = WRONG[name]
+    file = data_folder / "distillation" / f"wrong_{name.lower()}.yaml"
+    file.write_text(f"name: wrong_{name.lower()}\n_target_: foreign_package.{name}\n{line}\n")
+    cfg = configure(*overrides, f"distillation=wrong_{name.lower()}")
     with pytest.raises(ConfigError, match=rf"'foreign_package.{name}' cannot be trained: ({fault}).*result\(\) -> "):
         run_pipeline(cfg)
     assert not (tmp_path / "runs").exists()
@@ -233,7 +236,7 @@ def test_a_module_that_misses_the_contract_is_refused_with_the_contract_before_s
 @pytest.mark.parametrize("key", ["student", "teacher", "optimizer", "lr_scheduler", "seed", "dump"])
 def test_what_the_pipeline_itself_gives_cannot_be_configured(configure, overrides, tmp_path, key):
     with pytest.raises(ConfigError, match=rf"distillation\.{key}: the pipeline itself gives this argument"):
-        run_pipeline(configure(*overrides, f"+distillation.{key}=x"))
+        run_pipeline(configure(*overrides, f"+distillation.{key}={1 if key == 'seed' else 'x'}"))
     assert not (tmp_path / "runs").exists()
 
 
@@ -243,6 +246,7 @@ def test_options_of_the_trainer_and_callbacks_reach_lightning(job, monkeypatch):
 
     init = Trainer.__init__
 
+    @functools.wraps(init)
     def watched(self, *args, **options) -> None:
         seen.append(options)
         init(self, *args, **options)
@@ -284,7 +288,6 @@ def test_a_failure_leaves_its_traceback_and_a_finished_run_its_provenance(config
             run_pipeline(cfg)
     log = (the_run(tmp_path / "runs") / "run.log").read_text()
     assert "Traceback (most recent call last)" in log and "RuntimeError: the disk is on fire" in log
-    assert "stage score" in log
     run_pipeline(cfg)
     provenance = read_json(the_run(tmp_path / "runs") / "measured.json")["provenance"]
     assert {"secateur", "commit", "dirty", "python", "torch", "diffusers", "command"} <= provenance.keys()
