@@ -229,6 +229,10 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"evaluation.metrics.{name}={node} is no measure: choose a class as its _target_")
         if name in RESERVED:
             raise ConfigError(f"evaluation.metrics.{name}: that name is taken; choose none of: {', '.join(RESERVED)}")
+    for group, nodes in (("callbacks", cfg.callbacks), ("logger.loggers", cfg.logger.loggers)):
+        for name, node in nodes.items():
+            if not isinstance(node, DictConfig) or "_target_" not in node:
+                raise ConfigError(f"{group}.{name}={node}: choose a class of Lightning's kind as its _target_")
     for path, node in targets(cfg):
         check_target(path, node)
     check_ranges(cfg)

@@ -326,15 +326,13 @@ def test_an_export_with_other_weights_is_no_proof(exported):
 
 
 def test_the_lines_of_the_model_card_classify_a_picture(exported, tmp_path, monkeypatch, capsys):
-    from experiments.reporting.card import usage
-
     student, folder = exported
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    lines = [line[4:] for line in usage(student).splitlines() if line.startswith("    ")]
+    lines = [line[4:] for line in student.card_usage().splitlines() if line.startswith("    ")]
     exec("\n".join(lines), {"folder": str(folder)})
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
