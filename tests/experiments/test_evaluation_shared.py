@@ -285,8 +285,8 @@ def test_a_report_of_several_measures_draws_the_first_and_says_which_way_is_bett
 def test_a_protocol_in_words_has_what_is_shared_and_one_or_all_measures():
     measures = {"a": {"better": "lower", "features": "0123456789abcdef"}, "b": {"better": "higher", "k": 3}}
     content = {"samples": 8, "measures": measures}
-    assert described(protocol) == "samples 8; a: better lower, features 01234567; b: better higher, k 3"
-    assert described(protocol, "b") == "samples 8; b: better higher, k 3"
+    assert described(content) == "samples 8; a: better lower, features 01234567; b: better higher, k 3"
+    assert described(content, "b") == "samples 8; b: better higher, k 3"
     assert described({}) == ""
 
 

@@ -12,7 +12,7 @@ from support.process import ROOT
 
 from conf import schema
 from experiments.engine import identity as run_module
-from experiments.engine.artefacts import digest
+from experiments.engine.artefacts import digest, read_json
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.run import Run
 from lightning_modules.backbones.files import weight_files
