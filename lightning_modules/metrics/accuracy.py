@@ -38,7 +38,7 @@ class Accuracy:
         The data of the first call are the ones that are measured: later ones are those that scores were made on, of
         which nothing is asked here.
         """
-        if not isinstance(backbone, ClassifierBackbone):
+        if not backbone.classifies:
             raise ValueError(
                 "accuracy is of an image classifier, and this teacher is none; choose one, such as teacher=resnet56"
             )
