@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from omegaconf import OmegaConf
 from support.config import composed
-from test_audio import MEL, peak, tone
+from support.sounds import MEL, peak, tone
 
 from experiments.reporting.page import PAGES
 from experiments.reporting.sounds import dashboard_sounds, page_sounds, write_sounds

@@ -61,7 +61,7 @@ def test_a_sweep_shares_scores_survives_a_failing_job_and_is_not_run_twice(
         run_pipeline(configure(*job, "criterion=random", "seed=1", f"selection.ratio={ratio}"))
     page = report_set(study)
     assert files(study / "report") == {
-        *("index.html", "results.csv", "table.md", "output_loss_over_ratio.png"),
+        *(".manifest.json", "index.html", "results.csv", "table.md", "output_loss_over_ratio.png"),
         *("quality_over_ratio.png", "quality_over_latency_ratio.png"),
     }
     runs = pd.read_csv(study / "report" / "results.csv")

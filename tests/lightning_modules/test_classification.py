@@ -262,8 +262,8 @@ def test_a_classifier_is_distilled_from_the_unpruned_one(configure, pictures, im
     [
         (["evaluation=frechet_resnet20"], "measures generated samples.*evaluation=accuracy for an image classifier"),
         (["evaluation=perplexity_stories"], "choose a teacher that has one"),
-        (["data.train.labels=null", "data.holdout.labels=null"], "data=tiny: there are images without a label"),
-        (["data=cifar10_sample"], "data=cifar10_sample has labels up to 9, and the teacher has 3 classes"),
+        (["data.train.labels=null", "data.holdout.labels=null"], "data=tiny: its images have no labels"),
+        (["data=cifar10_sample"], r"data=cifar10_sample: its images are \(3, 32, 32\), the teacher takes"),
         (["criterion=magnitude", "criterion.level=depth"], "choose criterion.level=channel"),
         (["criterion=output_loss", "~criterion.level"], "choose criterion.level=channel"),
         (["selection=knapsack", "selection.ratio=null", "selection.target=5e4"], "choose .*selection=threshold"),
