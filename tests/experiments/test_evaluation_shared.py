@@ -44,7 +44,8 @@ def test_features_are_computed_once_for_all_measures_in_parts(monkeypatch):
 def drawn_and_measured(rank: int, folder, devices: int) -> None:
     """Draw samples by a tiny teacher and take the features of a set of images, on as many ranks as there are."""
     backbone = tiny_backbone("ddpm")
-    conf = OmegaConf.create(
+    conf = OmegaConf.create({"accelerator": "cpu", "devices": devices, "num_nodes": 1, "strategy": "auto"})
+    conf.options = {}
         {"accelerator": "cpu", "devices": devices, "num_nodes": 1, "strategy": "auto", "options": {}}
     )
     conf.strategy = "ddp" if devices > 1 else "auto"

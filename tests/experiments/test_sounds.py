@@ -61,7 +61,15 @@ def test_the_page_of_a_run_plays_the_first_sounds_of_each_network(run):
         "groups": [],
     }
     page = PAGES.get_template("run.html.j2").render(
-        **given, metrics={}, measured={"seconds": {}}, removed=[], protected=[], config="", sounds=sounds, written={}
+        networks=NETWORKS,
+        **given,
+        metrics={},
+        measured={"seconds": {}},
+        removed=[],
+        protected=[],
+        config="",
+        sounds=sounds,
+        written={},
     )
     assert page.count("<audio controls") == 2 and f'src="{sounds["teacher"][0]}"' in page
 
