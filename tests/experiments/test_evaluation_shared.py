@@ -46,8 +46,6 @@ def drawn_and_measured(rank: int, folder, devices: int) -> None:
     backbone = tiny_backbone("ddpm")
     conf = OmegaConf.create({"accelerator": "cpu", "devices": devices, "num_nodes": 1, "strategy": "auto"})
     conf.options = {}
-        {"accelerator": "cpu", "devices": devices, "num_nodes": 1, "strategy": "auto", "options": {}}
-    )
     conf.strategy = "ddp" if devices > 1 else "auto"
     sampler = build(OmegaConf.create({"_target_": "diffusers.DDIMScheduler.from_config", "_partial_": True}))
     file = folder / f"{devices}.npy" if rank == 0 else None
