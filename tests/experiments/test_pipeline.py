@@ -231,7 +231,7 @@ def test_processes_that_ask_for_one_result_at_once_all_get_it_and_one_computes(t
     processes = [
         subprocess.Popen([*command, str(i), "2"], cwd=ROOT, stderr=subprocess.PIPE, text=True) for i in range(2)
     ]
-    errors = [process.communicate(timeout=100)[1] for process in processes]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert len(log.read_text().splitlines()) == 1
     (stored,) = folder.glob("*.json")

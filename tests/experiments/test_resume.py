@@ -33,7 +33,7 @@ def moved(overrides: list[str], runs: Path) -> list[str]:
 # A process that is killed
 
 
-def kill_when(condition: Callable[[], bool], command: list[str], log: Path, seconds: float = 250) -> str:
+def kill_when(condition: Callable[[], bool], command: list[str], log: Path, seconds: float = 1500) -> str:
     """Start a process, kill it (SIGKILL) as soon as the condition holds; returns what it had printed."""
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

@@ -27,7 +27,7 @@ WITHOUT_RELOAD = (
 def sweep(config_dir: Path, *arguments: str) -> subprocess.CompletedProcess:
     """train.py -m in a process of its own, without the reload of each export (which has tests of its own)."""
     command = [sys.executable, "-c", WITHOUT_RELOAD, "--config-dir", str(config_dir), "-m", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
 
 
 def test_a_sweep_shares_scores_survives_a_failing_job_and_is_not_run_twice(

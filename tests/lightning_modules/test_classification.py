@@ -381,7 +381,7 @@ def test_autobot_on_resnet56_reaches_the_papers_accuracy_right_after_pruning(tmp
     except MissingData as error:
         pytest.skip(str(error))
     brief = ("trainer=cpu", "trainer.steps=20", "logger.wandb=false", f"paths.runs={tmp_path}")
-    train("experiment=autobot_resnet56", *brief, timeout=900)
+    train("experiment=autobot_resnet56", *brief, timeout=3600)
     (finished,) = tmp_path.rglob("finished.json")
     metrics, measured = read(finished.parent, "metrics.json", "measured.json")
     assert metrics["teacher/accuracy"] == pytest.approx(93.39, abs=0.015)
