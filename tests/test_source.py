@@ -1,6 +1,7 @@
 """The shape of the source: which way imports go, how small train.py is, and that nothing opens a pickle."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,53 @@ def test_imports_go_one_way(package, allowed):
     for path in files:
         ours = [name for name in imported(path) if belongs(name, "train", "tests", *PACKAGES)]
         assert [name for name in ours if not belongs(name, package, "conf", *allowed)] == [], path
+
+
+def modules() -> dict[str, Path]:
+    """{dotted name: file} of all modules of the packages."""
+    found = {}
+    for path in sources(*PACKAGES):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    known = modules()
+
+    def needed(path: Path) -> set[str]:
+        """The modules that a file imports: those that it names, or in which the names are that it imports."""
+        return {name if name in known else name.rpartition(".")[0] for name in imported(path)} & known.keys()
+
+    graph = {name: needed(path) - {name} for name, path in known.items()}
+    while leaves := [name for name, others in graph.items() if not others & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert sorted(graph) == []
+
+
+FAMILY = re.compile(r"isinstance\([^()]*\b\w*Backbone\b|\.library\s*[!=]=|type\(\w+\) is \w*Backbone")
+METHOD = re.compile(r"isinstance\([^()]*\b(BkSdm|Budgeted|Refined|Bottleneck|Criterion|Selection)\b")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["isinstance(x, DiffusionBackbone)", "isinstance(a.b, A | UNetBackbone)", 'n.library == "torch"', "x.library != y"],
+)
+def test_a_test_of_a_family_is_seen(source):
+    assert FAMILY.search(source)
+
+
+def test_objects_are_asked_and_not_their_families():
+    """Outside the backbones nothing tests which family a network is of, nor which selection or criterion is at work."""
+    for path in sources(*PACKAGES):
+        text = path.read_text()
+        if not path.is_relative_to(ROOT / "lightning_modules" / "backbones"):
+            assert not FAMILY.search(text), path
+        if not path.is_relative_to(ROOT / "criteria"):
+            assert not re.search(
+                r"isinstance\([^()]*\b(BkSdm|Budgeted|Refined|Bottleneck|Criterion|Selection)\b", text
+            ), path
 
 
 def test_train_wires_and_nothing_else():

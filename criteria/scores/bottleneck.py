@@ -94,6 +94,10 @@ class Bottleneck(Criterion):
         self.lowest = float("inf")
         self.kept = self.gates()
 
+    def update(self, batch: Batch) -> None:
+        """Raise ValueError: batches are steps of a training here."""
+        raise ValueError("criterion.module=null: gates are trained; choose what conf/criterion/bottleneck.yaml names")
+
     def gates(self) -> dict[str, Tensor]:
         """lambda = sigmoid(alpha), by group."""
         return {name: alpha.sigmoid() for name, alpha in self.alphas.items()}

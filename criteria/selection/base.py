@@ -147,14 +147,18 @@ class Budgeted(Selection):
         ValueError as well for an unknown protected unit, naming the nearest.
         """
         if self.needs_savings and pool.savings is None:  # units are timed after they are scored
-            self.protected_units(pool.units)
-            if pool.cost is not None:
-                raise ValueError(
-                    "selection.budget='latency' is for blocks and operators; of channels choose params, macs, or for "
-                    "image classifiers flops"
-                )
-            return
-        self.check_budget(pool)
+            self.check_untimed(pool)
+        else:
+            self.check_budget(pool)
+
+    def check_untimed(self, pool: Pool) -> None:
+        """Raise ValueError for what can be told of a latency budget before units are timed."""
+        self.protected_units(pool.units)
+        if pool.cost is not None:
+            raise ValueError(
+                "selection.budget='latency' is for blocks and operators; of channels choose params, macs, or for "
+                "image classifiers flops"
+            )
 
     def check_budget(self, pool: Pool) -> None:
         """Raise InfeasibleBudget where no set of units fits the budget."""

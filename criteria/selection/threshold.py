@@ -33,6 +33,8 @@ class Threshold(Budgeted):
         InfeasibleBudget where all that may go is too little (units of a group free alike). Also what the pool's `cost`
         raises for a single unit, where layers can only lose alike.
         """
+        if self.needs_savings:
+            self.check_untimed(pool)
         least = self.least(pool)
         order = self.order(pool, dict.fromkeys((unit.name for unit in pool.units), 0.0))
         if pool.cost is None:

@@ -42,6 +42,8 @@ class Uniform(Budgeted):
 
     def check(self, pool: Pool) -> None:
         """Raises InfeasibleBudget, and ValueError where groups are not alike, or a network cannot be so narrow."""
+        if self.needs_savings:
+            self.check_untimed(pool)
         self.counts(pool)
 
     def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:

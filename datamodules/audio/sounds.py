@@ -21,6 +21,7 @@ from transformers.audio_utils import mel_filter_bank
 
 from datamodules.images import Images
 from datamodules.readers.base import BadSample, MissingData, Record, located
+from datamodules.readers.folder import is_hidden
 from datamodules.readers.hub import HuggingFace
 from datamodules.seeding import numpy_rng, torch_rng
 
@@ -197,7 +198,11 @@ class Sounds:
         root = located(path, get)
         if not root.is_dir():
             raise MissingData(f"{root} is not a folder: `path` names the folder that holds the sounds")
-        found = sorted(file for file in root.rglob("*") if file.suffix.lower() in EXTENSIONS)
+        found = sorted(
+            file
+            for file in root.rglob("*")
+            if file.suffix.lower() in EXTENSIONS and not any(map(is_hidden, file.relative_to(root).parts))
+        )
         groups = [group_of(file, label) for file in found]
         names = sorted(set(groups))
         numbers = all(name.isdecimal() for name in names)

@@ -92,23 +92,41 @@ class Folder:
         return record if self.captions is None else record | {"caption": [self.captions[int(i)] for i in indices]}
 
 
+def is_hidden(name: str) -> bool:
+    """Tell whether a file or folder is no data, but something that a program keeps beside them.
+
+    Names that begin with a dot (.ipynb_checkpoints, .DS_Store, ._a.png), and the folder that macOS adds to archives.
+    """
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def pictures_below(root: Path) -> Iterator[str]:
-    """The pictures below a folder, by their paths in it."""
-    for folder, _, files in os.walk(root):
+    """Yield the pictures below a folder, by their paths in it.
+
+    Links to folders are followed, but not to a folder that the link lies in. Hidden files and folders are left out.
+    """
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [
+            name
+            for name in folders
+            if not is_hidden(name) and not f"{real}/".startswith(f"{os.path.realpath(os.path.join(folder, name))}/")
+        ]
         inside = PurePath(folder).relative_to(root).as_posix()
         prefix = "" if inside == "." else f"{inside}/"
-        yield from (prefix + name for name in files if name.lower().endswith(EXTENSIONS))
+        yield from (prefix + name for name in files if name.lower().endswith(EXTENSIONS) and not is_hidden(name))
 
 
 def class_numbers(parents: set[str], classes: Path | None) -> dict[str, int]:
-    """The label of each folder of pictures: its place among `parents`, or among the folders in `classes`.
+    """Return the label of each folder of pictures: its place among `parents`, or among the folders in `classes`.
 
     Raises ValueError for one that is not among them.
     """
     if classes is None:
-        names = sorted(parents, key=lambda name: name.split("/"))
+        # Pictures beside the folders of classes come last, so that they shift no label.
+        names = sorted(parents, key=lambda name: (not name, name.split("/")))
     else:
-        names = sorted(entry.name for entry in os.scandir(classes) if entry.is_dir())
+        names = sorted(entry.name for entry in os.scandir(classes) if entry.is_dir() and not is_hidden(entry.name))
     numbers = {name: place for place, name in enumerate(names)}
     for name in sorted(parents):
         if name not in numbers:
@@ -206,11 +224,23 @@ def entry_of(file: Path, number: int, line: str, file_column: str, caption_colum
 def lines_of_csv(file: Path, file_column: str, caption_column: str) -> Iterator[tuple[str, str | None]]:
     """(picture, caption) of each line below the line of names. What is not UTF-8 stays in the text as surrogates."""
     with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        rows = csv.DictReader(lines)
+        rows = csv.DictReader(lines, strict=True)
         names = rows.fieldnames or []
         for column in (file_column, caption_column):
             if column not in names:
                 raise ValueError(f"{file} has no column {column!r}; it has: {', '.join(names)}")
-        for row in rows:
-            if row[file_column]:
-                yield row[file_column], row[caption_column] or None
+        before = rows.line_num
+        try:
+            for row in rows:
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{file}, line {rows.line_num}: its number of values is not {len(names)}, as in the line of "
+                        'names; put texts that contain commas between quotes (")'
+                    )
+                if row[file_column]:
+                    yield row[file_column], row[caption_column] or None
+                before = rows.line_num
+        except csv.Error as error:
+            raise ValueError(
+                f"{file}, line {before + 1}: the quotes in it, or behind it, do not close as they should ({error})"
+            ) from error

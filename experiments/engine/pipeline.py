@@ -8,6 +8,7 @@ from typing import Any
 import hydra.utils
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from conf import schema
 from conf.schema import ConfigError, build
@@ -20,7 +21,6 @@ from experiments.engine.provenance import provenance
 from experiments.engine.ranks import barrier, is_rank_zero, meet
 from experiments.engine.run import Run
 from experiments.engine.stage import Stage, check_names
-from experiments.engine.stages.score import check_data
 from experiments.reporting.dashboard import Dashboard
 from experiments.reporting.page import report_run
 from experiments.tools.precompute import check_latents
@@ -94,13 +94,13 @@ def with_settings(cfg: DictConfig, stage: Stage) -> DictConfig:
     if not stage.settings:
         return cfg
     merged = cfg.copy()
-    for group, change in stage.settings.items():
-        if isinstance(change, dict) and "_target_" not in change and isinstance(merged.get(group), DictConfig):
-            change = OmegaConf.merge(merged[group], change)
-        merged[group] = change
     try:
+        for group, change in stage.settings.items():
+            if isinstance(change, dict) and "_target_" not in change and isinstance(merged.get(group), DictConfig):
+                change = OmegaConf.merge(merged[group], change)
+            merged[group] = change
         schema.check(merged)
-    except (ValueError, KeyError) as error:
+    except (ValueError, OmegaConfBaseException) as error:
         raise ConfigError(f"pipeline.stages.{stage.name}.settings: {error}") from error
     return merged
 
@@ -120,14 +120,14 @@ def prepare(cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.de
     job = Job(cfg, run, device, clock, Dashboard(cfg, run), data, teacher_id)
     if any(stage.needs_teacher for stage in stages):
         with clock("load the teacher"):
-            job.networks[TEACHER] = teacher = teacher_of(cfg)
-        check_data(teacher, "data", cfg.data.get("name"), data)
-        if teacher.generates:
-            check_latents(cfg, data, teacher)
+            job.networks[TEACHER] = teacher_of(cfg)
     for stage in stages:
         job.cfg = with_settings(cfg, stage)
-        check_parts(job.cfg, getattr(job.networks.get(TEACHER), "noise_scheduler", None))
         stage.check(job)
+    if any(stage.needs_teacher for stage in stages) and job.teacher.generates:
+        check_latents(cfg, data, job.teacher)
+    for each in {id(settings): settings for settings in (with_settings(cfg, stage) for stage in stages)}.values():
+        check_parts(each, getattr(job.networks.get(TEACHER), "noise_scheduler", None))
     return job
 
 

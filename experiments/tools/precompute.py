@@ -41,11 +41,11 @@ NO_PART = ("name", "license", "batch_size", "seed", "num_workers", "max_bad_frac
 """Keys of a data set's configuration that do not change what is stored."""
 
 
-def backbone_of(cfg: DictConfig) -> DiffusionBackbone:
-    """The teacher, or the network that a recipe trains from nothing: what matters is its pipeline."""
+def backbone_of(cfg: DictConfig) -> Any:
+    """Return the teacher, or the network that a recipe trains from nothing: what matters is its pipeline."""
     if cfg.pretrain is None:
         teacher = teacher_of(cfg)
-        if not isinstance(teacher, DiffusionBackbone):
+        if not teacher.generates:
             raise ConfigError(f"teacher={cfg.teacher.get('name', '?')} has no latents; choose a diffusion model")
         return teacher
     module = build(cfg.pretrain, optimizer=None, lr_scheduler=None, seed=cfg.seed, dump=None)()

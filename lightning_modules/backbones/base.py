@@ -41,6 +41,8 @@ class NetworkBackbone(nn.Module):
     """what a language model reads and writes text by, where it is known"""
     writes_text = False
     """is it a language model?"""
+    classifies = False
+    """is it an image classifier?"""
     generates = False
     """does it draw samples from seeds?"""
     stratifies_timesteps = False

@@ -41,7 +41,7 @@ class Accuracy:
 
         The data of the first call are measured. Later calls pass the data that scores were made on, which may be any.
         """
-        if not isinstance(backbone, ClassifierBackbone):
+        if not backbone.classifies:
             raise ValueError(
                 "accuracy is of an image classifier, and this teacher is none; choose one, such as teacher=resnet56"
             )

@@ -26,11 +26,17 @@ from experiments.engine.stages.export import Export
 from lightning_modules.backbones.classification.backbone import ClassifierBackbone
 from lightning_modules.backbones.classification.image_networks import build
 from lightning_modules.modules.base import NonFiniteLoss
+from lightning_modules.modules.gate_training import BottleneckTraining
 from lightning_modules.modules.scoring import score
 from lightning_modules.training.trainer import make_trainer
 
 FAMILIES = ("UNet2DModel", "sdxl", "dit", "llama", "classifier")
 """classifiers lose channels, the others blocks"""
+
+
+def gated(**fields: Any) -> Bottleneck:
+    """The criterion as its configuration makes it."""
+    return Bottleneck(**fields, module=BottleneckTraining)
 
 
 class Gated(nn.Module):
@@ -100,7 +106,7 @@ def by_hand(one_0: float, one_1: float, two: float, x2: float) -> dict[str, floa
 def test_the_losses_and_the_first_adam_step_by_hand():
     """Adam's first step is `lr` against the sign of the gradient, which with these weights is positive but for one_1:
     2 * 1.62 * (-0.9) of the task, 6 * 2 / 5 of the cost, and -0.2 / 4."""
-    criterion = Bottleneck(ratio=0.5, level="channel")
+    criterion = gated(ratio=0.5, level="channel")
     scores = trained(criterion, loader(([1.0, 1.0], 0.0), ([2.0, 0.0], 0.0)))
     down, up = sigmoid(math.log(9) - 0.5), sigmoid(math.log(9) + 0.5)
     first, second = criterion.history
@@ -123,7 +129,7 @@ def test_the_distance_of_gates_to_open_or_closed_counts_groups_alike():
 
 
 def test_the_gates_of_the_lowest_loss_behind_the_share_are_kept():
-    criterion = Bottleneck(ratio=0.5, keep_after=0.6)
+    criterion = gated(ratio=0.5, keep_after=0.6)
     criterion.start(Gated(), Gated().units("channel"), 0)
     for place, loss in enumerate([0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.5, 0.7, 0.6, 0.6]):  # behind the seventh
         gates = {"one": torch.tensor([place / 10, 0.5]), "two": torch.ones(1)}
@@ -134,14 +140,14 @@ def test_the_gates_of_the_lowest_loss_behind_the_share_are_kept():
 
 def test_a_target_is_the_same_as_the_ratio_that_comes_to_it():
     batches = loader(([1.0], 0.5), ([2.0], 0.5), ([0.5], 0.5))
-    ratio, target = Bottleneck(ratio=0.6), Bottleneck(target=4)
+    ratio, target = gated(ratio=0.6), gated(target=4)
     assert trained(ratio, batches) == trained(target, batches)
     assert ratio.history == target.history
 
 
 def test_many_steps_keep_what_the_task_needs_within_the_cost():
     """one_0 does harm (the target is -1 = one_1 alone) and frees what is wanted."""
-    scores = trained(Bottleneck(target=6), loader(*[([1.0], -1.0)] * 100))
+    scores = trained(gated(target=6), loader(*[([1.0], -1.0)] * 100))
     assert scores["one:0"] < 0.1 < 0.9 < min(scores["one:1"], scores["two"])
 
 
@@ -151,7 +157,7 @@ def test_many_steps_keep_what_the_task_needs_within_the_cost():
 @pytest.mark.parametrize("iteration", [1, 2, 3])
 def test_a_loss_that_is_not_finite_names_the_iteration(iteration):
     batches = loader(*[([1.0], float("nan") if place == iteration else 0.0) for place in (1, 2, 3)])
-    criterion = Bottleneck(ratio=0.5)
+    criterion = gated(ratio=0.5)
     with pytest.raises(NonFiniteLoss, match=rf"not finite at iteration {iteration} of 3 \(loss=nan, task=nan"):
         trained(criterion, batches)
     assert len(criterion.history) == iteration - 1
@@ -159,7 +165,7 @@ def test_a_loss_that_is_not_finite_names_the_iteration(iteration):
 
 def test_one_batch_is_no_training():
     with pytest.raises(ValueError, match=r"calibration has 1 batch, .* raise calibration\.samples or lower"):
-        trained(Bottleneck(ratio=0.5), loader(([1.0], 0.0)))
+        trained(gated(ratio=0.5), loader(([1.0], 0.0)))
 
 
 @pytest.mark.parametrize(
@@ -178,14 +184,14 @@ def test_one_batch_is_no_training():
 )
 def test_a_field_out_of_range_says_so(fields, said):
     with pytest.raises(ValueError, match=said):
-        Bottleneck(**fields)
+        gated(**fields)
 
 
 def test_a_cost_that_is_not_counted_is_a_reason():
     backbone: Any = Gated()
-    reason = Bottleneck(ratio=0.5, budget="latency").supports(backbone)
+    reason = gated(ratio=0.5, budget="latency").supports(backbone)
     assert reason == "gates are trained for a cost that is counted; choose selection.budget from: params, macs"
-    assert Bottleneck(ratio=0.5, budget="macs").supports(backbone) is None
+    assert gated(ratio=0.5, budget="macs").supports(backbone) is None
 
 
 # The contract on every kind of network
@@ -200,9 +206,9 @@ def test_the_contract(backbone):
     """Every unit once, between 0 and 1, the same again bit for bit, and the network is as it was."""
     level = "channel" if "flops" in backbone.totals() else "depth"
     with untouched(backbone):
-        scores = under_trainer(Bottleneck(ratio=0.5, level=level), backbone)
+        scores = under_trainer(gated(ratio=0.5, level=level), backbone)
         torch.rand(3)  # the global generator plays no part
-        again = under_trainer(Bottleneck(ratio=0.5, level=level), backbone)
+        again = under_trainer(gated(ratio=0.5, level=level), backbone)
     assert scores == again
     assert list(scores) == [unit.name for unit in backbone.units(level)]
     assert all(0 < value < 1 for value in values(scores)) and len(set(values(scores))) > 1
@@ -214,7 +220,7 @@ def test_an_error_on_the_way_leaves_the_network_as_it_was():
     broken["image"][3] = float("nan")
     batches = DataLoader([part(broken, 0, 2), part(broken, 2, 4)], batch_size=None)
     with untouched(backbone), pytest.raises(NonFiniteLoss, match="iteration 2 of 2"):
-        trained(Bottleneck(ratio=0.5, level="depth"), batches, backbone)
+        trained(gated(ratio=0.5, level="depth"), batches, backbone)
 
 
 @pytest.mark.parametrize("budget", ["params", "macs", "flops"])
@@ -222,7 +228,7 @@ def test_gates_of_a_classifier_meet_their_budget(budget):
     backbone = tiny_classifier()
     whole = tiny_batch(backbone, 8)
     batches = DataLoader([part(whole, i % 8, i % 8 + 2) for i in range(0, 120, 2)], batch_size=None)
-    criterion = Bottleneck(ratio=0.5, budget=budget, level="channel")
+    criterion = gated(ratio=0.5, budget=budget, level="channel")
     trained(criterion, batches, backbone)
     assert criterion.wanted == backbone.totals()[budget] / 2
     kept = criterion.history[[entry["loss"] for entry in criterion.history].index(criterion.lowest)]
@@ -258,7 +264,7 @@ def on_ranks(ranks: int) -> tuple[dict[str, dict[str, float]], list[dict[str, fl
     """Scores and history on batches that cannot be shared out evenly."""
     conf = copy.copy(CPU)
     conf.devices, conf.strategy = ranks, "ddp" if ranks > 1 else "auto"
-    criterion, backbone = Bottleneck(ratio=0.5, level="channel"), tiny_classifier()
+    criterion, backbone = gated(ratio=0.5, level="channel"), tiny_classifier()
     whole = tiny_batch(backbone, 13)
     batches = DataLoader([part(whole, 0, 5), part(whole, 5, 10), part(whole, 10, 13)], batch_size=None)
     trainer = make_trainer(conf, "score units", "32-true", inference_mode=False)

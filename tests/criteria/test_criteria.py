@@ -53,7 +53,7 @@ UNSUPPORTED = {
 """{(criterion, family): what is said of the pair}"""
 PAIRS = [pair for pair in product((*CRITERIA, *OTHER_LEVELS), FAMILIES) if pair not in UNSUPPORTED]
 SAMPLES, SEEDS = 5, 2
-CPU = SimpleNamespace(accelerator="cpu", devices=1, num_nodes=1, strategy="auto")
+CPU = SimpleNamespace(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", options={})
 
 
 NODES: dict[str, DictConfig] = {}

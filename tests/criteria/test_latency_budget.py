@@ -8,11 +8,10 @@ import torch
 from support.networks import bypasses, tiny_backbone
 from support.results import the_run
 
-from experiments.engine import pipeline
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.run import Run
-from lightning_modules.metrics.unit_latency import unit_savings
-from lightning_modules.modules import joint_loss as evaluation
+from lightning_modules.metrics import unit_latency
+from lightning_modules.metrics.unit_latency import WHOLE, UnitLatencies, measure_unit_latencies
 from lightning_modules.modules.joint_loss import JointMeasure
 
 CPU = torch.device("cpu")
@@ -32,10 +31,11 @@ def test_savings_are_the_differences_of_measured_times(monkeypatch):
             found[name] = float(made[-1])
         return found
 
-    monkeypatch.setattr(evaluation, "latencies", timed)
+    monkeypatch.setattr(unit_latency, "latencies", timed)
     protocol = SimpleNamespace(latency_batch=2, latency_repeats=1)
-    found = unit_savings(backbone, units, protocol, CPU)
-    assert found == {"": 1000 * len(units)} | {unit.name: 1000 for unit in units}
+    found = measure_unit_latencies(backbone, units, protocol, CPU)
+    assert found == UnitLatencies(1000 * len(units), {unit.name: 1000 for unit in units})
+    assert WHOLE not in {unit.name for unit in units}
 
 
 def test_a_joint_loss_is_the_mean_squared_distance_of_the_students_output_from_the_networks():
@@ -58,11 +58,11 @@ def test_a_job_with_a_latency_budget_states_what_the_built_student_saves(
     overrides, configure, tmp_path, quick_end, monkeypatch, capsys
 ):
     savings = iter(range(10**6))
-    monkeypatch.setattr(
-        pipeline,
-        "unit_savings",
-        lambda backbone, units, protocol, device: {"": 1000} | {unit.name: 100 + next(savings) % 3 for unit in units},
-    )
+
+    def measured_latencies(backbone, units, protocol, device):
+        return UnitLatencies(1000, {unit.name: 100 + next(savings) % 3 for unit in units})
+
+    monkeypatch.setattr("experiments.engine.stages.select.measure_unit_latencies", measured_latencies)
     run_pipeline(configure(*overrides, "selection.budget=latency", "distillation=none"))
     run = the_run(tmp_path / "runs")
     metrics, measured = (json.loads((run / name).read_text()) for name in ("metrics.json", "measured.json"))

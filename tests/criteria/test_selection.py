@@ -179,7 +179,7 @@ def test_a_shared_part_saves_the_time_that_was_measured_for_it():
 @pytest.mark.parametrize("savings", [None, {}, {NAMES[0]: 100}])
 def test_a_latency_budget_needs_the_saving_of_every_unit(savings):
     with pytest.raises(ValueError, match=r"selection\.budget='latency' needs a measured saving of every unit"):
-        Knapsack(0.5, budget="latency").check(Pool(UNITS, {"latency": 1000}, savings=savings))
+        Knapsack(0.5, budget="latency").select(Pool(UNITS, {"latency": 1000}, savings=savings), {})
 
 
 def test_a_budget_that_was_not_measured_lists_those_that_were():

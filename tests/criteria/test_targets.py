@@ -9,8 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments.engine.artefacts import read_json
-from experiments.engine.evaluation import requested
 from experiments.engine.pipeline import run_pipeline
+from experiments.engine.stages.evaluate import requested
 from experiments.reporting.page import averaged, collect, costs, report_set
 from experiments.reporting.tables import amounts
 

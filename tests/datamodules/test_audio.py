@@ -9,17 +9,11 @@ import soundfile
 import torch
 from datasets import Audio, Dataset, Features, Value
 from datasets import config as datasets_config
+from support.sounds import MEL, noise, peak, tone
 
 from conf.schema import build
 from datamodules.audio import HuggingFaceSounds, Mel, Sounds
 from datamodules.readers.base import BadSample, MissingData, data_root
-
-MEL = Mel()
-
-
-def tone(frequency: float, seconds: float = 0.768, rate: int = 8000) -> np.ndarray:
-    """A sine at full scale."""
-    return np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate).astype(np.float32)
 
 
 def sweep(low: float = 200, high: float = 3500) -> np.ndarray:
@@ -28,17 +22,9 @@ def sweep(low: float = 200, high: float = 3500) -> np.ndarray:
     return np.sin(2 * np.pi * (low * time + (high - low) / (2 * MEL.seconds) * time**2)).astype(np.float32)
 
 
-def noise(seed: int = 0, seconds: float = 0.768) -> np.ndarray:
-    return np.random.default_rng(seed).normal(0, 0.2, round(seconds * 8000)).astype(np.float32)
-
-
 def loudest(picture: np.ndarray) -> np.ndarray:
     """The band of the most power in each frame, from the lowest one on."""
     return MEL.bins - 1 - picture[..., 0].argmax(-2)
-
-
-def peak(wave: np.ndarray, rate: int = 8000) -> float:
-    return float(np.fft.rfftfreq(len(wave), 1 / rate)[np.abs(np.fft.rfft(wave * np.hanning(len(wave)))).argmax()])
 
 
 # Pictures and back

@@ -308,3 +308,26 @@ def test_sizes_reach_training_as_tensors_one_row_a_picture(tmp_path):
     for place, number in enumerate(numbers(batch["image"])):
         assert (batch["original_size"][place].tolist(), batch["crop"][place].tolist()) == expected[number]
     assert batch["original_size"].dtype == batch["crop"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["1.png,a cat, on a mat", "2.png,a dog"], r"captions\.csv, line 2: its number of values is not 2, as in"),
+        (["1.png,a cat", "2.png"], r"captions\.csv, line 3: its number of values is not 2, as in"),
+        (['1.png,"a cat', "2.png,a dog"], r"captions\.csv, line 2: the quotes in it, or behind it, do not close"),
+    ],
+    ids=["comma", "missing", "quote"],
+)
+def test_a_row_of_another_length_is_an_error_that_names_its_line(tmp_path, lines, message):
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "captions.csv").write_text("\n".join(["file_name,text", *lines]) + "\n")
+    with pytest.raises(ValueError, match=message):
+        Folder(str(tmp_path), 4, captions="captions.csv")
+
+
+def test_quoted_commas_and_lines_stay_in_a_caption(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    (tmp_path / "captions.csv").write_text('file_name,text\n1.png,"a cat, on\na mat"\n')
+    assert Folder(str(tmp_path), 4, captions="captions.csv").captions[0] == "a cat, on\na mat"

@@ -162,6 +162,40 @@ def test_a_folder_is_labelled_by_the_folders_inside_in_an_order_of_its_own(tmp_p
     assert list(Folder(str(tmp_path), 4).names) == list(found.names)
 
 
+def write_picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4)).save(path)
+
+
+def labels_by_name(root: Path) -> dict[str, int]:
+    folder = Folder(str(root), 4)
+    return {folder.file(i).relative_to(root).as_posix(): int(label) for i, label in enumerate(folder.labels)}
+
+
+def test_what_programs_keep_beside_pictures_is_no_class_and_no_picture(tmp_path):
+    for name in ("b/1.png", "c/2.png"):
+        write_picture(tmp_path / name)
+    before = labels_by_name(tmp_path)
+    assert before == {"b/1.png": 0, "c/2.png": 1}
+    for name in (".ipynb_checkpoints/1.png", "__MACOSX/b/1.png", "b/.ipynb_checkpoints/1-copy.png", "c/._2.png"):
+        write_picture(tmp_path / name)
+    assert labels_by_name(tmp_path) == before
+
+
+def test_a_picture_beside_the_folders_of_classes_shifts_no_label(tmp_path):
+    for name in ("b/1.png", "c/2.png", "0.png"):
+        write_picture(tmp_path / name)
+    assert labels_by_name(tmp_path) == {"b/1.png": 0, "c/2.png": 1, "0.png": 2}
+
+
+def test_links_to_folders_of_pictures_are_followed_and_circles_are_not(tmp_path):
+    write_picture(tmp_path / "elsewhere" / "1.png")
+    write_picture(tmp_path / "set" / "b" / "2.png")
+    (tmp_path / "set" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "b" / "up").symlink_to(tmp_path / "set")
+    assert labels_by_name(tmp_path / "set") == {"a/1.png": 0, "b/2.png": 1}
+
+
 def test_a_folder_is_split_so_that_every_class_is_held_out_and_trained_on(tmp_path):
     for place in range(40):
         (tmp_path / "ab"[place // 20]).mkdir(exist_ok=True)

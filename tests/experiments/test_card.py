@@ -1,11 +1,15 @@
 """What a model card claims: of whose weights, under which licence, and no more than was measured."""
 
 from types import SimpleNamespace
+from typing import Any
+
+from support.language import tiny_language
+from support.networks import tiny_backbone
 
 from experiments.reporting.card import model_card
 
 PLAN = {"teacher": "f" * 64, "predicted_harm": 0.5, "changes": [{"unit": "mid_block.resnets.0", "kind": "bypass"}]}
-BARE = SimpleNamespace(library="diffusers", surroundings=None)
+BARE: Any = tiny_backbone("UNet2DModel")
 SCORES = {"mid_block.resnets.0": {"score": 0.5}}
 
 
@@ -32,7 +36,9 @@ def test_a_card_of_a_plan_without_scores_speaks_of_no_criterion(configure):
 def test_a_card_of_a_pipeline_without_a_text_encoder_says_how_to_ask_it(configure):
     parts, captions = ["text_encoder", "tokenizer"], ["", "a photo of a ship"]
     around = SimpleNamespace(missing=lambda: parts, table=captions)
-    card = model_card(configure("task=t2i"), PLAN, {}, {}, SimpleNamespace(library="diffusers", surroundings=around))
+    network = tiny_backbone("UNet2DModel")
+    network.surroundings = around
+    card = model_card(configure("task=t2i"), PLAN, {}, {}, network)
     assert "from_pretrained(folder, trust_remote_code=True, text_encoder=None, tokenizer=None)" in card
     assert "negative_prompt_embeds=states[:1]" in card
     assert "- 0: (no caption)" in card and "- 1: a photo of a ship" in card
@@ -40,6 +46,6 @@ def test_a_card_of_a_pipeline_without_a_text_encoder_says_how_to_ask_it(configur
 
 
 def test_a_card_of_a_language_model_is_loaded_by_transformers(configure):
-    card = model_card(configure(), PLAN, SCORES, {}, SimpleNamespace(library="transformers"))
+    card = model_card(configure(), PLAN, SCORES, {}, tiny_language())
     assert "library_name: transformers" in card and "AutoModelForCausalLM.from_pretrained(folder)" in card
     assert "DiffusionPipeline" not in card

@@ -18,7 +18,7 @@ from datamodules.readers.base import BadSample, MissingData
 from datamodules.texts.prompts import read_prompts
 from experiments.engine.measures import TrainingImages, build_measures, described
 from experiments.reporting import page as report
-from lightning_modules.metrics import distances as measures
+from lightning_modules.metrics import protocol
 from lightning_modules.metrics.distances import Frechet
 from lightning_modules.metrics.protocol import Samples
 from lightning_modules.metrics.statistics import Statistics
@@ -33,7 +33,7 @@ def small(count: int, seed: int = 0) -> np.ndarray:
 
 
 def test_features_are_computed_once_for_all_measures_in_parts(monkeypatch):
-    monkeypatch.setattr(measures, "PART", 4)
+    monkeypatch.setattr(protocol, "PART", 4)
     samples, one, same, other = Samples(small(10)), Flat(), Flat(), Flat(2.0)
     assert np.array_equal(samples.features(one), small(10).reshape(10, 4))
     assert samples.features(same) is samples.features(one) and not same.asked
@@ -45,12 +45,13 @@ def drawn_and_measured(rank: int, folder, devices: int) -> None:
     """Draw samples by a tiny teacher and take the features of a set of images, on as many ranks as there are."""
     backbone = tiny_backbone("ddpm")
     conf = OmegaConf.create({"accelerator": "cpu", "devices": devices, "num_nodes": 1, "strategy": "auto"})
+    conf.options = {}
     conf.strategy = "ddp" if devices > 1 else "auto"
     sampler = build(OmegaConf.create({"_target_": "diffusers.DDIMScheduler.from_config", "_partial_": True}))
     file = folder / f"{devices}.npy" if rank == 0 else None
     module = Generation(backbone, sampler, 2, size=4, file=file)
     make_trainer(conf, "samples", "32-true").test(module, seed_batches(0, 7, 3, None), verbose=False)
-    measures.PART = 4
+    protocol.PART = 4
     features = Flat()
     found = Samples(small(10)).features(features)
     np.save(folder / f"features_{devices}_{rank}.npy", found)
@@ -58,7 +59,7 @@ def drawn_and_measured(rank: int, folder, devices: int) -> None:
 
 
 def test_two_ranks_draw_the_same_samples_and_take_the_same_features_as_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(measures, "PART", 4)
+    monkeypatch.setattr(protocol, "PART", 4)
     drawn_and_measured(0, tmp_path, 1)
     with two_ranks(drawn_and_measured, tmp_path, 2):
         pass
@@ -103,7 +104,7 @@ def reference(data: Images, folder, limit: int = 100, size: int | None = None) -
 
 
 def test_reference_statistics_and_features_are_kept_under_what_they_are_of(tmp_path, monkeypatch):
-    monkeypatch.setattr(measures, "PART", 16)
+    monkeypatch.setattr(protocol, "PART", 16)
     data, features = data_of(Some(small(50))), Flat()
     found = reference(data, tmp_path).statistics(features)
     expected = Statistics.of(small(50).reshape(50, 4).astype(float))
@@ -226,11 +227,16 @@ def finished(folder, name: str, ratio: float, values: dict[str, float]) -> None:
     """A run of two measures, as a report reads it."""
     run = folder / name
     run.mkdir()
-    protocol = {"samples": 8, "size": [3, 4, 4], "sampler": "ddim", "steps": 2, "guidance": 1.0, "measures": {}}
-    protocol["measures"]["clip_score"] = {"better": "higher", "features": "f" * 64, "transform": "none"}
-    protocol["measures"]["kid"] = {"better": "lower", "features": "e" * 64, "transform": "clean"}
-    metrics = {"plan/budget": "params", "plan/requested_ratio": ratio, "plan/achieved_ratio": ratio}
-    metrics |= {"run_id": name, "plan/removed_units": 1, "protocol": protocol, "eval/weights": "ema"}
+    content = {"samples": 8, "size": [3, 4, 4], "sampler": "ddim", "steps": 2, "guidance": 1.0, "measures": {}}
+    content["measures"]["clip_score"] = {"better": "higher", "features": "f" * 64, "transform": "none"}
+    content["measures"]["kid"] = {"better": "lower", "features": "e" * 64, "transform": "clean"}
+    metrics = {
+        "networks": ["teacher", "pruned", "distilled"],
+        "plan/budget": "params",
+        "plan/requested_ratio": ratio,
+        "plan/achieved_ratio": ratio,
+    }
+    metrics |= {"run_id": name, "plan/removed_units": 1, "protocol": content, "eval/weights": "ema"}
     for network in ("teacher", "student"):
         metrics |= {f"{network}/{key}": 10 for key in ("params", "macs", "macs_attention")}
     for network in ("pruned", "eval", "distilled", "teacher"):
@@ -253,7 +259,12 @@ def finished(folder, name: str, ratio: float, values: dict[str, float]) -> None:
 
 def test_a_report_of_several_measures_draws_the_first_and_says_which_way_is_better(tmp_path, monkeypatch):
     labels = []
-    monkeypatch.setattr(report.figures, "curves", lambda *given, **options: labels.append(given[3]))
+
+    def noted(table, x, y, axes, path, *_: object, **options: object) -> None:
+        labels.append(axes)
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(report.figures, "curves", noted)
     finished(tmp_path, "one", 0.3, {"clip_score": 25.0, "kid": 0.0125})
     finished(tmp_path, "two", 0.5, {"clip_score": 20.0, "kid": 0.03})
     page = report.report_set(tmp_path).read_text()
@@ -279,9 +290,9 @@ def test_a_report_of_several_measures_draws_the_first_and_says_which_way_is_bett
 
 def test_a_protocol_in_words_has_what_is_shared_and_one_or_all_measures():
     measures = {"a": {"better": "lower", "features": "0123456789abcdef"}, "b": {"better": "higher", "k": 3}}
-    protocol = {"samples": 8, "measures": measures}
-    assert described(protocol) == "samples 8; a: better lower, features 01234567; b: better higher, k 3"
-    assert described(protocol, "b") == "samples 8; b: better higher, k 3"
+    content = {"samples": 8, "measures": measures}
+    assert described(content) == "samples 8; a: better lower, features 01234567; b: better higher, k 3"
+    assert described(content, "b") == "samples 8; b: better higher, k 3"
     assert described({}) == ""
 
 

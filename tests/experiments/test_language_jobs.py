@@ -89,7 +89,7 @@ def test_adapters_resume_at_the_same_bits(configure, words, capsys):
     run_pipeline(cfg)
     run = the_run(Path(cfg.paths.runs))
     whole = load_file(run / "networks" / "distilled" / "model.safetensors")
-    for name in ("distilled", "export"):
+    for name in ("networks/distilled", "export"):
         shutil.rmtree(run / name)
     for name in ("finished.json", "metrics.json"):
         (run / name).unlink()

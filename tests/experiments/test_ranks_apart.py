@@ -15,6 +15,7 @@ from support.ranks import two_ranks
 from support.results import the_run
 
 from conf.schema import ROOT
+from experiments.engine import job as job_module
 from experiments.engine import pipeline
 from experiments.engine.artefacts import read_json, write_json
 from experiments.engine.clock import Clock
@@ -52,7 +53,7 @@ def pruned(rank: int, cfg: DictConfig) -> None:
 
 
 def test_a_rank_waits_for_the_student_that_rank_0_writes(configure, job, tmp_path, monkeypatch, quick_end):
-    late(monkeypatch, pipeline, "staged")
+    late(monkeypatch, job_module, "staged")
     with two_ranks(pruned, configure(*job, *ON_TWO)):
         pass
     assert (the_run(tmp_path / "runs") / "finished.json").exists()

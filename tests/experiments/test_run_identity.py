@@ -11,8 +11,8 @@ from support.config import composed, recipe
 from support.process import ROOT
 
 from conf import schema
-from experiments.engine import run as run_module
-from experiments.engine.artefacts import digest
+from experiments.engine import identity as run_module
+from experiments.engine.artefacts import digest, read_json
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.run import Run
 from lightning_modules.backbones.files import weight_files
@@ -205,5 +205,5 @@ def test_a_job_runs_in_a_folder_with_spaces_and_accents_under_the_same_name(conf
     run_pipeline(cfg)
     (folder,) = (tmp_path / "my runs é" / "debug").iterdir()
     assert (folder / "finished.json").exists() and (folder / "export" / "model_index.json").exists()
-    plain = Run(configure(*overrides), run_module.read_json(folder / "plan.json")["teacher"])
-    assert (plain.folder.name, plain.id) == (folder.name, run_module.read_json(folder / "metrics.json")["run_id"])
+    plain = Run(configure(*overrides), read_json(folder / "plan.json")["teacher"])
+    assert (plain.folder.name, plain.id) == (folder.name, read_json(folder / "metrics.json")["run_id"])

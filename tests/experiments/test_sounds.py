@@ -2,17 +2,26 @@
 
 import base64
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+from omegaconf import OmegaConf
 from support.config import composed
-from test_audio import MEL, peak, tone
+from support.sounds import MEL, peak, tone
 
-from experiments.reporting.page import NETWORKS, PAGES
+from experiments.reporting.page import PAGES
 from experiments.reporting.sounds import dashboard_sounds, page_sounds, write_sounds
 
 PICTURES = np.stack([MEL.picture(tone(frequency)) for frequency in (300, 900, 2700)])
+
+NETWORKS = ["teacher", "pruned", "distilled"]
+
+
+def configured(override: str) -> dict[str, Any]:
+    """A configuration as a run keeps it."""
+    return OmegaConf.to_container(composed(override), resolve=True)  # type: ignore[return-value]
 
 
 @pytest.fixture
@@ -36,7 +45,7 @@ def test_a_run_gets_wav_files_that_can_be_played(run):
 
 
 def test_the_page_of_a_run_plays_the_first_sounds_of_each_network(run):
-    sounds = page_sounds(run, composed("data=digits_sample"), NETWORKS, count=1)
+    sounds = page_sounds(run, configured("data=digits_sample"), NETWORKS, count=1)
     assert [(name, len(found)) for name, found in sounds.items()] == [("teacher", 1), ("pruned", 1)]
     head, content = sounds["pruned"][0].split(",")
     assert head == "data:audio/wav;base64"
@@ -52,13 +61,21 @@ def test_the_page_of_a_run_plays_the_first_sounds_of_each_network(run):
         "groups": [],
     }
     page = PAGES.get_template("run.html.j2").render(
-        **given, metrics={}, measured={"seconds": {}}, removed=[], protected=[], config="", sounds=sounds, written={}
+        networks=NETWORKS,
+        **given,
+        metrics={},
+        measured={"seconds": {}},
+        removed=[],
+        protected=[],
+        config="",
+        sounds=sounds,
+        written={},
     )
     assert page.count("<audio controls") == 2 and f'src="{sounds["teacher"][0]}"' in page
 
 
 def test_a_run_on_pictures_plays_nothing(run):
-    assert page_sounds(run, composed("data=cifar10_sample"), NETWORKS) == {} and not (run / "sounds").exists()
+    assert page_sounds(run, configured("data=cifar10_sample"), NETWORKS) == {} and not (run / "sounds").exists()
 
 
 def test_the_dashboard_gets_the_sounds_that_were_written(run):

@@ -27,7 +27,7 @@ WITHOUT_RELOAD = (
 def sweep(config_dir: Path, *arguments: str) -> subprocess.CompletedProcess:
     """train.py -m in a process of its own, without the reload of each export (which has tests of its own)."""
     command = [sys.executable, "-c", WITHOUT_RELOAD, "--config-dir", str(config_dir), "-m", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
 
 
 def test_a_sweep_shares_scores_survives_a_failing_job_and_is_not_run_twice(
@@ -44,10 +44,8 @@ def test_a_sweep_shares_scores_survives_a_failing_job_and_is_not_run_twice(
     labels = {re.sub("-[0-9a-f]{8}$", "", path.name): (path / "finished.json").exists() for path in study.iterdir()}
     methods = {"output_loss": "knapsack", "magnitude": "knapsack", "random": "ranked"}
     assert labels == {
-        f"{criterion}-{methods[criterion]}-{ratio}-none-seed0": ratio != 0.9999
-        for criterion in methods
-        for ratio in (0.3, 0.5, 0.9999)
-    }
+        f"{criterion}-{methods[criterion]}-{ratio}-none-seed0": True for criterion in methods for ratio in (0.3, 0.5)
+    }  # a configuration that is refused leaves no folder
     assert len(list(study.glob("*/metrics.json"))) == 6
     scored = [read_json(path)["key"]["criterion"]["name"] for path in cache.glob("scores/*.json")]
     assert sorted(scored) == sorted(methods)
@@ -63,7 +61,7 @@ def test_a_sweep_shares_scores_survives_a_failing_job_and_is_not_run_twice(
         run_pipeline(configure(*job, "criterion=random", "seed=1", f"selection.ratio={ratio}"))
     page = report_set(study)
     assert files(study / "report") == {
-        *("index.html", "results.csv", "table.md", "output_loss_over_ratio.png"),
+        *(".manifest.json", "index.html", "results.csv", "table.md", "output_loss_over_ratio.png"),
         *("quality_over_ratio.png", "quality_over_latency_ratio.png"),
     }
     runs = pd.read_csv(study / "report" / "results.csv")
@@ -116,19 +114,22 @@ def wandb_records(file: Path) -> Iterator[Any]:
 
 
 def test_each_job_is_one_offline_wandb_run_that_is_finished_also_when_the_job_fails(overrides, data_folder, tmp_path):
-    job = [*overrides, "logger.wandb=true", "logger.mode=offline", "distillation=none"]
-    assert sweep(data_folder, *job, "selection.ratio=0.9999,0.5").returncode != 0
+    job = [*overrides, "logger.wandb=true", "logger.mode=offline", "distillation=task_only"]
+    broken, works = 1e30, 1e-4  # the loss of the first is not finite after a step
+    assert sweep(data_folder, *job, "optimizer.lr=1e30,1e-4", "trainer.gradient_clip_val=null").returncode != 0
     runs = sorted((tmp_path / "runs" / "debug").iterdir())
     assert len(runs) == 2
-    for run, ratio, code in zip(runs, (0.5, 0.9999), (0, 1), strict=True):
+    codes = {}
+    for run in runs:
         (offline,) = (path for path in run.rglob("offline-run-*") if path.is_dir())
         (file,) = offline.glob("run-*.wandb")
         records = list(wandb_records(file))
         (started,) = (record.run for record in records if record.HasField("run"))
         assert started.run_id.startswith(f"debug-{run.name[-8:]}") and started.display_name == run.name
         config = {item.key: json.loads(item.value_json) for item in started.config.update}
-        assert config["selection.ratio"] == ratio and config["criterion.name"] == "output_loss"
-        assert [record.exit.exit_code for record in records if record.HasField("exit")] == [code]
+        assert config["selection.ratio"] == 0.5 and config["criterion.name"] == "output_loss"
+        (code,) = (record.exit.exit_code for record in records if record.HasField("exit"))
+        codes[config["optimizer.lr"]] = code
         assert (run / "finished.json").exists() == (code == 0)
         if code == 0:
             keys = (
@@ -136,4 +137,5 @@ def test_each_job_is_one_offline_wandb_run_that_is_finished_also_when_the_job_fa
             )
             summary = {".".join(key) for key in keys}
             assert {"eval/output_loss", "plan/achieved_ratio", "student/params", "student/latency_ms"} <= summary
+    assert codes == {broken: 1, works: 0}
     assert not (tmp_path / "wandb").exists()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from support.process import ROOT
-from test_audio import MEL, noise, tone
+from support.sounds import MEL, noise, tone
 from transformers import ClapConfig, ClapFeatureExtractor, ClapModel
 
 from conf.schema import build

@@ -18,10 +18,10 @@ from support.pipelines import FACTOR, LATENT, tiny_pipeline
 from support.surroundings import opened
 from test_teachers import CALL
 
-from lightning_modules.backbones.base import Change
-from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
+from lightning_modules.backbones.base import Change, output_of
+from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone, is_stock
 from lightning_modules.export.export import dense_twin, export
-from lightning_modules.export.verify import is_stock, output_of, random_arguments, verify
+from lightning_modules.export.verify import verify
 
 PIXELS = LATENT * FACTOR
 CARD = "---\nlicense: apache-2.0\n---\n# A student\n"
@@ -75,7 +75,7 @@ def image(pipeline: Any, kind: str) -> np.ndarray:
 def check_equal(network: Any, student: DiffusionBackbone) -> None:
     """Fail unless a network that was read from an export is the student's."""
     assert same_tensors(network.state_dict(), student.network.state_dict())
-    arguments = random_arguments(student)
+    arguments = student.random_arguments()
     found, expected = output_of(network, arguments), output_of(student.network, arguments)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
@@ -215,7 +215,7 @@ def test_a_restaged_export_can_lose_blocks(tmp_path):
 def test_an_export_is_proved_in_a_process_that_does_not_have_this_project(kind, changes, tmp_path):
     student = tiny(kind, tmp_path).pruned(changes)
     folder = exported(student, tmp_path / "export")
-    largest = float(output_of(student.network, random_arguments(student)).abs().max())
+    largest = float(output_of(student.network, student.random_arguments()).abs().max())
     assert 0 <= verify(student, folder) <= 1e-5 * largest
 
 

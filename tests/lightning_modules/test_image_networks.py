@@ -477,7 +477,7 @@ TEACHERS = {
 @pytest.mark.parametrize("name", TEACHERS)
 def test_a_teacher_that_is_not_here_says_how_it_is_had(name, tmp_path, monkeypatch):
     monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
-    monkeypatch.setattr("lightning_modules.backbones.diffusion.load.hub_files", lambda path: None)
+    monkeypatch.setattr("lightning_modules.backbones.files.hub_files", lambda path: None)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     cfg = composed(f"teacher={name}").teacher

@@ -211,7 +211,7 @@ def test_only_the_files_that_are_needed_are_downloaded(weights, wanted, tmp_path
         return str(tmp_path)
 
     monkeypatch.setattr("datamodules.readers.hub_files.snapshot_download", download)
-    monkeypatch.setattr("lightning_modules.backbones.diffusion.load.hub_files", lambda path: names)
+    monkeypatch.setattr("lightning_modules.backbones.files.hub_files", lambda path: names)
     assert find_model("somebody/large") == tmp_path
     assert asked == [("somebody/large", [], False), ("somebody/large", [*beside, *wanted], False)]
 

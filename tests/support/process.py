@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def train(
-    *arguments: str, check: bool = True, config_dir: Path | None = None, timeout: float = 300, **options: object
+    *arguments: str, check: bool = True, config_dir: Path | None = None, timeout: float = 1800, **options: object
 ) -> subprocess.CompletedProcess:
     """Run train.py as a user does, in a process of its own."""
     command = [sys.executable, str(ROOT / "train.py")]

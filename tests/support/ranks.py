@@ -14,7 +14,7 @@ from experiments.engine import ranks
 
 
 @contextlib.contextmanager
-def two_ranks(function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> Iterator[None]:
+def two_ranks(function: Callable[..., Any], *arguments: Any, seconds: float = 300) -> Iterator[None]:
     """Run function(rank, *arguments) in two processes; at the end of the block both have to end without an error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

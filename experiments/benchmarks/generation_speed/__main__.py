@@ -36,14 +36,14 @@ from lightning_modules.metrics.cost import device_name
 PROMPT = "The Leaning Tower of Pisa is known for"
 
 
-def load(name: str) -> LanguageBackbone:
-    """A teacher by the name of its configuration, or what lies in a folder (or is on the hub)."""
+def load(name: str) -> Any:
+    """Return a language model: a teacher by the name of its configuration, else one by its folder or hub id."""
     path = ROOT / "conf" / "teacher" / f"{name}.yaml"
     if not path.exists():
         return load_language_model(name, length=2)  # of the costs, which are not counted here: any network has it
     register()  # for paths below this repository
     teacher = build(OmegaConf.load(path))  # type: ignore[arg-type]
-    if not isinstance(teacher, LanguageBackbone):
+    if not teacher.writes_text:
         raise ValueError(f"{name} is no language model, but a {type(teacher).__name__}")
     return teacher
 

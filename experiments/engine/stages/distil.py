@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from experiments.engine.job import TEACHER, Job
 from experiments.engine.stage import Stage, latest, latest_network
+from experiments.engine.stages.score import check_data
 from experiments.engine.stages.select import Select
 from experiments.engine.training import train
 from lightning_modules.modules.base import check_module
@@ -44,6 +45,8 @@ class Distil(Stage):
         if self.makes is None:
             return
         cfg, teacher = job.cfg, job.teacher
+        if self.select is None:  # else it is checked where units are scored
+            check_data(teacher, "data", cfg.data.get("name"), job.data)
         narrower = self.select is not None and "slice" in self.select.kinds(job) and teacher.width_changes_stages
         module: Any = hydra.utils.get_object(cfg.distillation._target_)
         if hasattr(module, "check_settings"):  # a module of somebody's own may have none

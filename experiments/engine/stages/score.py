@@ -61,6 +61,7 @@ class Score(Stage):
             raise ValueError(
                 f"criterion={cfg.criterion.name} cannot score teacher={cfg.teacher.get('name', '?')}: {reason}"
             )
+        check_data(network, "data", cfg.data.get("name"), job.data)
         if cfg.calibration.data is not None:
             check_data(network, "calibration.data", cfg.calibration.data.get("name"), self.data(job))
         if self.needed:

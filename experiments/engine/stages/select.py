@@ -21,6 +21,9 @@ from lightning_modules.training.trainer import autocast
 KINDS = {Level.DEPTH: ChangeKind.BYPASS, Level.OPERATOR: ChangeKind.REPLACE, Level.CHANNEL: ChangeKind.SLICE}
 """How units of each level are removed."""
 
+REPORTED = ("report.html", "figures", "sounds")
+"""What the report of a run writes."""
+
 
 class Select(Stage):
     """Chooses by `cfg.selection` what goes from the network that the score stage before it has scored."""
@@ -78,7 +81,8 @@ class Select(Stage):
             known([change["unit"] for change in plan["changes"] if "unit" in change], units, str(path))
         elif is_rank_zero():  # what is measured may differ between ranks, so one of them plans for all
             plan = self.plan(job, network_id, scores_key, units)
-            job.run.clear([name for stage in self.followers for name in stage.artefacts()])  # made from another plan
+            made_from_another_plan = [name for stage in self.followers for name in stage.artefacts()]
+            job.run.clear([*REPORTED, *made_from_another_plan])
             write_json(path, plan)
         else:
             wait_for(path)

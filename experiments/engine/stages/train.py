@@ -5,9 +5,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from conf.schema import ConfigError
-from experiments.engine.artefacts import staged
 from experiments.engine.job import Job
-from experiments.engine.ranks import is_rank_zero
 from experiments.engine.stage import Stage
 from experiments.engine.stages.distil import training_artefacts
 from experiments.engine.training import train
@@ -16,7 +14,7 @@ from lightning_modules.modules.base import check_module
 
 
 class Train(Stage):
-    """Trains the module that `cfg.pretrain` names, and writes its weights in half precision."""
+    """Trains the module that `cfg.pretrain` names."""
 
     usual_name = "train"
     needs_teacher = False
@@ -27,7 +25,7 @@ class Train(Stage):
         check_module(cfg.pretrain, "pretrain")
 
     def artefacts(self) -> list[str]:
-        return [self.artefact("weights"), *training_artefacts(self)]
+        return training_artefacts(self)
 
     def check(self, job: Job) -> None:
         if job.cfg.latents is not None:
@@ -36,6 +34,3 @@ class Train(Stage):
     def run(self, job: Job) -> None:
         with job.clock(self.name):
             self.module: Any = train(job, job.cfg.pretrain, self.name)
-        if is_rank_zero() and not (job.run / self.artefact("weights")).exists():
-            with staged(job.run / self.artefact("weights")) as folder:
-                self.module.save(folder)

@@ -89,6 +89,7 @@ class ClassifierBackbone(NetworkBackbone):
     """
 
     library = "torch"
+    classifies = True
     pipeline_tag = "image-classification"
     slices = "channels"
 
