@@ -21,7 +21,7 @@ from experiments.engine.artefacts import read_json
 from experiments.engine.pipeline import run_pipeline
 from experiments.reporting.set_page import report_set
 from experiments.studies.shortened_llama.__main__ import format_perplexities, read_results
-from experiments.tools.precompute import backbone_of
+from experiments.tools.precompute import load_backbone
 
 TRAIN = "the cat sat on the mat, and the dog sat on the cat. " * 20
 HOLDOUT = "a dog and a cat sat on a mat: it was a big mat! " * 10
@@ -278,7 +278,7 @@ def test_a_data_set_is_no_value_of_calibration_data(configure):
 
 def test_a_language_model_has_no_latents_to_store(configure, words):
     with pytest.raises(ConfigError, match="has no latents"):
-        backbone_of(configure(*words))
+        load_backbone(configure(*words))
 
 
 @pytest.mark.data
