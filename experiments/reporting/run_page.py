@@ -183,15 +183,15 @@ def list_costs(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     if len(networks) < 2 or not all(f"{name}/params" in metrics for name in networks):
         networks = ["teacher", "student"]
     costs = {name: [metrics.get(f"{name}/{cost}") for cost in COSTS] for name in networks}
-    shown = networks[:1] + [b for a, b in itertools.pairwise(networks) if costs[a] != costs[b]]
-    if len(shown) == 1:  # nothing was removed
-        shown.append(networks[-1])
+    distinct = networks[:1] + [b for a, b in itertools.pairwise(networks) if costs[a] != costs[b]]
+    if len(distinct) == 1:  # nothing was removed
+        distinct.append(networks[-1])
     lines = []
     for cost, name in COSTS.items():
         if not metrics.get(f"teacher/{cost}"):
             continue
         parts = ("macs", cost) if cost == "macs_attention" else (cost,)
-        counts = [sum(metrics[f"{network}/{part}"] for part in parts) for network in shown]
+        counts = [sum(metrics[f"{network}/{part}"] for part in parts) for network in distinct]
         has_target = cost == metrics["plan/budget"] and "plan/requested_target" in metrics
         if has_target:
             counts.append(metrics["plan/requested_target"])
