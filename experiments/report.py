@@ -1,6 +1,6 @@
 """The command `python -m experiments.report`."""
 
-from experiments.reporting.page import main
+from experiments.reporting.set_page import main
 
 if __name__ == "__main__":
     main()

@@ -22,7 +22,7 @@ from experiments.engine.ranks import barrier, is_rank_zero, meet
 from experiments.engine.run import Run
 from experiments.engine.stage import Stage, check_names
 from experiments.reporting.dashboard import Dashboard
-from experiments.reporting.page import report_run
+from experiments.reporting.run_page import report_run
 from experiments.tools.precompute import check_latents
 from lightning_modules.backbones.diffusion.backbone import is_flow
 from lightning_modules.backbones.files import weight_files

@@ -1,4 +1,4 @@
-"""Weights & Biases: one run a job, offline where there is no key, always finished."""
+"""Weights & Biases: one run per job, offline where there is no key, always finished."""
 
 import inspect
 import netrc
@@ -12,17 +12,22 @@ import wandb
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger, WandbLogger
 
+from conf.nested import flatten_dict
 from conf.schema import ConfigError, build
 from experiments.engine.identity import effective
 from experiments.engine.ranks import is_rank_zero
 from experiments.engine.run import Run
-from experiments.reporting.sounds import dashboard_sounds
+from experiments.reporting.sounds import load_wandb_sounds
 
 HOST = "api.wandb.ai"
+"""The host under which ~/.netrc has the key of W&B."""
 
 
 class Dashboard:
-    """A context that opens the W&B run whose id is (name, run id), and finishes it whatever happens inside."""
+    """A context that opens the W&B run of a job, and finishes it whatever happens inside.
+
+    The id of the W&B run is the name of the configuration and the run's id, so that a resumed job continues it.
+    """
 
     def __init__(self, cfg: DictConfig, run: Run) -> None:
         self.cfg, self.run = cfg, run
@@ -34,7 +39,7 @@ class Dashboard:
         if logger.wandb and is_rank_zero():
             mode: Any = logger.mode
             if mode == "auto":
-                mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+                mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
             self.wandb = wandb.init(
                 project=logger.project,
                 entity=logger.entity,
@@ -42,7 +47,7 @@ class Dashboard:
                 name=self.run.folder.name,
                 group=self.cfg.name,
                 dir=self.run.folder,
-                config=flat(effective(self.cfg)),
+                config=flatten_dict(effective(self.cfg)),
                 mode=mode,
                 resume="allow" if mode == "online" else None,
                 settings=wandb.Settings(console="off", silent=mode == "offline"),
@@ -52,9 +57,9 @@ class Dashboard:
         return self
 
     def build_logger(self, name: str, node: DictConfig) -> Logger:
-        """Return a logger of Lightning that writes into the run's folder.
+        """Return the logger of `logger.loggers.<name>`, which writes below the run's folder if it takes a `save_dir`.
 
-        Raises ConfigError for one that cannot be made, with the extra to install where that is missing.
+        Raises ConfigError, naming the field and the extra to install, where the logger cannot be made.
         """
         takes_folder = "save_dir" in inspect.signature(hydra.utils.get_object(node._target_)).parameters
         folder = {"save_dir": self.run / "logs"} if takes_folder and "save_dir" not in node else {}
@@ -65,12 +70,12 @@ class Dashboard:
             raise ConfigError(f"logger.loggers.{name} cannot be made: {error.__cause__ or error}{extra}") from error
 
     def finish(self, metrics: dict[str, Any], measured: dict[str, Any]) -> None:
-        """Put the summary, the pictures and the sounds on the dashboard, under flat names."""
+        """Upload metrics.json and measured.json as the summary, and the figures and sounds of the run."""
         if self.wandb is None:
             return
-        self.wandb.summary.update(flat({**metrics, **measured}))
+        self.wandb.summary.update(flatten_dict({**metrics, **measured}))
         figures = {picture.stem: wandb.Image(str(picture)) for picture in sorted((self.run / "figures").glob("*.png"))}
-        self.wandb.log(figures | dashboard_sounds(self.run.folder))
+        self.wandb.log(figures | load_wandb_sounds(self.run.folder))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -79,22 +84,11 @@ class Dashboard:
             self.wandb.finish(exit_code=1 if kind else 0)
 
 
-def has_key() -> bool:
-    """Is there a W&B key in the environment or in ~/.netrc?"""
+def has_wandb_key() -> bool:
+    """Tell whether there is a W&B key in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
         return netrc.netrc(Path("~/.netrc").expanduser()).authenticators(HOST) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined with dots: `criterion.name`, `selection.ratio`."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

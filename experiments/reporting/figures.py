@@ -1,4 +1,4 @@
-"""The pictures of one run and of a comparison of runs."""
+"""Figures of one run, and of a comparison of runs. Each drawing function returns what it has written."""
 
 import math
 from collections.abc import Sequence
@@ -13,27 +13,29 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from experiments.reporting.tables import are_channels, channel_units, timed_alike
+from experiments.reporting.tables import have_comparable_latencies, tabulate_channels
 
 plt.rcParams["text.parse_math"] = False  # a `$` in a run's name is a dollar
 
 KEPT, REMOVED, PROTECTED = "#4c78a8", "#e45756", "#9d9d9d"
 
 
-def unit_scores(
+def draw_unit_scores(
     scores: dict[str, dict[str, float]],
     removed: Sequence[str],
     criterion: str,
     path: Path,
     protected: Sequence[str] = (),
-) -> None:
-    """A bar a unit, in the order of the forward pass; removed ones in red, protected ones in grey; standard errors.
+) -> Path:
+    """Draw a bar per unit with its standard error; removed units are red, protected ones grey.
 
-    Channels are too many for that: there is a column a group.
+    Args:
+        scores: {unit: {"score": ..., and "standard_error" where it is known}}, in the order of the forward pass.
+        removed: names of the removed units.
+        criterion: name of the criterion, for the axis.
+        path: the PNG file to write.
+        protected: names of the units that were kept whatever their scores.
     """
-    if are_channels(scores):
-        channel_groups(scores, set(removed), criterion, path)
-        return
     names, values = list(scores), np.array([entry["score"] for entry in scores.values()])
     errors = np.array([entry.get("standard_error", 0.0) for entry in scores.values()])
     figure, axis = plt.subplots(figsize=(8, 0.22 * len(names) + 1.2))
@@ -46,38 +48,41 @@ def unit_scores(
     axis.set_xlabel(f"{criterion}: harm if removed")
     note = f", {len(protected)} protected (grey)" if protected else ""
     axis.set_title(f"{len(removed)} of {len(names)} units removed (red){note}", fontsize=10)
-    save(figure, path)
+    return save_figure(figure, path)
 
 
-def channel_groups(scores: dict[str, dict[str, float]], removed: set[str], criterion: str, path: Path) -> None:
-    """A column a group of channels: the share of it that stays and goes, and below it the score of every unit.
+def draw_group_scores(scores: dict[str, dict[str, float]], removed: set[str], criterion: str, path: Path) -> Path:
+    """Draw a column per group of channels: the shares kept and removed above, the score of every unit below.
 
-    Thousands of units stay readable, and one sees how far a threshold divides the scores of each layer.
+    Thousands of units stay readable, and one sees how a threshold divides the scores of each layer.
     """
-    table = channel_units(scores, removed)
-    gone = table.groupby("group", sort=False)["removed"].agg(["sum", "size", "mean"])
-    places = table["group"].map({name: place for place, name in enumerate(gone.index)})
+    table = tabulate_channels(scores, removed)
+    groups = table.groupby("group", sort=False)["removed"].agg(["sum", "size", "mean"])
+    columns = table["group"].map({name: column for column, name in enumerate(groups.index)})
     figure, (above, below) = plt.subplots(
-        2, 1, sharex=True, figsize=(min(max(0.15 * len(gone) + 1.5, 6), 18), 5.5), gridspec_kw={"hspace": 0.05}
+        2, 1, sharex=True, figsize=(min(max(0.15 * len(groups) + 1.5, 6), 18), 5.5), gridspec_kw={"hspace": 0.05}
     )
-    above.bar(range(len(gone)), 1 - gone["mean"], color=KEPT, width=0.9)
-    above.bar(range(len(gone)), gone["mean"], bottom=1 - gone["mean"], color=REMOVED, width=0.9)
+    above.bar(range(len(groups)), 1 - groups["mean"], color=KEPT, width=0.9)
+    above.bar(range(len(groups)), groups["mean"], bottom=1 - groups["mean"], color=REMOVED, width=0.9)
     above.set_ylabel("share that stays")
-    above.set_title(f"{len(removed)} of {len(table)} units in {len(gone)} groups removed (red)", fontsize=10)
-    for is_gone, colour in ((False, KEPT), (True, REMOVED)):
-        some = table["removed"] == is_gone
-        below.scatter(places[some], table["score"][some], s=4, color=colour, linewidths=0)
-    if spans(list(table["score"].quantile([0.5, 0.9])), 20) and (table["score"] > 0).all():
+    above.set_title(f"{len(removed)} of {len(table)} units in {len(groups)} groups removed (red)", fontsize=10)
+    for is_removed, colour in ((False, KEPT), (True, REMOVED)):
+        chosen = table["removed"] == is_removed
+        below.scatter(columns[chosen], table["score"][chosen], s=4, color=colour, linewidths=0)
+    if spans_more_than(list(table["score"].quantile([0.5, 0.9])), 20) and (table["score"] > 0).all():
         below.set_yscale("log")
     below.set_ylabel(criterion)
-    names = [f"{name}  {row['size'] - row['sum']:.0f}/{row['size']:.0f}" for name, row in gone.iterrows()]
-    below.set_xticks(range(len(gone)), names, rotation=90, fontsize=6)
-    below.set_xlim(-0.7, len(gone) - 0.3)
-    save(figure, path)
+    names = [f"{name}  {row['size'] - row['sum']:.0f}/{row['size']:.0f}" for name, row in groups.iterrows()]
+    below.set_xticks(range(len(groups)), names, rotation=90, fontsize=6)
+    below.set_xlim(-0.7, len(groups) - 0.3)
+    return save_figure(figure, path)
 
 
-def loss_curves(history: pd.DataFrame, path: Path) -> None:
-    """The loss and its terms over the steps, and each feature level before and after its weight."""
+def draw_losses(history: pd.DataFrame, path: Path) -> Path | None:
+    """Draw the loss and its terms over the steps, and the feature loss of each level before and after weighting.
+
+    `history` has the columns step, name and value. Returns None, without a file, where it has no loss.
+    """
     series = {name.removeprefix("train/"): part for name, part in history.groupby("name") if name.startswith("train/")}
     panels = {
         "loss": [name for name in ("loss", "task", "output") if name in series],
@@ -86,130 +91,145 @@ def loss_curves(history: pd.DataFrame, path: Path) -> None:
     }
     panels = {title: names for title, names in panels.items() if names}
     if not panels:
-        return
+        return None
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
     for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
         for name in names:
-            mark = "o" if len(series[name]) == 1 else None  # a line of one point is none
-            axis.plot(series[name]["step"], series[name]["value"], lw=1, marker=mark, label=name.split("/")[-1])
+            marker = "o" if len(series[name]) == 1 else None  # a line through one point is invisible
+            axis.plot(series[name]["step"], series[name]["value"], lw=1, marker=marker, label=name.split("/")[-1])
         axis.set_yscale("log")
         axis.set_xlabel("optimiser step")
         axis.set_title(title, fontsize=10)
         axis.legend(fontsize=7)
-    save(figure, path)
+    return save_figure(figure, path)
 
 
-def sample_grids(images: dict[str, np.ndarray], path: Path, side: int = 8) -> None:
-    """Grids of each network's samples from the same seeds, side by side."""
+def draw_sample_grids(images: dict[str, np.ndarray], path: Path, side: int = 8) -> Path:
+    """Draw a grid per network, side by side, of at most side x side samples from the same seeds.
+
+    `images` are (N,H,W,C) uint8 arrays by network.
+    """
     figure, axes = plt.subplots(1, len(images), figsize=(4.2 * len(images), 4.5), squeeze=False)
     side = min(side, math.ceil(math.sqrt(min(len(batch) for batch in images.values()))))
     for axis, (name, batch) in zip(axes[0], images.items(), strict=True):
-        axis.imshow(grid(batch, side).squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.imshow(tile(batch, side).squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(name)
         axis.axis("off")
-    save(figure, path, dpi=150)
+    return save_figure(figure, path, dpi=150)
 
 
-def grid(images_NHWC: np.ndarray, side: int) -> np.ndarray:
-    """The first side x side images as one (H,W,C) picture, black where there are fewer."""
+def tile(images_NHWC: np.ndarray, side: int) -> np.ndarray:
+    """Return the first side x side images as one (side*H,side*W,C) picture, black where there are fewer."""
     count, height, width, channels = images_NHWC.shape
-    shown = np.zeros((side * side, height, width, channels), np.uint8)
-    shown[: min(count, side * side)] = images_NHWC[: side * side]
-    return (
-        shown.reshape(side, side, height, width, channels).swapaxes(1, 2).reshape(side * height, side * width, channels)
-    )
+    tiles = np.zeros((side * side, height, width, channels), np.uint8)
+    tiles[: min(count, side * side)] = images_NHWC[: side * side]
+    rows = tiles.reshape(side, side, height, width, channels).swapaxes(1, 2)
+    return rows.reshape(side * height, side * width, channels)
 
 
-def spans(values: Sequence[float | None], factor: float) -> bool:
-    """Do positive values differ by more than this factor, so that a logarithmic axis shows them better?"""
-    there = [value for value in values if value is not None and not math.isnan(value)]
-    return bool(there) and min(there) > 0 and max(there) > factor * min(there)
+def spans_more_than(values: Sequence[float | None], factor: float) -> bool:
+    """Tell whether all values are positive and the largest is more than `factor` times the smallest.
 
-
-def comparison(table: pd.DataFrame, folder: Path, suffix: str = "") -> list[Path]:
-    """Draw runs that may share one pair of axes, as bars instead of curves where all have one ratio.
-
-    Returns the files of the pictures.
+    None and NaN are left out. A logarithmic axis shows such values better.
     """
-    name, level = table["metric"].iloc[0], table["quality_teacher"].mean()
-    level = None if pd.isna(level) else level
-    measure = f"{'output loss' if pd.isna(name) or not name else name} ({table['better'].iloc[0]} is better)"
-    wide = table["better"].iloc[0] == "lower" and spans([*table["quality"], level], 20)
-    drawn = []
-    if timed_alike(table):  # latencies of several batches or devices share no axis
-        drawn.append(folder / f"quality_over_latency_ratio{suffix}.png")
-        curves(table, "latency_ratio", "quality", ("latency, student / teacher", measure), drawn[0], level, log=wide)
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return bool(known) and min(known) > 0 and max(known) > factor * min(known)
+
+
+def draw_comparison(table: pd.DataFrame, folder: Path, suffix: str = "") -> list[Path]:
+    """Draw rows that were measured alike: as bars where all have one ratio, else as curves over the ratio.
+
+    Quality over latency is drawn where the latencies are comparable. File names end in `suffix`.
+    """
+    metric, teacher = table["metric"].iloc[0], table["quality_teacher"].mean()
+    teacher = None if pd.isna(teacher) else teacher
+    label = f"{'output loss' if pd.isna(metric) or not metric else metric} ({table['better'].iloc[0]} is better)"
+    log = table["better"].iloc[0] == "lower" and spans_more_than([*table["quality"], teacher], 20)
+    paths = []
+    if have_comparable_latencies(table):
+        labels = ("latency, student / teacher", label)
+        path = folder / f"quality_over_latency_ratio{suffix}.png"
+        paths.append(draw_curves(table, ("latency_ratio", "quality"), labels, path, teacher, log))
     if 1 < len(table) == table["method"].nunique() and table["ratio"].nunique() == 1:
-        drawn.append(folder / f"quality_by_method{suffix}.png")
-        bars(table, measure, drawn[-1], level)
-        return drawn
-    drawn.append(folder / f"quality_over_ratio{suffix}.png")
-    curves(table, "ratio", "quality", ("fraction removed", measure), drawn[-1], level, log=wide)
-    drawn.append(folder / f"output_loss_over_ratio{suffix}.png")
+        return [*paths, draw_bars(table, label, folder / f"quality_by_method{suffix}.png", teacher)]
+    path = folder / f"quality_over_ratio{suffix}.png"
+    paths.append(draw_curves(table, ("ratio", "quality"), ("fraction removed", label), path, teacher, log))
+    path = folder / f"output_loss_over_ratio{suffix}.png"
     labels = ("fraction removed", "joint output loss right after pruning")
-    curves(table, "ratio", "output_loss_pruned", labels, drawn[-1], log=True)
-    return drawn
+    paths.append(draw_curves(table, ("ratio", "output_loss_pruned"), labels, path, log=True))
+    return paths
 
 
-def bars(table: pd.DataFrame, label: str, path: Path, level: float | None) -> None:
-    """Two bars a method, the best one first: as pruned and in the end; spreads over seeds; `level` is the teacher's.
+def draw_bars(table: pd.DataFrame, label: str, path: Path, teacher: float | None) -> Path:
+    """Draw the quality of each method as pruned and in the end, the best method on top; error bars are over seeds.
 
-    One bar where nothing was trained.
+    There is one bar per method where nothing was trained. `label` is that of the axis, `teacher` the teacher's quality.
     """
     higher = table["better"].iloc[0] == "higher"
     ordered = table.sort_values(["quality", "quality_pruned"], ascending=higher)
-    places = np.arange(len(ordered))
+    positions = np.arange(len(ordered))
     figure, axis = plt.subplots(figsize=(7, 0.55 * len(ordered) + 1.2))
-    shown = [("quality_pruned", -0.2, PROTECTED, "as pruned"), ("quality", 0.2, KEPT, "in the end")]
+    series = [("quality_pruned", -0.2, PROTECTED, "as pruned"), ("quality", 0.2, KEPT, "in the end")]
     if (ordered["distillation"] == "none").all():
-        shown = [("quality", 0.0, PROTECTED, "as pruned")]
-    for column, offset, colour, name in shown:
+        series = [("quality", 0.0, PROTECTED, "as pruned")]
+    for column, offset, colour, name in series:
         errors = ordered[f"{column} std"].fillna(0)
-        drawn = axis.barh(
-            places + offset, ordered[column], 0.38, xerr=errors if errors.any() else None, color=colour, label=name
+        bars = axis.barh(
+            positions + offset, ordered[column], 0.38, xerr=errors if errors.any() else None, color=colour, label=name
         )
-        axis.bar_label(drawn, fmt="%.4g", fontsize=7, padding=3)
-    if level is not None:
-        axis.axvline(level, color="black", ls=":", lw=1, label="teacher")
-    if not higher and spans([*table["quality"], *table["quality_pruned"], level], 20):
+        axis.bar_label(bars, fmt="%.4g", fontsize=7, padding=3)
+    if teacher is not None:
+        axis.axvline(teacher, color="black", ls=":", lw=1, label="teacher")
+    if not higher and spans_more_than([*table["quality"], *table["quality_pruned"], teacher], 20):
         axis.set_xscale("log")
-    axis.set_yticks(places, ordered["method"], fontsize=8)
+    axis.set_yticks(positions, ordered["method"], fontsize=8)
     axis.margins(x=0.12)
     axis.set_xlabel(label)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    save(figure, path)
+    return save_figure(figure, path)
 
 
-def curves(
-    groups: pd.DataFrame,
-    x: str,
-    y: str,
+def draw_curves(
+    table: pd.DataFrame,
+    columns: tuple[str, str],
     labels: tuple[str, str],
     path: Path,
-    level: float | None = None,
+    teacher: float | None = None,
     log: bool = False,
-) -> None:
-    """y over x with a colour a method; bars are the spread over seeds; `level` is the teacher's."""
+) -> Path:
+    """Draw one column over another, a curve per method, with the standard deviation over seeds as error bars.
+
+    Args:
+        table: rows with a "method", as `average_over_seeds` returns them.
+        columns: names of the columns on the horizontal and the vertical axis.
+        labels: of the two axes.
+        path: the PNG file to write.
+        teacher: the teacher's value, drawn as a horizontal line.
+        log: draw the vertical axis logarithmically where all values are positive.
+    """
+    x, y = columns
     figure, axis = plt.subplots(figsize=(6, 4.2))
-    methods = list(groups.groupby("method"))
+    methods = list(table.groupby("method"))
     colours = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20").colors  # type: ignore[attr-defined]
-    for place, (method, rows) in enumerate(methods):
+    for number, (method, rows) in enumerate(methods):
         ordered = rows.sort_values(x)
-        style = {"color": colours[place % len(colours)], "marker": "os^Dv"[place % 5], "ms": 5, "capsize": 3}
+        style = {"color": colours[number % len(colours)], "marker": "os^Dv"[number % 5], "ms": 5, "capsize": 3}
         axis.errorbar(ordered[x], ordered[y], yerr=ordered[f"{y} std"].fillna(0), label=method, **style)
-    if log and (groups[y] > 0).all():
+    if log and (table[y] > 0).all():
         axis.set_yscale("log")
-    if level is not None:
-        axis.axhline(level, color="black", ls=":", lw=1, label="teacher")
+    if teacher is not None:
+        axis.axhline(teacher, color="black", ls=":", lw=1, label="teacher")
     axis.set_xlabel(labels[0])
     axis.set_ylabel(labels[1])
     beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)} if len(methods) > 5 else {}
     axis.legend(fontsize=8, **beside)
     axis.grid(alpha=0.3)
-    save(figure, path)
+    return save_figure(figure, path)
 
 
-def save(figure: Any, path: Path, dpi: int = 120) -> None:
+def save_figure(figure: Any, path: Path, dpi: int = 120) -> Path:
+    """Write a figure as PNG, the same bytes for the same figure, and close it; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
+    return path

@@ -1,4 +1,4 @@
-"""Sets of runs as tables: what people read, and what they have to know before they compare rows."""
+"""Sets of runs as tables: rows averaged over seeds, their Markdown, and warnings for whoever compares the rows."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,10 +11,11 @@ from criteria.selection.base import group
 from experiments.engine.artefacts import digest
 
 
-def averaged(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs that differ in seeds only, as mean and standard deviation; `method` names what a curve is of.
+def average_over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per setting, i.e. for runs that differ in seeds only: means, and deviations in "... std" columns.
 
-    Where they were timed at several batches or on several devices, there is no mean of their latencies.
+    The column "method" tells the rows of different curves apart. Where the runs of a row were timed at several batch
+    sizes or on several devices, the row has no mean latency.
     """
     values = [
         "achieved",
@@ -36,17 +37,20 @@ def averaged(runs: pd.DataFrame) -> pd.DataFrame:
     labels += ["metric", "better", "protocol"]
     table = grouped[[*labels, "setting"]].first().join(grouped[values].mean())
     table = table.join(grouped[values].std().add_suffix(" std")).join(grouped.size().rename("runs"))
-    table = table.join(grouped["latency_at"].agg(lambda places: "; ".join(sorted(set(places)))))
+    table = table.join(grouped["latency_at"].agg(lambda conditions: "; ".join(sorted(set(conditions)))))
     table.loc[grouped["latency_at"].nunique() > 1, ["latency_ratio", "latency_ratio std"]] = math.nan
     table = table.sort_values(["teacher", "criterion", "selection", "distillation", "ratio"]).reset_index(drop=True)
-    table["method"] = methods(table)
+    table["method"] = name_methods(table)
     return table
 
 
-def methods(table: pd.DataFrame) -> list[str]:
-    """What tells the rows apart, other than the ratio: the names first, then whatever else varies."""
-    named = ["teacher", "selection", "distillation", "steps", "budget"]
-    known = {
+def name_methods(table: pd.DataFrame) -> list[str]:
+    """Return a name per row that has all in which rows differ, but for the ratio.
+
+    It begins with the criterion; then come the columns that vary, then other fields of the configuration.
+    """
+    columns = ["teacher", "selection", "distillation", "steps", "budget"]
+    fields_in_columns = {
         "criterion.name",
         "selection.ratio",
         "selection.target",
@@ -56,15 +60,16 @@ def methods(table: pd.DataFrame) -> list[str]:
         "selection.budget",
         "distillation.name",
         "trainer.steps",
-        *(f"criterion.{name}" for name in ("level", "ratio", "target", "budget")),  # told by the name or the selection
+        # These follow from the criterion's name in the table, or from the selection.
+        *(f"criterion.{name}" for name in ("level", "ratio", "target", "budget")),
     }
     fields = pd.DataFrame([{key: str(value) for key, value in fields.items()} for fields in table["setting"]])
-    varying = [name for name in named if table[name].nunique() > 1]
-    # A field that one group choice has and another has not is told by that choice's name already.
-    others = [
+    varying_columns = [name for name in columns if table[name].nunique() > 1]
+    # A field that only one choice of a group has follows from the name of that choice.
+    varying_fields = [
         key
         for key in fields
-        if key not in known
+        if key not in fields_in_columns
         and not key.startswith("evaluation.metric")
         and any(
             part[key].nunique(dropna=False) > 1
@@ -78,136 +83,138 @@ def methods(table: pd.DataFrame) -> list[str]:
         ", ".join(
             [
                 table["criterion"][i],
-                *(f"{name} {table[name][i]}" for name in varying),
-                *(f"{key}={fields[key][i]}" for key in others if not pd.isna(fields[key][i])),
+                *(f"{name} {table[name][i]}" for name in varying_columns),
+                *(f"{key}={fields[key][i]}" for key in varying_fields if not pd.isna(fields[key][i])),
             ]
         )
         for i in table.index
     ]
 
 
-def timed_alike(table: pd.DataFrame) -> bool:
-    """Were all runs of all rows timed at one batch on one device, so that their latencies may be compared?"""
+def have_comparable_latencies(table: pd.DataFrame) -> bool:
+    """Tell whether all runs of all rows were timed at one batch size on one device."""
     return table["latency_at"].nunique() == 1 and bool(table["latency_ratio"].notna().all())
 
 
-def told_by(table: pd.DataFrame) -> str:
-    """The column that rows are told apart by: the criterion, or where other fields vary, too, the whole method."""
-    shown = ["teacher", "criterion", "selection", "distillation", "steps", "ratio", "budget"]
-    return "method" if table.duplicated(shown).any() else "criterion"
+def choose_label_column(table: pd.DataFrame) -> str:
+    """Return "criterion" where the columns of a table tell its rows apart, else "method", which does so always."""
+    columns = ["teacher", "criterion", "selection", "distillation", "steps", "ratio", "budget"]
+    return "method" if table.duplicated(columns).any() else "criterion"
 
 
-def metric_of(table: pd.DataFrame) -> str:
-    """What the qualities in a table are."""
+def name_quality(table: pd.DataFrame) -> str:
+    """Return the names of the measures that the quality columns hold, "output loss" where no other was taken."""
     return ", ".join(sorted({str(name) for name in table["metric"].dropna()})) or "output loss"
 
 
-def by_teacher(table: pd.DataFrame) -> str:
-    """A table a teacher: what different teachers are measured by need not be the same."""
-    parts = list(table.groupby("teacher"))
-    return "\n".join((f"{name}\n\n" if len(parts) > 1 else "") + markdown(part) for name, part in parts)
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """The table people read; spreads where there are several runs."""
-    metric = metric_of(table)
-
-    def spread(row: Any, name: str, digits: int) -> str:
-        value, std = row[name], row[f"{name} std"]
-        if pd.isna(value):
-            return ""
-        return f"{value:.{digits}f}" + (f" ± {std:.{digits}f}" if not pd.isna(std) and std > 0 else "")
-
-    def latency(row: Any) -> str:
-        if pd.isna(row["latency_ratio"]):  # timed at several places
-            return ""
-        return f"x{spread(row, 'latency_ratio', 2)}" + ("" if timed_alike(table) else f" ({row['latency_at']})")
-
-    optional = [(head, name) for head, name in (("target", "target"), ("FLOPs", "flops")) if table[name].notna().any()]
-    counts = [(head, amounts(table[name])) for head, name in (("MACs", "macs"), *optional)]
-    told = told_by(table)
-    heads = [told, "selection", "distillation (steps)", "ratio", "achieved", "parameters"]
-    heads += [*(head for head, _ in counts), "latency"]
-    judged = [("output_loss_pruned", "output loss, pruned", 4), ("output_loss", "output loss", 4)]
-    if metric != "output loss":
-        judged += [("quality_pruned", f"{metric}, pruned", 2), ("quality", metric, 2)]
-    judged += [(name, name.removeprefix("eval/"), 2) for name in others(table)]
-    judged = [(name, head, digits if table[name].abs().max() >= 1 else 4) for name, head, digits in judged]
-    heads += [*(head for _, head, _ in judged), "runs"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    for place, (_, row) in enumerate(table.iterrows()):
-        cells = [
-            row[told],
-            row["selection"],
-            f"{row['distillation']} ({row['steps']})",
-            f"{row['ratio']:.4g}",
-            spread(row, "achieved", 3),
-            f"{row['params'] / 1e6:.2f} M",
-            *(values[place] for _, values in counts),
-            latency(row),
-            *(spread(row, name, digits) for name, _, digits in judged),
-            str(row["runs"]),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def amounts(values: Iterable[float]) -> list[str]:
-    """Counts in one unit for all, billions (G) or millions (M), whichever suits the largest; nothing for NaN."""
-    counts = [float(value) for value in values]
-    size, letter, digits = (1e9, "G", 3) if any(count >= 1e9 for count in counts) else (1e6, "M", 2)
-    return ["" if math.isnan(count) else f"{count / size:.{digits}f} {letter}" for count in counts]
-
-
-def first_of(names: Sequence[str], count: int = 3) -> str:
-    """Some names in a line."""
-    return ", ".join([*names[:count], *(["..."] if len(names) > count else [])])
-
-
-def others(table: pd.DataFrame) -> list[str]:
-    """The columns of what runs deliver in the measures after the first."""
+def list_further_measures(table: pd.DataFrame) -> list[str]:
+    """Return the columns with the measures after the first, of the networks that runs deliver."""
     names = [name for name in table if name.startswith("eval/") and not name.endswith(" std")]
     return [name for name in names if table[name].notna().any()]
 
 
-def warnings_of(table: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
-    """What a reader of the table has to know before comparing its rows."""
-    notes = []
+def list_warnings(table: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
+    """Return sentences on what makes rows of a table incomparable, and on runs that lie in several folders."""
+    warnings = []
     copies = [
         f"{copy} (as {Path(page).parent})"
         for page, names in zip(runs["page"], runs["copies"], strict=True)
         for copy in names
     ]
     if copies:
-        notes.append(f"Folders that hold a run that is counted already: {first_of(copies)}.")
-    if not timed_alike(table):
-        places = "; ".join(sorted(set(runs["latency_at"])))
-        notes.append(f"Latencies were measured at {places}: these are not comparable.")
+        warnings.append(f"Folders that hold a run that is counted already: {abbreviate(copies)}.")
+    if not have_comparable_latencies(table):
+        conditions = "; ".join(sorted(set(runs["latency_at"])))
+        warnings.append(f"Latencies were measured at {conditions}: these are not comparable.")
     if table["protocol"].nunique() > 1:
-        notes.append("These runs were evaluated under different protocols; their qualities are not comparable.")
+        warnings.append("These runs were evaluated under different protocols; their qualities are not comparable.")
     selections = table.groupby("criterion")["selection"].agg(set)
-    if len(selections) > 1 and any(chosen != selections.iloc[0] for chosen in selections):
-        notes.append("The criteria were not all used with the same selection; compare rows of one selection only.")
-    return notes
+    if len(selections) > 1 and any(names != selections.iloc[0] for names in selections):
+        warnings.append("The criteria were not all used with the same selection; compare rows of one selection only.")
+    return warnings
+
+
+# Markdown
+
+
+def format_markdown(cells: pd.DataFrame) -> str:
+    """Return a table of texts in Markdown, its columns aligned."""
+    return cells.to_markdown(index=False, tablefmt="github", disable_numparse=True) + "\n"
+
+
+def format_tables(table: pd.DataFrame) -> str:
+    """Return a table in Markdown per teacher, since different teachers may be measured differently."""
+    parts = list(table.groupby("teacher"))
+    return "\n".join((f"{name}\n\n" if len(parts) > 1 else "") + format_table(part) for name, part in parts)
+
+
+def format_table(table: pd.DataFrame) -> str:
+    """Return the rows of one teacher in Markdown, as means, with standard deviations where there are several runs."""
+    quality, label = name_quality(table), choose_label_column(table)
+    columns = {
+        label: list(table[label]),
+        "selection": list(table["selection"]),
+        "distillation (steps)": [f"{row['distillation']} ({row['steps']})" for _, row in table.iterrows()],
+        "ratio": [f"{ratio:.4g}" for ratio in table["ratio"]],
+        "achieved": format_spreads(table, "achieved", 3),
+        "parameters": [f"{count / 1e6:.2f} M" for count in table["params"]],
+        "MACs": format_counts(table["macs"]),
+    }
+    for head, name in (("target", "target"), ("FLOPs", "flops")):
+        if table[name].notna().any():
+            columns[head] = format_counts(table[name])
+    columns["latency"] = format_latencies(table)
+    measures = [("output_loss_pruned", "output loss, pruned", 4), ("output_loss", "output loss", 4)]
+    if quality != "output loss":
+        measures += [("quality_pruned", f"{quality}, pruned", 2), ("quality", quality, 2)]
+    measures += [(name, name.removeprefix("eval/"), 2) for name in list_further_measures(table)]
+    for name, head, digits in measures:
+        columns[head] = format_spreads(table, name, digits if table[name].abs().max() >= 1 else 4)
+    columns["runs"] = [str(count) for count in table["runs"]]
+    return format_markdown(pd.DataFrame(columns))
+
+
+def format_spreads(table: pd.DataFrame, name: str, digits: int) -> list[str]:
+    """Return the means of a column, each with its standard deviation unless that is 0; "" where there is no mean."""
+    texts = []
+    for mean, deviation in zip(table[name], table[f"{name} std"], strict=True):
+        spread = f" ± {deviation:.{digits}f}" if not pd.isna(deviation) and deviation > 0 else ""
+        texts.append("" if pd.isna(mean) else f"{mean:.{digits}f}{spread}")
+    return texts
+
+
+def format_latencies(table: pd.DataFrame) -> list[str]:
+    """Return the latencies as ratios of student to teacher, with batch size and device where these vary."""
+    varying = not have_comparable_latencies(table)
+    conditions = [f" ({text})" if varying else "" for text in table["latency_at"]]
+    ratios = format_spreads(table, "latency_ratio", 2)
+    return [f"x{ratio}{text}" if ratio else "" for ratio, text in zip(ratios, conditions, strict=True)]
+
+
+def format_counts(counts: Iterable[float]) -> list[str]:
+    """Return counts in one unit, billions (G) or millions (M), whichever suits the largest; nothing for NaN."""
+    values = [float(count) for count in counts]
+    size, letter, digits = (1e9, "G", 3) if any(value >= 1e9 for value in values) else (1e6, "M", 2)
+    return ["" if math.isnan(value) else f"{value / size:.{digits}f} {letter}" for value in values]
+
+
+def abbreviate(names: Sequence[str], count: int = 3) -> str:
+    """Return the first names of a list in a line, with "..." where there are more."""
+    return ", ".join([*names[:count], *(["..."] if len(names) > count else [])])
 
 
 # Units of channels
 
 
-def are_channels(scores: Iterable[str]) -> bool:
-    """Are units of these names channels? Then they may be thousands, and what is shown of them goes by group."""
-    return any(":" in name for name in scores)
-
-
-def channel_units(scores: dict[str, dict[str, float]], removed: set[str]) -> pd.DataFrame:
-    """A row a unit, in the order of the forward pass: its group, its score, and whether it goes."""
+def tabulate_channels(scores: dict[str, dict[str, float]], removed: set[str]) -> pd.DataFrame:
+    """Return a row per unit, in the order of the forward pass, with the columns group, score and removed."""
     rows = [(group(name), entry["score"], name in removed) for name, entry in scores.items()]
     return pd.DataFrame(rows, columns=["group", "score", "removed"])
 
 
-def channel_groups(scores: dict[str, dict[str, float]], removed: set[str]) -> list[dict[str, Any]]:
-    """A row a group: how many units it has and keeps, and their lowest, mean and highest score."""
-    found = channel_units(scores, removed).groupby("group", sort=False)
-    table = found["score"].agg(["min", "mean", "max"])
-    table = table.assign(units=found.size(), kept=found.size() - found["removed"].sum())
+def summarise_groups(scores: dict[str, dict[str, float]], removed: set[str]) -> list[dict[str, Any]]:
+    """Return a row per group of channels: how many units it has and keeps; lowest, mean and highest score."""
+    groups = tabulate_channels(scores, removed).groupby("group", sort=False)
+    table = groups["score"].agg(["min", "mean", "max"])
+    table = table.assign(units=groups.size(), kept=groups.size() - groups["removed"].sum())
     return table.reset_index().to_dict("records")

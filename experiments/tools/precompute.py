@@ -1,13 +1,14 @@
-"""Encode a data set once: python -m experiments.precompute teacher=sd15 data=captioned_folder latents=/latents ...
+"""Encodes a data set once: python -m experiments.precompute teacher=sd15 data=captioned_folder latents=/latents ...
 
-With the arguments of the job that is to use it. What is written is the posterior's mean and standard deviation of every
-picture (of its mirrored twin, too, with data.flip=true) and the text states of every distinct caption; training then
-runs neither VAE nor text encoder. Several processes may share the work: each takes shards that nobody has. A call that
-was stopped goes on where it was.
+The arguments are those of the job that is to use the latents. For every picture, and with data.flip=true for its mirror
+image, the mean and the standard deviation of the VAE's posterior are stored, and for every distinct caption its text
+states, so that training runs neither VAE nor text encoder. Several processes may share the work: each encodes shards
+that no other process works on. A call that was stopped continues where it was.
 """
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,27 @@ from lightning_modules.backbones.diffusion.text_states import store_texts
 from lightning_modules.metrics.published import digest_of_weights
 from lightning_modules.training.trainer import accelerator_of
 
+log = logging.getLogger(__name__)
+
 SPLITS = ("train", "holdout")
 VERSION = 1
-NO_PART = ("name", "license", "batch_size", "seed", "num_workers", "max_bad_fraction", "flip", "crop", "statistics")
-"""Keys of a data set's configuration that do not change what is stored."""
+"""Goes up when stored latents have another content or form."""
+NO_EFFECT = (
+    "name",
+    "license",
+    "batch_size",
+    "seed",
+    "num_workers",
+    "max_bad_fraction",
+    "flip",
+    "crop",
+    "statistics",
+)
+"""Fields of a data set's configuration that do not change what is stored."""
 
 
-def backbone_of(cfg: DictConfig) -> Any:
-    """Return the teacher, or the network that a recipe trains from nothing: what matters is its pipeline."""
+def load_backbone(cfg: DictConfig) -> Any:
+    """Return the network whose VAE and text encoders are used: the teacher, or the one that `cfg.pretrain` trains."""
     if cfg.pretrain is None:
         teacher = teacher_of(cfg)
         if not teacher.generates:
@@ -54,8 +68,8 @@ def backbone_of(cfg: DictConfig) -> Any:
     return module.backbone
 
 
-def content_of(data: Any) -> str:
-    """sha256 over the number of samples of each split, and the pictures, labels and captions of 64 of them."""
+def hash_content(data: Any) -> str:
+    """Return the sha256 of the number of samples of each split, and of pictures, labels and captions of 64 of them."""
     total = hashlib.sha256()
     for split in SPLITS:
         count = len(data.source(split))
@@ -66,13 +80,15 @@ def content_of(data: Any) -> str:
     return total.hexdigest()
 
 
-def provenance(cfg: DictConfig, backbone: DiffusionBackbone, content: str) -> dict[str, str]:
-    """What stored latents are of: hashes of the VAE, of text encoders and vocabularies, of the data's configuration and
-    of their content."""
+def identify_latents(cfg: DictConfig, backbone: DiffusionBackbone, content: str) -> dict[str, str]:
+    """Return hashes of what latents are made from: VAE, text encoders, the data's configuration and content.
+
+    `content` is the hash of the data's content. Raises ValueError for a network without a VAE.
+    """
     surroundings = backbone.surroundings
     if surroundings is None or not surroundings.encodes:
         raise ValueError("latents=... is for models with a VAE; this one works on images. Leave it out")
-    data = {key: value for key, value in effective(cfg)["data"].items() if key not in NO_PART}
+    data = {key: value for key, value in effective(cfg)["data"].items() if key not in NO_EFFECT}
     encoders = [module for module in surroundings.modules() if module is not surroundings.vae]
     return {
         "vae": digest_of_weights(surroundings.vae),
@@ -86,13 +102,13 @@ def provenance(cfg: DictConfig, backbone: DiffusionBackbone, content: str) -> di
 def check_latents(cfg: DictConfig, data: Any, backbone: Any) -> None:
     """Raise ValueError where stored latents belong to another VAE, text encoder or data set than this job's.
 
-    Where the pictures themselves are not on this machine any more, their content is not compared.
+    The content of the data is not compared where the pictures are no longer on this machine.
     """
     manifest = getattr(data, "manifest", None)
     if manifest is None:
         return
     try:
-        content = content_of(data)
+        content = hash_content(data)
     except MissingData:
         content = manifest["content"]
     names = {
@@ -101,7 +117,7 @@ def check_latents(cfg: DictConfig, data: Any, backbone: Any) -> None:
         "data": "another data set or other fields of it",
         "content": "other samples",
     }
-    for key, wanted in provenance(cfg, backbone, content).items():
+    for key, wanted in identify_latents(cfg, backbone, content).items():
         stored = manifest["text_encoder" if key == "text" else key]
         if stored != wanted:
             raise ValueError(
@@ -111,30 +127,31 @@ def check_latents(cfg: DictConfig, data: Any, backbone: Any) -> None:
 
 
 def precompute(cfg: DictConfig) -> Path:
-    """Write what is not there yet of `cfg.latents`; returns the folder."""
-    return Precomputation(cfg).go()
+    """Write what is missing of the latents in the folder `cfg.latents`; returns the folder."""
+    return Precomputation(cfg).run()
 
 
 class Precomputation:
-    """A folder in the making. started.json says what it is to hold, manifest.json comes last."""
+    """Writes a folder of latents: started.json, which identifies them, comes first, manifest.json last."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self.folder, cfg = Path(cfg.latents).expanduser(), cfg.copy()
         cfg.latents = None
         self.options, self.data = cfg.precompute, build(cfg.data)
         self.device = torch.device(accelerator_of(cfg.trainer.accelerator))
-        self.backbone = backbone_of(cfg)
-        self.origin = provenance(cfg, self.backbone, content_of(self.data))
-        found, wanted = self.data.image_shape(), self.backbone.image_shape()
-        if found != wanted:
-            raise ValueError(f"data has images of (channels, height, width) {found}, the VAE belongs to {wanted}")
+        self.backbone = load_backbone(cfg)
+        self.origin = identify_latents(cfg, self.backbone, hash_content(self.data))
+        shape, wanted = self.data.image_shape(), self.backbone.image_shape()
+        if shape != wanted:
+            raise ValueError(f"data has images of (channels, height, width) {shape}, the VAE belongs to {wanted}")
         self.flips = bool(self.data.flip)
         self.texts: dict[str, int] = {}
-        self.about = {
+        """{caption: row of its text states}"""
+        self.description = {
             **self.origin,
             "flips": self.flips,
             "crop": "centre",
-            "image_shape": list(found),
+            "image_shape": list(shape),
             "dtype": self.options.dtype,
             "samples_per_shard": self.options.samples_per_shard,
         }
@@ -144,41 +161,41 @@ class Precomputation:
         assert self.backbone.surroundings is not None
         return self.backbone.surroundings
 
-    def go(self) -> Path:
-        """Text states first, then the shards that nobody has, then the manifest if all are there."""
+    def run(self) -> Path:
+        """Write the text states, then the shards that no other process works on, then the manifest if all are there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         started = self.folder / "started.json"
-        if started.exists() and read_json(started) != self.about:
+        if started.exists() and read_json(started) != self.description:
             raise ValueError(
                 f"{self.folder} was begun with another VAE, text encoder, data set, type or size of shards; choose "
                 "another folder, or delete it"
             )
-        write_json(started, self.about)
+        write_json(started, self.description)
         if self.backbone.takes_text:
-            captions = [text for split in SPLITS for text in captions_of(self.data, split)]
+            captions = [text for split in SPLITS for text in iterate_captions(self.data, split)]
             dtype, size = getattr(torch, self.options.dtype), self.options.batch_size
             with FileLock(self.folder / ".text.lock"):
                 self.texts = store_texts(self.surroundings, captions, self.folder, size, dtype, self.device)
-        splits = {split: self.split(split) for split in SPLITS}
+        splits = {split: self.write_split(split) for split in SPLITS}
         if any(shard is None for shards in splits.values() for shard in shards):
-            print(f"{self.folder}: the other shards are being made by other processes")
+            log.info("%s: other processes are making the other shards", self.folder)
             return self.folder
         for split, shards in splits.items():
             assert sum(shard["rows"] + shard["skipped"] for shard in shards if shard) == len(self.data.source(split))
         content = {
-            **self.about,
+            **self.description,
             "text": bool(self.texts),
             "text_encoder": self.origin["text"],
             "splits": {split: {"shards": shards} for split, shards in splits.items()},
         }
         write_json(self.folder / "manifest.json", {"id": digest(content), **content})
         counts = (f"{sum(shard['rows'] for shard in shards if shard)} of {split}" for split, shards in splits.items())
-        print(f"{self.folder}: {', '.join(counts)}")
+        log.info("%s: %s", self.folder, ", ".join(counts))
         return self.folder
 
-    def split(self, split: str) -> list[dict[str, Any] | None]:
-        """Encode the shards of a split that nobody has; returns their notes, None where another process is at it."""
-        found: list[dict[str, Any] | None] = []
+    def write_split(self, split: str) -> list[dict[str, Any] | None]:
+        """Write the missing shards of a split; returns each shard's note, None where another process works on it."""
+        notes: list[dict[str, Any] | None] = []
         total, size = len(self.data.source(split)), self.options.samples_per_shard
         skipped = Skipped(f"data.{split}", self.data.max_bad_fraction, max(total, LEAST))
         for start in range(0, total, size):
@@ -187,26 +204,33 @@ class Precomputation:
                 try:
                     with FileLock(self.folder / f".{note.stem}.lock", timeout=0):
                         if not note.exists():
-                            self.shard(split, np.arange(start, min(start + size, total)), note, skipped)
+                            self.write_shard(split, np.arange(start, min(start + size, total)), note, skipped)
                 except Timeout:
-                    found.append(None)
+                    notes.append(None)
                     continue
-            found.append(read_json(note))
+            notes.append(read_json(note))
         skipped.report()
-        return found
+        return notes
 
-    def shard(self, split: str, indices: np.ndarray, note: Path, skipped: Skipped) -> None:
-        """Write one shard, then the note that says that it is whole; bad samples are left out and named in the note."""
+    def write_shard(self, split: str, indices: np.ndarray, note: Path, skipped: Skipped) -> None:
+        """Write one shard, then its note, a JSON file that stands for a complete shard.
+
+        Args:
+            split: the split that the samples are from.
+            indices: of the samples.
+            note: path of the note; the shard lies beside it. The note counts the bad samples, which are left out.
+            skipped: counts the bad samples of the split.
+        """
         reader, parts = ImageSet(self.data.source(split)), []
         size, before = self.options.batch_size, skipped.count
-        flips = self.flips and split == "train"  # what is held out is never mirrored
-        for at in tqdm(range(0, len(indices), size), desc=f"{note.stem:<20}", dynamic_ncols=True):
-            some = indices[at : at + size]
-            batch = reader.record(some.tolist(), some)
+        flips = self.flips and split == "train"  # held-out pictures are never mirrored
+        for start in tqdm(range(0, len(indices), size), desc=f"{note.stem:<20}", dynamic_ncols=True):
+            wanted = indices[start : start + size]
+            batch = reader.record(wanted.tolist(), wanted)
             skipped.add(batch)
-            good = np.flatnonzero(batch["index"] == some)  # the others are replacements of bad ones
-            kept = {key: rows_of(value, good) for key, value in batch.items() if key != "skipped"}
-            parts.append(self.encoded(kept, flips))
+            good = np.flatnonzero(batch["index"] == wanted)  # the others are replacements of bad samples
+            kept = {key: take_rows(value, good) for key, value in batch.items() if key != "skipped"}
+            parts.append(self.encode(kept, flips))
         dtype = getattr(torch, self.options.dtype)
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
@@ -217,23 +241,23 @@ class Precomputation:
         partial.replace(path)
         write_json(note, {"file": path.name, "rows": len(tensors["index"]), "skipped": skipped.count - before})
 
-    def encoded(self, batch: dict[str, Any], flips: bool) -> dict[str, torch.Tensor]:
-        """The tensors of a shard for some samples."""
+    def encode(self, batch: dict[str, Any], flips: bool) -> dict[str, torch.Tensor]:
+        """Return the tensors that a shard holds for a batch of samples; with `flips` those of mirror images, too."""
         image = batch["image"].to(self.device)
-        found: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {}
         for prefix, pictures in (("", image), (FLIPPED, image.flip(-1))) if flips else (("", image),):
             for name, value in zip(POSTERIOR, self.surroundings.posterior(pictures), strict=True):
-                found[prefix + name] = value.cpu()
+                tensors[prefix + name] = value.cpu()
         for name, value in batch.items():
             if isinstance(value, np.ndarray):
-                found[name] = torch.from_numpy(value)
+                tensors[name] = torch.from_numpy(value)
         if self.texts:
-            found["caption"] = torch.tensor([self.texts[caption] for caption in batch["caption"]])
-        return found
+            tensors["caption"] = torch.tensor([self.texts[caption] for caption in batch["caption"]])
+        return tensors
 
 
-def captions_of(data: Any, split: str) -> Iterator[str]:
-    """The captions of a split, but for those that cannot be read."""
+def iterate_captions(data: Any, split: str) -> Iterator[str]:
+    """Yield the captions of a split, without those that cannot be read."""
     captions = data.source(split).captions
     if captions is None:
         raise ValueError("the model takes text, but the data have no captions; choose data with captions")
@@ -242,16 +266,16 @@ def captions_of(data: Any, split: str) -> Iterator[str]:
             yield captions[index]
 
 
-def rows_of(value: Any, good: np.ndarray) -> Any:
-    """Some rows of a tensor, an array or a list."""
-    return [value[row] for row in good] if isinstance(value, list) else value[good]
+def take_rows(value: Any, rows: np.ndarray) -> Any:
+    """Return some rows of a tensor, an array or a list."""
+    return [value[row] for row in rows] if isinstance(value, list) else value[rows]
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     schema.check(cfg)
     if cfg.latents is None:
-        raise schema.ConfigError("latents=null: name the folder that is to hold the latents")
+        raise schema.ConfigError("latents=null: choose the folder to write the latents to, with latents=...")
     precompute(cfg)
 
 

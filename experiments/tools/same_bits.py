@@ -1,4 +1,4 @@
-"""Shows that two versions of this project give the same bits.
+"""Shows whether two versions of this project give the same bits.
 
     python -m experiments.tools.same_bits make /path/of/a/checkout runs_of_one
     python -m experiments.tools.same_bits make . runs_of_the_other
@@ -42,18 +42,18 @@ def make(checkout: Path, out: Path, jobs: list[str]) -> None:
         subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def results(run: Path) -> dict[str, Any]:
+def read_results(run: Path) -> dict[str, Any]:
     """Return what has to be the same, by name: bytes of files, and values of JSON files."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for path in sorted([*run.rglob("*.safetensors"), *run.rglob("*.npy")]):
         folder, _, rest = path.relative_to(run).as_posix().partition("/")
-        found[f"{RENAMED.get(folder, folder)}/{rest}"] = path.read_bytes()
+        values[f"{RENAMED.get(folder, folder)}/{rest}"] = path.read_bytes()
     if (run / "scores.json").exists():
         scores = read_json(run / "scores.json")["scores"]
-        found |= {f"score of {unit}": entry for unit, entry in scores.items()}
-    found["changes of the plan"] = read_json(run / "plan.json")["changes"]
+        values |= {f"score of {unit}": entry for unit, entry in scores.items()}
+    values["changes of the plan"] = read_json(run / "plan.json")["changes"]
     metrics = read_json(run / "metrics.json")
-    return found | {f"metrics.json {key}": value for key, value in metrics.items() if isinstance(value, float)}
+    return values | {f"metrics.json {key}": value for key, value in metrics.items() if isinstance(value, float)}
 
 
 def differences(one: Path, other: Path) -> tuple[list[str], int]:
@@ -61,7 +61,7 @@ def differences(one: Path, other: Path) -> tuple[list[str], int]:
 
     A figure that only one of the two versions computes is no difference; a file that only one has is.
     """
-    a, b = results(one), results(other)
+    a, b = read_results(one), read_results(other)
     names = {name for name in a.keys() | b.keys() if not name.startswith("metrics.json ")} | (a.keys() & b.keys())
     return sorted(name for name in names if a.get(name) != b.get(name)), len(a.keys() & b.keys())
 

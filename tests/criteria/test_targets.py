@@ -7,12 +7,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
+from support.results import read_markdown
 
 from experiments.engine.artefacts import read_json
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.stages.evaluate import requested
-from experiments.reporting.page import averaged, collect, costs, report_set
-from experiments.reporting.tables import amounts
+from experiments.reporting.run_page import list_costs
+from experiments.reporting.set_page import collect_runs, report_set
+from experiments.reporting.tables import average_over_seeds, format_counts
 
 RESNET56 = {
     **{"plan/budget": "flops", "teacher/params": 853018, "student/params": 461000},
@@ -23,9 +25,9 @@ RESNET56 = {
 
 
 def test_counts_are_shown_in_the_unit_of_the_largest():
-    assert amounts([126_550_666, 55_844_000, 55.82e6]) == ["126.55 M", "55.84 M", "55.82 M"]
-    assert amounts([1.515e9, 740e6]) == ["1.515 G", "0.740 G"] and amounts([999_999_999]) == ["1000.00 M"]
-    assert amounts([float("nan"), 2e9]) == ["", "2.000 G"] and amounts([float("nan")]) == [""]
+    assert format_counts([126_550_666, 55_844_000, 55.82e6]) == ["126.55 M", "55.84 M", "55.82 M"]
+    assert format_counts([1.515e9, 740e6]) == ["1.515 G", "0.740 G"] and format_counts([999_999_999]) == ["1000.00 M"]
+    assert format_counts([float("nan"), 2e9]) == ["", "2.000 G"] and format_counts([float("nan")]) == [""]
 
 
 def test_the_target_stands_beside_the_cost_that_it_is_of():
@@ -34,20 +36,20 @@ def test_the_target_stands_beside_the_cost_that_it_is_of():
         "MACs, conv + linear": "125.49 M -> 55.00 M",
         "FLOPs, as thop counts": "126.55 M -> 55.84 M",
     }
-    assert dict(costs(RESNET56)) == plain
+    assert dict(list_costs(RESNET56)) == plain
     for budget, head, target, shown in (
         ("flops", "FLOPs, as thop counts", 55.82e6, "55.82 M"),
         ("macs", "MACs, conv + linear", 55e6, "55.00 M"),
         ("params", "parameters", 461_500.0, "461,500"),
     ):
-        lines = dict(costs(RESNET56 | {"plan/budget": budget, "plan/requested_target": target}))
+        lines = dict(list_costs(RESNET56 | {"plan/budget": budget, "plan/requested_target": target}))
         assert lines == plain | {head: f"{plain[head]} (target {shown})"}
 
 
 def test_a_network_with_attention_has_a_line_for_it_and_one_without_flops_none():
     unet = {name: value for name, value in RESNET56.items() if not name.endswith("flops")}
     unet |= {"teacher/macs": 1_515_000_000, "teacher/macs_attention": 84_000_000, "student/macs_attention": 45_000_000}
-    assert dict(costs(unet | {"macs_tokens": 12})) == {
+    assert dict(list_costs(unet | {"macs_tokens": 12})) == {
         "parameters": "853,018 -> 461,000",
         "MACs, conv + linear": "1.515 G -> 0.055 G (12 tokens)",
         "MACs, with attention": "1.599 G -> 0.100 G (12 tokens)",
@@ -89,7 +91,7 @@ def test_a_sweep_over_targets_is_one_curve_over_the_ratio(configure, overrides, 
     runs, table = results(study)
     assert sorted(runs["target"]) == pytest.approx([0.5 * total, 0.7 * total]) and runs["flops"].isna().all()
     assert list(table["ratio"]) == ["0.3", "0.5"] and "FLOPs" not in table
-    assert list(table["target"]) == amounts([0.7 * total, 0.5 * total])
+    assert list(table["target"]) == format_counts([0.7 * total, 0.5 * total])
 
     # The same as a network that has FLOPs would leave behind, and a run beside it that was asked for a ratio.
     first, second = sorted(study.glob("magnitude-*"))
@@ -101,11 +103,10 @@ def test_a_sweep_over_targets_is_one_curve_over_the_ratio(configure, overrides, 
     runs, table = results(study)
     assert set(table["FLOPs"]) == {"126.55 M", "55.84 M", ""} and sorted(table["target"])[0] == ""
     assert list(table["ratio"]) == ["0.3", "0.4", "0.5"]
-    assert set(averaged(collect(study))["method"]) == {"magnitude"}
+    assert set(average_over_seeds(collect_runs(study))["method"]) == {"magnitude"}
     assert "<td>126.55 M</td>" in page.read_text() and "nan" not in (page.parent / "table.md").read_text()
 
 
 def results(study: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """results.csv, and table.md as people see it."""
-    rows = [line[2:-2].split(" | ") for line in (study / "report" / "table.md").read_text().splitlines()]
-    return pd.read_csv(study / "report" / "results.csv"), pd.DataFrame(rows[2:], columns=rows[0])
+    return pd.read_csv(study / "report" / "results.csv"), read_markdown(study / "report" / "table.md")

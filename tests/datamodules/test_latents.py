@@ -15,7 +15,7 @@ from datamodules.readers import folder as folders
 from datamodules.readers.base import MissingData
 from experiments.engine.inputs import data_of, teacher_of
 from experiments.engine.pipeline import run_pipeline
-from experiments.tools.precompute import check_latents, precompute, provenance
+from experiments.tools.precompute import check_latents, identify_latents, precompute
 from lightning_modules.backbones.diffusion.pipeline_parts import Surroundings
 
 
@@ -220,7 +220,7 @@ def test_sounds_of_another_mel_are_other_data(configure):
     job = ["task=uag", "data=sound_folder", "data.path=/sounds"]
     cfg = [configure(*job, f"data.mel.hop={hop}") for hop in (128, 64)]
     teacher = teacher_of(cfg[0])
-    one, other = (provenance(c, teacher, "the same") for c in cfg)
+    one, other = (identify_latents(c, teacher, "the same") for c in cfg)
     assert one["data"] != other["data"] and one["vae"] == other["vae"]
 
 

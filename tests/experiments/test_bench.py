@@ -39,7 +39,7 @@ def test_every_source_holds_the_same_pictures(tmp_path, monkeypatch):
         file = io.BytesIO()
         Image.new("RGB", (8, 8), (level, level, level)).save(file, "jpeg")
         pictures.append(file.getvalue())
-    for name, source in bench.written(pictures, tmp_path / "sources", 8).items():
+    for name, source in bench.write_sources(pictures, tmp_path / "sources", 8).items():
         found = np.sort(source.take(np.arange(len(source)))["image"].mean((1, 2, 3)))
         np.testing.assert_allclose(found, range(0, 240, 20), atol=2, err_msg=name)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from omegaconf import OmegaConf
 from support.measures import Flat, Given, drawn
 from support.networks import tiny_backbone, tiny_seeds
 from support.ranks import two_ranks
+from support.results import read_markdown
 
 from conf.schema import ConfigError, build
 from datamodules.images import Images
@@ -17,7 +19,9 @@ from datamodules.readers.arrays import Arrays
 from datamodules.readers.base import BadSample, MissingData
 from datamodules.texts.prompts import read_prompts
 from experiments.engine.measures import TrainingImages, build_measures, described
-from experiments.reporting import page as report
+from experiments.reporting import figures
+from experiments.reporting.run_page import report_run
+from experiments.reporting.set_page import report_set
 from lightning_modules.metrics import protocol
 from lightning_modules.metrics.distances import Frechet
 from lightning_modules.metrics.protocol import Samples
@@ -260,27 +264,26 @@ def finished(folder, name: str, ratio: float, values: dict[str, float]) -> None:
 def test_a_report_of_several_measures_draws_the_first_and_says_which_way_is_better(tmp_path, monkeypatch):
     labels = []
 
-    def noted(table, x, y, axes, path, *_: object, **options: object) -> None:
+    def noted(table, columns, axes, path, *_: object, **options: object) -> Path:
         labels.append(axes)
         path.write_bytes(b"")
+        return path
 
-    monkeypatch.setattr(report.figures, "curves", noted)
+    monkeypatch.setattr(figures, "draw_curves", noted)
     finished(tmp_path, "one", 0.3, {"clip_score": 25.0, "kid": 0.0125})
     finished(tmp_path, "two", 0.5, {"clip_score": 20.0, "kid": 0.03})
-    page = report.report_set(tmp_path).read_text()
+    page = report_set(tmp_path).read_text()
     assert [label for _, label in labels] == [
         *["clip_score (higher is better)"] * 2,
         "joint output loss right after pruning",
     ]
     assert "quality = clip_score, higher is better" in page
-    heads, _, first, second = (tmp_path / "report" / "table.md").read_text().splitlines()
-    cells = [row.strip("| ").split(" | ") for row in (heads, first, second)]
-    rows = [dict(zip(cells[0], row, strict=True)) for row in cells[1:]]
-    assert [(row["ratio"], row["clip_score"], row["kid"]) for row in rows] == [
-        ("0.3", "25.00", "0.0125"),
-        ("0.5", "20.00", "0.0300"),
+    table = read_markdown(tmp_path / "report" / "table.md")
+    assert table[["ratio", "clip_score", "kid"]].to_numpy().tolist() == [
+        ["0.3", "25.00", "0.0125"],
+        ["0.5", "20.00", "0.0300"],
     ]
-    run = report.report_run(tmp_path / "one")
+    run = report_run(tmp_path / "one")
     assert re.search(r"clip_score: +25\.00 pruned, 25\.00 distilled, 25\.00 teacher \(8 samples, ddim, 2 steps\)", run)
     assert re.search(r"kid: +0\.0125 pruned", run)
     shown = (tmp_path / "one" / "report.html").read_text()

@@ -35,13 +35,13 @@ def test_models_take_turns_and_the_warm_up_is_not_counted(clock):
     order = []
     slow, fast = clock(2.0), clock(1.0)
     calls = {"slow": lambda: (order.append("slow"), slow()), "fast": lambda: (order.append("fast"), fast())}
-    times = speed.in_turns(calls, runs=4, warmup=2, device=CPU, what="some")
+    times = speed.time_in_turns(calls, runs=4, warmup=2, device=CPU, description="some")
     assert order == ["slow", "fast"] * 4
     assert times == {"slow": [6.0, 8.0], "fast": [3.0, 4.0]}
 
 
 def test_rows_have_means_over_runs_and_ratios_to_the_first_model():
-    first, second = speed.rows_of({"a": [2.0, 4.0], "b": [1.0, 1.0]}, batch=3, length=8)
+    first, second = speed.make_rows({"a": [2.0, 4.0], "b": [1.0, 1.0]}, batch=3, length=8)
     assert first == {
         **{"model": "a", "batch": 3, "length": 8, "runs": 2, "latency_s": 3.0, "latency_std": 1.0},
         **{"throughput": (12 + 6) / 2, "throughput_std": 3.0, "latency_ratio": 1.0},
@@ -53,14 +53,14 @@ def test_every_prompt_gets_exactly_the_length_that_was_asked_for_whatever_the_en
     model = tiny_language()
     model.network.config.eos_token_id = model.network.generation_config.eos_token_id = list(range(60))
     torch.manual_seed(0)
-    made = speed.generation(model, batch=3, length=9, device=CPU)()
-    prompt = speed.prompt_ids(model)
+    made = speed.make_generation(model, batch=3, length=9, device=CPU)()
+    prompt = speed.encode_prompt(model)
     assert made.shape == (3, prompt.shape[1] + 9) and (made[:, : prompt.shape[1]] == prompt).all()
     assert not torch.equal(made[0], made[1])  # sampled
 
 
 def test_models_are_named_by_their_runs_and_their_folders():
-    assert speed.named(["stories15m", "/r/one/export", "/models/llama/", "/other/llama"]) == [
+    assert speed.shorten_names(["stories15m", "/r/one/export", "/models/llama/", "/other/llama"]) == [
         *("stories15m", "one"),
         *("llama (3)", "llama (4)"),
     ]
@@ -88,12 +88,12 @@ def test_a_tiny_run_leaves_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
 
 def test_more_tokens_than_a_model_is_made_for_and_no_runs_are_refused(capsys):
     model = tiny_language()
-    room = 64 - speed.prompt_ids(model).shape[1]
+    room = 64 - speed.encode_prompt(model).shape[1]
     speed.check_lengths({"tiny": model}, [1, room])
-    with pytest.raises(ValueError, match=rf"--length {room + 1}: tiny is made for {room} tokens after the prompt"):
+    with pytest.raises(ValueError, match=rf"--length {room + 1}: after the prompt, tiny has room for {room} tokens"):
         speed.check_lengths({"tiny": model}, [1, room + 1])
     with pytest.raises(SystemExit):
-        speed.options_of(["a", "--runs", "3", "--warmup", "3"])
+        speed.read_options(["a", "--runs", "3", "--warmup", "3"])
     assert "--warmup 3 leaves no run of --runs 3" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="ddpm_cifar10 is no language model, but a UNetBackbone"):
-        speed.load("ddpm_cifar10")
+    with pytest.raises(ValueError, match="ddpm_cifar10 is a UNetBackbone, not a language model"):
+        speed.load_model("ddpm_cifar10")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from support.language import LETTERS, VOCABULARY, letters, tiny_llama
+from support.results import read_markdown
 
 import lightning_modules.modules.joint_loss as evaluation_module
 from conf.schema import build
@@ -21,8 +22,9 @@ from experiments.engine.evaluation import Evaluator
 from experiments.engine.job import Job
 from experiments.engine.measures import check_network_measures, columns
 from experiments.engine.run import Run
-from experiments.reporting import page as report
-from experiments.reporting.figures import spans
+from experiments.reporting.figures import spans_more_than
+from experiments.reporting.run_page import format_value, report_run
+from experiments.reporting.set_page import report_set
 from lightning_modules.backbones.language.backbone import LanguageBackbone
 from lightning_modules.metrics.perplexity import Perplexity
 from lightning_modules.metrics.zero_shot import ZeroShot
@@ -374,7 +376,7 @@ def test_continuations_stand_side_by_side_and_are_the_same_again(job):
     for name in ("teacher", "pruned"):
         path = f"samples/{name}/texts.json"
         assert (run / path).read_bytes() == (second / path).read_bytes()
-    report.report_run(run.folder)
+    report_run(run.folder)
     page = (run / "report.html").read_text()
     assert "Continuations of the same prompts" in page and "<td>Once upon</td>" in page
     evaluator, without = job("seed=2", "evaluation.prompts=null")
@@ -384,8 +386,8 @@ def test_continuations_stand_side_by_side_and_are_the_same_again(job):
 
 def test_a_report_says_how_perplexity_was_taken_and_what_was_protected(job, tmp_path):
     metrics, run = measured_run(job)
-    summary = report.report_run(run.folder)
-    value = report.shown(metrics["pruned/perplexity"])
+    summary = report_run(run.folder)
+    value = format_value(metrics["pruned/perplexity"])
     assert re.search(
         rf"perplexity: +{value} pruned, [\d.]+ teacher \(text some\.txt, content \w{{8}}, length 16, bos start\)",
         summary,
@@ -396,10 +398,13 @@ def test_a_report_says_how_perplexity_was_taken_and_what_was_protected(job, tmp_
     assert "Protected, whatever their scores: model.layers.0, model.layers.2, model.layers.3, model.layers.4." in page
     assert page.count("<td>protected</td>") == 3  # of the four units that there are
     assert "precision 32-true; perplexity: better lower, of network, text some.txt" in page
-    index = report.report_set(run.folder.parent).read_text()
+    index = report_set(run.folder.parent).read_text()
     assert "quality = perplexity, lower is better" in index
-    heads = (run.folder.parent / "report" / "table.md").read_text().splitlines()[0]
-    assert "| perplexity, pruned | perplexity | counted | counted_left | counted_right |" in heads
+    heads = list(read_markdown(run.folder.parent / "report" / "table.md"))
+    first = heads.index("perplexity, pruned")
+    assert heads[first : first + 5] == [
+        *("perplexity, pruned", "perplexity", "counted", "counted_left", "counted_right")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -407,7 +412,7 @@ def test_a_report_says_how_perplexity_was_taken_and_what_was_protected(job, tmp_
     [([1, 21, None], True), ([1, 20], False), ([0, 50], False), ([float("nan"), 1, 30], True), ([None], False)],
 )
 def test_an_axis_is_logarithmic_where_values_differ_by_more_than_a_factor(values, answer):
-    assert spans(values, 20) is answer
+    assert spans_more_than(values, 20) is answer
 
 
 def test_measures_that_cannot_be_taken_or_named_are_refused(job, configure):

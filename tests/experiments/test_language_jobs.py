@@ -1,6 +1,7 @@
 """Whole jobs on language models: depth and width, adapters that resume, calibration on another text."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from datamodules.readers.base import MissingData
 from datamodules.texts.tokens import found
 from experiments.engine.artefacts import read_json
 from experiments.engine.pipeline import run_pipeline
-from experiments.reporting.page import report_set
-from experiments.studies.shortened_llama.__main__ import markdown, results
-from experiments.tools.precompute import backbone_of
+from experiments.reporting.set_page import report_set
+from experiments.studies.shortened_llama.__main__ import format_perplexities, read_results
+from experiments.tools.precompute import load_backbone
 
 TRAIN = "the cat sat on the mat, and the dog sat on the cat. " * 20
 HOLDOUT = "a dog and a cat sat on a mat: it was a big mat! " * 10
@@ -227,7 +228,7 @@ def test_the_study_tells_its_runs_apart(configure, words, tmp_path):
     ):
         run_pipeline(configure(*small, *given))
     root = tmp_path / "runs" / "shortened_llama"
-    table, unpruned = results(root)
+    table, unpruned = read_results(root)
     assert list(zip(table["criterion"], table["retraining"], strict=True)) == [
         ("perplexity", "none"),
         ("perplexity+", "none"),
@@ -241,10 +242,10 @@ def test_the_study_tells_its_runs_apart(configure, words, tmp_path):
         trained["distilled/perplexity"],
         trained["distilled/perplexity_stories"],
     )
-    assert "| perplexity+ | 1 |" in markdown(table)
+    assert re.search(r"^\| perplexity\+ +\| 1 +\|", format_perplexities(table), re.MULTILINE)
     run_pipeline(configure(*small, "distillation=task_only", "seed=1"))
     with pytest.raises(ValueError, match="several runs of"):
-        results(root)
+        read_results(root)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +278,7 @@ def test_a_data_set_is_no_value_of_calibration_data(configure):
 
 def test_a_language_model_has_no_latents_to_store(configure, words):
     with pytest.raises(ConfigError, match="has no latents"):
-        backbone_of(configure(*words))
+        load_backbone(configure(*words))
 
 
 @pytest.mark.data

@@ -13,7 +13,7 @@ from experiments.engine.artefacts import read_json
 from experiments.engine.identity import fingerprint, read_config
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.run import ForeignFolder, Run
-from experiments.reporting.page import report_set
+from experiments.reporting.set_page import report_set
 from lightning_modules.backbones.files import weight_files
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.networks import bypasses, tiny_backbone
 from support.process import train
-from support.results import files, stamps, the_run
+from support.results import files, read_markdown, stamps, the_run
 
 from conf.schema import ROOT, build
 from criteria.selection.base import InfeasibleBudget
@@ -26,7 +26,7 @@ from experiments.engine.clock import OutOfMemory
 from experiments.engine.identity import fingerprint
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.run import Run, RunBusy
-from experiments.reporting.page import collect, report_set
+from experiments.reporting.set_page import collect_runs, report_set
 from lightning_modules.backbones.files import weight_files
 from lightning_modules.export.export import export
 from lightning_modules.export.verify import ExportMismatch, verify
@@ -167,13 +167,13 @@ def test_a_data_set_is_one_yaml_file_outside_the_repository(configure, overrides
 def test_the_table_of_a_report_names_no_column_twice(finished):
     _, run = finished
     report_set(run.parent)
-    heads = (run.parent / "report" / "table.md").read_text().splitlines()[0].strip("| ").split(" | ")
+    heads = list(read_markdown(run.parent / "report" / "table.md"))
     assert len(set(heads)) == len(heads)
 
 
 def test_a_folder_without_a_finished_run_is_said_to_be_one(tmp_path):
     with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))} has no finished run below it"):
-        collect(tmp_path)
+        collect_runs(tmp_path)
 
 
 # One job at a time

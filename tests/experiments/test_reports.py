@@ -10,12 +10,12 @@ from typing import Any
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
-from support.results import the_run
+from support.results import read_markdown, the_run
 
 from experiments.engine.artefacts import read_json
 from experiments.engine.pipeline import run_pipeline
-from experiments.reporting import page as report
-from experiments.reporting.page import averaged, collect, report_set
+from experiments.reporting.set_page import collect_runs, main, report_set
+from experiments.reporting.tables import average_over_seeds
 
 LATENCIES = "quality_over_latency_ratio.png"
 Another = Callable[..., Path]
@@ -64,11 +64,10 @@ def study(tmp_path) -> Path:
 
 def rows_of(study: Path) -> pd.DataFrame:
     """table.md as people see it."""
-    rows = [line[2:-2].split(" | ") for line in (study / "report" / "table.md").read_text().splitlines()]
-    return pd.DataFrame(rows[2:], columns=rows[0])
+    return read_markdown(study / "report" / "table.md")
 
 
-def test_copies_of_a_run_count_once(another, study, capsys):
+def test_copies_of_a_run_count_once(another, study, caplog):
     another("a/one", "1" * 16)
     another("b/renamed", "1" * 16, latency_ratio=0.5)
     another("b/two", "2" * 16, {"seed": 1})
@@ -76,10 +75,10 @@ def test_copies_of_a_run_count_once(another, study, capsys):
     assert list(rows_of(study)["runs"]) == ["2"]
     assert list(pd.read_csv(study / "report" / "results.csv")["run"]) == ["one", "two"]
     note = "Folders that hold a run that is counted already: b/renamed (as a/one)."
-    assert note in page and note in capsys.readouterr().out
+    assert note in page and note in caplog.text
 
 
-def test_latencies_of_several_batches_and_devices_are_neither_averaged_nor_compared(another, study, capsys):
+def test_latencies_of_several_batches_and_devices_are_neither_averaged_nor_compared(another, study, caplog):
     another("one", "1" * 16, latency_ratio=0.8, latency_batch=16, device="cpu")
     another("two", "2" * 16, {"seed": 1}, latency_ratio=0.6, latency_batch=16, device="cpu")
     page = report_set(study)
@@ -90,7 +89,7 @@ def test_latencies_of_several_batches_and_devices_are_neither_averaged_nor_compa
     another("three", "3" * 16, greedy, latency_ratio=0.9, latency_batch=1, device="cpu")
     page = report_set(study)
     note = "Latencies were measured at batch 1, cpu; batch 16, cpu: these are not comparable."
-    assert note in page.read_text() and note in capsys.readouterr().out
+    assert note in page.read_text() and note in caplog.text
     assert not (page.parent / LATENCIES).exists()
     assert list(rows_of(study)["latency"]) == ["x0.90 (batch 1, cpu)", "x0.70 ± 0.14 (batch 16, cpu)"]
     assert "<td>batch 1, cpu</td>" in page.read_text()
@@ -114,7 +113,7 @@ def test_only_seeds_that_were_timed_differently_leave_no_picture_of_latencies(an
 def test_plans_for_a_latency_budget_of_other_devices_are_no_seeds_of_one_setting(another, study):
     for seed, device in ((0, "cpu"), (1, "cpu"), (1, "gpu")):  # what it was timed on is not in a run's id
         another(f"{seed} {device}", str(seed), {"seed": seed, "selection.budget": "latency"}, device=device)
-    table = averaged(collect(study))
+    table = average_over_seeds(collect_runs(study))
     assert sorted(zip(table["runs"], table["method"], strict=True)) == [
         (1, "output_loss, device=gpu"),
         (2, "output_loss, device=cpu"),
@@ -124,11 +123,11 @@ def test_plans_for_a_latency_budget_of_other_devices_are_no_seeds_of_one_setting
 def test_runs_of_other_weights_of_the_teacher_are_no_seeds_of_one_setting(another, study):
     one = another("one", "1" * 16)
     another("two", "2" * 16, {"seed": 1})
-    table = averaged(collect(study))
+    table = average_over_seeds(collect_runs(study))
     name = OmegaConf.load(one / "config.yaml").teacher.name
     assert list(table["runs"]) == [2] and list(table["teacher"]) == [name] and list(table["method"]) == ["output_loss"]
     another("three", "3" * 16, {"seed": 2}, {"teacher": "0123456789abcdef"})
-    table = averaged(collect(study))
+    table = average_over_seeds(collect_runs(study))
     known = {read_json(one / "plan.json")["teacher"][:8]: 2, "01234567": 1}
     assert dict(zip(table["teacher"], table["runs"], strict=True)) == {f"{name} ({key})": n for key, n in known.items()}
     assert set(table["method"]) == {f"output_loss, teacher {name} ({key})" for key in known}
@@ -141,9 +140,9 @@ def test_a_report_needs_no_stored_latents(another, study, latents, monkeypatch, 
     another("two", "2" * 16, {"latents": latents, "seed": 1})
     another("three", "3" * 16)
     monkeypatch.setattr(sys, "argv", ["report", str(study)])
-    report.main()
+    main()
     assert "page: " in capsys.readouterr().out
-    table = averaged(collect(study))
+    table = average_over_seeds(collect_runs(study))
     assert dict(zip(table["method"], table["runs"], strict=True)) == {
         f"output_loss, latents={latents}": 2,
         "output_loss, latents=None": 1,
@@ -165,7 +164,7 @@ def test_rows_that_differ_in_another_field_are_told_apart_in_the_table(another, 
 def test_rows_that_differ_in_an_optional_group_are_told_apart(another, study):
     another("one", "1" * 16)
     another("two", "2" * 16, {"calibration.data": {"name": "other", "path": "/other"}})
-    assert averaged(collect(study))["method"].nunique() == 2
+    assert average_over_seeds(collect_runs(study))["method"].nunique() == 2
 
 
 def test_runs_of_several_ratios_are_curves_whatever_their_methods(another, study):

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from support.config import composed
 from support.sounds import MEL, peak, tone
 
-from experiments.reporting.page import PAGES
-from experiments.reporting.sounds import dashboard_sounds, page_sounds, write_sounds
+from experiments.reporting.pages import write_page
+from experiments.reporting.sounds import embed_sounds, load_wandb_sounds, write_sounds
 
 PICTURES = np.stack([MEL.picture(tone(frequency)) for frequency in (300, 900, 2700)])
 
@@ -45,43 +45,31 @@ def test_a_run_gets_wav_files_that_can_be_played(run):
 
 
 def test_the_page_of_a_run_plays_the_first_sounds_of_each_network(run):
-    sounds = page_sounds(run, configured("data=digits_sample"), NETWORKS, count=1)
+    sounds = embed_sounds(run, configured("data=digits_sample"), NETWORKS, count=1)
     assert [(name, len(found)) for name, found in sounds.items()] == [("teacher", 1), ("pruned", 1)]
     head, content = sounds["pruned"][0].split(",")
     assert head == "data:audio/wav;base64"
     assert base64.b64decode(content) == (run / "sounds/pruned/00.wav").read_bytes()
-    given = {
+    names = ("samples", "texts", "quality", "better", "losses", "scorings", "seconds")
+    nothing: dict[str, Any] = {
         "title": "a",
         "summary": "",
-        "pictures": {},
-        "quality": {},
-        "better": {},
         "protocol": None,
-        "units": {},
-        "groups": [],
+        "config": "",
+        **{name: {} for name in names},
     }
-    page = PAGES.get_template("run.html.j2").render(
-        networks=NETWORKS,
-        **given,
-        metrics={},
-        measured={"seconds": {}},
-        removed=[],
-        protected=[],
-        config="",
-        sounds=sounds,
-        written={},
-    )
+    page = write_page(run / "report.html", "run.html.j2", networks=NETWORKS, sounds=sounds, **nothing).read_text()
     assert page.count("<audio controls") == 2 and f'src="{sounds["teacher"][0]}"' in page
 
 
 def test_a_run_on_pictures_plays_nothing(run):
-    assert page_sounds(run, configured("data=cifar10_sample"), NETWORKS) == {} and not (run / "sounds").exists()
+    assert embed_sounds(run, configured("data=cifar10_sample"), NETWORKS) == {} and not (run / "sounds").exists()
 
 
 def test_the_dashboard_gets_the_sounds_that_were_written(run):
-    assert dashboard_sounds(run) == {}
+    assert load_wandb_sounds(run) == {}
     write_sounds(run, MEL, count=2)
-    logged = dashboard_sounds(run)
+    logged = load_wandb_sounds(run)
     assert list(logged) == ["sounds/pruned", "sounds/teacher"]
     assert [type(audio).__name__ for found in logged.values() for audio in found] == ["Audio"] * 4
 

@@ -34,8 +34,8 @@ def test_additivity_compares_summed_scores_with_measured_joint_losses(overrides,
 def test_random_subsets_keep_to_their_ratio_and_are_repeatable():
     backbone = tiny_backbone("UNet2DModel")
     costs = {unit.name: unit.params for unit in backbone.units()}
-    found = additivity.subsets(backbone, 0.4, 5)
-    assert found == additivity.subsets(backbone, 0.4, 5)
+    found = additivity.draw_subsets(backbone, 0.4, 5)
+    assert found == additivity.draw_subsets(backbone, 0.4, 5)
     assert len({tuple(sorted(names)) for names in found}) > 1
     for names in found:
         spent = sum(costs[name] for name in names)
@@ -52,7 +52,7 @@ def test_speed_of_results_has_a_row_for_every_student_and_batch(tmp_path, monkey
         with torch.device("meta"):
             return UNetBackbone(UNet2DConditionModel(**config), DDPMScheduler(), sample_size=latents)
 
-    monkeypatch.setattr(result_speed, "on_meta", tiny)
+    monkeypatch.setattr(result_speed, "build_on_meta", tiny)
     given = ["--dtype", "bfloat16"] if steps else []
     out = tmp_path / "rows.csv"
     arguments = ["--ratios", "0.3", "--repeats", "1", "--batch", "1", "2", "--steps", str(steps), "--out", str(out)]

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from support.results import files, stamps
+from support.results import files, read_markdown, stamps
 from wandb.proto import wandb_internal_pb2
 
 from conf.schema import ROOT
 from experiments.engine.artefacts import read_json
 from experiments.engine.pipeline import run_pipeline
-from experiments.reporting.page import report_set
+from experiments.reporting.set_page import report_set
 
 SWEEP = ["criterion=output_loss,magnitude,random", "selection.ratio=0.3,0.5,0.9999", "seed=0"]
 WITHOUT_RELOAD = (
@@ -67,8 +67,7 @@ def test_a_sweep_shares_scores_survives_a_failing_job_and_is_not_run_twice(
     runs = pd.read_csv(study / "report" / "results.csv")
     assert sorted(runs["run"]) == sorted(path.parent.name for path in study.glob("*/finished.json"))
     assert dict(runs["criterion"].value_counts()) == {"random": 4, "output_loss": 2, "magnitude": 2}
-    rows = [line.strip("| ").split(" | ") for line in (study / "report" / "table.md").read_text().splitlines()]
-    table = pd.DataFrame(rows[2:], columns=rows[0])
+    table = read_markdown(study / "report" / "table.md")
     assert {tuple(row) for row in table[["criterion", "selection", "ratio", "runs"]].to_numpy()} == {
         (criterion, methods[criterion], ratio, "2" if criterion == "random" else "1")
         for criterion in methods

@@ -20,7 +20,7 @@ from criteria.selection.base import Pool
 from datamodules.readers.folder import Folder
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.stages.select import Select
-from experiments.tools.precompute import backbone_of, precompute
+from experiments.tools.precompute import load_backbone, precompute
 from lightning_modules.backbones.diffusion.dit import DiTBackbone
 from lightning_modules.backbones.diffusion.dit_weights import STD, initialise
 from lightning_modules.backbones.diffusion.load import load_teacher
@@ -266,7 +266,7 @@ def test_the_task_is_dit_on_imagenet_with_guidance(configure):
 
 
 def test_the_recipe_for_a_cpu_trains_for_the_classes_of_cifar10_with_the_embedded_autoencoder(configure):
-    backbone = backbone_of(configure("experiment=pretrain_cifar10_dit"))
+    backbone = load_backbone(configure("experiment=pretrain_cifar10_dit"))
     assert (backbone.null_class, backbone.image_shape(), len(backbone.units())) == (10, (3, 32, 32), 6)
     labels = backbone.conditions({"seed": torch.arange(25)}, torch.device("cpu"))["class_labels"]
     assert labels.tolist() == [k % 10 for k in range(25)]

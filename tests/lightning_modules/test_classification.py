@@ -1,5 +1,6 @@
 """Image classifiers: their accuracy, whole jobs on them, their exports, and what does not go with them."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from datamodules.readers.base import MissingData, located
 from experiments.engine.artefacts import read_json
 from experiments.engine.pipeline import run_pipeline
 from experiments.reporting import figures
-from experiments.reporting.page import report_set
+from experiments.reporting.set_page import report_set
 from experiments.studies.autobot import __main__ as study
 from lightning_modules.backbones.classification.image_networks import CifarResNet, load, save
 from lightning_modules.backbones.files import find_model
@@ -210,7 +211,7 @@ def test_the_study_has_a_row_a_run_and_refuses_to_mix_targets(configure, picture
     for (_, iterations), kept in layers.groupby(["criterion", "iterations"]):
         assert len(kept) == 6 and kept["kept"].between(0, 1).all(), iterations  # two layers of three blocks
     assert {"iterations.png", "criteria.png", "layers.png"} <= {file.name for file in out.iterdir()}
-    assert "| 4 |" in capsys.readouterr().out
+    assert re.search(r"^\| 4 +\|", capsys.readouterr().out, re.MULTILINE)
     page = report_set(Path(cfg.paths.runs))  # one target: no curves over a ratio
     assert {path.stem for path in page.parent.glob("*.png")} == {"quality_by_method", "quality_over_latency_ratio"}
     run_pipeline(configure(*pictures, "criterion=magnitude", "distillation=none", "selection.target=5e5"))
@@ -225,8 +226,8 @@ def test_methods_at_one_target_are_bars_with_the_best_on_top(tmp_path, monkeypat
     table[["latency_at", "distillation"]] = "batch 16, cpu", "task_only"
     table[["quality std", "quality_pruned std", "latency_ratio std"]] = [0.1, np.nan, 0.0]
     drawn = {}
-    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.update({path.stem: figure.axes[0]}))
-    figures.comparison(table, tmp_path, "_2")
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.update({path.stem: figure.axes[0]}))
+    figures.draw_comparison(table, tmp_path, "_2")
     assert set(drawn) == {"quality_by_method_2", "quality_over_latency_ratio_2"}
     axis = drawn["quality_by_method_2"]
     labels = [label.get_text() for label in axis.get_yticklabels()]  # from the bottom up
@@ -236,7 +237,7 @@ def test_methods_at_one_target_are_bars_with_the_best_on_top(tmp_path, monkeypat
         widths = [bar.get_width() for bar in bars[name]]
         assert widths == list(table.set_index("method")[column][labels])
     assert axis.get_xlabel() == f"accuracy ({better} is better)"
-    figures.comparison(table.assign(distillation="none", quality_pruned=table["quality"]), tmp_path, "_3")
+    figures.draw_comparison(table.assign(distillation="none", quality_pruned=table["quality"]), tmp_path, "_3")
     axis = drawn["quality_by_method_3"]
     assert [bar.get_width() for bar in axis.patches] == list(table.set_index("method")["quality"][labels])
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 
@@ -20,6 +21,12 @@ def files(folder: Path) -> set[str]:
 def stamps(folder: Path) -> dict[str, int]:
     """When each file below a folder was last written."""
     return {name: (folder / name).stat().st_mtime_ns for name in files(folder)}
+
+
+def read_markdown(path: Path) -> pd.DataFrame:
+    """The only table of a Markdown file, as texts."""
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in path.read_text().splitlines()]
+    return pd.DataFrame(rows[2:], columns=rows[0])
 
 
 def leaves(content: Any, prefix: str = "") -> dict[str, Any]:

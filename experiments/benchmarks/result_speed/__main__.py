@@ -1,10 +1,11 @@
-"""What pruning buys in time: latency and memory of students beside their teacher, on the shapes of real networks.
+"""Measures the time that pruning saves: latency and memory of students beside their teacher, on real shapes.
 
     python -m experiments.benchmarks.result_speed --teacher sd15 --latents 16 --batch 1  # two CPU cores, minutes
     python -m experiments.benchmarks.result_speed --teacher sd15 --device cuda --dtype bfloat16 --batch 1 16 --compile
 
-Weights are random: time and memory do not depend on them. What a bypass plan saves in time does depend on which units
-go, so at each ratio of the parameters there are two: the plan that saves the fewest MACs, and the one that saves most.
+Weights are random, since time and memory do not depend on them. The time that a bypass plan saves depends on the units
+that it removes, so each ratio of the parameters has two plans: the one that saves the fewest MACs, and the one that
+saves the most.
 """
 
 import argparse
@@ -31,16 +32,19 @@ from lightning_modules.backbones.diffusion.unet import UNetBackbone
 from lightning_modules.metrics.cost import device_name, latencies
 
 
-def on_meta(name: str, latents: int | None) -> UNetBackbone:
-    """A network of published shape, without memory."""
+def build_on_meta(name: str, latents: int | None) -> UNetBackbone:
+    """Return a network of a published shape on the meta device, i.e. without memory for its weights.
+
+    `latents` is the size of its samples; None is the published size.
+    """
     config = json.loads((ROOT / "assets" / "architectures" / f"{name}.json").read_text())
     with torch.device("meta"):
         network: Any = UNet2DConditionModel.from_config(config)
     return UNetBackbone(network, DDPMScheduler(), sample_size=latents)
 
 
-def plans(teacher: UNetBackbone, ratios: list[float]) -> Iterator[tuple[str, list[Change]]]:
-    """The students by name: BK-SDM's where the shape allows them, and two bypass plans at each ratio."""
+def make_plans(teacher: UNetBackbone, ratios: list[float]) -> Iterator[tuple[str, list[Change]]]:
+    """Yield the name and the changes of each plan: BK-SDM's where the shape allows them, and two bypasses per ratio."""
     if teacher.network.config.layers_per_block == 2 and len(teacher.network.down_blocks) == 4:
         for variant in VARIANTS:
             yield f"bk_sdm {variant}", [{"kind": "restage", "variant": variant}]
@@ -57,8 +61,8 @@ def plans(teacher: UNetBackbone, ratios: list[float]) -> Iterator[tuple[str, lis
             yield f"bypass {ratio:g}, {most} MACs saved", changes  # type: ignore[misc]
 
 
-def filled(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A network on the meta device with small random weights on a real one."""
+def fill_with_weights(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Move a network from the meta device to a real one, with small random weights; returns it in eval mode."""
     network = network.to(dtype).to_empty(device=device)
     with torch.no_grad():
         for tensor in [*network.parameters(), *network.buffers()]:
@@ -67,9 +71,13 @@ def filled(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.M
     return network.eval()
 
 
-def real(meta: UNetBackbone, options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> UNetBackbone:
-    """A network with memory and weights, compiled unit by unit where that is asked for."""
-    backbone = UNetBackbone(filled(meta.network, device, dtype), DDPMScheduler(), sample_size=options.latents)
+def materialise(
+    meta: UNetBackbone, options: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> UNetBackbone:
+    """Return a network of the meta device with weights on a real one, compiled unit by unit with --compile."""
+    backbone = UNetBackbone(
+        fill_with_weights(meta.network, device, dtype), DDPMScheduler(), sample_size=options.latents
+    )
     if options.compile:
         torch._dynamo.config.recompile_limit = 256  # each shape of a block is a graph
         for name in backbone.survivors():
@@ -78,8 +86,8 @@ def real(meta: UNetBackbone, options: argparse.Namespace, device: torch.device, 
 
 
 @torch.inference_mode()
-def peak_of(call: Callable[[], Any], device: torch.device) -> int | str:
-    """MiB that one call allocates beyond the weights, on a GPU; on a CPU that is not known."""
+def measure_peak(call: Callable[[], Any], device: torch.device) -> int | str:
+    """Return the MiB that one call allocates beyond the weights; "" on a CPU, where it is not known."""
     if device.type != "cuda":
         return ""
     torch.cuda.reset_peak_memory_stats(device)
@@ -95,7 +103,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--ratios", type=float, nargs="*", default=[0.33, 0.5])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=25, help="of a whole generation with guidance; 0 leaves it out")
+    parser.add_argument(
+        "--steps", type=int, default=25, help="steps of a whole generation with guidance; 0 leaves it out"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compile", action="store_true", help="compile the units one by one")
@@ -103,19 +113,19 @@ def main() -> None:
     options = parser.parse_args()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
 
-    shape = on_meta(options.teacher, options.latents)
-    published = on_meta(options.teacher, None)  # its MACs are those of the published size
-    students: list[tuple[str, Any]] = [("teacher", None), *plans(shape, options.ratios)]
-    teacher = real(on_meta(options.teacher, options.latents), options, device, dtype)
+    shape = build_on_meta(options.teacher, options.latents)
+    published = build_on_meta(options.teacher, None)  # MACs are counted at the published size
+    students: list[tuple[str, Any]] = [("teacher", None), *make_plans(shape, options.ratios)]
+    teacher = materialise(build_on_meta(options.teacher, options.latents), options, device, dtype)
     rows = []
     for name, plan in tqdm(students, desc=options.teacher):
         macs = (published if plan is None else published.pruned(plan)).macs().linear
-        backbone = teacher if plan is None else real(shape.pruned(plan), options, device, dtype)
+        backbone = teacher if plan is None else materialise(shape.pruned(plan), options, device, dtype)
         for batch in options.batch:
-            call = step(backbone, batch, device, dtype)
-            peak = peak_of(call, device)
+            call = make_step(backbone, batch, device, dtype)
+            peak = measure_peak(call, device)
             times = latencies(
-                {"teacher": step(teacher, batch, device, dtype), "student": call}, options.repeats, device
+                {"teacher": make_step(teacher, batch, device, dtype), "student": call}, options.repeats, device
             )
             row = {
                 "network": name,
@@ -130,13 +140,13 @@ def main() -> None:
                 "activations MiB": peak,
             }
             if options.steps:
-                runs = {
-                    key: generation(each, batch, options.steps, device, dtype)
-                    for key, each in (("teacher", teacher), ("student", backbone))
+                generations = {
+                    key: make_generation(network, batch, options.steps, device, dtype)
+                    for key, network in (("teacher", teacher), ("student", backbone))
                 }
-                whole = latencies(runs, 1, device)
-                row[f"{options.steps} guided steps s"] = f"{whole['student'] / 1000:.2f}"
-                row["of the teacher's"] = f"{whole['student'] / whole['teacher']:.3f}"
+                times = latencies(generations, 1, device)
+                row[f"{options.steps} guided steps s"] = f"{times['student'] / 1000:.2f}"
+                row["of the teacher's"] = f"{times['student'] / times['teacher']:.3f}"
             rows.append(row)
         del backbone
     out = options.out or Path(__file__).parent / f"results_{options.teacher}.csv"
@@ -149,22 +159,30 @@ def main() -> None:
     print(out.read_text())
 
 
-def step(backbone: UNetBackbone, batch: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
-    """One forward pass."""
-    return functools.partial(backbone.predict, cast(backbone.example_inputs(batch, device), dtype))
+def make_step(backbone: UNetBackbone, batch: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
+    """Return a function that makes one forward pass."""
+    return functools.partial(backbone.predict, cast_inputs(backbone.example_inputs(batch, device), dtype))
 
 
-def generation(
+def make_generation(
     backbone: UNetBackbone, batch: int, steps: int, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], Any]:
-    """A whole generation with classifier-free guidance: two passes a step."""
-    conditions = cast(backbone.example_inputs(batch, device), dtype)["conditions"]
-    given = {"seed": torch.arange(batch), "conditions": conditions}
-    return lambda: backbone.generate(given, DDIMScheduler.from_config, steps, guidance=7.5)
+    """Return a function that generates samples with classifier-free guidance, i.e. with two forward passes per step.
+
+    Args:
+        backbone: the U-Net.
+        batch: the number of samples.
+        steps: the number of DDIM steps.
+        device: the device of the network.
+        dtype: its precision.
+    """
+    conditions = cast_inputs(backbone.example_inputs(batch, device), dtype)["conditions"]
+    inputs = {"seed": torch.arange(batch), "conditions": conditions}
+    return lambda: backbone.generate(inputs, DDIMScheduler.from_config, steps, guidance=7.5)
 
 
-def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Numbers in the precision of the network."""
+def cast_inputs(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return inputs of a network in another precision; the timesteps stay as they are."""
     return move(inputs, dtype) | {"timestep": inputs["timestep"]}
 
 

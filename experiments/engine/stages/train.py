@@ -9,7 +9,7 @@ from experiments.engine.job import Job
 from experiments.engine.stage import Stage
 from experiments.engine.stages.distil import training_artefacts
 from experiments.engine.training import train
-from experiments.tools.precompute import backbone_of, check_latents
+from experiments.tools.precompute import check_latents, load_backbone
 from lightning_modules.modules.base import check_module
 
 
@@ -29,7 +29,7 @@ class Train(Stage):
 
     def check(self, job: Job) -> None:
         if job.cfg.latents is not None:
-            check_latents(job.cfg, job.data, backbone_of(job.cfg))
+            check_latents(job.cfg, job.data, load_backbone(job.cfg))
 
     def run(self, job: Job) -> None:
         with job.clock(self.name):

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from conf.nested import flatten_dict
 from datamodules.latents import SHARED
 from lightning_modules.backbones.diffusion.pipeline_parts import Surroundings
 
@@ -53,7 +53,7 @@ def store_texts(
                 if not group:
                     continue
                 found = surroundings.empty_text(1, device) if empty else surroundings.text(group, device)
-                for name, value in flat(found).items():
+                for name, value in flatten_dict(found).items():
                     states.setdefault(name, []).append((value.to(dtype) if value.is_floating_point() else value).cpu())
         # What all captions share comes once, the rest with a row each.
         tensors = {name: parts[0] if name in SHARED else torch.cat(parts) for name, parts in states.items()}
@@ -65,14 +65,3 @@ def store_texts(
         partial.chmod(0o644)  # safetensors makes files that only their owner can read
         partial.replace(path)
     return rows
-
-
-def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """Nested arguments of a network under dotted names."""
-    found: dict[str, Tensor] = {}
-    for name, value in nested.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found

@@ -1,0 +1,23 @@
+"""HTML pages that are one file each, whatever they show."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+PAGES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
+)
+MEDIA_TYPES = {".png": "image/png", ".wav": "audio/wav"}
+
+
+def write_page(path: Path, template: str, **content: Any) -> Path:
+    """Write a page from a file of templates/ and return its path; a variable without a value is an error."""
+    path.write_text(PAGES.get_template(template).render(**content))
+    return path
+
+
+def data_address(path: Path) -> str:
+    """Return a picture or a sound as a `data:` address, which a page holds instead of a link to the file."""
+    return f"data:{MEDIA_TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"

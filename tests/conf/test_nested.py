@@ -1,0 +1,13 @@
+"""Nested dictionaries under joined names."""
+
+import pytest
+
+from conf.nested import flatten_dict
+
+NESTED = {"a": {"b": 1, "c": {"d": [{"e": 2}]}}, "f": None, "g": {}}
+
+
+@pytest.mark.parametrize("separator", [".", "/"])
+def test_inner_keys_are_joined_and_only_dictionaries_are_taken_apart(separator):
+    assert flatten_dict(NESTED, separator) == {f"a{separator}b": 1, separator.join("acd"): [{"e": 2}], "f": None}
+    assert flatten_dict(NESTED) == flatten_dict(NESTED, ".")
