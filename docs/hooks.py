@@ -1,47 +1,63 @@
-"""Fills the page of configuration fields from the schema: names, types, defaults and docstrings."""
+"""Hooks of mkdocs: generated tables, and the files of the repository that pages link to."""
 
-import ast
-import dataclasses
+import posixpath
+import re
 import sys
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
-from conf import schema  # noqa: E402  it lies one folder up
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+sys.path.insert(0, str(DOCS))
 
+from fields import choices_page, fields_page  # noqa: E402  it lies beside this file
 
-def docstrings(source: str) -> dict[tuple[str, str], str]:
-    """Return {(class, field): the string below the field} of a module's classes."""
-    found = {}
-    for kind in ast.parse(source).body:
-        if isinstance(kind, ast.ClassDef):
-            for field, after in zip(kind.body, kind.body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
-                    found[kind.name, ast.unparse(field.target)] = str(ast.literal_eval(after.value))
-    return found
+COPIES = "repository"
+"""Folder of the site that holds the linked files of the repository, under their paths in it."""
+LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=[#)])")
+"""The path in a Markdown link or picture, without its anchor; addresses have a colon."""
 
 
-def rows(kind: Any, prefix: str, texts: dict[tuple[str, str], str]) -> list[str]:
-    """Return a row of a Markdown table per field of a dataclass, those of nested dataclasses after their own."""
-    lines = []
-    for field in dataclasses.fields(kind):
-        name, nested = f"{prefix}{field.name}", field.default_factory
-        if dataclasses.is_dataclass(nested):
-            lines += rows(nested, f"{name}.", texts)
-            continue
-        default = "" if field.default in (dataclasses.MISSING, "???") else f"`{field.default}`"
-        text = " ".join(texts.get((kind.__name__, field.name), "").split()).replace("|", "\\|")
-        type_name = str(getattr(field.type, "__name__", field.type)).replace("|", "\\|")
-        lines.append(f"| `{name}` | {type_name} | {default} | {text} |")
-    return lines
+def source_of(uri: str) -> Path:
+    """Return the file behind a page of the site."""
+    return ROOT / uri.removeprefix(f"{COPIES}/") if uri.startswith(f"{COPIES}/") else DOCS / uri
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Put the table in the place of its mark: mkdocs calls this for every page."""
-    if page.file.src_uri != "fields.md":
-        return markdown
-    texts = docstrings((ROOT / "conf" / "schema.py").read_text())
-    table = ["| field | type | default | meaning |", "| --- | --- | --- | --- |", *rows(schema.Config, "", texts)]
-    return markdown.replace("<!-- fields -->", "\n".join(table))
+def uri_of(path: Path) -> str:
+    """Return the place in the site of a file of docs/, or of any other file of the repository."""
+    return path.relative_to(DOCS).as_posix() if path.is_relative_to(DOCS) else f"{COPIES}/{path.relative_to(ROOT)}"
+
+
+def linked_files(page: Path) -> list[Path]:
+    """Return the files of the repository that a Markdown file links to."""
+    paths = [(page.parent / link).resolve() for link in LINK.findall(page.read_text())]
+    return [path for path in paths if path.is_file() and path.is_relative_to(ROOT)]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the files that pages link to, and those that the added pages link to."""
+    pages = [source_of(file.src_uri) for file in files.documentation_pages()]
+    while pages:
+        for path in linked_files(pages.pop()):
+            if files.get_file_from_path(uri_of(path)) is None:
+                files.append(File.generated(config, uri_of(path), abs_src_path=str(path)))
+                pages += [path] if path.suffix == ".md" else []
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Fill in generated tables, and point links at the copies of files outside docs/."""
+    uri = page.file.src_uri
+    if uri == "fields.md":
+        return markdown.replace("<!-- fields -->", fields_page())
+    if uri == "choices.md":
+        return markdown.replace("<!-- choices -->", choices_page())
+
+    def relative(match: re.Match[str]) -> str:
+        path = (source_of(uri).parent / match[1]).resolve()
+        return posixpath.relpath(uri_of(path), posixpath.dirname(uri)) if path.is_relative_to(ROOT) else match[1]
+
+    return LINK.sub(relative, markdown)
