@@ -1,12 +1,11 @@
-"""What a criterion sees of a network, and what it owes: one finite score for every unit."""
+"""Units of a network, and the base class of criteria: one finite score for every unit."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +13,24 @@ from torch import Tensor
 SCORING_VERSION = 2
 """Goes up when the same criterion would give other scores; part of the key under which scores are cached."""
 
+Batch = dict[str, Any]
+"""Tensors and lists with one entry per sample; `conditions` is a dictionary of its own."""
 
-class Level(StrEnum):
+Scores = dict[str, dict[str, float]]
+"""{unit: {"score": harm, ...}}; the other columns say how it was measured, such as `standard_error`."""
+
+
+class Choice(StrEnum):
+    """One of a few values of a field; it is written and shown as its value."""
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+AnyChoice = TypeVar("AnyChoice", bound=Choice)
+
+
+class Level(Choice):
     """A kind of units, all of which make up one pool."""
 
     DEPTH = "depth"
@@ -26,7 +41,18 @@ class Level(StrEnum):
     """blocks of channels (width)"""
 
 
-class ChangeKind(StrEnum):
+class Needs(Choice):
+    """What a criterion looks at."""
+
+    DATA = "data"
+    """calibration samples"""
+    SEEDS = "seeds"
+    """seeds of samples to generate"""
+    NOTHING = "nothing"
+    """weights alone"""
+
+
+class ChangeKind(Choice):
     """How a change of a plan removes something."""
 
     BYPASS = "bypass"
@@ -39,37 +65,36 @@ class ChangeKind(StrEnum):
     """the whole network becomes a smaller one of its kind (BK-SDM)"""
 
 
-LEVELS = tuple(level.value for level in Level)
-
-Batch = dict[str, Any]
-"""Tensors and lists of one entry a sample; `conditions` is a dictionary of its own."""
-
-
 @dataclass(frozen=True)
 class Unit:
-    """A named, removable piece of a network and what removing it alone would free."""
+    """A named, removable piece of a network and what its removal alone would free."""
 
     name: str
-    """module path"""
+    """module path; of channels, module path and number ("mid_block.resnets.0.conv1:3")"""
     kind: str
     """resnet | attention | transformer | block | layer; operators: conv | attention | norm; width: channel | head"""
     params: int
     macs: int
-    """multiply-accumulates of one forward at batch 1, convolutions and linear layers"""
-    change: str = "bypass"
-    """what removing it is in a plan: bypass | replace | slice"""
+    """multiply-accumulates of one forward pass at batch size 1, of convolutions and linear layers"""
+    change: ChangeKind = ChangeKind.BYPASS
+    """how a plan removes it"""
     inside: str | None = None
-    """the unit that contains this one, where there is one: only one of the two can be removed"""
+    """the name of the unit that contains this one, if any: only one of the two can be removed"""
+    level: Level = Level.DEPTH
+    """the pool that the unit belongs to"""
 
     @property
     def units(self) -> tuple[str, ...]:
-        """What has to go for this to go, as `Shared` has it: itself."""
+        """Names of the units that must be removed before this part is freed: a unit depends on itself alone.
+
+        Mirrors `Shared.units`, so that costs of units and of shared parts can be summed by the same code.
+        """
         return (self.name,)
 
 
 @dataclass(frozen=True)
 class Shared:
-    """A part that is in no unit and goes only when all of some units go: a Transformer2D's projections and norm."""
+    """A part outside all units that is removed when all of some units are: a Transformer2D's projections and norm."""
 
     name: str
     units: tuple[str, ...]
@@ -78,97 +103,55 @@ class Shared:
 
 
 class Backbone(Protocol):
-    """The part of a network that a criterion works with."""
+    """What every criterion may ask of a network; protocols.py has what some criteria need besides."""
 
-    def units(self, level: str = "depth") -> list[Unit]:
-        """The removable units of one of LEVELS in the order of the forward pass; ValueError where it has none."""
-        ...
-
-    def without(self, names: Iterable[str]) -> AbstractContextManager[None]:
-        """Remove some units while the context lasts; the network is restored bit for bit, also after an error."""
-        ...
-
-    def watching(self, names: Sequence[str]) -> AbstractContextManager[dict[str, tuple[Tensor, Tensor]]]:
-        """Each unit's output, and what its bypass would give for the same input, of the forward pass inside."""
-        ...
-
-    def calibration_inputs(self, batch: Batch, seed: int) -> Batch:
-        """What the network takes, made from data; noise and timestep are functions of (seed, sample number)."""
-        ...
-
-    def predict(self, inputs: Batch) -> Tensor:
-        """The network's output, batch first."""
-        ...
-
-    def predict_without_each(self, inputs: Batch, names: Sequence[str]) -> Iterator[tuple[str | None, Tensor]]:
-        """(None, dense output), then (name, output with only that unit removed), in any order."""
-        ...
-
-    def losses(self, output: Tensor, inputs: Batch) -> Tensor:
-        """The task loss of an output, one value a sample: (N,)."""
-        ...
-
-    def gated(self, gates: Mapping[str, Tensor], level: str) -> AbstractContextManager[None]:
-        """Each unit's part in the output is multiplied by its gate while the context lasts: 1 leaves it, 0 removes it.
-
-        `gates` are {group: (its units,)}; the group of unit "a:3" is "a", that of any other the unit itself.
-        """
-        ...
-
-    def soft_cost(self, gates: Mapping[str, Tensor], budget: str, level: str) -> Tensor:
-        """What is left of a cost under gates: float64, with gradients; with gates of 0 and 1 what is counted."""
-        ...
-
-    def totals(self) -> dict[str, int]:
-        """{budget: what the whole network costs}."""
-        ...
-
-    def weights(self) -> dict[str, Tensor]:
-        """The network's parameters by name."""
-        ...
-
-    def freed_weights(self, name: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """What goes with a unit, of tensors with the names and shapes of the weights: themselves, or gradients."""
+    def units(self, level: str = Level.DEPTH) -> list[Unit]:
+        """Return the removable units of one level in the order of the forward pass; ValueError where it has none."""
         ...
 
     @property
     def takes_text(self) -> bool:
-        """Is the network conditioned on captions?"""
+        """Whether the network is conditioned on captions."""
         ...
 
     @property
     def writes_text(self) -> bool:
-        """Is it a language model?"""
-        ...
-
-    def generate(self, batch: Batch, sampler: Callable[..., Any], steps: int, guidance: float = 1.0) -> Tensor:
-        """Samples in the network's own space (N,C,H,W), each from its entry of batch["seed"] and its conditions."""
-        ...
-
-    def decode(self, samples: Tensor) -> Tensor:
-        """Images of generated samples: uint8 (N,H,W,C)."""
+        """Whether the network is a language model."""
         ...
 
 
-class Criterion:
+Network = TypeVar("Network", bound=Backbone)
+"""The protocol of the networks that a criterion can score."""
+
+
+class Criterion(Generic[Network]):
     """A running measurement of how much harm the removal of each unit does, in the manner of a torchmetrics metric.
 
-    Subclasses give `update` (or say `needs = "nothing"`) and `compute`. Values in `states` are summed over ranks
-    before `compute` is called. Nothing here may change the network.
+    `start`, then `update` with each calibration batch, then `finish`. Sums over batches are in `states`, tensors that
+    are summed over ranks before `finish`; all else is the same on every rank. A new criterion is a class and a YAML
+    file; one that trains parameters has its LightningModule (`module`) besides.
+
+    Scores are additive harms: 0 where the removal changes nothing, higher where it does more harm, and the harm of a
+    set of units is predicted as the sum of their scores. Negative scores are allowed, for removals that help. A
+    criterion whose scores give an order only, or harms with another zero, says so in its docstring.
     """
 
-    needs = "data"
-    """what a batch holds: data (calibration samples) | seeds (of `seeds` images to generate) | nothing"""
+    needs: Needs = Needs.DATA
+    """what a batch holds: calibration samples, `seeds` seeds, or nothing"""
     needs_grad = False
-    level: str = Level.DEPTH
+    """whether `update` computes gradients: it is then not run in inference mode"""
+    level: Level = Level.DEPTH
     """the pool of units that is scored"""
-    module: Any = None
-    """Callable (criterion, backbone) -> LightningModule that trains what the criterion trains, a step per calibration
-    batch, with the network frozen. None: the batches are fed to `update`."""
+    module: Callable[..., Any] | None = None
+    """(criterion, backbone) -> the LightningModule under which Trainer.fit trains the criterion's own parameters, with
+    the network frozen. None: calibration batches are fed to `update` under Trainer.test."""
     seeds = 0
+    """the number of samples to generate, for criteria that need seeds"""
+    stable_for: int | None = None
+    """scoring may stop early once this many batches have changed no plan; None: all batches are looked at"""
 
-    def supports(self, backbone: Backbone) -> str | None:
-        """None, or the reason why this criterion cannot score this network: here, that it has no units of the level."""
+    def supports(self, backbone: Network) -> str | None:
+        """Return None, or the reason why this network cannot be scored."""
         try:
             backbone.units(self.level)
         except ValueError as error:
@@ -176,34 +159,34 @@ class Criterion:
         return None
 
     def spreads_batches(self, backbone: Any) -> bool:
-        """Tell whether each calibration batch is to be spread evenly over all samples.
+        """Return whether calibration batches must each be spread evenly over all samples.
 
-        It is where a part of the batches has to speak for all, as with early stopping.
+        They must where a part of the batches has to speak for all, as with early stopping.
         """
-        return getattr(self, "stable_for", None) is not None
+        return self.stable_for is not None
 
     def files(self) -> list[Path]:
-        """Files other than the teacher's that decide the scores, such as another model's weights."""
+        """Return the files other than the teacher's that decide the scores, such as another model's weights."""
         return []
 
-    def start(self, backbone: Backbone, units: Sequence[Unit], seed: int) -> None:
-        """Begin: `seed` is `calibration.seed`."""
+    def start(self, backbone: Network, units: Sequence[Unit], seed: int) -> None:
+        """Begin a measurement; `seed` is `calibration.seed`."""
         self.backbone, self.units, self.seed = backbone, list(units), seed
         self.states: dict[str, Tensor] = {}
 
     def update(self, batch: Batch) -> None:
-        """Take one calibration batch into account."""
+        """Add one calibration batch to the measurement."""
 
     def settled(self) -> bool:
-        """Need no further batch be looked at? (One process; several ranks look at all.)"""
+        """Return True when scoring may stop early; asked only where one process sees all batches."""
         return False
 
-    def compute(self) -> dict[str, dict[str, float]]:
-        """{unit: {"score": harm, ...}}, from `states` alone."""
+    def compute(self) -> Scores:
+        """Return the scores of all units, computed from `states` alone."""
         raise NotImplementedError
 
-    def finish(self) -> dict[str, dict[str, float]]:
-        """The scores, every unit exactly once, higher = more harm if removed.
+    def finish(self) -> Scores:
+        """Return the scores: every unit exactly once, finite, higher = more harm if removed.
 
         Raises ValueError naming the unit whose score is not finite.
         """
@@ -216,26 +199,35 @@ class Criterion:
                 )
         return scores
 
-    def table(self, **columns: Tensor) -> dict[str, dict[str, float]]:
-        """Columns of one value a unit, as {unit: {column: value}}."""
+    def table(self, **columns: Tensor) -> Scores:
+        """Return columns, each with one value per unit, as {unit: {column: value}}."""
         return {
             unit.name: {key: float(column[i]) for key, column in columns.items()} for i, unit in enumerate(self.units)
         }
 
 
 def zeros(count: int) -> Tensor:
-    """A state to sum into: float64, one value a unit."""
+    """Return a state to sum into: float64 zeros, one per unit."""
     return torch.zeros(count, dtype=torch.float64)
 
 
-def check_level(level: str, valid: Sequence[str] = LEVELS) -> str:
-    """`criterion.level`; raises ValueError where it is none of the valid ones."""
-    if level not in valid:
-        raise ValueError(f"criterion.level={level!r} is unknown; choose one of: {', '.join(valid)}")
-    return level
+def parse_choice(kind: type[AnyChoice], field: str, value: str, valid: Iterable[AnyChoice] = ()) -> AnyChoice:
+    """Return the member of `kind` that a field of the configuration names.
+
+    Raises ValueError with field, value and choices where it is none of the `valid` ones (by default all).
+    """
+    choices = list(valid) or list(kind)
+    if value not in choices:
+        raise ValueError(f"{field}={value!r} is unknown; choose one of: {', '.join(choices)}")
+    return kind(value)
 
 
-def check_scores(stored: dict[str, Any], units: Sequence[Unit]) -> None:
+def parse_level(level: str, valid: Iterable[Level] = ()) -> Level:
+    """Return `criterion.level`; raises ValueError where it is none of the `valid` ones (by default all)."""
+    return parse_choice(Level, "criterion.level", level, valid)
+
+
+def check_scores(stored: Scores, units: Sequence[Unit]) -> None:
     """Raise ValueError where stored scores do not name exactly these units."""
     missing, unknown = {u.name for u in units} - set(stored), set(stored) - {u.name for u in units}
     if missing or unknown:

@@ -7,25 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from criteria.base import Backbone, Batch, Unit
+from criteria.base import Batch, Needs, Unit
+from criteria.protocols import Generative
 from criteria.scores.shared.clip import clip_cosines
-from criteria.scores.shared.generation import Generation, check_seeds, generates
+from criteria.scores.shared.generation import Generation, check_seeds, explain_no_samples
 from criteria.scores.shared.leave_one_out import PerSample
 
 
-class ClipScore(PerSample):
+class ClipScore(PerSample[Generative]):
     """s_i = E[ CLIP score of the dense network's images ] - E[ CLIP score without unit i ], from the same seeds.
 
-    The CLIP score of an image is 100 times the cosine of its embedding and its caption's. The delta CLIP score is a
-    baseline that LAPTOP-Diff (arXiv 2404.11098) is said to compare with; its CLIP model, captions and count are not
-    known. Ours, too: cosines below 0 are not cut off, and images that are not finite (with their whole batch) count
-    as a cosine of 0. `standard_error` is that of the paired difference.
+    The CLIP score of an image is 100 times the cosine between its embedding and its caption's. A baseline of
+    LAPTOP-Diff (arXiv 2404.11098), as far as we know; its CLIP model, captions and number of images are not known.
+    Ours: negative cosines are kept, and a batch with images that are not finite counts as cosines of 0.
+    `standard_error` is the one of the paired difference.
 
-    `path`: a folder, or the id of a model of the Hugging Face hub that has been downloaded, with safetensors.
-    `sampler`, `steps`, `guidance`: see criteria.scores.shared.generation.
+    Args:
+        sampler: makes the diffusers scheduler that generates.
+        steps: denoising steps.
+        guidance: scale of classifier-free guidance; 1 is none.
+        seeds: how many images are generated per unit.
+        path: a CLIP model in safetensors: a folder, or the id of a model of the Hugging Face hub that has been
+            downloaded.
     """
 
-    needs = "seeds"
+    needs = Needs.SEEDS
 
     def __init__(
         self,
@@ -38,23 +44,26 @@ class ClipScore(PerSample):
         self.seeds, self.path = check_seeds(seeds), path
         self.generation = Generation(sampler, steps, guidance)
 
-    def supports(self, backbone: Backbone) -> str | None:
-        return generates(backbone) or (None if backbone.takes_text else "it takes no text to compare its images with")
+    def supports(self, backbone: Generative) -> str | None:
+        """Return a reason as well for networks that generate nothing, or take no captions."""
+        if reason := explain_no_samples(backbone):
+            return reason
+        return None if backbone.takes_text else "it takes no text to compare its images with"
 
     def files(self) -> list[Path]:
-        """Of a local folder; a model of the hub is what its id says."""
+        """Return the weight files of a local CLIP folder; a model of the hub is identified by its id."""
         return sorted(Path(self.path).expanduser().glob("*.safetensors"))
 
-    def start(self, backbone: Backbone, units: Sequence[Unit], seed: int) -> None:
-        """Raises ValueError where the CLIP model is not here."""
+    def start(self, backbone: Generative, units: Sequence[Unit], seed: int) -> None:
+        """Begin a measurement; raises ValueError where the CLIP model is not on this machine."""
         super().start(backbone, units, seed)
         self.clip, self.processor = load_clip(self.path)
 
     def update(self, batch: Batch) -> None:
         captions = list(batch["caption"])
-        before_N = self.clip_score(self.generation.dense(self.backbone, batch), captions)
+        before_N = self.clip_score(self.generation.generate(self.backbone, batch), captions)
         for unit in self.units:
-            samples = self.generation.without(self.backbone, batch, unit.name)
+            samples = self.generation.generate_without(self.backbone, batch, unit.name)
             after_N = torch.zeros_like(before_N) if samples is None else self.clip_score(samples, captions)
             self.add(unit.name, before_N - after_N)
 
@@ -66,7 +75,7 @@ class ClipScore(PerSample):
 
 
 def load_clip(path: str) -> tuple[Any, Any]:
-    """A CLIP model in eval mode and its processor; nothing is downloaded, and no pickled weights are read.
+    """Return a CLIP model in eval mode and its processor; nothing is downloaded, and no pickled weights are read.
 
     Raises ValueError naming the command that downloads it.
     """

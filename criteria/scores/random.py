@@ -1,22 +1,22 @@
-"""A uniformly random order of the units: what every criterion has to beat."""
+"""A uniformly random order of the units, which every criterion has to beat."""
 
 import torch
 
-from criteria.base import Criterion, check_level
+from criteria.base import Backbone, Criterion, Needs, Scores, parse_level
 from datamodules.seeding import torch_rng
 
 
-class Random(Criterion):
-    """Uniform scores from `seed`; taken in their order (`selection=ranked`) they are a random order of the units.
+class Random(Criterion[Backbone]):
+    """Uniform scores from `seed`; `selection=ranked` takes them as a random order of the units.
 
-    A report averages over several seeds: criterion.seed=0,1,2.
+    Average over several seeds: criterion.seed=0,1,2.
     """
 
-    needs = "nothing"
+    needs = Needs.NOTHING
 
     def __init__(self, seed: int = 0, level: str = "depth") -> None:
-        self.order_seed, self.level = seed, check_level(level)
+        self.order_seed, self.level = seed, parse_level(level)
 
-    def compute(self) -> dict[str, dict[str, float]]:
+    def compute(self) -> Scores:
         rng = torch_rng(self.order_seed, "random criterion")
         return self.table(score=torch.rand(len(self.units), generator=rng, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""First-order Taylor: what the loss would change by if a unit's weights were zero, by its gradient."""
+"""First-order Taylor: the change of the loss, by its gradient, if a unit's weights were zero."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -6,20 +6,21 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from criteria.base import Backbone, Batch, Criterion, Unit, check_level, zeros
+from criteria.base import Batch, Criterion, Scores, Unit, parse_level, zeros
+from criteria.protocols import Differentiable
 
 
-class Taylor(Criterion):
+class Taylor(Criterion[Differentiable]):
     """s_i = sum over the weights w of unit i of | mean over samples of dL/dw * w |.
 
-    Signed products are summed over the whole calibration set first, the absolute value is taken afterwards (Shortened
-    LLaMA, arXiv 2402.02834). Ours: all parameters that go with a unit of the `level` count, biases too.
+    Signed products are first summed over the whole calibration set, then the absolute value is taken (Shortened LLaMA,
+    arXiv 2402.02834). Ours: all parameters that belong to a unit of the `level` count, biases too.
 
-    `threshold` is Diff-Pruning's (arXiv 2305.10924; 0.05 there): timesteps whose loss is small beside the largest do
-    not count. The paper walks over the timesteps in order and stops at the first with L_t / L_max below the threshold.
-    Ours works in any order of samples, and on several devices: the schedule is cut into `buckets` equal parts, and a
-    part counts if its mean loss is at least `threshold` times the largest part's. The memory for the sums is then
-    `buckets` times that of the weights that are scored.
+    `threshold` is the one of Diff-Pruning (arXiv 2305.10924; 0.05 there): timesteps with a loss that is small compared
+    to the largest do not count. The paper goes through the timesteps in order and stops at the first with L_t / L_max
+    below the threshold. Ours works for any order of samples, and on several devices: the schedule is cut into `buckets`
+    equal parts, and a part counts if its mean loss is at least `threshold` times the largest part's. The sums then take
+    `buckets` times the memory of the scored weights.
     """
 
     needs_grad = True
@@ -29,16 +30,17 @@ class Taylor(Criterion):
             raise ValueError(f"criterion.threshold={threshold} is out of range; choose 0 <= threshold <= 1, or null")
         if buckets < 1:
             raise ValueError(f"criterion.buckets={buckets} is out of range; choose a whole number of 1 or more")
-        self.level = check_level(level)
+        self.level = parse_level(level)
         self.threshold, self.buckets = threshold, buckets if threshold is not None else 1
 
-    def supports(self, backbone: Backbone) -> str | None:
+    def supports(self, backbone: Differentiable) -> str | None:
+        """Return a reason as well for a threshold on timesteps of a network that has none."""
         if self.threshold is not None and not hasattr(backbone, "noise_scheduler"):
             return f"criterion.threshold={self.threshold} is for networks with timesteps; choose null"
         return super().supports(backbone)
 
-    def start(self, backbone: Backbone, units: Sequence[Unit], seed: int) -> None:
-        """States: "loss" and "count" by bucket, and by parameter the summed products (buckets, *its shape)."""
+    def start(self, backbone: Differentiable, units: Sequence[Unit], seed: int) -> None:
+        """Begin with zeros: "loss" and "count" (buckets,), and per parameter the summed products (buckets, *shape)."""
         super().start(backbone, units, seed)
         self.weights = backbone.weights()
         self.states = {"loss": zeros(self.buckets), "count": zeros(self.buckets)} | {
@@ -48,7 +50,7 @@ class Taylor(Criterion):
 
     def update(self, batch: Batch) -> None:
         inputs = self.backbone.calibration_inputs(batch, self.seed)
-        with torch.enable_grad(), requiring_grad([*self.weights.values()]):
+        with torch.enable_grad(), require_grad([*self.weights.values()]):
             loss_N = self.backbone.losses(self.backbone.predict(inputs), inputs)
             bucket_N = self.bucket_of(inputs, len(loss_N)).to(loss_N.device)
             present = bucket_N.unique().tolist()
@@ -63,35 +65,35 @@ class Taylor(Criterion):
                     self.states[f"weight {name}"][bucket].addcmul_(gradient, weight.detach())
 
     def bucket_of(self, inputs: Batch, count: int) -> Tensor:
-        """The part of the schedule that each sample's timestep is in: (N,)."""
+        """Return the index of the part of the schedule that each sample's timestep is in, (N,)."""
         if self.threshold is None:
             return torch.zeros(count, dtype=torch.long)
         steps = self.backbone.noise_scheduler.config.num_train_timesteps  # type: ignore[attr-defined]
         return (inputs["timestep"] * self.buckets // steps).long().clamp(0, self.buckets - 1)  # flows end at `steps`
 
-    def kept(self) -> Tensor:
-        """Which buckets count: (buckets,), true or false. One without samples does not."""
-        there = self.states["count"] > 0
+    def counted_buckets(self) -> Tensor:
+        """Return whether each bucket counts: (buckets,), boolean. A bucket without samples does not."""
+        sampled = self.states["count"] > 0
         if self.threshold is None:
-            return there
+            return sampled
         mean = self.states["loss"] / self.states["count"]
-        return there & (mean >= self.threshold * mean[there].max())
+        return sampled & (mean >= self.threshold * mean[sampled].max())
 
-    def compute(self) -> dict[str, dict[str, float]]:
-        kept = self.kept()
+    def compute(self) -> Scores:
+        kept = self.counted_buckets()
         count = self.states["count"][kept].sum()
         products = {name: self.states[f"weight {name}"] for name in self.weights}
         sums = {name: product[kept.to(product.device)].sum(0) for name, product in products.items()}
         score = zeros(len(self.units))
         for i, unit in enumerate(self.units):
-            for part in self.backbone.freed_weights(unit.name, sums):
+            for part in self.backbone.freed_weights(unit, sums):
                 score[i] += float(part.abs().sum(dtype=torch.float64))
         return self.table(score=score / count)
 
 
 @contextlib.contextmanager
-def requiring_grad(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Gradients can be asked for all of these weights inside; their flags are as before afterwards."""
+def require_grad(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Let all of these weights require gradients while the context lasts; restore their flags afterwards."""
     flags = [weight.requires_grad for weight in weights]
     try:
         for weight in weights:

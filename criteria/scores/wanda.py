@@ -1,18 +1,19 @@
-"""Wanda-sp: weights times the norms of what they are multiplied with (arXiv 2306.11695, arXiv 2312.11983)."""
+"""Wanda-sp: weights times the norms of the inputs they are multiplied with (arXiv 2306.11695, arXiv 2312.11983)."""
 
 import torch
 from torch import Tensor
 
-from criteria.scores.shared.activations import OfInputs
+from criteria.scores.shared.activations import InputStatistics
 
 
-class Wanda(OfInputs):
+class Wanda(InputStatistics):
     """s_i = sum over the input channels j of unit i of sum_r |W_rj| * ||X_j||_2.
 
-    X_j are the values of input channel j of the layer W that takes the unit's channels, over all calibration tokens.
-    Wanda scores single weights so; the sum over whole channels and heads is Wanda-sp, FLAP's baseline (arXiv
-    2312.11983). Scores of layers of different inputs have different scales: choose selection=uniform.
+    X_j are the values, over all calibration tokens, of input channel j of the layer W that reads the unit's channels.
+    Wanda (arXiv 2306.11695) scores single weights this way; the sum over whole channels and heads is Wanda-sp, the
+    baseline of FLAP (arXiv 2312.11983). Scores of layers with different inputs differ in scale: choose
+    selection=uniform.
     """
 
-    def columns(self, weight_RC: Tensor, sum_C: Tensor, square_C: Tensor, tokens: float) -> Tensor:
+    def harm_by_input(self, weight_RC: Tensor, sum_C: Tensor, square_C: Tensor, tokens: float) -> Tensor:
         return weight_RC.abs().sum(0, dtype=torch.float64).cpu() * square_C.sqrt()

@@ -1,7 +1,7 @@
 """An exact choice of the units to remove under a budget.
 
-The budget is the fraction of a cost (parameters, MACs, FLOPs or measured latency) to remove, or how much of it is to be
-left; the fraction that is achieved lies in [ratio, ratio + tolerance]. That is a constraint of the program, not a
+The budget is the fraction of a cost (parameters, MACs, FLOPs or measured latency) to remove, or how much of that cost
+is to be left; the achieved fraction lies in [ratio, ratio + tolerance]. That is a constraint of the program, not a
 stopping rule: scores may be negative, and minimal harm alone would then remove without limit.
 """
 
@@ -12,10 +12,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from criteria.base import Shared, Unit
+from criteria.base import Choice, Level, Shared, Unit, parse_choice
 from criteria.selection.solver import Program, greatest_cost, least_cost, reachable
 
-BUDGETS = ("params", "macs", "flops", "latency")
+
+class Budget(Choice):
+    """A cost of networks that a selection can limit."""
+
+    PARAMS = "params"
+    """parameters"""
+    MACS = "macs"
+    """multiply-accumulates of one forward pass at batch size 1"""
+    FLOPS = "flops"
+    """of image classifiers, counted as AutoBot counts them"""
+    LATENCY = "latency"
+    """measured, in microseconds"""
+
+
 SLICE = re.compile(r"(-?\d+)?:(-?\d+)?")
 
 Measure = Callable[[Sequence[str]], float]
@@ -23,12 +36,12 @@ Measure = Callable[[Sequence[str]], float]
 
 
 class InfeasibleBudget(ValueError):
-    """No set of units fits the budget; the message names the nearest ratios that can be had, and the largest."""
+    """No set of units fits the budget; the message names the nearest achievable ratios and the largest one."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """What there is to choose from, and what it costs."""
+    """The units to choose from, and their costs."""
 
     units: Sequence[Unit]
     """in the order of the forward pass"""
@@ -36,12 +49,12 @@ class Pool:
     """{budget: the whole backbone's cost}: params, macs, of classifiers flops, if measured latency in microseconds"""
     shared: Sequence[Shared] = ()
     savings: Mapping[str, int] | None = None
-    """{unit, or shared part: microseconds that its removal alone saves}; measured, and so perhaps below zero"""
+    """{unit or shared part: microseconds saved by its removal alone}; measured, so that they may be negative"""
     cost: Callable[[Sequence[str], str], int] | None = None
     """cost(names, budget): what a set of units frees, where that is not the sum over units (channels)"""
 
     def total(self, budget: str) -> int:
-        """The whole backbone's cost; ValueError where this network has none such, or it was not measured."""
+        """Return the whole backbone's cost; ValueError where this network has no such cost, or it was not measured."""
         if budget not in self.totals:
             raise ValueError(
                 f"selection.budget={budget!r} has no total in this pool; choose one of: {', '.join(self.totals)}"
@@ -49,50 +62,57 @@ class Pool:
         return self.totals[budget]
 
     def program(self, budget: str) -> Program:
-        """The costs of sets of these units; ValueError for the budget latency where savings were not measured."""
-        place = {unit.name: i for i, unit in enumerate(self.units)}
-        if budget == "latency" and not place.keys() <= (self.savings or {}).keys():
+        """Return the costs of sets of these units; ValueError for a latency budget where savings were not measured."""
+        index = {unit.name: i for i, unit in enumerate(self.units)}
+        if budget == Budget.LATENCY and not index.keys() <= (self.savings or {}).keys():
             raise ValueError(
                 "selection.budget='latency' needs a measured saving of every unit, and this pool has "
                 f"{'some' if self.savings else 'none'}; measure them, or choose one of: params, macs"
             )
-        shared = [part for part in self.shared if set(part.units) <= place.keys()]
+        shared = [part for part in self.shared if set(part.units) <= index.keys()]
         return Program(
             [self.freed(unit, budget) for unit in self.units],
-            [(frozenset(place[name] for name in part.units), self.freed(part, budget)) for part in shared],
-            [(place[unit.inside], i) for i, unit in enumerate(self.units) if unit.inside in place],
+            [(frozenset(index[name] for name in part.units), self.freed(part, budget)) for part in shared],
+            [(index[unit.inside], i) for i, unit in enumerate(self.units) if unit.inside in index],
         )
 
     def freed(self, part: Unit | Shared, budget: str) -> int:
-        """What one part frees; a removal that was measured to save nothing, or less, frees 0."""
-        if budget == "latency":
+        """Return the cost that the removal of one part frees; 0 where it was measured to save nothing, or less."""
+        if budget == Budget.LATENCY:
             return max((self.savings or {}).get(part.name, 0), 0)
-        if budget == "flops":  # only classifiers have them, and of those only channels go
+        if budget == Budget.FLOPS:  # only classifiers have FLOPs, and their units are channels
             assert self.cost is not None
             return self.cost([part.name], budget)
-        return part.params if budget == "params" else part.macs
+        return part.params if budget == Budget.PARAMS else part.macs
 
 
 class Selection:
-    """A way to choose what is removed, and how."""
+    """A way to choose which units are removed, and how.
+
+    `check` is called once, before anything is scored or timed; `changes` once, with the scores.
+    """
 
     needs_scores = True
+    """whether `changes` reads the scores"""
     needs_joint_loss = False
-    """does it measure the joint loss of sets of units?"""
-    budget = "params"
+    """whether `changes` measures the joint loss of sets of units"""
+    budget: str = Budget.PARAMS
     """the cost in which the achieved ratio is stated"""
 
     @property
     def needs_savings(self) -> bool:
-        """Is the latency that each unit saves to be measured?"""
-        return self.budget == "latency"
+        """Whether `changes` needs the measured latency that the removal of each unit saves."""
+        return self.budget == Budget.LATENCY
 
     def protected_units(self, units: Sequence[Unit]) -> list[str]:
         """Return the names of the units that stay whatever their scores."""
         return []
 
     def check(self, pool: Pool) -> None:
-        """Raise ValueError for what cannot be had from this pool; asked once, before anything is scored or timed."""
+        """Raise ValueError for a choice that this pool does not allow, whatever the scores.
+
+        Of a latency budget the pool has no savings yet (None): then only what needs no measurement is checked.
+        """
 
     def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
         """Return the names of the units to remove, in the order of the forward pass.
@@ -102,24 +122,28 @@ class Selection:
         raise NotImplementedError
 
     def changes(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[dict[str, str]]:
-        """The changes of a plan: {"unit": name, "kind": how it is removed} of each unit that goes."""
+        """Return the changes of a plan: {"unit": name, "kind": how it is removed} for each removed unit."""
         kinds = {unit.name: unit.change for unit in pool.units}
         return [{"unit": name, "kind": kinds[name]} for name in self.select(pool, scores, measure)]
 
 
 @dataclass
 class Budgeted(Selection):
-    """What every way of meeting a budget shares; subclasses give `choose`, or a `check` and `select` of their own.
+    """Base class of selections that meet a budget; subclasses implement `choose`, or `check_budget` and `select`.
 
-    `ratio`: fraction of the backbone's `budget` (params | macs | flops | latency) to remove. `target`: what is to be
-    left of it at most, in parameters, MACs or FLOPs, instead of `ratio`, which is then None. `tolerance`: how much more
-    may go, as a fraction of the whole backbone's cost. `protected`: units that stay, by name, as slices of the units in
-    the order of the forward pass (":4" the first four, "-2:" the last two), or all channels of a group by its name.
+    Args:
+        ratio: the fraction of the backbone's `budget` to remove.
+        tolerance: how much more may be removed, as a fraction of the whole backbone's cost.
+        budget: params | macs | flops | latency.
+        protected: units that stay: by name, as slices of the units in the order of the forward pass (":4" the first
+            four, "-2:" the last two), or all channels of a group by the group's name.
+        target: the most that may be left of the cost, in parameters, MACs or FLOPs; given instead of `ratio`, which is
+            then None.
     """
 
     ratio: float | None = None
     tolerance: float = 0.02
-    budget: str = "params"
+    budget: str = Budget.PARAMS.value
     protected: list[str] = field(default_factory=list)
     target: float | None = None
 
@@ -134,15 +158,15 @@ class Budgeted(Selection):
             raise ValueError(f"selection.ratio={self.ratio} is out of range; choose 0 < ratio < 1{percent}")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"selection.tolerance={self.tolerance} is out of range; choose 0 <= tolerance < 1")
-        check_budget(self.budget)
-        if self.target is not None and self.budget == "latency":
+        self.budget = parse_choice(Budget, "selection.budget", self.budget)
+        if self.target is not None and self.budget == Budget.LATENCY:
             raise ValueError(
                 f"selection.target={self.target}: of the budget latency choose a ratio, or for a target one of: "
                 "params, macs, flops"
             )
 
     def check(self, pool: Pool) -> None:
-        """Raises InfeasibleBudget, and ValueError for a budget or a target that this network cannot have.
+        """Raise InfeasibleBudget, or ValueError for a budget or a target that this network cannot have.
 
         ValueError as well for an unknown protected unit, naming the nearest.
         """
@@ -152,7 +176,7 @@ class Budgeted(Selection):
             self.check_budget(pool)
 
     def check_untimed(self, pool: Pool) -> None:
-        """Raise ValueError for what can be told of a latency budget before units are timed."""
+        """Raise ValueError for what is wrong with a latency budget whatever the measured times."""
         self.protected_units(pool.units)
         if pool.cost is not None:
             raise ValueError(
@@ -164,63 +188,65 @@ class Budgeted(Selection):
         """Raise InfeasibleBudget where no set of units fits the budget."""
         window, program = self.window(pool), self.program(pool)
         if not reachable(program, window):
-            largest = greatest_cost(program, sum(program.every))
-            below, above = greatest_cost(program, window[0] - 1), least_cost(program, window[1] + 1)
-            raise self.infeasible(pool, largest, below, above)
+            raise self.infeasible_window(pool, program, window)
 
     def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
-        self.check_budget(pool)
-        free, program, window = self.free(pool), self.program(pool), self.window(pool)
-        chosen = sorted(self.choose(program, [scores[unit.name] for unit in free], window))
+        window, program, removable = self.window(pool), self.program(pool), self.removable_units(pool)
+        chosen = self.choose(program, [scores[unit.name] for unit in removable], window)
+        if chosen is None:
+            raise self.infeasible_window(pool, program, window)
         assert window[0] <= program.cost(chosen) <= window[1]
-        return [free[i].name for i in chosen]
+        return [removable[i].name for i in sorted(chosen)]
 
-    def choose(self, program: Program, scores: Sequence[float], window: tuple[int, int]) -> list[int]:
-        """The places, among the units that may go, of those that do."""
+    def choose(self, program: Program, scores: Sequence[float], window: tuple[int, int]) -> list[int] | None:
+        """Return the indices (into the unprotected units) of the units to remove; None where no set fits `window`."""
         raise NotImplementedError
 
-    def free(self, pool: Pool) -> list[Unit]:
-        """The units that may go."""
-        staying = self.protected_units(pool.units)
-        return [unit for unit in pool.units if unit.name not in staying]
+    def removable_units(self, pool: Pool) -> list[Unit]:
+        """Return the unprotected units."""
+        protected = self.protected_units(pool.units)
+        return [unit for unit in pool.units if unit.name not in protected]
 
     def protected_units(self, units: Sequence[Unit]) -> list[str]:
-        """The names of the protected units; raises ValueError for an unknown one, naming the nearest."""
+        """Return the names of the protected units; raises ValueError for an unknown one, naming the nearest."""
         names = [unit.name for unit in units]
-        found: set[str] = set()
+        protected: set[str] = set()
         for entry in self.protected:
-            part = SLICE.fullmatch(entry)
-            if part and any(":" in name for name in names):
+            ends = SLICE.fullmatch(entry)
+            if ends and any(unit.level == Level.CHANNEL for unit in units):
                 raise ValueError(
                     f"selection.protected={entry!r}: slices are of blocks; name channels, or groups of them, such as "
                     f"{group(names[0])!r}"
                 )
-            named = [name for name in names if entry in (name, group(name))] or [entry]
-            found.update(names[slice(*(int(end) if end else None for end in part.groups()))] if part else named)
-        known(found, units, "selection.protected", [group(name) for name in names])
-        return [name for name in names if name in found]
+            if ends:
+                protected.update(names[slice(*(int(end) if end else None for end in ends.groups()))])
+            else:
+                protected.update([name for name in names if entry in (name, group(name))] or [entry])
+        check_names(protected, units, "selection.protected", [group(name) for name in names])
+        return [name for name in names if name in protected]
 
     def program(self, pool: Pool) -> Program:
-        """The costs of sets of the units that may go; ValueError where they are no sums over the units."""
+        """Return the costs of sets of unprotected units; ValueError where these are no sums over the units."""
         if pool.cost is not None:
             raise ValueError(
                 "these units are channels, whose costs do not add up; choose selection=uniform for a language model, "
                 "selection=threshold for other networks"
             )
-        staying = self.protected_units(pool.units)
-        free = [i for i, unit in enumerate(pool.units) if unit.name not in staying]
-        return pool.program(self.budget).after(set(), free)
+        protected = self.protected_units(pool.units)
+        return pool.program(self.budget).after(
+            set(), [i for i, unit in enumerate(pool.units) if unit.name not in protected]
+        )
 
     def window(self, pool: Pool) -> tuple[int, int]:
-        """The least and the greatest cost to remove, in whole parameters, MACs, FLOPs or microseconds."""
-        least, tolerance = self.least(pool), Fraction(str(self.tolerance))
+        """Return the least and the greatest cost to remove, in whole parameters, MACs, FLOPs or microseconds."""
+        least, tolerance = self.least_removed(pool), Fraction(str(self.tolerance))
         return math.ceil(least), math.floor(least + tolerance * pool.total(self.budget))
 
-    def least(self, pool: Pool) -> Fraction:
-        """The least cost to remove; raises ValueError for a target that is not below the whole network's cost."""
+    def least_removed(self, pool: Pool) -> Fraction:
+        """Return the least cost to remove; raises ValueError for a target that is not below the network's cost."""
         total = pool.total(self.budget)
         if self.target is None:
-            return Fraction(str(self.ratio)) * total  # as written, not as rounded
+            return Fraction(str(self.ratio)) * total  # the decimal number as written, not as rounded to binary
         if not 0 < self.target < total:
             raise ValueError(
                 f"selection.target={self.target:,} is out of range: the whole network has {total:,} {self.budget}; "
@@ -228,8 +254,14 @@ class Budgeted(Selection):
             )
         return total - Fraction(str(self.target))
 
+    def infeasible_window(self, pool: Pool, program: Program, window: tuple[int, int]) -> InfeasibleBudget:
+        """Return the error for a window in which no set of units costs."""
+        largest = greatest_cost(program, sum(program.every))
+        below, above = greatest_cost(program, window[0] - 1), least_cost(program, window[1] + 1)
+        return self.infeasible(pool, largest, below, above)
+
     def infeasible(self, pool: Pool, largest: int, below: int, above: int | None) -> InfeasibleBudget:
-        """The error that names the largest cost that can be removed, and the nearest below and above the window."""
+        """Return the error that names the largest removable cost, and the nearest below and above the window."""
         total, near = pool.total(self.budget), [cost for cost in (below, above) if cost]
         if self.target is None:
             asked, most = f"selection.ratio={self.ratio}", f"the largest achievable ratio is {largest / total:.3f}"
@@ -247,22 +279,16 @@ class Budgeted(Selection):
 
 
 def group(name: str) -> str:
-    """The group of channels that a unit belongs to."""
+    """Return the group of a unit, by name: "a" for the channel "a:3", the name itself for other units."""
     return name.partition(":")[0]
 
 
-def check_budget(budget: str) -> None:
-    """Raise ValueError for what is none of BUDGETS."""
-    if budget not in BUDGETS:
-        raise ValueError(f"selection.budget={budget!r} is unknown; choose one of: {', '.join(BUDGETS)}")
-
-
-def known(names: Iterable[str], units: Sequence[Unit], field_name: str, groups: Sequence[str] = ()) -> None:
-    """Raise ValueError for a name that is no unit, with the nearest that are, or the nearest `groups` where given."""
-    there = dict.fromkeys(unit.name for unit in units)
+def check_names(names: Iterable[str], units: Sequence[Unit], field_name: str, groups: Sequence[str] = ()) -> None:
+    """Raise ValueError for a name that is no unit, with the nearest units, or the nearest `groups` where given."""
+    known = dict.fromkeys(unit.name for unit in units)
     for name in names:
-        if name not in there:
-            choices = list(dict.fromkeys(groups if groups and ":" not in name else there))
+        if name not in known:
+            choices = list(dict.fromkeys(groups if groups and ":" not in name else known))
             near = difflib.get_close_matches(name, choices, n=3, cutoff=0.3) or choices[:3]
             raise ValueError(
                 f"{field_name}: {name!r} is not a unit of this network; the nearest are: {', '.join(near)}"

@@ -1,4 +1,4 @@
-"""Selections that take one unit after another: by score, or by score per freed cost."""
+"""Selections that remove one unit after another: by score, or by score per freed cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,26 +9,27 @@ from criteria.selection.solver import Program, reachable
 
 @dataclass
 class InOrder(Budgeted):
-    """Units in a given order, each taken unless the budget could then no longer be met exactly."""
+    """Base class: removes units in a given order, each unless the budget could then no longer be met exactly."""
 
     def order(self, costs: Sequence[int], scores: Sequence[float]) -> list[int]:
+        """Return the indices of all units, the first to remove first."""
         raise NotImplementedError
 
-    def choose(self, program: Program, scores: Sequence[float], window: tuple[int, int]) -> list[int]:
-        taken: set[int] = set()
+    def choose(self, program: Program, scores: Sequence[float], window: tuple[int, int]) -> list[int] | None:
+        chosen: set[int] = set()
         spent = 0
         order = self.order(program.costs, scores)
-        for place, i in enumerate(order):
+        for position, i in enumerate(order):
             if spent >= window[0]:
                 break
             if program.costs[i] == 0:  # its removal frees nothing: a 1x1 convolution that changes channels
                 continue
-            more = spent + program.added(i, taken)
-            rest = program.after(taken | {i}, order[place + 1 :])
-            if program.allows(i, taken) and reachable(rest, (window[0] - more, window[1] - more)):
-                taken.add(i)
+            more = spent + program.added(i, chosen)
+            rest = program.after(chosen | {i}, order[position + 1 :])
+            if program.allows(i, chosen) and reachable(rest, (window[0] - more, window[1] - more)):
+                chosen.add(i)
                 spent = more
-        return list(taken)
+        return list(chosen) if spent >= window[0] else None
 
 
 @dataclass

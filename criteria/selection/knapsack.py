@@ -9,20 +9,21 @@ from criteria.selection.solver import Program, harm, reachable, solve
 
 @dataclass
 class Knapsack(Budgeted):
-    """Minimal summed harm within the budget, exactly; ties go to less overshoot.
+    """Minimises the summed harm within the budget, exactly; ties are resolved in favour of the least overshoot.
 
-    The 0-1 knapsack of LAPTOP-Diff in its covering form, by branch and bound (HiGHS) with no gap left.
+    The 0-1 knapsack of LAPTOP-Diff (arXiv 2404.11098) in its covering form: remove at least the budget at least harm.
+    The upper end of the window and the rule for ties are ours.
     """
 
-    def choose(self, program: Program, scores: Sequence[float], window: tuple[int, int]) -> list[int]:
+    def choose(self, program: Program, scores: Sequence[float], window: tuple[int, int]) -> list[int] | None:
         best = solve(program, scores, window)
-        assert best is not None
         # Closer to the lower bound at the same harm: shrink the window from above while the harm does not grow.
-        while True:
+        while best is not None:
             closer = (window[0], program.cost(best) - 1)
             if not reachable(program, closer):
-                return best
+                break
             cheaper = solve(program, scores, closer, limit=harm(scores, best))
             if cheaper is None or harm(scores, cheaper) > harm(scores, best):
-                return best
+                break
             best = cheaper
+        return best

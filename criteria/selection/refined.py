@@ -1,4 +1,4 @@
-"""The knapsack's plan, refined by swaps whose joint loss is measured: summed scores are only a prediction of it."""
+"""The knapsack's plan, refined by swaps whose joint loss is measured: summed scores only predict that loss."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +11,12 @@ from criteria.selection.solver import Program, harm
 
 @dataclass
 class Refined(Knapsack):
-    """Local search from the knapsack's plan (our choice, no paper's).
+    """Local search that starts at the knapsack's plan (our choice, no paper's).
 
-    A step swaps units inside the budget, the one of the least predicted harm first, and the first that lowers the
-    measured joint loss is taken. `evaluations`: how many plans may be measured, the knapsack's own among them. The
-    answer never measures worse than the knapsack's.
+    A step tries swaps within the budget, the one with the least predicted harm first, and takes the first that lowers
+    the measured joint loss. The result never has a higher measured loss than the knapsack's plan.
+
+    `evaluations`: how many plans may be measured, the knapsack's included.
     """
 
     evaluations: int = 64
@@ -28,62 +29,62 @@ class Refined(Knapsack):
             raise ValueError(f"selection.evaluations={self.evaluations} is out of range; choose 1 or more")
 
     def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
-        """The names of the units to remove, in the order of the forward pass.
+        """Return the names of the units to remove, in the order of the forward pass.
 
-        Raises what Knapsack raises, and ValueError where there is nothing to measure joint losses with.
+        Raises InfeasibleBudget as Knapsack does, and ValueError without a `measure`.
         """
         if measure is None:
             raise ValueError(
                 "selection.name='refined' measures the joint loss of plans, and nothing to measure it with is given; "
                 "choose selection=knapsack"
             )
-        names = [unit.name for unit in self.free(pool)]
+        names = [unit.name for unit in self.removable_units(pool)]
         program, window = self.program(pool), self.window(pool)
         best = frozenset(names.index(name) for name in super().select(pool, scores))
-        flat = [scores[name] for name in names]
+        harms = [scores[name] for name in names]
 
-        def named(chosen: frozenset[int]) -> list[str]:
+        def names_of(chosen: frozenset[int]) -> list[str]:
             return [names[i] for i in sorted(chosen)]
 
-        least = measure(named(best))
-        seen, improved = {best}, True
-        while improved and len(seen) < self.evaluations:
+        least_loss = measure(names_of(best))
+        measured, improved = {best}, True
+        while improved and len(measured) < self.evaluations:
             improved = False
-            for plan in neighbours(program, flat, window, best):
-                if plan in seen:
+            for plan in neighbours(program, harms, window, best):
+                if plan in measured:
                     continue
-                seen.add(plan)
-                loss = measure(named(plan))
-                if loss < least:
-                    best, least, improved = plan, loss, True
-                if improved or len(seen) == self.evaluations:
+                measured.add(plan)
+                loss = measure(names_of(plan))
+                if loss < least_loss:
+                    best, least_loss, improved = plan, loss, True
+                if improved or len(measured) == self.evaluations:
                     break
-        return named(best)
+        return names_of(best)
 
 
 def neighbours(
     program: Program, scores: Sequence[float], window: tuple[int, int], chosen: frozenset[int]
 ) -> list[frozenset[int]]:
-    """The sets one swap away whose cost lies in the window, the least summed score first.
+    """Return the sets one swap away whose cost lies in the window, the least summed score first.
 
-    One unit for one. A unit for which the budget allows no such swap takes part in those of two for one, and of one
-    for two.
+    A swap exchanges one unit for one. A unit for which the budget allows no such swap takes part in swaps of two units
+    for one and of one for two.
     """
     inside, outside = sorted(chosen), [i for i in range(len(scores)) if i not in chosen]
-    found = list(swaps(program, window, chosen, tuples(inside, 1), tuples(outside, 1)))
-    stuck = {*inside, *outside}.difference(*(out | into for out, into in found))
+    exchanges = list(swaps(program, window, chosen, subsets(inside, 1), subsets(outside, 1)))
+    stuck = {*inside, *outside}.difference(*(out | into for out, into in exchanges))
     for leaving, entering in ((1, 2), (2, 1)):
-        stuck_leave = swaps(program, window, chosen, tuples(inside, leaving, stuck), tuples(outside, entering))
-        stuck_enter = swaps(program, window, chosen, tuples(inside, leaving), tuples(outside, entering, stuck))
-        found += [*stuck_leave, *stuck_enter]
-    found.sort(key=lambda swap: (harm(scores, swap[1]) - harm(scores, swap[0]), *map(sorted, swap)))
-    return [chosen - out | into for out, into in found]
+        stuck_leave = swaps(program, window, chosen, subsets(inside, leaving, stuck), subsets(outside, entering))
+        stuck_enter = swaps(program, window, chosen, subsets(inside, leaving), subsets(outside, entering, stuck))
+        exchanges += [*stuck_leave, *stuck_enter]
+    exchanges.sort(key=lambda swap: (harm(scores, swap[1]) - harm(scores, swap[0]), *map(sorted, swap)))
+    return [chosen - out | into for out, into in exchanges]
 
 
-def tuples(units: Sequence[int], count: int, among: Collection[int] | None = None) -> list[frozenset[int]]:
-    """Every set of `count` units, or those that hold one of a few."""
+def subsets(units: Sequence[int], count: int, among: Collection[int] | None = None) -> list[frozenset[int]]:
+    """Return all subsets of `count` units; with `among`, only those that contain at least one of these."""
     every = map(frozenset, combinations(units, count))
-    return [some for some in every if among is None or not some.isdisjoint(among)]
+    return [subset for subset in every if among is None or not subset.isdisjoint(among)]
 
 
 def swaps(
@@ -93,19 +94,27 @@ def swaps(
     leaving: Sequence[frozenset[int]],
     entering: Sequence[frozenset[int]],
 ) -> Iterator[tuple[frozenset[int], frozenset[int]]]:
-    """The (out, in) that can be, and that keep the cost in the window."""
+    """Yield the pairs (out, in) whose exchange is possible and keeps the cost in the window.
+
+    Args:
+        program: costs of sets of units.
+        window: the least and the greatest cost.
+        chosen: the present set.
+        leaving: subsets of `chosen` that may be taken out.
+        entering: sets of other units that may be put in.
+    """
     for out in leaving if entering else ():
         rest = set(chosen - out)
         spent = program.cost(rest)
         for into in entering:
-            more = freed(program, rest, into)
+            more = freed_by(program, rest, into)
             if more is not None and window[0] <= spent + more <= window[1]:
                 yield out, into
 
 
-def freed(program: Program, gone: Collection[int], into: Collection[int]) -> int | None:
-    """What some units free after others have gone, None where they cannot go together."""
-    after, cost = set(gone), 0
+def freed_by(program: Program, removed: Collection[int], into: Collection[int]) -> int | None:
+    """Return the cost that `into` frees once `removed` are gone; None where they cannot be removed together."""
+    after, cost = set(removed), 0
     for i in into:
         if not program.allows(i, after):
             return None

@@ -80,8 +80,8 @@ class NetworkBackbone(nn.Module):
         """The network's parameters by name."""
         return dict(self.network.named_parameters())
 
-    def freed_weights(self, name: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """What goes with a unit, of tensors with the names and shapes of the weights: themselves, or gradients."""
+    def freed_weights(self, unit: Unit, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the slices that belong to one unit of `tensors`, which are keyed like `weights()`: weights or gradients."""
         raise NotImplementedError
 
     def cost(self, names: Sequence[str], budget: str) -> int:

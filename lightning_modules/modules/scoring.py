@@ -28,7 +28,7 @@ class Scoring(pl.LightningModule):
                 f"calibration has {self.trainer.num_test_batches[0]} batches for {self.trainer.world_size} ranks; "
                 "lower calibration.batch_size or trainer.devices, so that every rank has one"
             )
-        self.criterion.start(self.backbone, self.units, self.calibration_seed)  # type: ignore[arg-type]
+        self.criterion.start(self.backbone, self.units, self.calibration_seed)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if self.settled or batch_idx % self.trainer.world_size != self.global_rank:  # batches go round the ranks
@@ -61,12 +61,12 @@ def score(
         seed: seed of the noise of calibration samples.
     """
     if criterion.needs == "nothing":
-        criterion.start(backbone, units, seed)  # type: ignore[arg-type]
+        criterion.start(backbone, units, seed)
         return criterion.finish()
     with as_before(backbone):
         backbone.eval()
         if criterion.module is not None:
-            criterion.start(backbone, units, seed)  # type: ignore[arg-type]
+            criterion.start(backbone, units, seed)
             backbone.requires_grad_(False)
             trainer.fit_loop.max_epochs = 1
             trainer.fit(criterion.module(criterion, backbone), batches)

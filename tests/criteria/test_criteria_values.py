@@ -118,7 +118,7 @@ def test_magnitude_looks_at_no_data(reduction):
     backbone, criterion = Fake(), Magnitude(reduction)
     assert criterion.needs == "nothing"
     criterion.start(backbone, backbone.units(), 0)
-    for unit, score in zip("abc", column(criterion.finish()), strict=True):
+    for unit, score in zip(backbone.units(), column(criterion.finish()), strict=True):
         weights = torch.cat([weight.detach().flatten() for weight in backbone.freed_weights(unit, backbone.weights())])
         np.testing.assert_allclose(score, float(getattr(weights.abs(), reduction)()), rtol=1e-12)
 
@@ -143,7 +143,7 @@ class Scripted(OutputLoss):
         self.start(backbone, backbone.units(), 0)
         assert not self.settled()
         for count in range(1, len(self.script) + 1):
-            self.stopping.look({unit: entry["score"] for unit, entry in self.compute().items()})
+            self.stopping.observe({unit: entry["score"] for unit, entry in self.compute().items()})
             if self.settled():
                 return count
         return None

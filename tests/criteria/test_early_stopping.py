@@ -2,10 +2,13 @@
 
 import numpy as np
 import torch
+from support.classification import tiny_classifier
 from support.networks import tiny_backbone, tiny_batch
 from test_criteria import CPU, make_trainer
 from torch.utils.data import DataLoader
 
+from criteria.scores.block_influence import BlockInfluence
+from criteria.scores.bottleneck import Bottleneck
 from criteria.scores.output_loss import OutputLoss
 from datamodules.images import Images
 from datamodules.readers.arrays import Arrays
@@ -53,3 +56,10 @@ def test_spread_batches_are_the_same_samples_in_an_order_in_which_every_batch_is
     assert all([n // 16 for n in order[i : i + 4]] == [0, 1, 2, 3] for i in range(0, 64, 4))  # as timesteps go
     assert order[::4] != sorted(order[::4])
     assert list(spread) == list(numbered(data, True))
+
+
+def test_batches_are_spread_where_a_part_of_them_has_to_speak_for_all():
+    diffusion, classifier = tiny_backbone("UNet2DModel"), tiny_classifier()
+    assert not OutputLoss().spreads_batches(diffusion) and not BlockInfluence().spreads_batches(diffusion)
+    assert OutputLoss(stable_for=3, ratios=[0.5]).spreads_batches(classifier)
+    assert Bottleneck(ratio=0.5).spreads_batches(diffusion) and not Bottleneck(ratio=0.5).spreads_batches(classifier)

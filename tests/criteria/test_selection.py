@@ -329,13 +329,13 @@ def test_given_units_are_taken_whatever_they_come_to():
 
 def test_a_given_unit_that_is_not_there_is_named_with_the_nearest():
     with pytest.raises(ValueError, match=re.escape("selection.units: 'up_block.0.resnet.0'")) as caught:
-        Given([NAMES[0], "up_block.0.resnet.0"]).select(POOL, SCORES)
+        Given([NAMES[0], "up_block.0.resnet.0"]).check(POOL)
     assert "the nearest are: up_blocks.0.resnets.0" in str(caught.value)
 
 
 def test_giving_no_unit_at_all_is_an_error():
     with pytest.raises(ValueError, match=r"selection\.units is empty"):
-        Given([]).select(POOL, SCORES)
+        Given([]).check(POOL)
 
 
 def test_two_given_units_of_which_one_is_inside_the_other_are_refused():

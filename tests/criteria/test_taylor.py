@@ -15,7 +15,7 @@ from criteria.scores.taylor import Taylor
 def gradients(backbone: Fake, inputs: dict, of: slice = slice(None)) -> dict[str, list[Tensor]]:
     """d(mean loss)/dw * w of some samples, by unit."""
     loss = backbone.losses(backbone.predict(inputs), inputs)[of].mean()
-    weights = {unit: backbone.freed_weights(unit, backbone.weights()) for unit in "abc"}
+    weights = {unit.name: backbone.freed_weights(unit, backbone.weights()) for unit in backbone.units()}
     return {
         unit: [g * w for g, w in zip(torch.autograd.grad(loss, ws, retain_graph=True), ws, strict=True)]
         for unit, ws in weights.items()
@@ -37,7 +37,7 @@ def test_taylor_takes_absolute_values_of_products_averaged_over_all_samples():
 def test_taylor_is_the_first_order_of_the_loss_in_a_scale_of_the_weights():
     """d loss(s * w) / ds at s = 1 is the sum of the signed products, of one unit of one weight."""
     backbone = Fake()
-    backbone.freed_weights = lambda name, tensors: [tensors[f"{name}.weight"]]
+    backbone.freed_weights = lambda unit, tensors: [tensors[f"{unit.name}.weight"]]
     with torch.no_grad():
         for unit in "abc":
             weight = getattr(backbone, unit).weight
@@ -81,8 +81,8 @@ def test_taylor_puts_a_timestep_at_the_end_of_the_schedule_into_the_last_part():
 
 def test_taylor_counts_a_parameter_of_two_units_in_both_and_sums_it_once():
     backbone = Fake()
-    backbone.freed_weights = lambda name, tensors: [
-        tensors[key] for key in tensors if key[0] in {"a", name} & {"a", "b"}
+    backbone.freed_weights = lambda unit, tensors: [
+        tensors[key] for key in tensors if key[0] in {"a", unit.name} & {"a", "b"}
     ]
     found = column(scored(Taylor(), backbone))
     a, b, _ = column(scored(Taylor()))
@@ -93,7 +93,9 @@ def test_taylor_gives_a_weight_that_plays_no_part_in_the_output_no_harm():
     backbone = Fake()
     backbone.spare = nn.Parameter(torch.ones(3, dtype=torch.float64))
     freed_weights = backbone.freed_weights
-    backbone.freed_weights = lambda name, tensors: [tensors["spare"]] if name == "c" else freed_weights(name, tensors)
+    backbone.freed_weights = lambda unit, tensors: (
+        [tensors["spare"]] if unit.name == "c" else freed_weights(unit, tensors)
+    )
     assert column(scored(Taylor(), backbone))[2] == 0
 
 

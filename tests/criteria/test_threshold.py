@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.classification import tiny_classifier
 
-from criteria.base import Unit
+from criteria.base import Level, Unit
 from criteria.selection.base import InfeasibleBudget, Pool
 from criteria.selection.threshold import Threshold
 
@@ -223,7 +223,7 @@ def test_a_group_is_protected_by_its_name():
 
 
 def test_what_is_neither_unit_nor_group_is_named_with_the_nearest():
-    units = [Unit(f"stages.{i}.conv1:{k}", "channel", 0, 0) for i in range(3) for k in range(2)]
+    units = [Unit(f"stages.{i}.conv1:{k}", "channel", 0, 0, level=Level.CHANNEL) for i in range(3) for k in range(2)]
     near = "'stages.1.conv' is not a unit of this network; the nearest are: stages.1.conv1, stages.2.conv1, "
     with pytest.raises(ValueError, match=re.escape(f"selection.protected: {near}")):
         Threshold(0.5, protected=["stages.1.conv"]).protected_units(units)

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from criteria.base import Criterion, Unit
+from criteria.base import ChangeKind, Criterion, Level, Unit
 from criteria.scores.flap import Flap
 from criteria.scores.magnitude import Magnitude
 from criteria.scores.random import Random
@@ -47,6 +47,8 @@ NETWORKS = {
     "norms of heads": lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED, head_dim=8)),
 }
 TOKENS = 12
+WIDTH = (ChangeKind.SLICE, None, Level.CHANNEL)
+"""how units of width are removed, inside which unit they are, and their level"""
 
 
 def make(name: str, block: int = 4) -> LanguageBackbone:
@@ -96,8 +98,8 @@ def test_the_units_are_key_value_heads_with_their_queries_and_blocks_of_channels
     # A head: 8 rows of q, 4 of k, 4 of v, 8 columns of o. A block: 8 rows of two layers, 8 columns of a third.
     head, block = 16 * (8 + 4 + 4 + 8), 16 * (8 + 8 + 8)
     layers = [
-        [Unit(f"model.layers.{i}.self_attn:{n}", "head", head, TOKENS * head, "slice") for n in range(2)]
-        + [Unit(f"model.layers.{i}.mlp:{n}", "channel", block, TOKENS * block, "slice") for n in range(3)]
+        [Unit(f"model.layers.{i}.self_attn:{n}", "head", head, TOKENS * head, *WIDTH) for n in range(2)]
+        + [Unit(f"model.layers.{i}.mlp:{n}", "channel", block, TOKENS * block, *WIDTH) for n in range(3)]
         for i in range(2)
     ]
     assert backbone.units("channel") == layers[0] + layers[1]
@@ -146,7 +148,7 @@ def test_what_units_free_is_what_the_student_lacks(name: str, counts: tuple[int,
         "macs": backbone.macs().linear - student.macs().linear,
     }.items():
         assert backbone.cost(names, budget) == lacks == sum(getattr(units[unit], budget) for unit in names)
-    assert [sum(w.numel() for w in backbone.freed_weights(n, backbone.weights())) for n in names] == [
+    assert [sum(w.numel() for w in backbone.freed_weights(units[n], backbone.weights())) for n in names] == [
         units[n].params for n in names
     ]
 
@@ -255,7 +257,7 @@ def test_layers_that_differ_already_are_refused() -> None:
 def fake_pool(heads: int = 3, blocks: int = 24, total: int = 1000) -> Pool:
     """Two layers of heads that cost 50 each and blocks that cost 7."""
     units = [
-        Unit(f"{layer}.{kind}:{i}", kind, cost, 2 * cost, "slice")
+        Unit(f"{layer}.{kind}:{i}", kind, cost, 2 * cost, *WIDTH)
         for layer in "ab"
         for kind, count, cost in (("head", heads, 50), ("channel", blocks, 7))
         for i in range(count)

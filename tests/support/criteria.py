@@ -86,8 +86,8 @@ class Fake(nn.Module):
     def weights(self):
         return dict(self.named_parameters())
 
-    def freed_weights(self, name, tensors):
-        return [tensors[f"{name}.{key}"] for key, _ in getattr(self, name).named_parameters()]
+    def freed_weights(self, unit, tensors):
+        return [tensors[f"{unit.name}.{key}"] for key, _ in getattr(self, unit.name).named_parameters()]
 
     def generate(self, batch, sampler, steps, guidance=1.0):
         self.generations += 1

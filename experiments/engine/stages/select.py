@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from conf.schema import ConfigError, build
 from criteria.base import ChangeKind, Level, Unit
-from criteria.selection.base import Pool, known
+from criteria.selection.base import Pool, check_names
 from experiments.engine.artefacts import check_fresh, digest, read_json, write_json
 from experiments.engine.identity import effective
 from experiments.engine.job import Job
@@ -78,7 +78,7 @@ class Select(Stage):
             plan = read_json(path)
             check_fresh(path, "teacher", plan["teacher"], network_id)
             check_fresh(path, "scores", plan["scores"], scores_key)
-            known([change["unit"] for change in plan["changes"] if "unit" in change], units, str(path))
+            check_names([change["unit"] for change in plan["changes"] if "unit" in change], units, str(path))
         elif is_rank_zero():  # what is measured may differ between ranks, so one of them plans for all
             plan = self.plan(job, network_id, scores_key, units)
             made_from_another_plan = [name for stage in self.followers for name in stage.artefacts()]

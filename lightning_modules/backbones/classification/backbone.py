@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from criteria.base import Batch, Unit, check_level
+from criteria.base import Batch, Level, Unit, parse_level
 from lightning_modules.backbones.base import Change, NetworkBackbone
 from lightning_modules.backbones.classification import image_networks
 from lightning_modules.backbones.classification.image_networks import BasicBlock, ImageNetwork
@@ -114,7 +114,7 @@ class ClassifierBackbone(NetworkBackbone):
 
     def units(self, level: str = "channel") -> list[Unit]:
         """Output channels of convolutions; raises ValueError for the other levels."""
-        if check_level(level) != "channel":
+        if parse_level(level) != Level.CHANNEL:
             raise ValueError(
                 f"criterion.level={level!r}: of an image classifier channels go; choose criterion.level=channel and "
                 "one of criterion=bottleneck, magnitude, taylor, bn_scale, random"
@@ -130,8 +130,8 @@ class ClassifierBackbone(NetworkBackbone):
     def totals(self) -> dict[str, int]:
         return super().totals() | {"flops": self.channels.whole("flops")}
 
-    def freed_weights(self, name: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        return self.channels.weights(name, tensors)
+    def freed_weights(self, unit: Unit, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        return self.channels.weights(unit.name, tensors)
 
     def survivors(self) -> list[str]:
         """None: there are no units of depth."""

@@ -12,8 +12,8 @@ from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
-from criteria.base import Batch, Unit, check_level
-from criteria.selection.base import known
+from criteria.base import Batch, Level, Unit, parse_level
+from criteria.selection.base import check_names
 from lightning_modules.backbones.base import Change
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.pruned_unet import put
@@ -58,7 +58,7 @@ class TransformerBackbone(DiffusionBackbone):
 
     def units(self, level: str = "depth") -> list[Unit]:
         """The blocks; ValueError for the other levels."""
-        if check_level(level) != "depth":
+        if parse_level(level) != Level.DEPTH:
             raise ValueError(
                 f"criterion.level={level!r}: operators and channels can be removed from U-Nets only; of a "
                 f"{type(self.network).__name__} choose criterion.level=depth"
@@ -70,8 +70,8 @@ class TransformerBackbone(DiffusionBackbone):
             if name not in self.needed() and not isinstance(block, Skip)
         ]
 
-    def freed_weights(self, name: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        return [tensors[f"{name}.{key}"] for key, _ in self.network.get_submodule(name).named_parameters()]
+    def freed_weights(self, unit: Unit, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        return [tensors[f"{unit.name}.{key}"] for key, _ in self.network.get_submodule(unit.name).named_parameters()]
 
     def survivors(self) -> list[str]:
         return [name for name, block in self.blocks().items() if not isinstance(block, Skip)]
@@ -93,7 +93,7 @@ class TransformerBackbone(DiffusionBackbone):
             raise ValueError(
                 f"a {type(self.network).__name__} can only lose whole blocks; the plan says {sorted(kinds)}"
             )
-        known([change["unit"] for change in changes], self.units(), "plan.units")
+        check_names([change["unit"] for change in changes], self.units(), "plan.units")
         moved = self.renumbered(changes)
         # Notes that begin with an underscore would set fields back to their defaults.
         config = {key: value for key, value in self.network.config.items() if not key.startswith("_")}

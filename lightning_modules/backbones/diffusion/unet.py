@@ -11,8 +11,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from criteria.base import Batch, Shared, Unit, check_level
-from criteria.selection.base import known
+from criteria.base import Batch, ChangeKind, Level, Shared, Unit, parse_level
+from criteria.selection.base import check_names
 from lightning_modules.backbones.base import Change
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone, copied
 from lightning_modules.backbones.diffusion.pruned_unet import (
@@ -58,15 +58,16 @@ class UNetBackbone(DiffusionBackbone):
     def units(self, level: str = "depth") -> list[Unit]:
         """Depth: ResNet blocks, attentions, transformer blocks. Operators: convolutions, attentions, normalisations.
         Channels: blocks of coupled channels."""
-        if level == "channel":
+        level = parse_level(level)
+        if level == Level.CHANNEL:
             return self.channels.units()
-        if check_level(level) == "depth":
-            return [self.unit(name, self.network.get_submodule(name), "bypass") for name in self.survivors()]
+        if level == Level.DEPTH:
+            return [self.unit(name, self.network.get_submodule(name), level) for name in self.survivors()]
         order = self.forward_order()
         there = operators(self.network)
-        return [self.unit(name, there[name], "replace") for name in sorted(there, key=order.__getitem__)]
+        return [self.unit(name, there[name], level) for name in sorted(there, key=order.__getitem__)]
 
-    def unit(self, name: str, module: nn.Module, change: str) -> Unit:
+    def unit(self, name: str, module: nn.Module, level: Level) -> Unit:
         macs = self.macs()
         kept_params = kept_macs = 0
         if isinstance(module, ResnetBlock2D) and module.conv_shortcut is not None:
@@ -82,8 +83,9 @@ class UNetBackbone(DiffusionBackbone):
             kind=KINDS.get(type(module), "conv"),
             params=sum(p.numel() for p in module.parameters()) - kept_params,
             macs=macs.of(name) - kept_macs,
-            change=change,
+            change=ChangeKind.BYPASS if level == Level.DEPTH else ChangeKind.REPLACE,
             inside=parent if isinstance(self.network.get_submodule(parent), Attention) else None,
+            level=level,
         )
 
     def shared(self, level: str = "depth") -> list[Shared]:
@@ -103,12 +105,12 @@ class UNetBackbone(DiffusionBackbone):
                 found.append(Shared(name, tuple(left), params[0] - sum(params[1:]), products[0] - sum(products[1:])))
         return found
 
-    def freed_weights(self, name: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        if ":" in name:
-            return self.channels.weights(name, tensors)
-        module = self.network.get_submodule(name)
+    def freed_weights(self, unit: Unit, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        if unit.level == Level.CHANNEL:
+            return self.channels.weights(unit.name, tensors)
+        module = self.network.get_submodule(unit.name)
         return [
-            tensors[f"{name}.{key}"]
+            tensors[f"{unit.name}.{key}"]
             for key, _ in module.named_parameters()
             if not (isinstance(module, ResnetBlock2D) and key.startswith("conv_shortcut."))
         ]
@@ -153,9 +155,10 @@ class UNetBackbone(DiffusionBackbone):
             return self.as_pruned(self.channels.sliced(names))
         if "slice" in kinds:
             raise ValueError(f"a plan of {sorted(kinds)}: channels cannot be sliced in the same plan as units go")
-        for kind, level in (("bypass", "depth"), ("replace", "operator")):
+        for kind, level in ((ChangeKind.BYPASS, Level.DEPTH), (ChangeKind.REPLACE, Level.OPERATOR)):
             if kind in kinds:
-                known([change["unit"] for change in changes if change["kind"] == kind], self.units(level), "plan.units")
+                units = [change["unit"] for change in changes if change["kind"] == kind]
+                check_names(units, self.units(level), "plan.units")
         config = self.network.config
         removed = [*config.get("removed_units", ()), *names]
         cls = CLASSES["Pruned" + type(self.network).__name__.removeprefix("Pruned")]

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from criteria.base import Batch, Unit, check_level
-from criteria.selection.base import known
+from criteria.base import Batch, Level, Unit, parse_level
+from criteria.selection.base import check_names
 from lightning_modules.backbones.base import Change, NetworkBackbone
 from lightning_modules.backbones.diffusion.pruned_unet import put
 from lightning_modules.backbones.language.width import DecoderChannels, listening
@@ -69,9 +69,9 @@ class LanguageBackbone(NetworkBackbone):
 
     def units(self, level: str = "depth") -> list[Unit]:
         """Depth: the decoder layers. Channels: heads and blocks of channels. ValueError for operators."""
-        if check_level(level) == "channel":
+        if parse_level(level) == Level.CHANNEL:
             return self.channels.units()
-        if level != "depth":
+        if level != Level.DEPTH:
             raise ValueError(
                 f"criterion.level={level!r}: of a {type(self.network).__name__} choose criterion.level=depth or channel"
             )
@@ -95,10 +95,10 @@ class LanguageBackbone(NetworkBackbone):
         """Each of some layers gives its input to a function in every forward pass inside."""
         return listening(self.network, listeners)
 
-    def freed_weights(self, name: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        if ":" in name:
-            return self.channels.weights(name, tensors)
-        return [tensors[f"{name}.{key}"] for key, _ in self.network.get_submodule(name).named_parameters()]
+    def freed_weights(self, unit: Unit, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        if unit.level == Level.CHANNEL:
+            return self.channels.weights(unit.name, tensors)
+        return [tensors[f"{unit.name}.{key}"] for key, _ in self.network.get_submodule(unit.name).named_parameters()]
 
     def survivors(self) -> list[str]:
         return [name for name, layer in self.layers().items() if not isinstance(layer, Skip)]
@@ -125,7 +125,7 @@ class LanguageBackbone(NetworkBackbone):
                 f"a {type(self.network).__name__} can lose whole layers, or heads and channels; the plan says "
                 f"{sorted(kinds)}"
             )
-        known([change["unit"] for change in changes], self.units(), "plan.units")
+        check_names([change["unit"] for change in changes], self.units(), "plan.units")
         moved, there = self.renumbered(changes), self.layers()
         if not moved:
             raise ValueError("plan.units: all layers would go; at least one stays")

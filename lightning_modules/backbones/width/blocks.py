@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from criteria.base import Unit
+from criteria.base import ChangeKind, Level, Unit
 from lightning_modules.backbones.diffusion.pruned_unet import axes, size, width_of
 
 Cuts = dict[tuple[str, str], Tensor]
@@ -51,7 +51,7 @@ class Blocks:
         for name in self.cuts:
             freed = {key: sum(p.numel() for p in parts) for key, parts in self.parts(name, shapes).items()}
             macs = sum(n * self.products(key.rpartition(".")[0]) for key, n in freed.items() if key.endswith(".weight"))
-            units.append(Unit(name, "channel", sum(freed.values()), macs, change="slice"))
+            units.append(Unit(name, "channel", sum(freed.values()), macs, ChangeKind.SLICE, level=Level.CHANNEL))
         return units
 
     def products(self, layer: str) -> int:
