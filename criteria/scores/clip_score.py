@@ -68,14 +68,15 @@ class ClipScore(PerSample[Generative]):
 
     @torch.no_grad()
     def clip_score(self, samples: Tensor, captions: list[str]) -> Tensor:
-        """100 times the cosines (N,) of generated samples, as images, with their captions."""
+        """Return 100 times the cosines of generated samples, as images, with their captions, (N,)."""
         images = list(self.backbone.decode(samples).cpu().numpy())
         longest = self.clip.config.text_config.max_position_embeddings
         inputs = self.processor(
             text=captions, images=images, return_tensors="pt", padding=True, truncation=True, max_length=longest
         )
         embedded = self.clip.to(samples.device)(**inputs.to(samples.device))
-        return 100 * (embedded.image_embeds.double() * embedded.text_embeds.double()).sum(1)
+        cosine_N: Tensor = (embedded.image_embeds.double() * embedded.text_embeds.double()).sum(1)
+        return 100 * cosine_N
 
 
 def load_clip(path: str) -> tuple[Any, Any]:
@@ -86,7 +87,7 @@ def load_clip(path: str) -> tuple[Any, Any]:
     from transformers import CLIPModel, CLIPProcessor  # noqa: PLC0415  slow to import
 
     try:
-        model = CLIPModel.from_pretrained(path, local_files_only=True, use_safetensors=True)
+        model: Any = CLIPModel.from_pretrained(path, local_files_only=True, use_safetensors=True)
         return model.eval(), CLIPProcessor.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(
