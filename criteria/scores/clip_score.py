@@ -69,7 +69,7 @@ class ClipScore(PerSample[Generative]):
 
     @torch.no_grad()
     def clip_score(self, samples: Tensor, captions: list[str]) -> Tensor:
-        """100 times the cosines (N,) of generated samples, as images, with their captions."""
+        """Return 100 times the cosines of generated samples, as images, with their captions, (N,)."""
         images = self.backbone.decode(samples).cpu().numpy()
         return 100 * clip_cosines(self.clip, self.processor, images, captions, samples.device)
 
@@ -82,7 +82,7 @@ def load_clip(path: str) -> tuple[Any, Any]:
     from transformers import CLIPModel, CLIPProcessor  # noqa: PLC0415  slow to import
 
     try:
-        model = CLIPModel.from_pretrained(path, local_files_only=True, use_safetensors=True)
+        model: Any = CLIPModel.from_pretrained(path, local_files_only=True, use_safetensors=True)
         return model.eval(), CLIPProcessor.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(

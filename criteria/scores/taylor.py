@@ -53,7 +53,7 @@ class Taylor(Criterion[Differentiable]):
         with torch.enable_grad(), require_grad([*self.weights.values()]):
             loss_N = self.backbone.losses(self.backbone.predict(inputs), inputs)
             bucket_N = self.bucket_of(inputs, len(loss_N)).to(loss_N.device)
-            present = bucket_N.unique().tolist()
+            present = sorted(set(bucket_N.tolist()))
             for bucket in present:
                 loss = loss_N[bucket_N == bucket].sum()
                 gradients = torch.autograd.grad(
@@ -69,7 +69,8 @@ class Taylor(Criterion[Differentiable]):
         if self.threshold is None:
             return torch.zeros(count, dtype=torch.long)
         steps = self.backbone.noise_scheduler.config.num_train_timesteps  # type: ignore[attr-defined]
-        return (inputs["timestep"] * self.buckets // steps).long().clamp(0, self.buckets - 1)  # flows end at `steps`
+        bucket_N: Tensor = inputs["timestep"] * self.buckets // steps
+        return bucket_N.long().clamp(0, self.buckets - 1)  # flows end at `steps`
 
     def counted_buckets(self) -> Tensor:
         """Return whether each bucket counts: (buckets,), boolean. A bucket without samples does not."""

@@ -81,7 +81,7 @@ class NetworkBackbone(nn.Module):
         return dict(self.network.named_parameters())
 
     def freed_weights(self, unit: Unit, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the slices of `tensors` that belong to one unit; keyed like `weights()`: weights or gradients."""
+        """Return the slices of `tensors` (keyed like `weights()`: weights or gradients) that belong to one unit."""
         raise NotImplementedError
 
     def cost(self, names: Sequence[str], budget: str) -> int:
