@@ -22,4 +22,5 @@ def clip_cosines(model: Any, processor: Any, images: np.ndarray, captions: list[
         text=captions, images=list(images), return_tensors="pt", padding=True, truncation=True, max_length=longest
     )
     embedded = model.to(device)(**inputs.to(device))
-    return (embedded.image_embeds.double() * embedded.text_embeds.double()).sum(1)
+    cosines_N: Tensor = (embedded.image_embeds.double() * embedded.text_embeds.double()).sum(1)
+    return cosines_N
