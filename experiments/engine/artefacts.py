@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 
+TEMPORARY = "?" * 8
+"""The random ending of a temporary file or folder, as a pattern: tempfile makes endings of eight characters."""
+
+
 class UnwritableDirectory(OSError):
     """A folder for runs, or for what they share, cannot be made or written to."""
 
@@ -72,6 +76,11 @@ def staged(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def list_partials(path: Path) -> list[Path]:
+    """Return the temporary files and folders that processes left which were killed while they wrote `path`."""
+    return sorted(path.parent.glob(f".{path.name}.{TEMPORARY}"))
+
+
 def digest(content: Any) -> str:
     """Return the sha256 of anything JSON can hold, independent of the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -95,16 +104,21 @@ def find_changed_files(path: Path, hashes: dict[str, str]) -> list[str]:
     return [name for name, sha256 in hashes.items() if present.get(name) != sha256]
 
 
-def make_folder(path: Path, field: str = "paths.runs") -> None:
-    """Make a folder for what `field` of the configuration says; raises UnwritableDirectory naming that field."""
+RUNS_SETTING = "paths.runs=..."
+CACHE_SETTING = "paths.cache=... (by default it lies in paths.runs)"
+"""Which settings choose another folder, as messages say it."""
+
+
+def make_folder(path: Path, setting: str = RUNS_SETTING) -> None:
+    """Make a folder; raises UnwritableDirectory, naming the setting that chooses another one, where that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UnwritableDirectory(
-            f"{error.filename} cannot be made ({error.strerror}); choose a folder that can, with {field}=..."
+            f"{error.filename} cannot be made ({error.strerror}); choose a folder that can, with {setting}"
         ) from error
     if not os.access(path, os.W_OK):
-        raise UnwritableDirectory(f"{path} cannot be written to; choose another folder with {field}=...")
+        raise UnwritableDirectory(f"{path} cannot be written to; choose another folder with {setting}")
 
 
 def remove(path: Path) -> None:

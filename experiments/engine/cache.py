@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engine.artefacts import (
+    CACHE_SETTING,
     digest,
     explain_full_disk,
     find_changed_files,
     hash_files,
+    list_partials,
     make_folder,
+    remove,
     staged,
     write_json,
 )
@@ -29,8 +32,10 @@ def locked(path: Path) -> Iterator[None]:
     if not is_rank_zero():
         yield
         return
-    make_folder(path.parent, "paths.cache")
+    make_folder(path.parent, CACHE_SETTING)
     with hold_lock(path.with_suffix(".lock"), f"computes the {path.parent.name}"):
+        for partial in list_partials(path):  # of a process that was killed, as nobody else writes here now
+            remove(partial)
         yield
 
 
@@ -49,6 +54,7 @@ def cached(folder: Path, key: Any, compute: Callable[[], Any]) -> Any:
 
 def write_result(path: Path, key: Any, result: Any) -> None:
     """Write a result with its key, by which a file can be told from a stranger's, and with its hash."""
+    make_folder(path.parent, CACHE_SETTING)
     write_json(path, {"key": key, "sha256": digest(result), "result": result})
 
 
@@ -86,7 +92,7 @@ def shared_folder(path: Path) -> Iterator[Path]:
 
 def write_shared_file(path: Path, save: Callable[[Path], None]) -> None:
     """Write a file by `save`, complete or absent; its hash is kept beside it. Raises DiskFull."""
-    make_folder(path.parent, "paths.cache")
+    make_folder(path.parent, CACHE_SETTING)
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         with explain_full_disk(path):

@@ -11,7 +11,7 @@ from conf.environment import recorded_environment
 from conf.schema import ROOT
 from datamodules.latents import read_manifest
 from datamodules.readers.base import data_root
-from experiments.engine.artefacts import digest, make_folder
+from experiments.engine.artefacts import digest
 from experiments.engine.cache import read_result, write_result
 
 RESULT_VERSION = 1
@@ -129,7 +129,6 @@ def without_no_effect(config: Any) -> dict[str, Any]:
 
 def fingerprint(files: list[Path], cache: Path) -> str:
     """sha256 over the contents of some files; each file's own is remembered by (path, size, mtime)."""
-    make_folder(cache / "fingerprints", "paths.cache")
     total = hashlib.sha256()
     for file in sorted(files, key=lambda file: (file.name, file)):
         target = file.resolve()

@@ -14,12 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.engine import artefacts
 from experiments.engine.artefacts import (
+    TEMPORARY,
     UnwritableDirectory,
     digest,
     explain_full_disk,
     find_changed_files,
     format_json,
     hash_files,
+    list_partials,
     make_folder,
     read_json,
     remove,
@@ -49,9 +51,6 @@ ENTRIES = (
 
 MANIFEST = ".manifest.json"
 """The file that says which paths below a run's folder belong to the run, and what their contents were."""
-
-TEMPORARY = "?" * 8
-"""The random ending of a temporary file or folder, as a pattern: tempfile makes endings of eight characters."""
 
 
 class Run:
@@ -212,8 +211,8 @@ class Run:
         """Remove what a killed process was writing; with `force=true`, all that runs have made (not cached scores)."""
         if self.cfg.force:
             self.clear(self.entries())
-        for path in map(Path, self.entries()):
-            for partial in (self.folder / path.parent).glob(f".{path.name}.{TEMPORARY}"):
+        for name in self.entries():
+            for partial in list_partials(self / name):
                 remove(partial)
         for partial in (self / "samples").glob(f".*.{TEMPORARY}"):
             remove(partial)

@@ -55,7 +55,7 @@ def report_set(root: Path, output: Path | None = None) -> Path:
     for warning in warnings:
         log.warning(warning)
     folder = root / "report" if output is None else output
-    make_folder(folder, "--output")
+    make_folder(folder, "--output FOLDER")
     write_csv(runs, folder / "results.csv")
     (folder / "table.md").write_text(format_tables(table))
     pictures = draw_comparisons(table, folder)

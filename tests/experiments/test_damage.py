@@ -124,6 +124,13 @@ def test_a_cached_result_of_an_earlier_version_has_no_hash_and_is_used(tmp_path)
     assert cached(tmp_path, KEY, lambda: pytest.fail("it is there")) == 42
 
 
+def test_what_a_killed_process_was_writing_into_the_cache_is_removed(tmp_path):
+    half = tmp_path / f".{digest(KEY)}.json.ab12cd_3"
+    half.write_text("half")
+    cached(tmp_path, KEY, lambda: 42)
+    assert not half.exists()
+
+
 def test_a_shared_file_or_folder_with_a_flipped_bit_is_not_used(tmp_path, caplog):
     with shared_folder(tmp_path / "samples") as partial:
         (partial / "images.npy").write_bytes(b"images")

@@ -65,7 +65,7 @@ def test_sigterm_keeps_its_own_code(configure, overrides, monkeypatch):
 # Refused configurations
 
 
-def refuse(*_: object) -> None:
+def refuse(*_: object, **__: object) -> None:
     raise ConfigError("refused")
 
 

@@ -18,7 +18,6 @@ from support.ranks import two_ranks
 from support.results import the_run
 
 from conf.schema import ROOT
-from experiments.engine import job as job_module
 from experiments.engine import pipeline, ranks
 from experiments.engine.artefacts import read_json, write_json
 from experiments.engine.clock import Clock
@@ -56,7 +55,7 @@ def pruned(rank: int, cfg: DictConfig) -> None:
 
 
 def test_a_rank_waits_for_the_student_that_rank_0_writes(configure, job, tmp_path, monkeypatch, quick_end):
-    late(monkeypatch, job_module, "staged")
+    late(monkeypatch, Run, "staged")
     with two_ranks(pruned, configure(*job, *ON_TWO)):
         pass
     assert (the_run(tmp_path / "runs") / "finished.json").exists()
