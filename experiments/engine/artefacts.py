@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
 TEMPORARY = "?" * 8
 """The random ending of a temporary file or folder, as a pattern: tempfile makes endings of eight characters."""
 
