@@ -61,7 +61,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def staged(path: Path) -> Iterator[Path]:
+def write_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends without an error; raises DiskFull."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with explain_full_disk(path):

@@ -35,12 +35,12 @@ WORDS = ("architecture", "classes", "data", "prompts")
 """Keys whose values are labels and texts, which name no file even where there is one of that name."""
 
 
-def portable(content: Any) -> Any:
+def make_portable(content: Any) -> Any:
     """A configuration without the place where this repository lies, and with 4e5 and 400000 the same."""
     if isinstance(content, dict):
-        return {key: portable(value) for key, value in content.items()}
+        return {key: make_portable(value) for key, value in content.items()}
     if isinstance(content, list):
-        return [portable(value) for value in content]
+        return [make_portable(value) for value in content]
     if isinstance(content, float) and content.is_integer():
         return int(content)
     if isinstance(content, str) and (content == str(ROOT) or content.startswith(f"{ROOT}{os.sep}")):
@@ -48,16 +48,16 @@ def portable(content: Any) -> Any:
     return content
 
 
-def without_modules(content: Any) -> Any:
+def drop_modules(content: Any) -> Any:
     """A configuration in which this project's own classes are named by package and class, without their modules.
 
     A class that moves to another module of its package is the same class: runs and scores that name it stay valid.
     """
     if isinstance(content, list):
-        return [without_modules(value) for value in content]
+        return [drop_modules(value) for value in content]
     if not isinstance(content, dict):
         return content
-    named = {key: without_modules(value) for key, value in content.items()}
+    named = {key: drop_modules(value) for key, value in content.items()}
     package, _, rest = str(named.get("_target_", "")).partition(".")
     if package in PACKAGES:
         named["_target_"] = f"{package}.{rest.rpartition('.')[2]}"
@@ -74,7 +74,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def as_written(cfg: DictConfig) -> Any:
+def get_written_settings(cfg: DictConfig) -> Any:
     """Return the plain values of a configuration in which what comes from the environment stays as it was written.
 
     `${oc.env:HF_TOKEN}`, and what refers to it, would else stand in config.yaml, reports and dashboards.
@@ -98,24 +98,24 @@ def as_written(cfg: DictConfig) -> Any:
     return resolve(cfg, OmegaConf.to_container(cfg, resolve=False))
 
 
-def effective(cfg: DictConfig) -> dict[str, Any]:
+def get_effective_settings(cfg: DictConfig) -> dict[str, Any]:
     """Return the resolved configuration without what cannot change a result."""
-    return without_no_effect(with_latents_id(cfg, OmegaConf.to_container(cfg, resolve=True)))
+    return drop_settings_without_effect(replace_latents_path(cfg, OmegaConf.to_container(cfg, resolve=True)))
 
 
-def displayed(cfg: DictConfig) -> dict[str, Any]:
+def get_displayed_settings(cfg: DictConfig) -> dict[str, Any]:
     """Return the configuration for dashboards: as `effective`, with nothing of the environment in it."""
-    return without_no_effect(with_latents_id(cfg, as_written(cfg)))
+    return drop_settings_without_effect(replace_latents_path(cfg, get_written_settings(cfg)))
 
 
-def with_latents_id(cfg: DictConfig, content: Any) -> Any:
+def replace_latents_path(cfg: DictConfig, content: Any) -> Any:
     """Return plain values of a configuration in which stored latents are named by what they are, not where."""
     return content if cfg.latents is None else content | {"latents": read_manifest(cfg.latents)["id"]}
 
 
-def without_no_effect(config: Any) -> dict[str, Any]:
+def drop_settings_without_effect(config: Any) -> dict[str, Any]:
     """Plain values of a configuration without what cannot change a result."""
-    content: dict[str, Any] = without_modules(portable(config))
+    content: dict[str, Any] = drop_modules(make_portable(config))
     content["evaluation"].pop("images", None)  # it stands in the measures that it has an effect on
     for group, names in NO_EFFECT.items():
         if group == "evaluation" and (content["selection"] or {}).get("budget") == "latency":
@@ -147,7 +147,7 @@ def fingerprint(files: list[Path], cache: Path) -> str:
     return total.hexdigest()
 
 
-def named_files(content: Any) -> list[Path]:
+def list_named_files(content: Any) -> list[Path]:
     """The files that part of a configuration names, also below $SECATEUR_DATA; of folders weights, notes and texts.
 
     WORDS name none, nor does the `text` of a measure whose data are on the hub: it is a split of them.
@@ -156,7 +156,7 @@ def named_files(content: Any) -> list[Path]:
         words = (*WORDS, "text") if content.get("hub") else WORDS
         content = [part for key, part in content.items() if isinstance(part, dict) or key not in words]
     if isinstance(content, list):
-        return [file for part in content for file in named_files(part)]
+        return [file for part in content for file in list_named_files(part)]
     if not isinstance(content, str) or not content:
         return []
     for place in (Path(os.path.expanduser(content)), data_root() / content, data_root() / "shared" / "text" / content):

@@ -13,7 +13,7 @@ from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.modules.sampling import seed_batches
 
 
-def teacher_of(cfg: DictConfig) -> NetworkBackbone:
+def build_teacher(cfg: DictConfig) -> NetworkBackbone:
     """Return the teacher, under the noise schedule of its own pipeline unless the configuration gives another."""
     parameters = inspect.signature(hydra.utils.get_object(cfg.teacher._target_)).parameters
     if "_target_" in cfg.noise_scheduler and "noise_scheduler" not in parameters:
@@ -24,7 +24,7 @@ def teacher_of(cfg: DictConfig) -> NetworkBackbone:
     return build(cfg.teacher, **schedule)
 
 
-def data_of(cfg: DictConfig) -> Any:
+def build_data(cfg: DictConfig) -> Any:
     """Return the data module; its samples are stored latents where `latents` names some."""
     data = build(cfg.data)
     if cfg.latents is not None:
@@ -34,12 +34,12 @@ def data_of(cfg: DictConfig) -> Any:
     return data
 
 
-def calibration_data(cfg: DictConfig, data: Any) -> Any:
+def build_calibration_data(cfg: DictConfig, data: Any) -> Any:
     """Return the data module of calibration samples: `data`, unless the configuration names another."""
     return data if cfg.calibration.data is None else build(cfg.calibration.data)
 
 
-def calibration_batches(cfg: DictConfig, data: Any, criterion: Criterion, network: NetworkBackbone) -> DataLoader:
+def make_calibration_batches(cfg: DictConfig, data: Any, criterion: Criterion, network: NetworkBackbone) -> DataLoader:
     """Return the batches of calibration samples.
 
     They are spread evenly over the samples where a part of the batches has to speak for all: timesteps of diffusion
@@ -57,7 +57,7 @@ def calibration_batches(cfg: DictConfig, data: Any, criterion: Criterion, networ
     )
 
 
-def batches_for(
+def make_criterion_batches(
     criterion: Criterion, cfg: DictConfig, teacher: NetworkBackbone, data: Any, calibration: DataLoader | None
 ) -> DataLoader | None:
     """Return the calibration batches, or those of seeds, with training captions where the teacher takes text."""
@@ -67,7 +67,7 @@ def batches_for(
     return seed_batches(cfg.calibration.seed, criterion.seeds, cfg.calibration.batch_size, captions)
 
 
-def held_out(cfg: DictConfig, data: Any) -> DataLoader:
+def make_held_out_batches(cfg: DictConfig, data: Any) -> DataLoader:
     """Return the held-out samples on which losses are measured."""
     count, seed, batch = (cfg.evaluation[key] for key in ("loss_samples", "seed", "batch_size"))
     return data.subset("holdout", count, seed, batch, field="evaluation.loss_samples")

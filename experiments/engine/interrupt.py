@@ -11,7 +11,7 @@ INTERRUPTED = 130
 
 
 @contextlib.contextmanager
-def explained_interrupt(job: Job, stage: str) -> Iterator[None]:
+def explain_interrupt(job: Job, stage: str) -> Iterator[None]:
     """Say where the same command goes on, and end with code 130, where Ctrl-C ends the block.
 
     Inside a Trainer, Lightning turns KeyboardInterrupt into SystemExit(1).

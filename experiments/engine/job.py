@@ -67,7 +67,7 @@ class Job:
         if not is_rank_zero():
             wait_for(folder)
         elif not folder.exists():
-            with self.run.staged(f"networks/{name}") as partial:
+            with self.run.write_folder(f"networks/{name}") as partial:
                 network.save(partial)
 
     def load(self, name: str, base: str, changes: Sequence[Mapping[str, Any]]) -> NetworkBackbone:

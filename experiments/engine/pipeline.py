@@ -16,11 +16,11 @@ from conf.schema import ConfigError, build
 from experiments.engine.artefacts import read_json
 from experiments.engine.clock import Clock
 from experiments.engine.identity import fingerprint
-from experiments.engine.inputs import data_of, teacher_of
-from experiments.engine.interrupt import explained_interrupt
+from experiments.engine.inputs import build_data, build_teacher
+from experiments.engine.interrupt import explain_interrupt
 from experiments.engine.job import TEACHER, Job
-from experiments.engine.provenance import provenance
-from experiments.engine.ranks import barrier, ignore_ranks_of_the_shell, is_rank_zero, meet
+from experiments.engine.provenance import collect_provenance
+from experiments.engine.ranks import barrier, ignore_ranks_of_the_shell, is_rank_zero, join_ranks
 from experiments.engine.run import Run
 from experiments.engine.stage import Stage, check_names
 from experiments.reporting.dashboard import Dashboard
@@ -56,7 +56,7 @@ def run_pipeline(cfg: DictConfig) -> float | None:
         return None
     if cfg.export.push_to_hub is not None:
         print(f"pushed to {push(run / 'export', cfg.export.push_to_hub)}")
-    return first_measure(read_json(run / "metrics.json"))
+    return get_first_measure(read_json(run / "metrics.json"))
 
 
 def run_stages(cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.device, teacher_id: str) -> None:
@@ -70,15 +70,15 @@ def run_stages(cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch
         teacher_id: fingerprint of the teacher; "none" in a pipeline without a teacher.
     """
     artefacts = [path for stage in stages for path in stage.artefacts()]
-    with run.opened(artefacts), contextlib.ExitStack() as dashboards:
-        with run.discarded_on_error():
+    with run.open(artefacts), contextlib.ExitStack() as dashboards:
+        with run.discard_on_error():
             job = prepare(cfg, run, stages, device, teacher_id)
             dashboards.enter_context(job.dashboard)
-        meet(make_trainer(cfg.trainer, "", cfg.trainer.precision))
+        join_ranks(make_trainer(cfg.trainer, "", cfg.trainer.precision))
         for stage in stages:
             log.info("stage %s", stage.name)
-            job.cfg = with_settings(cfg, stage)
-            with explained_interrupt(job, stage.name):
+            job.cfg = apply_settings(cfg, stage)
+            with explain_interrupt(job, stage.name):
                 stage.run(job)
         job.cfg = cfg
         conclude(job)
@@ -108,7 +108,7 @@ def make_stages(cfg: DictConfig) -> list[Stage]:
                 f"pipeline.stages.{name}._target_={node._target_}: it is no Stage (experiments/engine/stage.py)"
             )
         stage.name = str(name)
-        stage.prepare(with_settings(cfg, stage))
+        stage.prepare(apply_settings(cfg, stage))
         stages.append(stage)
     for place, stage in enumerate(stages):
         stage.link(stages[:place])
@@ -122,7 +122,7 @@ def make_stages(cfg: DictConfig) -> list[Stage]:
     return stages
 
 
-def with_settings(cfg: DictConfig, stage: Stage) -> DictConfig:
+def apply_settings(cfg: DictConfig, stage: Stage) -> DictConfig:
     """Return the configuration of one stage: the job's, with the stage's own settings."""
     if not stage.settings:
         return cfg
@@ -148,18 +148,18 @@ def prepare(cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.de
     """Load what all stages share, and check every stage; raises ValueError for whatever would fail later."""
     job: Job
     clock = Clock(cfg, device, run.measured.get("seconds"), lambda seconds: job.record(seconds=seconds))
-    data = data_of(cfg)
+    data = build_data(cfg)
     data.sample_shape()  # a wrong path or column is said before any weight is read
     job = Job(cfg, run, device, clock, Dashboard(cfg, run), data, teacher_id)
     if any(stage.needs_teacher for stage in stages):
         with clock("load the teacher"):
-            job.networks[TEACHER] = teacher_of(cfg)
+            job.networks[TEACHER] = build_teacher(cfg)
     for stage in stages:
-        job.cfg = with_settings(cfg, stage)
+        job.cfg = apply_settings(cfg, stage)
         stage.check(job)
     if any(stage.needs_teacher for stage in stages) and job.teacher.generates:
         check_latents(cfg, data, job.teacher)
-    for each in {id(settings): settings for settings in (with_settings(cfg, stage) for stage in stages)}.values():
+    for each in {id(settings): settings for settings in (apply_settings(cfg, stage) for stage in stages)}.values():
         check_parts(each, getattr(job.networks.get(TEACHER), "noise_scheduler", None))
     job.dashboard.open_loggers()  # last, as a logger may tell a server about this job
     return job
@@ -169,18 +169,18 @@ def conclude(job: Job) -> None:
     """Draw the report, close the dashboard's summary, and call the run finished."""
     if is_rank_zero():
         run, metrics = job.run, job.metrics
-        job.record(peak_memory_bytes=peak_memory(job.device), provenance=provenance())
+        job.record(peak_memory_bytes=peak_memory(job.device), provenance=collect_provenance())
         summary = f"{run.folder}: {metrics}"
         if (run / "plan.json").exists():
             with job.clock("report"):
                 summary = report_run(run.folder)
         job.dashboard.finish(metrics, run.measured)
-        run.write_alone("finished.json", {"run_id": run.id, "summary": summary})
+        run.write_on_rank_zero("finished.json", {"run_id": run.id, "summary": summary})
         print(f"\n{summary}")
     barrier()
 
 
-def first_measure(metrics: dict[str, Any]) -> float | None:
+def get_first_measure(metrics: dict[str, Any]) -> float | None:
     """Return the first of `evaluation.metrics` of what a run delivers, else its output loss, else its first figure."""
     names = [f"eval/{name}" for name in metrics.get("protocol", {}).get("measures", ())]
     figures = [key for key, value in metrics.items() if isinstance(value, float) and "/" not in key]

@@ -28,7 +28,14 @@ from experiments.engine.artefacts import (
     write_json,
     write_text,
 )
-from experiments.engine.identity import RESULT_VERSION, as_written, effective, fingerprint, named_files, portable
+from experiments.engine.identity import (
+    RESULT_VERSION,
+    fingerprint,
+    get_effective_settings,
+    get_written_settings,
+    list_named_files,
+    make_portable,
+)
 from experiments.engine.locks import describe_this_process, has_ended, read_holder
 from experiments.engine.ranks import barrier, is_rank_zero
 
@@ -66,8 +73,8 @@ class Run:
         for data in (content["data"], content["calibration"].get("data")):
             if data and "tokenizer" in data and not data.get("hub"):  # texts are small
                 named.append([data["tokenizer"], *(data.get(name) for name in ("train", "holdout", "path"))])
-        key = {"config": effective(cfg), "teacher": teacher, "version": RESULT_VERSION}
-        if files := named_files(named):
+        key = {"config": get_effective_settings(cfg), "teacher": teacher, "version": RESULT_VERSION}
+        if files := list_named_files(named):
             key["files"] = fingerprint(files, self.cache)
         self.id = digest(key)[:16]
         self.measured: dict[str, Any] = {}
@@ -80,19 +87,19 @@ class Run:
     def write(self, name: str, content: Any) -> None:
         """Write one of the run's JSON artefacts, once for all ranks, which all call this."""
         if is_rank_zero():
-            self.write_alone(name, content)
+            self.write_on_rank_zero(name, content)
         barrier()
 
-    def write_alone(self, name: str, content: Any) -> None:
+    def write_on_rank_zero(self, name: str, content: Any) -> None:
         """Write one of the run's JSON artefacts; rank 0 alone calls this."""
         text = format_json(content)
         self.note_hashes(name, {"": hashlib.sha256(text.encode()).hexdigest()})
         write_text(self / name, text)
 
     @contextlib.contextmanager
-    def staged(self, name: str) -> Iterator[Path]:
+    def write_folder(self, name: str) -> Iterator[Path]:
         """Yield a temporary folder that becomes the artefact `name` at the end of the block; for rank 0 alone."""
-        with artefacts.staged(self / name) as partial:
+        with artefacts.write_folder(self / name) as partial:
             yield partial
             self.note_hashes(name, hash_files(partial))
 
@@ -130,7 +137,7 @@ class Run:
         )
 
     @contextlib.contextmanager
-    def opened(self, artefacts: Sequence[str] = ()) -> Iterator[None]:
+    def open(self, artefacts: Sequence[str] = ()) -> Iterator[None]:
         """Make the folder, hold its lock, and write the log of what happens inside into it.
 
         `artefacts` are the paths of what the stages make. Raises RunBusy naming the process that has the lock, and
@@ -164,10 +171,10 @@ class Run:
             self.claim([*ENTRIES, *artefacts])
             write_json(self / ".holder.json", describe_this_process())
             self.clean()
-            config = OmegaConf.create(portable(as_written(self.cfg)))
+            config = OmegaConf.create(make_portable(get_written_settings(self.cfg)))
             text = f"# run {self.id}; ROOT is the folder of secateur\n{OmegaConf.to_yaml(config)}"
             write_text(self / "config.yaml", text)
-            with logged(self / "run.log"):
+            with log_to(self / "run.log"):
                 self.discard_changed()
                 self.measured = read_json(self / "measured.json") if (self / "measured.json").exists() else {}
                 yield
@@ -242,7 +249,7 @@ class Run:
             remove(self / path)
 
     @contextlib.contextmanager
-    def discarded_on_error(self) -> Iterator[None]:
+    def discard_on_error(self) -> Iterator[None]:
         """Remove the folder again where the block refuses the configuration of a run that has made nothing yet.
 
         Somebody's own files in it stay.
@@ -263,7 +270,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def logged(path: Path) -> Iterator[None]:
+def log_to(path: Path) -> Iterator[None]:
     """Append what is logged inside to a file, and the traceback of an error that ends the block."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -64,12 +64,12 @@ class Stage:
         return f"{path.stem}-{self.name}{path.suffix}"
 
 
-def latest(before: Sequence[Stage], kind: type[Kind]) -> Kind | None:
+def find_latest(before: Sequence[Stage], kind: type[Kind]) -> Kind | None:
     """Return the last stage of a kind in a list of stages, None where there is none."""
     return next((stage for stage in reversed(before) if isinstance(stage, kind)), None)
 
 
-def latest_network(before: Sequence[Stage]) -> str:
+def find_latest_network(before: Sequence[Stage]) -> str:
     """Return the name of the network that was made last, the teacher's where none was."""
     return next((stage.makes for stage in reversed(before) if stage.makes is not None), TEACHER)
 

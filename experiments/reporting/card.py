@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import ROOT
 from criteria.selection.base import group
-from experiments.engine.measures import described
+from experiments.engine.measures import describe_protocol
 from lightning_modules.backbones.base import NetworkBackbone
 
 LIBRARIES = {"torch": "pytorch"}
@@ -38,7 +38,7 @@ def model_card(
     lines = width_lines(channels, scores, network) if channels else [line_of(change, scores) for change in changes]
     made = "\n".join(lines)
     task = f"\npipeline_tag: {network.pipeline_tag}" if network.pipeline_tag else ""
-    protocol = described(metrics["protocol"]) if "protocol" in metrics else None
+    protocol = describe_protocol(metrics["protocol"]) if "protocol" in metrics else None
     return f"""---
 library_name: {LIBRARIES.get(network.library, network.library)}
 license: {licence}

@@ -10,8 +10,15 @@ from typing import Any
 import pytest
 from support.results import differences, files, results, the_run
 
-from experiments.engine.artefacts import DiskFull, digest, read_json, staged, write_text
-from experiments.engine.cache import cached, is_intact, read_result, shared_folder, write_result, write_shared_file
+from experiments.engine.artefacts import DiskFull, digest, read_json, write_folder, write_text
+from experiments.engine.cache import (
+    cached,
+    is_intact,
+    read_result,
+    write_result,
+    write_shared_file,
+    write_shared_folder,
+)
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.modules.sampling import create_images
 
@@ -132,7 +139,7 @@ def test_what_a_killed_process_was_writing_into_the_cache_is_removed(tmp_path):
 
 
 def test_a_shared_file_or_folder_with_a_flipped_bit_is_not_used(tmp_path, caplog):
-    with shared_folder(tmp_path / "samples") as partial:
+    with write_shared_folder(tmp_path / "samples") as partial:
         (partial / "images.npy").write_bytes(b"images")
     write_shared_file(tmp_path / "statistics.safetensors", lambda partial: partial.write_bytes(b"statistics"))
     for name, damaged in (("samples", "samples/images.npy"), ("statistics.safetensors",) * 2):
@@ -152,7 +159,7 @@ NO_SPACE = {"python": OSError(28, "No space left on device"), "safetensors": Run
 @pytest.mark.parametrize("error", NO_SPACE)
 def test_a_full_disk_is_told_with_the_path_and_leaves_no_temporary_folder(tmp_path, error):
     message = rf"no space is left on the disk for {tmp_path}/networks/pruned \([\d,]+ bytes"
-    with pytest.raises(DiskFull, match=message), staged(tmp_path / "networks" / "pruned") as partial:
+    with pytest.raises(DiskFull, match=message), write_folder(tmp_path / "networks" / "pruned") as partial:
         (partial / "half").touch()
         raise NO_SPACE[error]
     assert files(tmp_path) == set()

@@ -18,7 +18,7 @@ from datamodules.images import Images
 from datamodules.readers.arrays import Arrays
 from datamodules.readers.base import BadSample, MissingData
 from datamodules.texts.prompts import read_prompts
-from experiments.engine.measures import TrainingImages, build_measures, described
+from experiments.engine.measures import TrainingImages, build_measures, describe_protocol
 from experiments.reporting import figures
 from experiments.reporting.run_page import report_run
 from experiments.reporting.set_page import report_set
@@ -99,7 +99,7 @@ class Some(Arrays):
         return super().take(indices)
 
 
-def data_of(source, statistics=None) -> Images:
+def build_data(source, statistics=None) -> Images:
     return Images(train=lambda: source, holdout=lambda: source, batch_size=2, statistics=statistics)
 
 
@@ -109,7 +109,7 @@ def reference(data: Images, folder, limit: int = 100, size: int | None = None) -
 
 def test_reference_statistics_and_features_are_kept_under_what_they_are_of(tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "PART", 16)
-    data, features = data_of(Some(small(50))), Flat()
+    data, features = build_data(Some(small(50))), Flat()
     found = reference(data, tmp_path).statistics(features)
     expected = Statistics.of(small(50).reshape(50, 4).astype(float))
     assert np.allclose(found.mean, expected.mean) and np.allclose(found.covariance, expected.covariance)
@@ -120,7 +120,7 @@ def test_reference_statistics_and_features_are_kept_under_what_they_are_of(tmp_p
     again = reference(data, tmp_path, limit=10)
     assert (again.statistics(features).mean == found.mean).all() and (again.features(features) == kept).all()
     assert len(features.asked) == asked
-    for other in (data_of(Some(small(50, seed=1))), data_of(Some(small(49)))):
+    for other in (build_data(Some(small(50, seed=1))), build_data(Some(small(49)))):
         reference(other, tmp_path).statistics(features)
     reference(data, tmp_path).statistics(Flat(2.0))
     reference(data, tmp_path, size=1).statistics(features)
@@ -129,7 +129,7 @@ def test_reference_statistics_and_features_are_kept_under_what_they_are_of(tmp_p
 
 
 def test_a_reference_image_that_cannot_be_used_is_replaced_by_another(tmp_path):
-    images, source = reference(data_of(Some(small(20), bad=[3, 19])), tmp_path), small(20).reshape(20, 4)
+    images, source = reference(build_data(Some(small(20), bad=[3, 19])), tmp_path), small(20).reshape(20, 4)
     found = images.features(Flat())
     assert np.array_equal(np.delete(found, [3, 19], 0), np.delete(source, [3, 19], 0))
     others = {row.tobytes() for row in np.delete(source, [3, 19], 0).astype(float)}
@@ -138,7 +138,7 @@ def test_a_reference_image_that_cannot_be_used_is_replaced_by_another(tmp_path):
 
 def test_statistics_that_a_data_set_names_are_for_images_of_its_own_size(tmp_path):
     Statistics.of(drawn(30)).save(tmp_path / "own.safetensors", features="1.0", transform="none")
-    data = data_of(Some(small(20)), {"flat": str(tmp_path / "own.safetensors")})
+    data = build_data(Some(small(20)), {"flat": str(tmp_path / "own.safetensors")})
     assert reference(data, tmp_path).statistics(Flat()).count == 30
     assert reference(data, tmp_path, size=1).statistics(Flat()).count == 20
 
@@ -294,9 +294,9 @@ def test_a_report_of_several_measures_draws_the_first_and_says_which_way_is_bett
 def test_a_protocol_in_words_has_what_is_shared_and_one_or_all_measures():
     measures = {"a": {"better": "lower", "features": "0123456789abcdef"}, "b": {"better": "higher", "k": 3}}
     content = {"samples": 8, "measures": measures}
-    assert described(content) == "samples 8; a: better lower, features 01234567; b: better higher, k 3"
-    assert described(content, "b") == "samples 8; b: better higher, k 3"
-    assert described({}) == ""
+    assert describe_protocol(content) == "samples 8; a: better lower, features 01234567; b: better higher, k 3"
+    assert describe_protocol(content, "b") == "samples 8; b: better higher, k 3"
+    assert describe_protocol({}) == ""
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")

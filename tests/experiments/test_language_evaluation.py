@@ -20,7 +20,7 @@ from experiments.engine.artefacts import write_json
 from experiments.engine.clock import Clock
 from experiments.engine.evaluation import Evaluator
 from experiments.engine.job import Job
-from experiments.engine.measures import check_network_measures, columns
+from experiments.engine.measures import check_network_measures, list_columns
 from experiments.engine.run import Run
 from experiments.reporting.figures import spans_more_than
 from experiments.reporting.run_page import format_value, report_run
@@ -300,13 +300,13 @@ def measured_run(job, *given: str) -> tuple[dict, Run]:
     metrics = {
         **{"run_id": run.id, "networks": list(networks), "plan/requested_ratio": None, "plan/budget": "params"},
         **{"plan/removed_units": 1, "plan/achieved_ratio": 0.1},
-        **evaluator.metrics(networks),
+        **evaluator.measure(networks),
     }
     write_json(run / "metrics.json", metrics)
     write_json(run / "plan.json", plan | {"teacher": "aaaa", "protected": [f"model.layers.{i}" for i in (0, 2, 3, 4)]})
     units = {unit.name: {"score": 1.0} for unit in evaluator.teacher.units()}
     write_json(run / "scores.json", {"scores": units, "criterion": "perplexity"})
-    write_json(run / "measured.json", evaluator.measured(pruned, None) | {"peak_memory_bytes": 1, "seconds": {}})
+    write_json(run / "measured.json", evaluator.measure_latencies(pruned, None) | {"peak_memory_bytes": 1, "seconds": {}})
     write_json(run / "finished.json", {})
     return metrics, run
 
@@ -328,7 +328,7 @@ def test_networks_are_measured_alike_and_the_teacher_once_for_all_runs(job):
         **{"better": "higher", "of": "network", "unit": "layers"},
         "parts": ["left", "right"],
     }
-    assert columns(protocol["measures"]) == ["perplexity", "counted", "counted_left", "counted_right"]
+    assert list_columns(protocol["measures"]) == ["perplexity", "counted", "counted_left", "counted_right"]
     assert Counted.calls == 2
     other, second = measured_run(job, "seed=1")
     assert second.folder != run.folder and Counted.calls == 3  # the teacher's values come from the first run
@@ -380,7 +380,7 @@ def test_continuations_stand_side_by_side_and_are_the_same_again(job):
     page = (run / "report.html").read_text()
     assert "Continuations of the same prompts" in page and "<td>Once upon</td>" in page
     evaluator, without = job("seed=2", "evaluation.prompts=null")
-    evaluator.metrics({"teacher": evaluator.teacher, "pruned": evaluator.teacher})
+    evaluator.measure({"teacher": evaluator.teacher, "pruned": evaluator.teacher})
     assert not (without / "samples").exists()
 
 

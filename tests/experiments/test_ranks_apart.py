@@ -24,7 +24,7 @@ from experiments.engine.clock import Clock
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.ranks import ignore_ranks_of_the_shell, is_rank_zero
 from experiments.engine.run import Run
-from experiments.engine.samples import Drawn
+from experiments.engine.samples import SampleEvaluation
 from experiments.engine.stages import score as score_stage
 from experiments.engine.texts import Texts
 
@@ -55,7 +55,7 @@ def pruned(rank: int, cfg: DictConfig) -> None:
 
 
 def test_a_rank_waits_for_the_student_that_rank_0_writes(configure, job, tmp_path, monkeypatch, quick_end):
-    late(monkeypatch, Run, "staged")
+    late(monkeypatch, Run, "write_folder")
     with two_ranks(pruned, configure(*job, *ON_TWO)):
         pass
     assert (the_run(tmp_path / "runs") / "finished.json").exists()
@@ -66,12 +66,12 @@ def test_a_rank_of_a_forced_job_reads_nothing_of_the_run_before(configure, job, 
     run = the_run(tmp_path / "runs")
     before = read_json(run / "scores.json")
     write_json(run / "scores.json", before | {"key": "of another teacher"})
-    meet, clean = pipeline.meet, Run.clean
+    join_ranks, clean = pipeline.join_ranks, Run.clean
 
     def noted(trainer: Any) -> None:
         if not is_rank_zero():
             (tmp_path / "rank 1 goes").touch()
-        meet(trainer)
+        join_ranks(trainer)
 
     def delayed(folder: Run) -> None:
         """Clean a second after rank 1 could begin to read."""
@@ -81,7 +81,7 @@ def test_a_rank_of_a_forced_job_reads_nothing_of_the_run_before(configure, job, 
         time.sleep(is_rank_zero())
         clean(folder)
 
-    monkeypatch.setattr(pipeline, "meet", noted)
+    monkeypatch.setattr(pipeline, "join_ranks", noted)
     monkeypatch.setattr(Run, "clean", delayed)
     with two_ranks(pruned, configure(*job, *ON_TWO, "force=true")):
         pass
@@ -138,7 +138,7 @@ def test_a_task_of_a_slurm_job_runs_a_job_of_its_own(monkeypatch):
 def test_a_rank_that_waits_says_for_what(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(ranks, "PATIENCE", 0.0)
     monkeypatch.setattr(ranks.time, "sleep", lambda _: (tmp_path / "plan.json").touch())
-    monkeypatch.setattr(ranks, "PARENT", os.getppid())
+    monkeypatch.setattr(ranks, "PARENT_PID", os.getppid())
     ranks.wait_for(tmp_path / "plan.json")
     assert f"this rank waits for rank 0, which is to write {tmp_path}/plan.json" in caplog.text
 
@@ -146,7 +146,7 @@ def test_a_rank_that_waits_says_for_what(tmp_path, monkeypatch, caplog):
 def generated(rank: int, folder: Path) -> None:
     """Ask for samples where only rank 0 sees some."""
     torch.distributed.init_process_group("gloo")
-    sampling = object.__new__(Drawn)
+    sampling = object.__new__(SampleEvaluation)
     sampling.cfg = OmegaConf.create({"evaluation": {}})
     sampling.generate("teacher", None, folder / str(rank))  # type: ignore[arg-type]
 

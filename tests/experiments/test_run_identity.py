@@ -112,31 +112,31 @@ def test_latents_are_read_where_they_lie_also_beside_and_inside_the_repository(c
     monkeypatch.setattr(
         run_module, "read_manifest", lambda path: json.loads((Path(path) / "manifest.json").read_text())
     )
-    assert run_module.effective(cfg)["latents"] == "x"
+    assert run_module.get_effective_settings(cfg)["latents"] == "x"
 
 
 def test_only_paths_below_the_repository_are_written_as_below_root(monkeypatch):
     monkeypatch.setattr(run_module, "ROOT", Path("/data/sec"))
     values = ["/data/sec", "/data/sec/a b", "/data/sec-latents", "/data/secret/x", "see /data/sec", "/data"]
-    assert run_module.portable(values) == ["ROOT", "ROOT/a b", *values[2:]]
+    assert run_module.make_portable(values) == ["ROOT", "ROOT/a b", *values[2:]]
 
 
 def test_a_class_of_this_project_is_the_same_in_another_module_and_another_class_is_not(configure):
     cfg = configure()
-    before = run_module.effective(cfg)
+    before = run_module.get_effective_settings(cfg)
     assert before["criterion"]["_target_"] == "criteria.OutputLoss"
     cfg.criterion._target_ = "criteria.elsewhere.deeper.OutputLoss"
-    assert run_module.effective(cfg) == before
+    assert run_module.get_effective_settings(cfg) == before
     for other in ("criteria.elsewhere.TaskLoss", "mine.OutputLoss", "mine.criteria.OutputLoss"):
         cfg.criterion._target_ = other
-        assert run_module.effective(cfg) != before
+        assert run_module.get_effective_settings(cfg) != before
 
 
 def test_no_two_classes_of_one_package_that_configurations_name_have_one_name():
     """Else two configurations that mean different classes would be one run."""
     targets = re.findall(r"_target_: *([\w.]+)", "".join(path.read_text() for path in (ROOT / "conf").rglob("*.yaml")))
     own = {target for target in targets if target.partition(".")[0] in run_module.PACKAGES}
-    assert len({run_module.without_modules({"_target_": target})["_target_"] for target in own}) == len(own) > 50
+    assert len({run_module.drop_modules({"_target_": target})["_target_"] for target in own}) == len(own) > 50
 
 
 def test_other_weights_of_a_measure_under_the_same_path_are_another_run(configure, monkeypatch, tmp_path):
@@ -190,7 +190,7 @@ def test_the_readme_shows_the_run_id_of_the_default_job(tmp_path):
 
 def test_without_the_environment_a_configuration_is_written_as_it_is_resolved(configure):
     cfg = configure("task=classification")
-    assert run_module.as_written(cfg) == OmegaConf.to_container(cfg, resolve=True)
+    assert run_module.get_written_settings(cfg) == OmegaConf.to_container(cfg, resolve=True)
 
 
 def test_what_comes_from_the_environment_is_written_as_it_was_given(configure, overrides, monkeypatch):
@@ -199,15 +199,15 @@ def test_what_comes_from_the_environment_is_written_as_it_was_given(configure, o
     given = ["data.name=${oc.env:MY_FOLDER}", "label=x-${data.name}", "seed=${oc.decode:${oc.env:MY_SEED}}"]
     cfg = configure(*overrides, *given, "selection.protected=[a,'${oc.env:MY_FOLDER}']", "calibration.seed=${seed}")
     run = Run(cfg, "teacher")
-    with run.opened():
+    with run.open():
         written = (run / "config.yaml").read_text()
-    shown = run_module.displayed(cfg)
-    for content in (OmegaConf.to_container(OmegaConf.create(written)), run_module.as_written(cfg)):
+    shown = run_module.get_displayed_settings(cfg)
+    for content in (OmegaConf.to_container(OmegaConf.create(written)), run_module.get_written_settings(cfg)):
         assert content["data"]["name"] == "${oc.env:MY_FOLDER}" and content["label"] == "x-${data.name}"
         assert content["seed"] == "${oc.decode:${oc.env:MY_SEED}}" and content["calibration"]["seed"] == "${seed}"
         assert content["selection"]["protected"] == ["a", "${oc.env:MY_FOLDER}"]
     assert "secret" not in written and "secret" not in str(shown) and shown["selection"]["ratio"] == 0.5
-    assert "/data/secret" in str(run_module.effective(cfg))
+    assert "/data/secret" in str(run_module.get_effective_settings(cfg))
     monkeypatch.setenv("MY_SEED", "8")
     assert Run(configure(*overrides, *given), "teacher").id != run.id
 
@@ -215,7 +215,7 @@ def test_what_comes_from_the_environment_is_written_as_it_was_given(configure, o
 def test_the_number_of_measured_images_is_part_of_a_run_where_it_plays_a_part(configure):
     classifier = ("task=classification", "teacher.path=/elsewhere")
     for job in ((), classifier):
-        assert "images" not in run_module.effective(configure(*job))["evaluation"]
+        assert "images" not in run_module.get_effective_settings(configure(*job))["evaluation"]
     assert identity(configure("evaluation.images=9")) == identity(configure())
     assert identity(configure(*classifier, "evaluation.images=9")) != identity(configure(*classifier))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from conf.schema import ConfigError
 from experiments.engine.job import Job
-from experiments.engine.stage import Stage, latest
+from experiments.engine.stage import Stage, find_latest
 from experiments.engine.stages.select import Select
 
 
@@ -24,7 +24,7 @@ class Build(Stage):
         self.makes: str = makes
 
     def link(self, before: Sequence[Stage]) -> None:
-        select = latest(before, Select)
+        select = find_latest(before, Select)
         if select is None:
             raise ConfigError(f"pipeline.stages.{self.name}: there is no stage before it that plans (Select)")
         self.select = select

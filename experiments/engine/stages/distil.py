@@ -7,7 +7,7 @@ import hydra.utils
 from omegaconf import DictConfig
 
 from experiments.engine.job import TEACHER, Job
-from experiments.engine.stage import Stage, latest, latest_network
+from experiments.engine.stage import Stage, find_latest, find_latest_network
 from experiments.engine.stages.score import check_data
 from experiments.engine.stages.select import Select
 from experiments.engine.training import train
@@ -36,10 +36,10 @@ class Distil(Stage):
             check_module(cfg.distillation, "distillation")
 
     def link(self, before: Sequence[Stage]) -> None:
-        self.source, self.select = latest_network(before), latest(before, Select)
+        self.source, self.select = find_latest_network(before), find_latest(before, Select)
 
     def artefacts(self) -> list[str]:
-        return [f"networks/{self.makes}", *training_artefacts(self)] if self.makes else []
+        return [f"networks/{self.makes}", *list_training_artefacts(self)] if self.makes else []
 
     def check(self, job: Job) -> None:
         if self.makes is None:
@@ -65,6 +65,6 @@ class Distil(Stage):
         job.networks[self.makes], job.origins[self.makes] = job.load(self.makes, base, changes), (base, changes)
 
 
-def training_artefacts(stage: Stage) -> list[str]:
+def list_training_artefacts(stage: Stage) -> list[str]:
     """Return what the training of a stage leaves behind, beside its result."""
     return [f"checkpoints/{stage.name}", f"history/{stage.name}.csv", f"failure/{stage.name}"]

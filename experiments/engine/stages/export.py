@@ -37,7 +37,7 @@ class Export(Stage):
 
     def run(self, job: Job) -> None:
         if is_rank_zero():
-            with job.clock("export"), job.run.staged(self.artefact("export")) as partial:
+            with job.clock("export"), job.run.write_folder(self.artefact("export")) as partial:
                 export(job.student, partial, self.card(job))
                 job.record(export_max_difference=verify(job.student, partial))
                 if job.cfg.export.dense_twin:

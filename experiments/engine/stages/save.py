@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from conf.schema import ConfigError
 from experiments.engine.job import Job
 from experiments.engine.ranks import barrier, is_rank_zero
-from experiments.engine.stage import Stage, latest
+from experiments.engine.stage import Stage, find_latest
 from experiments.engine.stages.train import Train
 
 
@@ -19,7 +19,7 @@ class Save(Stage):
     needs_teacher = False
 
     def link(self, before: Sequence[Stage]) -> None:
-        train = latest(before, Train)
+        train = find_latest(before, Train)
         if train is None:
             raise ConfigError(f"pipeline.stages.{self.name}: there is no stage before it that trains (Train)")
         self.train = train
@@ -29,6 +29,6 @@ class Save(Stage):
 
     def run(self, job: Job) -> None:
         if is_rank_zero() and not (job.run / self.artefact("weights")).exists():
-            with job.run.staged(self.artefact("weights")) as folder:
+            with job.run.write_folder(self.artefact("weights")) as folder:
                 self.train.module.save(folder)
         barrier()

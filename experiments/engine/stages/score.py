@@ -12,11 +12,11 @@ from conf.schema import build
 from criteria.base import SCORING_VERSION, Unit, check_scores
 from experiments.engine.artefacts import check_fresh, digest, read_json
 from experiments.engine.cache import cached
-from experiments.engine.identity import effective, fingerprint
-from experiments.engine.inputs import batches_for, calibration_batches, calibration_data
+from experiments.engine.identity import fingerprint, get_effective_settings
+from experiments.engine.inputs import build_calibration_data, make_calibration_batches, make_criterion_batches
 from experiments.engine.job import Job
-from experiments.engine.ranks import agreed
-from experiments.engine.stage import Stage, latest_network
+from experiments.engine.ranks import ask_rank_zero
+from experiments.engine.stage import Stage, find_latest_network
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.modules.scoring import score
 from lightning_modules.training.trainer import make_trainer, precision_of
@@ -44,7 +44,7 @@ class Score(Stage):
         self.criterion = build(cfg.criterion)
 
     def link(self, before: Sequence[Stage]) -> None:
-        self.source = latest_network(before)
+        self.source = find_latest_network(before)
 
     def artefacts(self) -> list[str]:
         return [self.artefact("scores.json")]
@@ -70,18 +70,18 @@ class Score(Stage):
     def data(self, job: Job) -> Any:
         """Return the data module that calibration samples come from."""
         if self._data is None:
-            self._data = calibration_data(job.cfg, job.data)
+            self._data = build_calibration_data(job.cfg, job.data)
         return self._data
 
-    def calibration_batches(self, job: Job) -> DataLoader:
-        return calibration_batches(job.cfg, self.data(job), self.criterion, job.networks[self.source])
+    def make_calibration_batches(self, job: Job) -> DataLoader:
+        return make_calibration_batches(job.cfg, self.data(job), self.criterion, job.networks[self.source])
 
     def batches(self, job: Job) -> DataLoader | None:
         """Return the batches that the criterion looks at: calibration samples or seeds; None where it needs none."""
         if self.criterion.needs == "nothing":
             return None
-        calibration = self.calibration_batches(job) if self.criterion.needs == "data" else None
-        return batches_for(self.criterion, job.cfg, job.networks[self.source], self.data(job), calibration)
+        calibration = self.make_calibration_batches(job) if self.criterion.needs == "data" else None
+        return make_criterion_batches(self.criterion, job.cfg, job.networks[self.source], self.data(job), calibration)
 
     def run(self, job: Job) -> None:
         if not self.needed:
@@ -92,7 +92,7 @@ class Score(Stage):
         network.compiled = {} if calibration.compile else None
         key = self.key(job, batches)
         path = job.run / self.artefact("scores.json")
-        if agreed(path.exists()):
+        if ask_rank_zero(path.exists()):
             stored = read_json(path)
             check_fresh(path, "scores", stored["key"], digest(key))
             check_scores(stored["scores"], units)
@@ -121,7 +121,7 @@ class Score(Stage):
 
     def key(self, job: Job, batches: DataLoader | None) -> dict[str, Any]:
         """Return all that the scores depend on."""
-        cfg, fields = job.cfg, effective(job.cfg)
+        cfg, fields = job.cfg, get_effective_settings(job.cfg)
         precision = precision_of(cfg.calibration.precision, job.device.type)
         return {
             "teacher": job.identify(self.source),

@@ -9,10 +9,10 @@ from conf.schema import ConfigError, build
 from criteria.base import ChangeKind, Level, Unit
 from criteria.selection.base import Pool, check_names
 from experiments.engine.artefacts import check_fresh, digest, read_json
-from experiments.engine.identity import displayed
+from experiments.engine.identity import get_displayed_settings
 from experiments.engine.job import Job
 from experiments.engine.ranks import is_rank_zero, wait_for
-from experiments.engine.stage import Stage, latest
+from experiments.engine.stage import Stage, find_latest
 from experiments.engine.stages.score import Score
 from lightning_modules.metrics.unit_latency import UnitLatencies, measure_unit_latencies
 from lightning_modules.modules.joint_loss import JointMeasure
@@ -34,7 +34,7 @@ class Select(Stage):
         self.selection = build(cfg.selection)
 
     def link(self, before: Sequence[Stage]) -> None:
-        score = latest(before, Score)
+        score = find_latest(before, Score)
         if score is None:
             raise ConfigError(f"pipeline.stages.{self.name}: there is no stage before it that scores units (Score)")
         self.score, self.source = score, score.source
@@ -51,7 +51,7 @@ class Select(Stage):
         if not self.selection.needs_scores:
             network.check_plan(self.selection.changes(pool, {}))
         if self.selection.needs_joint_loss:
-            self.score.calibration_batches(job)
+            self.score.make_calibration_batches(job)
 
     def pool(self, job: Job, latencies: UnitLatencies | None = None) -> Pool:
         """Return what can be removed and what everything costs; with latencies where they were measured."""
@@ -83,7 +83,7 @@ class Select(Stage):
             plan = self.plan(job, network_id, scores_key, units)
             made_from_another_plan = [name for stage in self.followers for name in stage.artefacts()]
             job.run.clear([*REPORTED, *made_from_another_plan])
-            job.run.write_alone(path.name, plan)
+            job.run.write_on_rank_zero(path.name, plan)
         else:
             wait_for(path)
             plan = read_json(path)
@@ -98,7 +98,7 @@ class Select(Stage):
         return {
             "teacher": network_id,
             "scores": scores_key,
-            "selection": displayed(job.cfg)["selection"],
+            "selection": get_displayed_settings(job.cfg)["selection"],
             "changes": changes,
             "protected": self.selection.protected_units(units),
             "predicted_harm": float(sum(harms[change["unit"]] for change in changes if "unit" in change)),
@@ -118,7 +118,7 @@ class Select(Stage):
 
         def measure(names: Sequence[str]) -> float:
             if not measures:  # most selections never ask
-                batches = self.score.calibration_batches(job)
+                batches = self.score.make_calibration_batches(job)
                 measures.append(JointMeasure(job.networks[self.source], batches, calibration.seed, job.device))
             with autocast(calibration.precision, job.device):
                 return measures[0](names)

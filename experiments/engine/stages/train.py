@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from conf.schema import ConfigError
 from experiments.engine.job import Job
 from experiments.engine.stage import Stage
-from experiments.engine.stages.distil import training_artefacts
+from experiments.engine.stages.distil import list_training_artefacts
 from experiments.engine.training import train
 from experiments.tools.precompute import check_latents, load_backbone
 from lightning_modules.modules.base import check_module
@@ -25,7 +25,7 @@ class Train(Stage):
         check_module(cfg.pretrain, "pretrain")
 
     def artefacts(self) -> list[str]:
-        return training_artefacts(self)
+        return list_training_artefacts(self)
 
     def check(self, job: Job) -> None:
         if job.cfg.latents is not None:
