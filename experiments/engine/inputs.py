@@ -1,4 +1,4 @@
-"""Teacher, data and calibration batches as configured, for stages and for programs that score units."""
+"""Builds teacher, data and batches from a configuration, for stages and for programs that score units."""
 
 import inspect
 from typing import Any
@@ -14,7 +14,10 @@ from lightning_modules.modules.sampling import seed_batches
 
 
 def build_teacher(cfg: DictConfig) -> NetworkBackbone:
-    """Return the teacher, under the noise schedule of its own pipeline unless the configuration gives another."""
+    """Return the teacher; its noise schedule is its own pipeline's unless the configuration gives another.
+
+    Raises ConfigError where the configuration gives a noise schedule to a teacher that has none.
+    """
     parameters = inspect.signature(hydra.utils.get_object(cfg.teacher._target_)).parameters
     if "_target_" in cfg.noise_scheduler and "noise_scheduler" not in parameters:
         raise ConfigError(
@@ -25,7 +28,10 @@ def build_teacher(cfg: DictConfig) -> NetworkBackbone:
 
 
 def build_data(cfg: DictConfig) -> Any:
-    """Return the data module; its samples are stored latents where `latents` names some."""
+    """Return the data module, which reads stored latents where `cfg.latents` names a folder of them.
+
+    Raises ConfigError for latents of a data module that cannot read any.
+    """
     data = build(cfg.data)
     if cfg.latents is not None:
         if not hasattr(data, "use_latents"):
@@ -42,8 +48,12 @@ def build_calibration_data(cfg: DictConfig, data: Any) -> Any:
 def make_calibration_batches(cfg: DictConfig, data: Any, criterion: Criterion, network: NetworkBackbone) -> DataLoader:
     """Return the batches of calibration samples.
 
-    They are spread evenly over the samples where a part of the batches has to speak for all: timesteps of diffusion
-    networks go with the samples' numbers.
+    Args:
+        cfg: the configuration of the stage.
+        data: the data module of calibration samples.
+        criterion: the criterion; some stop after part of the batches or weigh each batch alone. For these every batch
+            is spread evenly over the samples, because the timesteps of diffusion networks follow the samples' numbers.
+        network: the network that is scored.
     """
     calibration = cfg.calibration
     return data.subset(
@@ -60,7 +70,15 @@ def make_calibration_batches(cfg: DictConfig, data: Any, criterion: Criterion, n
 def make_criterion_batches(
     criterion: Criterion, cfg: DictConfig, teacher: NetworkBackbone, data: Any, calibration: DataLoader | None
 ) -> DataLoader | None:
-    """Return the calibration batches, or those of seeds, with training captions where the teacher takes text."""
+    """Return the batches that a criterion looks at: calibration samples, or seeds to generate samples from.
+
+    Args:
+        criterion: the criterion.
+        cfg: the configuration of the stage.
+        teacher: the network that is scored; one that takes text gets training captions with the seeds.
+        data: the data module of calibration samples.
+        calibration: the batches of calibration samples; None for a criterion that needs none.
+    """
     if criterion.needs != "seeds":
         return calibration
     captions = data.captions("train", criterion.seeds) if teacher.takes_text else None

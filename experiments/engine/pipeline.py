@@ -36,9 +36,10 @@ log = logging.getLogger(__name__)
 
 
 def run_pipeline(cfg: DictConfig) -> float | None:
-    """Run every stage of a job whose artefacts are not there yet, and print the job's summary.
+    """Run the stages of a job, unless the job is finished, and print its summary.
 
-    Returns the first measure of what the job delivers, for sweepers that search; None on ranks other than the first.
+    Returns the first measure of the network that the job delivers, for sweepers that search; None on ranks other than
+    rank 0.
     """
     ignore_ranks_of_the_shell(cfg.trainer.devices * cfg.trainer.num_nodes)
     stages = make_stages(cfg)
@@ -60,11 +61,11 @@ def run_pipeline(cfg: DictConfig) -> float | None:
 
 
 def run_stages(cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.device, teacher_id: str) -> None:
-    """Run the stages one after another; those whose artefacts are there load them.
+    """Run the stages of a job one after another; a stage whose artefacts exist loads them.
 
     Args:
         cfg: the job's configuration.
-        run: its run, which no other process works on meanwhile.
+        run: its run, which is locked for other processes meanwhile.
         stages: what `make_stages` returned.
         device: the device of this process.
         teacher_id: fingerprint of the teacher; "none" in a pipeline without a teacher.
@@ -93,9 +94,9 @@ def check_push(run: Run, repository: str) -> None:
 
 
 def make_stages(cfg: DictConfig) -> list[Stage]:
-    """Return the stages of `cfg.pipeline` in their order, each with its name and what it uses of those before it.
+    """Return the stages of `cfg.pipeline` in their order, linked to the stages that they depend on.
 
-    Raises ConfigError or ValueError for what can be told from the configuration alone.
+    Raises ConfigError or ValueError for mistakes that the configuration alone shows.
     """
     nodes = {name: node for name, node in cfg.pipeline.stages.items() if node is not None}
     if not nodes:
@@ -110,9 +111,9 @@ def make_stages(cfg: DictConfig) -> list[Stage]:
         stage.name = str(name)
         stage.prepare(apply_settings(cfg, stage))
         stages.append(stage)
-    for place, stage in enumerate(stages):
-        stage.link(stages[:place])
-        stage.followers = stages[place + 1 :]
+    for number, stage in enumerate(stages):
+        stage.link(stages[:number])
+        stage.followers = stages[number + 1 :]
     check_names(stages)
     if cfg.export.push_to_hub is not None and not any("export" in stage.artefacts() for stage in stages):
         raise ConfigError(
@@ -123,7 +124,10 @@ def make_stages(cfg: DictConfig) -> list[Stage]:
 
 
 def apply_settings(cfg: DictConfig, stage: Stage) -> DictConfig:
-    """Return the configuration of one stage: the job's, with the stage's own settings."""
+    """Return the configuration of one stage: the job's, changed by the stage's own settings.
+
+    Raises ConfigError naming the stage where its settings cannot be applied.
+    """
     if not stage.settings:
         return cfg
     merged = cfg.copy()
@@ -139,17 +143,17 @@ def apply_settings(cfg: DictConfig, stage: Stage) -> DictConfig:
 
 
 def identify_teacher(cfg: DictConfig) -> str:
-    """Return the fingerprint of the teacher's files, without reading a weight into memory."""
+    """Return the fingerprint of the teacher's files, without loading its weights."""
     files = weight_files(cfg.teacher.path, cfg.teacher.get("tokenizer"), cfg.teacher.get("get"))
     return fingerprint(files, Path(cfg.paths.cache))
 
 
 def prepare(cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.device, teacher_id: str) -> Job:
-    """Load what all stages share, and check every stage; raises ValueError for whatever would fail later."""
+    """Load what all stages share, and check every stage; raises ValueError for everything that would fail later."""
     job: Job
     clock = Clock(cfg, device, run.measured.get("seconds"), lambda seconds: job.record(seconds=seconds))
     data = build_data(cfg)
-    data.sample_shape()  # a wrong path or column is said before any weight is read
+    data.sample_shape()  # raises an error for a wrong path or column before any weight is read
     job = Job(cfg, run, device, clock, Dashboard(cfg, run), data, teacher_id)
     if any(stage.needs_teacher for stage in stages):
         with clock("load the teacher"):
@@ -159,14 +163,14 @@ def prepare(cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.de
         stage.check(job)
     if any(stage.needs_teacher for stage in stages) and job.teacher.generates:
         check_latents(cfg, data, job.teacher)
-    for each in {id(settings): settings for settings in (apply_settings(cfg, stage) for stage in stages)}.values():
-        check_parts(each, getattr(job.networks.get(TEACHER), "noise_scheduler", None))
+    for stage_cfg in {id(cfg): cfg for cfg in (apply_settings(cfg, stage) for stage in stages)}.values():
+        check_parts(stage_cfg, getattr(job.networks.get(TEACHER), "noise_scheduler", None))
     job.dashboard.open_loggers()  # last, as a logger may tell a server about this job
     return job
 
 
 def conclude(job: Job) -> None:
-    """Draw the report, close the dashboard's summary, and call the run finished."""
+    """Write the report, upload the summary to the dashboard, and mark the run as finished."""
     if is_rank_zero():
         run, metrics = job.run, job.metrics
         job.record(peak_memory_bytes=peak_memory(job.device), provenance=collect_provenance())
@@ -181,19 +185,22 @@ def conclude(job: Job) -> None:
 
 
 def get_first_measure(metrics: dict[str, Any]) -> float | None:
-    """Return the first of `evaluation.metrics` of what a run delivers, else its output loss, else its first figure."""
+    """Return the first of `evaluation.metrics` of the network that a run delivers, else its output loss, else any figure.
+
+    None where there is no figure at all.
+    """
     names = [f"eval/{name}" for name in metrics.get("protocol", {}).get("measures", ())]
     figures = [key for key, value in metrics.items() if isinstance(value, float) and "/" not in key]
     return next((float(metrics[key]) for key in (*names, "eval/output_loss", *figures) if key in metrics), None)
 
 
 def check_parts(cfg: DictConfig, noise_scheduler: Any) -> None:
-    """Make optimiser, schedule, trainers and sampler once for nothing; raises ConfigError naming the group.
+    """Build optimiser, schedule, trainers, callbacks and sampler as a trial; raises ConfigError naming the group.
 
     `noise_scheduler` is None for networks without one, which need no sampler.
     """
     weight = torch.nn.Parameter(torch.zeros(1))
-    tries: dict[str, Callable[[], Any]] = {
+    trials: dict[str, Callable[[], Any]] = {
         "optimizer and lr_scheduler": lambda: build(cfg.lr_scheduler)(build(cfg.optimizer)([weight])),
         "trainer": lambda: [
             make_trainer(cfg.trainer, "", cfg.trainer.precision, **build(cfg.trainer.options)),
@@ -202,8 +209,8 @@ def check_parts(cfg: DictConfig, noise_scheduler: Any) -> None:
         "callbacks": lambda: make_callbacks(cfg.callbacks),
     }
     if noise_scheduler is not None:
-        tries["sampler"] = lambda: check_sampler(build(cfg.sampler.scheduler)(noise_scheduler.config), noise_scheduler)
-    for group, make in tries.items():
+        trials["sampler"] = lambda: check_sampler(build(cfg.sampler.scheduler)(noise_scheduler.config), noise_scheduler)
+    for group, make in trials.items():
         try:
             make()
         except Exception as error:

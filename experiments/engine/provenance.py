@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, commit and command."""
+"""Provenance of a result: versions, commit and command."""
 
 import platform
 import shlex

@@ -306,7 +306,9 @@ def measured_run(job, *given: str) -> tuple[dict, Run]:
     write_json(run / "plan.json", plan | {"teacher": "aaaa", "protected": [f"model.layers.{i}" for i in (0, 2, 3, 4)]})
     units = {unit.name: {"score": 1.0} for unit in evaluator.teacher.units()}
     write_json(run / "scores.json", {"scores": units, "criterion": "perplexity"})
-    write_json(run / "measured.json", evaluator.measure_latencies(pruned, None) | {"peak_memory_bytes": 1, "seconds": {}})
+    write_json(
+        run / "measured.json", evaluator.measure_latencies(pruned, None) | {"peak_memory_bytes": 1, "seconds": {}}
+    )
     write_json(run / "finished.json", {})
     return metrics, run
 

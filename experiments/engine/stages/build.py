@@ -10,10 +10,10 @@ from experiments.engine.stages.select import Select
 
 
 class Build(Stage):
-    """Applies the plan of the select stage before it.
+    """Applies the plan of the last select stage.
 
     Args:
-        makes: the name of the pruned network.
+        makes: name of the pruned network.
         settings: see Stage.
     """
 

@@ -1,4 +1,4 @@
-"""The stage `distil`: the student is trained, by its task and by the teacher."""
+"""The stage `distil`: trains the student on its task and on the teacher's outputs and features."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +15,12 @@ from lightning_modules.modules.base import check_module
 
 
 class Distil(Stage):
-    """Trains a copy of the network that was made last, as `cfg.distillation` says. Without a `_target_`, nothing.
+    """Trains a copy of the last network as `cfg.distillation` says; does nothing where that has no `_target_`.
 
-    The result's weights are those of the moving average where that is on.
+    The result has the weights of the moving average where that is on.
 
     Args:
-        makes: the name of the trained network.
+        makes: name of the trained network.
         settings: see Stage.
     """
 
@@ -45,11 +45,11 @@ class Distil(Stage):
         if self.makes is None:
             return
         cfg, teacher = job.cfg, job.teacher
-        if self.select is None:  # else it is checked where units are scored
+        if self.select is None:  # the score stage checks it otherwise
             check_data(teacher, "data", cfg.data.get("name"), job.data)
         narrower = self.select is not None and "slice" in self.select.kinds(job) and teacher.width_changes_stages
         module: Any = hydra.utils.get_object(cfg.distillation._target_)
-        if hasattr(module, "check_settings"):  # a module of somebody's own may have none
+        if hasattr(module, "check_settings"):  # a module from outside the repository may have none
             module.check_settings(cfg.distillation, teacher, narrower)
         job.data.train_dataloader()
 
@@ -66,5 +66,5 @@ class Distil(Stage):
 
 
 def list_training_artefacts(stage: Stage) -> list[str]:
-    """Return what the training of a stage leaves behind, beside its result."""
+    """Return the paths that the training of a stage writes, beside its result."""
     return [f"checkpoints/{stage.name}", f"history/{stage.name}.csv", f"failure/{stage.name}"]

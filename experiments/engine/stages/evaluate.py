@@ -1,4 +1,4 @@
-"""The stage `evaluate`: quality, cost and speed of all networks, beside the teacher."""
+"""The stage `evaluate`: measures quality, costs and latency of all networks, the teacher among them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from experiments.engine.stages.select import Select
 
 
 class Evaluate(Stage):
-    """Measures the teacher and every network made so far, under one protocol (`cfg.evaluation`)."""
+    """Measures the teacher and every network made so far under one protocol, `cfg.evaluation`."""
 
     usual_name = "evaluate"
 

@@ -1,4 +1,4 @@
-"""The stage `export`: a folder that opens without this project, and the proof that it does."""
+"""The stage `export`: writes a folder that can be loaded without this project, and verifies that it can."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from lightning_modules.export.verify import verify
 
 
 class Export(Stage):
-    """Exports the network that was made last, with a model card, and reloads it in a clean process."""
+    """Exports the last network with a model card, and reloads it in a process of its own without this project."""
 
     usual_name = "export"
 

@@ -1,4 +1,4 @@
-"""The stage `save`: what was trained from nothing is written as a teacher that others can load."""
+"""The stage `save`: writes a network that was trained from random weights, so that it can be loaded as a teacher."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ from experiments.engine.stages.train import Train
 
 
 class Save(Stage):
-    """Writes the weights of the module that the train stage before it has trained, in half precision.
+    """Writes the weights of the last train stage's module in half precision.
 
-    It comes after the test: a module may turn its own weights into half precision to save them.
+    It comes after the test stage, because a module may convert its own weights to half precision to save them.
     """
 
     usual_name = "save"

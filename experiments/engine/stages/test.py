@@ -1,4 +1,4 @@
-"""The stage `test`: what was trained from nothing is measured on the held-out samples."""
+"""The stage `test`: measures a network that was trained from random weights on the held-out samples."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from lightning_modules.training.trainer import make_trainer
 
 
 class Test(Stage):
-    """Runs the test loop of the module that the train stage before it has trained; writes metrics.json."""
+    """Runs the test loop of the last train stage's module and writes metrics.json."""
 
     usual_name = "test"
     needs_teacher = False

@@ -1,4 +1,4 @@
-"""The stage `train`: a network is trained from nothing (conf/experiment/pretrain_*.yaml)."""
+"""The stage `train`: trains a network from random weights (conf/experiment/pretrain_*.yaml)."""
 
 from typing import Any
 
