@@ -185,9 +185,9 @@ def conclude(job: Job) -> None:
 
 
 def get_first_measure(metrics: dict[str, Any]) -> float | None:
-    """Return the first of `evaluation.metrics` of the network that a run delivers, else its output loss, else any figure.
+    """Return the first of `evaluation.metrics` of the network that a run delivers, else its output loss.
 
-    None where there is no figure at all.
+    After a pretraining it is the first figure of metrics.json; None where there is none.
     """
     names = [f"eval/{name}" for name in metrics.get("protocol", {}).get("measures", ())]
     figures = [key for key, value in metrics.items() if isinstance(value, float) and "/" not in key]
