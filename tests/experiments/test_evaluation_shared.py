@@ -62,7 +62,7 @@ def drawn_and_measured(rank: int, folder, devices: int) -> None:
     assert sum(features.asked) == (10 if devices == 1 else (6, 4)[rank])
 
 
-def test_two_ranks_draw_the_same_samples_and_take_the_same_features_as_one(tmp_path, monkeypatch):
+def test_two_ranks_give_the_samples_and_features_of_one(tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "PART", 4)
     drawn_and_measured(0, tmp_path, 1)
     with two_ranks(drawn_and_measured, tmp_path, 2):
@@ -75,7 +75,7 @@ def test_two_ranks_draw_the_same_samples_and_take_the_same_features_as_one(tmp_p
     assert all(np.array_equal(one, other) for other in both)
 
 
-def test_a_class_conditional_network_is_asked_for_its_seeds_class():
+def test_a_class_conditional_network_gets_the_class_of_the_seed():
     backbone = tiny_backbone("dit")
     batch = tiny_seeds(backbone, 4)
     labels = backbone.conditions({"seed": batch["seed"]}, torch.device("cpu"))["class_labels"]
@@ -107,7 +107,7 @@ def reference(data: Images, folder, limit: int = 100, size: int | None = None) -
     return TrainingImages(data, folder, torch.device("cpu"), limit, size)
 
 
-def test_reference_statistics_and_features_are_kept_under_what_they_are_of(tmp_path, monkeypatch):
+def test_reference_statistics_are_cached_by_content(tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "PART", 16)
     data, features = build_data(Some(small(50))), Flat()
     found = reference(data, tmp_path).statistics(features)
@@ -128,7 +128,7 @@ def test_reference_statistics_and_features_are_kept_under_what_they_are_of(tmp_p
     assert reference(data, tmp_path, limit=20).features(features).shape == (20, 4)
 
 
-def test_a_reference_image_that_cannot_be_used_is_replaced_by_another(tmp_path):
+def test_an_unreadable_reference_image_is_replaced_by_another(tmp_path):
     images, source = reference(build_data(Some(small(20), bad=[3, 19])), tmp_path), small(20).reshape(20, 4)
     found = images.features(Flat())
     assert np.array_equal(np.delete(found, [3, 19], 0), np.delete(source, [3, 19], 0))
@@ -136,14 +136,14 @@ def test_a_reference_image_that_cannot_be_used_is_replaced_by_another(tmp_path):
     assert {found[3].tobytes(), found[19].tobytes()} <= others
 
 
-def test_statistics_that_a_data_set_names_are_for_images_of_its_own_size(tmp_path):
+def test_published_statistics_are_not_used_for_resized_images(tmp_path):
     Statistics.of(drawn(30)).save(tmp_path / "own.safetensors", features="1.0", transform="none")
     data = build_data(Some(small(20)), {"flat": str(tmp_path / "own.safetensors")})
     assert reference(data, tmp_path).statistics(Flat()).count == 30
     assert reference(data, tmp_path, size=1).statistics(Flat()).count == 20
 
 
-def test_statistics_of_parts_are_those_of_the_whole():
+def test_statistics_of_parts_equal_those_of_the_whole():
     features = drawn(97) * [1, 10, 0.1, 3] + 5
     found, expected = Statistics.of_parts(np.array_split(features, 5), "some"), Statistics.of(features)
     assert found.count == 97
@@ -152,7 +152,7 @@ def test_statistics_of_parts_are_those_of_the_whole():
         Statistics.of_parts([features[:1], features[1:3]], "some")
 
 
-def test_a_frechet_distance_is_from_the_file_it_names(tmp_path, monkeypatch):
+def test_a_frechet_distance_reads_the_statistics_file_that_it_names(tmp_path, monkeypatch):
     """pytorch-fid's arrays; a relative path is one in $SECATEUR_DATA."""
     monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
     expected = Statistics.of(drawn(30))
@@ -173,7 +173,7 @@ def test_a_frechet_distance_is_from_the_file_it_names(tmp_path, monkeypatch):
 # Prompts
 
 
-def test_prompts_are_the_lines_of_a_text_or_a_column_of_a_table(tmp_path, monkeypatch):
+def test_prompts_are_read_from_lines_or_from_a_table_column(tmp_path, monkeypatch):
     monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
     (tmp_path / "some.txt").write_text("a cat\n\n  a dog \n")
     (tmp_path / "some.csv").write_text('file_name,text\n1.jpg,"a cat, asleep"\n2.jpg,NA\n')
@@ -191,7 +191,7 @@ def test_prompts_are_the_lines_of_a_text_or_a_column_of_a_table(tmp_path, monkey
 # Configuration
 
 
-def test_choices_of_measures_add_up_in_their_order(configure):
+def test_several_choices_of_measures_are_joined_in_order(configure):
     metrics = configure("evaluation=[precision_recall,frechet_resnet20,class_accuracy]").evaluation.metrics
     assert list(metrics) == ["precision", "recall", "frechet_resnet20", "class_accuracy"]
     assert configure("evaluation=none").evaluation.metrics == {}
@@ -205,18 +205,18 @@ def test_choices_of_measures_add_up_in_their_order(configure):
         ("evaluation.resize=0", r"evaluation\.resize=0 is out of range"),
     ],
 )
-def test_what_is_no_measure_is_refused(configure, given, message):
+def test_a_class_that_is_no_measure_is_refused(configure, given, message):
     with pytest.raises(ConfigError, match=message):
         configure(given)
 
 
-def test_a_measure_that_cannot_be_made_is_named(configure):
+def test_a_measure_that_cannot_be_built_is_named(configure):
     cfg = configure("evaluation=class_accuracy", "evaluation.metrics.class_accuracy.classes=[cat]")
     with pytest.raises(ValueError, match=r"evaluation\.metrics\.class_accuracy: classes=\['cat'\]"):
         build_measures(cfg)
 
 
-def test_cocos_protocol_is_bk_sdms_whatever_the_teachers_sampler(configure):
+def test_the_coco_protocol_sets_the_sampler_of_bk_sdm(configure):
     for experiment in ("bk_sdm_base", "laptop_diff_sd15_50"):
         cfg = configure(f"experiment={experiment}", "evaluation=coco_30k")
         assert (cfg.sampler.name, cfg.sampler.steps, cfg.sampler.guidance) == ("pndm", 25, 7.5)
@@ -261,7 +261,7 @@ def finished(folder, name: str, ratio: float, values: dict[str, float]) -> None:
     OmegaConf.save(OmegaConf.create(config), run / "config.yaml")
 
 
-def test_a_report_of_several_measures_draws_the_first_and_says_which_way_is_better(tmp_path, monkeypatch):
+def test_a_report_of_several_measures_draws_the_first(tmp_path, monkeypatch):
     labels = []
 
     def noted(table, columns, axes, path, *_: object, **options: object) -> Path:
@@ -291,7 +291,7 @@ def test_a_report_of_several_measures_draws_the_first_and_says_which_way_is_bett
     assert "clip_score: better higher, features ffffffff, transform none; kid: better lower, features eeeeeeee" in shown
 
 
-def test_a_protocol_in_words_has_what_is_shared_and_one_or_all_measures():
+def test_a_protocol_in_words_has_shared_and_own_parts():
     measures = {"a": {"better": "lower", "features": "0123456789abcdef"}, "b": {"better": "higher", "k": 3}}
     content = {"samples": 8, "measures": measures}
     assert describe_protocol(content) == "samples 8; a: better lower, features 01234567; b: better higher, k 3"
@@ -300,7 +300,7 @@ def test_a_protocol_in_words_has_what_is_shared_and_one_or_all_measures():
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
-def test_auto_is_the_same_precision_with_and_without_a_trainer(monkeypatch):
+def test_precision_auto_is_the_same_with_and_without_a_trainer(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert precision_of("auto", "cuda") == "bf16-mixed" and precision_of("auto", "cpu") == "32-true"
     assert autocast("auto", torch.device("cuda")).fast_dtype == torch.bfloat16

@@ -61,7 +61,7 @@ def test_a_rank_waits_for_the_student_that_rank_0_writes(configure, job, tmp_pat
     assert (the_run(tmp_path / "runs") / "finished.json").exists()
 
 
-def test_a_rank_of_a_forced_job_reads_nothing_of_the_run_before(configure, job, tmp_path, monkeypatch, quick_end):
+def test_a_rank_of_a_forced_job_reads_nothing_of_the_old_run(configure, job, tmp_path, monkeypatch, quick_end):
     run_pipeline(configure(*job))
     run = the_run(tmp_path / "runs")
     before = read_json(run / "scores.json")
@@ -88,9 +88,7 @@ def test_a_rank_of_a_forced_job_reads_nothing_of_the_run_before(configure, job, 
     assert read_json(run / "scores.json") == before
 
 
-def test_ranks_agree_on_scores_that_another_job_has_made_in_the_meantime(
-    configure, overrides, tmp_path, monkeypatch, quick_end
-):
+def test_ranks_agree_on_scores_that_another_job_has_just_made(configure, overrides, tmp_path, monkeypatch, quick_end):
     """Rank 0 waits for that job; before that, rank 1 sees no scores."""
     job = [*overrides, "distillation=none", "evaluation.loss_samples=4"]
     run_pipeline(configure(*job))
@@ -116,7 +114,7 @@ def test_ranks_agree_on_scores_that_another_job_has_made_in_the_meantime(
     assert len(list(tmp_path.glob("runs/debug/*/finished.json"))) == 2
 
 
-def test_a_rank_left_in_the_shell_plays_no_part_on_one_device(configure, job, tmp_path, monkeypatch, caplog, quick_end):
+def test_a_leftover_rank_is_ignored_on_one_device(configure, job, tmp_path, monkeypatch, caplog, quick_end):
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning's import would have found it
@@ -125,7 +123,7 @@ def test_a_rank_left_in_the_shell_plays_no_part_on_one_device(configure, job, tm
     assert "RANK, LOCAL_RANK of the environment is ignored, as trainer.devices=1" in caplog.text
 
 
-def test_a_task_of_a_slurm_job_runs_a_job_of_its_own(monkeypatch):
+def test_each_task_of_a_slurm_job_can_run_a_job_of_its_own(monkeypatch):
     for name, value in (("SLURM_PROCID", "3"), ("SLURM_LOCALID", "3"), ("SLURM_NTASKS", "4"), ("SLURM_JOB_ID", "7")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(rank_zero_only, "rank", 3)
@@ -135,7 +133,7 @@ def test_a_task_of_a_slurm_job_runs_a_job_of_its_own(monkeypatch):
     assert is_rank_zero() and not SLURMEnvironment.detect() and os.environ["SLURM_JOB_ID"] == "7"
 
 
-def test_a_rank_that_waits_says_for_what(tmp_path, monkeypatch, caplog):
+def test_a_waiting_rank_names_the_file(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(ranks, "PATIENCE", 0.0)
     monkeypatch.setattr(ranks.time, "sleep", lambda _: (tmp_path / "plan.json").touch())
     monkeypatch.setattr(ranks, "PARENT_PID", os.getppid())
@@ -151,7 +149,7 @@ def generated(rank: int, folder: Path) -> None:
     sampling.generate("teacher", None, folder / str(rank))  # type: ignore[arg-type]
 
 
-def test_ranks_agree_on_samples_that_only_rank_0_sees(tmp_path):
+def test_ranks_agree_on_samples_that_only_rank_0_can_see(tmp_path):
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "images.npy").touch()
     with two_ranks(generated, tmp_path):
@@ -170,7 +168,7 @@ def wrote(rank: int, run: Run) -> None:
         texts.write("teacher", SimpleNamespace(write=lambda prompts, *_: [f"{prompts[0]} two"]))
 
 
-def test_two_ranks_share_what_a_language_model_writes(configure, job, tmp_path):
+def test_two_ranks_share_the_texts_of_a_language_model(configure, job, tmp_path):
     run = Run(configure(*job), "teacher")
     run.folder.mkdir(parents=True)
     with two_ranks(wrote, run):
@@ -192,7 +190,7 @@ wait_for(folder / "plan.json")
 
 
 @pytest.mark.parametrize("when", ["late", "early"])
-def test_a_rank_does_not_wait_for_a_process_that_has_ended(tmp_path, when):
+def test_a_rank_stops_waiting_for_a_process_that_has_ended(tmp_path, when):
     started = tmp_path / "started"
     rank = f"'{sys.executable}' -c '{WAIT}' '{tmp_path}' {when}"
     script = f"{rank} & while [ ! -e '{started}' ]; do sleep 0.1; done; sleep 0.5"
