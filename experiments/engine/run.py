@@ -137,10 +137,10 @@ class Run:
         )
 
     @contextlib.contextmanager
-    def open(self, artefacts: Sequence[str] = ()) -> Iterator[None]:
+    def open(self, paths: Sequence[str] = ()) -> Iterator[None]:
         """Make the folder, hold its lock during the block, and write what is logged there to run.log.
 
-        `artefacts` are the paths that the stages write. Raises RunBusy naming the process that holds the lock, and
+        `paths` are those of the artefacts of all stages. Raises RunBusy naming the process that holds the lock, and
         ForeignFolder where the folder is a link, lies outside paths.runs, or contains files that no run has made under
         the names of a run's files.
         """
@@ -168,7 +168,7 @@ class Run:
             ) from error
         with lock, explain_full_disk(self.folder):
             lock.release()  # `with` has acquired it a second time
-            self.claim([*ENTRIES, *artefacts])
+            self.claim([*ENTRIES, *paths])
             write_json(self / ".holder.json", describe_this_process())
             self.clean()
             config = OmegaConf.create(make_portable(get_written_settings(self.cfg)))
