@@ -196,7 +196,7 @@ def test_without_the_environment_a_configuration_is_written_as_it_is_resolved(co
 def test_what_comes_from_the_environment_is_written_as_it_was_given(configure, overrides, monkeypatch):
     monkeypatch.setenv("MY_FOLDER", "/data/secret")
     monkeypatch.setenv("MY_SEED", "7")
-    given = ["data.name=${oc.env:MY_FOLDER}", "label=x-${data.name}", "seed=${oc.decode:${oc.env:MY_SEED}}"]
+    given = ["data.name=${oc.env:MY_FOLDER}", "label=x-${data.name}", "seed='${oc.decode:${oc.env:MY_SEED}}'"]
     cfg = configure(*overrides, *given, "selection.protected=[a,'${oc.env:MY_FOLDER}']", "calibration.seed=${seed}")
     run = Run(cfg, "teacher")
     with run.opened():
