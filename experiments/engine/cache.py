@@ -69,7 +69,7 @@ def read_result(path: Path, key: Any) -> Any:
             sha256 = digest(stored["result"])
             if stored.get("sha256", sha256) == sha256:
                 return stored["result"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
         pass

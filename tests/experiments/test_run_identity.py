@@ -196,7 +196,7 @@ def test_a_configuration_is_written_with_resolved_values(configure):
 def test_environment_variables_are_not_written_with_their_values(configure, overrides, monkeypatch):
     monkeypatch.setenv("MY_FOLDER", "/data/secret")
     monkeypatch.setenv("MY_SEED", "7")
-    given = ["data.name=${oc.env:MY_FOLDER}", "label=x-${data.name}", "seed=${oc.decode:${oc.env:MY_SEED}}"]
+    given = ["data.name=${oc.env:MY_FOLDER}", "label=x-${data.name}", "seed='${oc.decode:${oc.env:MY_SEED}}'"]
     cfg = configure(*overrides, *given, "selection.protected=[a,'${oc.env:MY_FOLDER}']", "calibration.seed=${seed}")
     run = Run(cfg, "teacher")
     with run.open():
