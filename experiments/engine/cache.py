@@ -44,7 +44,7 @@ def cached(folder: Path, key: Any, compute: Callable[[], Any]) -> Any:
     path = folder / f"{digest(key)}.json"
     with lock_entry(path):
         result = read_result(path, key)
-        if ask_rank_zero(result is not None):  # a rank that came before rank 0 had the lock may have seen nothing
+        if ask_rank_zero(result is not None):  # another rank may have looked before rank 0 had the lock
             return read_result(path, key) if result is None else result
         result = compute()
         if is_rank_zero():

@@ -1,4 +1,4 @@
-"""What the stage `evaluate` measures: one protocol for all networks of a job, whatever their family."""
+"""The measurements of the stage `evaluate`: one protocol for all networks of a job, whatever their family."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence

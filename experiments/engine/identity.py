@@ -1,4 +1,4 @@
-"""What makes two runs the same: the resolved configuration and the contents of the files that it names."""
+"""The identity of a run: a hash of the resolved configuration and of the contents of the files that it names."""
 
 import hashlib
 import os
@@ -35,7 +35,7 @@ WORD_KEYS = ("architecture", "classes", "data", "prompts")
 """Keys whose values are labels and texts: they name no file even where there is one of that name."""
 
 FOLDER_FILES = ("*.safetensors", "*.json", "*.txt", "*.yaml", "*.jsonl")
-"""The files of a folder that a configuration names which are part of a run's identity: weights, notes and texts."""
+"""Patterns of the files that stand for a folder in a run's identity: weights, their descriptions and texts."""
 
 
 def make_portable(content: Any) -> Any:

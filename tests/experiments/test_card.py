@@ -1,4 +1,4 @@
-"""What a model card claims: of whose weights, under which licence, and no more than was measured."""
+"""Model cards name the teacher and its licence, and claim no more than was measured."""
 
 from types import SimpleNamespace
 from typing import Any

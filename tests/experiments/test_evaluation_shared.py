@@ -1,4 +1,4 @@
-"""What measures share: samples and their features on any number of ranks, references, prompts, choices, reports."""
+"""Parts that measures share: samples, features on any number of ranks, references, prompts, choices and reports."""
 
 import json
 import re

@@ -61,7 +61,7 @@ def test_dino_features_are_the_class_token(dino):
 
 
 def cosines(clip: str, images: np.ndarray) -> torch.Tensor:
-    """Of transformers' CLIP, one pair at a time."""
+    """Return the cosines by transformers' CLIP, one pair at a time."""
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
     found = []
     for image, caption in zip(images, CAPTIONS, strict=True):
