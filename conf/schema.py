@@ -20,6 +20,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.environment import read_environment
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -97,6 +99,8 @@ class Evaluation:
     seed: int = 0
     """of the samples, and of the noise of the joint output loss"""
     precision: str = "32-true"
+    images: int | None = None
+    """number of held-out images for the accuracy of a classifier, a fixed random choice; null: all"""
     loss_samples: int = 128
     """number of held-out samples for losses, and for the accuracy of a classifier after `pretrain`"""
     latency_batch: int = 16
@@ -199,10 +203,14 @@ class Config:
 
 
 def register() -> None:
-    """Make the schema known to Hydra, and `${root:}` (this repository's folder) and `${either:a,b}` to OmegaConf."""
+    """Make the schema known to Hydra, and resolvers to OmegaConf.
+
+    They are `${root:}` (this repository's folder), `${either:a,b}`, and an `${oc.env:NAME}` that notes what it reads.
+    """
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
     OmegaConf.register_new_resolver("either", either, replace=True)
+    OmegaConf.register_new_resolver("oc.env", read_environment, replace=True)
 
 
 def either(*given: Any) -> Any:
@@ -256,7 +264,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
             *("trainer.steps", "trainer.accumulate_grad_batches", "trainer.checkpoint_every", "trainer.devices"),
             *("trainer.num_nodes", "trainer.log_every_n_steps", "calibration.samples", "calibration.batch_size"),
             *("evaluation.batch_size", "evaluation.loss_samples", "evaluation.latency_batch", "data.batch_size"),
-            *("evaluation.resize", "evaluation.reference_images", "evaluation.tokens"),
+            *("evaluation.resize", "evaluation.reference_images", "evaluation.tokens", "evaluation.images"),
             *("evaluation.latency_repeats", "sampler.steps"),
             *("precompute.batch_size", "precompute.samples_per_shard"),
         ),
