@@ -141,8 +141,8 @@ def check_fresh(path: Path, origin: str, stored: str, wanted: str) -> None:
         return
     length = next((length for length in SHOWN_LENGTHS if stored[:length] != wanted[:length]), None)
     raise StaleArtefact(
-        f"{path} belongs to {origin} {stored[:length]}, this run has {wanted[:length]}; delete it (what was made from it "
-        "goes, too), or run with force=true"
+        f"{path} belongs to {origin} {stored[:length]}, this run has {wanted[:length]}; delete it (what was made "
+        "from it goes, too), or run with force=true"
     )
 
 
