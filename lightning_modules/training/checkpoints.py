@@ -57,7 +57,7 @@ def partial_path(path: Path) -> Path:
 
 def remove_partial_checkpoints(folder: Path) -> None:
     """Remove what processes were writing when they were killed."""
-    for path in folder.glob(".*.partial"):
+    for path in folder.glob("*.partial"):
         path.unlink()
 
 
@@ -76,16 +76,22 @@ def no_room_named(path: Path, checkpoint: dict[str, Any]) -> Iterator[None]:
     """Raise NoRoomForCheckpoint in the place of the error of a write that the disk has no room for."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        needed, free = checkpoint_bytes(checkpoint), shutil.disk_usage(path.parent).free
-        # torch's writer may replace the system's error by one of its own, without the number.
-        if getattr(error, "errno", None) not in DISK_IS_FULL and (isinstance(error, OSError) or free >= needed):
+    except Exception as error:
+        if not any(getattr(cause, "errno", None) in DISK_IS_FULL for cause in causes(error)):
             raise
+        needed, free = checkpoint_bytes(checkpoint), shutil.disk_usage(path.parent).free
         raise NoRoomForCheckpoint(
             f"there is no room for the checkpoint {path}: it needs {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} "
-            f"MiB are free there ({error}). Free some space, or choose another disk with paths.runs=...; the same "
-            "command goes on from the checkpoint before"
+            "MiB are free there. Free some space, or choose another disk with paths.runs=...; the same command goes "
+            "on from the checkpoint before"
         ) from error
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that it came from: torch's writer raises its own behind the system's."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def checkpoint_bytes(checkpoint: dict[str, Any]) -> int:
