@@ -120,7 +120,7 @@ class Distillation(DistillationModule):
             super().on_fit_start()
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        inputs = self.student.training_inputs(batch)
+        inputs = self.network_inputs = self.student.training_inputs(batch)
         with features({name: self.student.network.get_submodule(path) for name, path in self.levels.items()}) as maps_s:
             eps_s = self.student.predict(inputs).float()
         losses = {"task": self.student.losses(eps_s, inputs).mean()}
