@@ -80,7 +80,7 @@ class DrawsForGlobalBatch(TorchFunctionMode):
 
     def global_ones(self, tensor: Tensor) -> Tensor:
         """Return ones of the global batch's size in the tensor's memory order, in which a draw fills a tensor."""
-        order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+        order = sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
         size = self.global_size(tensor.shape)
         ones = tensor.new_ones([size[axis] for axis in order])
         return ones.permute([order.index(axis) for axis in range(tensor.dim())])

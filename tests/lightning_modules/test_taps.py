@@ -88,7 +88,8 @@ def test_taps_are_not_looked_at_where_features_have_no_weight(configure):
 def test_a_student_without_any_tap_is_refused_if_features_are_all_it_would_learn_from():
     emptied = [name for name in UNITS if name.startswith("mid_block")]
     with pytest.raises(
-        ValueError, match=r"^distillation\.w_feat=1\.0 is the only weight above 0, .* taps=\['mid_block'\]"
+        ValueError,
+        match=r"^distillation\.w_feat=1\.0 is the only weight above 0, .* distillation\.taps=\['mid_block'\]",
     ):
         taps_of(emptied, w_task=0.0, w_out=0.0, taps=["mid_block"])
 
