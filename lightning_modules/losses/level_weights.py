@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.backbones.base import hidden
+from lightning_modules.training.ranks import mean_over_ranks
 
 NORMALIZATIONS = ("teacher_energy", "teacher_norm", "running", "none")
 
@@ -16,7 +17,7 @@ class LevelWeights(nn.Module):
     """The weights alpha_l in  sum_l alpha_l * d(f_S_l, f_T_l),  from the teacher's feature maps f_T_l.
 
     `none`: 1, which is BK-SDM's loss (arXiv 2305.15798); the few largest feature maps dominate it.
-    `teacher_energy`: 1 / mean(f_T_l^2) over the batch; each term is then a relative squared error.
+    `teacher_energy`: 1 / mean(f_T_l^2) over the batch of all ranks; each term is then a relative squared error.
     `running`: the same with the energy averaged over batches (momentum 0.99), so that one batch moves it little.
     `teacher_norm`: 1 / mean over samples of ||f_T_l||_2.
 
@@ -39,8 +40,8 @@ class LevelWeights(nn.Module):
         if self.normalization == "none":
             return torch.ones((), device=teacher.device)
         if self.normalization == "teacher_norm":
-            return 1 / teacher.flatten(1).norm(dim=1).mean()
-        energy = teacher.square().mean()
+            return 1 / mean_over_ranks({"norm": teacher.flatten(1).norm(dim=1).mean()})["norm"]
+        energy = mean_over_ranks({"energy": teacher.square().mean()})["energy"]
         if self.normalization == "running":
             before = self.energy[level]
             energy = torch.where(before == 0, energy, self.momentum * before + (1 - self.momentum) * energy)
