@@ -1,5 +1,6 @@
 """Distillation of an unpruned teacher into its pruned student."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.losses.level_weights import LevelWeights, features
 from lightning_modules.modules.base import DistillationModule, Optimizer, Schedule
 from lightning_modules.modules.lora import Lora
+
+log = logging.getLogger(__name__)
 
 
 class Distillation(DistillationModule):
@@ -90,6 +93,12 @@ class Distillation(DistillationModule):
                 "{_target_: lightning_modules.losses.cosine.CosineDistance}"
             )
         check_levels(teacher, settings.get("normalization"), settings.get("taps"))
+        if teacher.predicts_variance and not settings.get("w_out"):
+            log.warning(
+                "distillation.w_out=%s: the student's predicted variance is not trained, as only the teacher's output "
+                "teaches it; do not sample with sampler=ddpm, or set distillation.w_out above 0",
+                settings.get("w_out"),
+            )
 
     def result(self) -> NetworkBackbone:
         """Return the trained student, with adapters merged into its weights."""

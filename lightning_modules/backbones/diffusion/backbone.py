@@ -1,6 +1,5 @@
 """What every diffusion network shares as a backbone: batches, noise, prediction, generation."""
 
-import inspect
 import json
 import math
 import shutil
@@ -10,7 +9,6 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from criteria.base import Batch
@@ -18,6 +16,14 @@ from datamodules.seeding import torch_rng
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.diffusion import pruned_unet
 from lightning_modules.backbones.diffusion.pipeline_parts import Surroundings, move
+from lightning_modules.backbones.diffusion.schedule import (
+    add_noise,
+    check_sampler,
+    make_sampler,
+    takes_argument,
+    takes_variance,
+    training_schedule,
+)
 
 
 class DiffusionBackbone(NetworkBackbone):
@@ -39,7 +45,7 @@ class DiffusionBackbone(NetworkBackbone):
         self, network: nn.Module, noise_scheduler: Any, surroundings: Surroundings | None = None, **options: Any
     ) -> None:
         super().__init__(network, **options)
-        self.noise_scheduler, self.surroundings = noise_scheduler, surroundings
+        self.noise_scheduler, self.surroundings = training_schedule(noise_scheduler), surroundings
 
     def twin(self, network: nn.Module) -> Self:
         return type(self)(network, self.noise_scheduler, self.surroundings, **self.options)
@@ -94,26 +100,11 @@ class DiffusionBackbone(NetworkBackbone):
 
     def noised(self, batch: Batch, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Batch:
         """What the network takes, and its target, for clean samples, noise and places in the schedule."""
-        schedule: Any = self.noise_scheduler
-        noise, timesteps = noise.to(sample), timesteps.to(sample.device)
-        inputs: Batch = {"conditions": self.conditions(batch, sample.device)}
-        if is_flow(schedule):
-            # Rectified flow (arXiv 2209.03003): x_s = (1 - s) x + s e, and the network predicts e - x.
-            sigmas = schedule.sigmas.to(sample)[timesteps].view(-1, 1, 1, 1)
-            noisy, target = (1 - sigmas) * sample + sigmas * noise, noise - sample
-            return inputs | {"sample": noisy, "timestep": schedule.timesteps.to(sample)[timesteps], "target": target}
-        kind = schedule.config.prediction_type
-        if kind == "epsilon":
-            target = noise
-        elif kind == "v_prediction":
-            target = schedule.get_velocity(sample, noise, timesteps)
-        else:
-            target = sample
-        return inputs | {
-            "sample": schedule.add_noise(sample, noise, timesteps),
-            "timestep": timesteps,
-            "target": target,
-        }
+        conditions = self.conditions(batch, sample.device)
+        noisy, timesteps, target = add_noise(
+            self.noise_scheduler, sample, noise.to(sample), timesteps.to(sample.device)
+        )
+        return {"conditions": conditions, "sample": noisy, "timestep": timesteps, "target": target}
 
     # Conditions
 
@@ -157,16 +148,21 @@ class DiffusionBackbone(NetworkBackbone):
         return {"sample": inputs["sample"], "timestep": inputs["timestep"], **inputs["conditions"]}
 
     def predict(self, inputs: Batch) -> Tensor:
-        """The network's output for noised samples: (N,C,H,W); a predicted variance is left out."""
-        output = self.network(**self.arguments(inputs), return_dict=False)[0]
-        return output[:, : inputs["sample"].shape[1]]
+        """Return the network's output, (N,C,H,W); with a variance in the second half of the channels, (N,2C,H,W)."""
+        output: Tensor = self.network(**self.arguments(inputs), return_dict=False)[0]
+        return output
 
     def losses(self, output: Tensor, inputs: Batch) -> Tensor:
-        """The task loss of each sample, (N,): mean squared error to the target (noise, velocity, flow or sample)."""
-        return (output.float() - inputs["target"].float()).square().flatten(1).mean(1)
+        """Return the task loss of each sample, (N,): the mean squared error to the target.
+
+        The target is the noise, velocity, flow or sample. A predicted variance has none: it is learned from the
+        teacher alone, by `distance`.
+        """
+        target = inputs["target"].float()
+        return (output[:, : target.shape[1]].float() - target).square().flatten(1).mean(1)
 
     def distance(self, output: Tensor, reference: Tensor, inputs: Batch) -> Tensor:
-        """The mean squared difference."""
+        """Return the mean squared difference, a scalar; a predicted variance counts like the prediction."""
         return F.mse_loss(output, reference)
 
     # Generation
@@ -181,29 +177,39 @@ class DiffusionBackbone(NetworkBackbone):
         shape, device, dtype = self.data_shape(), weight.device, weight.dtype
         seeds = [int(seed) for seed in batch["seed"]]
         sample = torch.stack([torch.randn(shape, generator=torch_rng("sample", seed)) for seed in seeds]).to(device)
-        scheduler = sampler(self.noise_scheduler.config)
+        scheduler = make_sampler(sampler, self.noise_scheduler)
         scheduler.set_timesteps(steps, device=device, **self.step_options(scheduler, steps))
         options: dict[str, Any] = {}
-        if "generator" in inspect.signature(scheduler.step).parameters:  # stochastic samplers: a generator an image
+        if takes_argument(scheduler.step, "generator"):  # stochastic samplers: one generator per image
             options["generator"] = [torch_rng("sampler", seed) for seed in seeds]
         conditions = self.guided(self.conditions(batch, device), guidance)
         guides = guidance > 1 and bool(conditions) and not self.embeds_guidance
         empty = self.unconditions(batch, conditions) if guides else {}
         sample = sample * getattr(scheduler, "init_noise_sigma", 1.0)
+        kept = 2 * shape[0] if takes_variance(scheduler) else shape[0]  # channels of the output that the sampler takes
         for t in scheduler.timesteps:
             scaled = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
             inputs = {"sample": scaled.to(dtype), "timestep": t.expand(len(sample)), "conditions": conditions}
-            output = self.predict(inputs).float()
+            output = self.predict(inputs)[:, :kept].float()
             if guides:
-                without = self.predict(inputs | {"conditions": empty}).float()
-                output = without + guidance * (output - without)
+                predicted, variance = output[:, : shape[0]], output[:, shape[0] :]
+                without = self.predict(inputs | {"conditions": empty})[:, : shape[0]].float()
+                output = torch.cat([without + guidance * (predicted - without), variance], dim=1)
             sample = scheduler.step(output, t, sample, return_dict=False, **options)[0]
         if not torch.isfinite(sample).all():
             raise FloatingPointError(f"samples are not finite after {steps} steps of {type(scheduler).__name__}")
         return sample
 
-    embeds_guidance = False
-    """does the network take the guidance scale as an argument, instead of being called twice?"""
+    def check_sampler(self, sampler: Callable[..., Any], steps: int) -> None:
+        """Raise ValueError where a sampler, as `generate` takes it, does not fit this network or number of steps."""
+        scheduler = make_sampler(sampler, self.noise_scheduler)
+        check_sampler(scheduler, self.noise_scheduler, self.predicts_variance)
+        scheduler.set_timesteps(steps, **self.step_options(scheduler, steps))
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network takes the guidance scale as an argument, instead of being called twice."""
+        return False
 
     def guided(self, conditions: dict[str, Any], guidance: float) -> dict[str, Any]:
         """Conditions with the guidance scale, for networks that take it as an argument."""
@@ -234,6 +240,11 @@ class DiffusionBackbone(NetworkBackbone):
     def data_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the samples the network takes."""
         size = self.options.get("sample_size") or self.network.config.sample_size
+        if size is None:
+            raise ValueError(
+                f"teacher.sample_size=null: the configuration of this {type(self.network).__name__} gives no size of "
+                "its samples (sample_size: null); set teacher.sample_size to their height and width"
+            )
         return (self.network.config.in_channels, *((size, size) if isinstance(size, int) else tuple(size)))
 
     def image_shape(self) -> tuple[int, int, int]:
@@ -324,11 +335,6 @@ There is no text encoder: the states of {len(captions)} captions lie in `text/`,
 
 {rows}
 """
-
-
-def is_flow(schedule: Any) -> bool:
-    """Is this the schedule of a flow-matching model?"""
-    return isinstance(schedule, FlowMatchEulerDiscreteScheduler)
 
 
 def copied(network: nn.Module, config: Mapping[str, Any], cls: Any) -> nn.Module:

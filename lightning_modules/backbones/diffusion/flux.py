@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from criteria.base import Batch
-from lightning_modules.backbones.diffusion.backbone import is_flow
+from lightning_modules.backbones.diffusion.schedule import takes_argument
 from lightning_modules.backbones.diffusion.transformer import TransformerBackbone
 
 
@@ -14,9 +14,12 @@ class FluxBackbone(TransformerBackbone):
     """FLUX.1: joint blocks, then single-stream blocks, on patches of 2x2 latents; the guidance scale is an argument."""
 
     counts = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
-    embeds_guidance = True
     GUIDANCE = 3.5
     """scale under which calibration and distillation run, the pipeline's default: our choice"""
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return True
 
     def data_shape(self) -> tuple[int, int, int]:
         size = self.options.get("sample_size") or 128  # the pipeline's default; the configuration does not say
@@ -34,7 +37,7 @@ class FluxBackbone(TransformerBackbone):
     def step_options(self, scheduler: Any, steps: int) -> dict[str, Any]:
         """As in its pipeline, the steps before any shift are evenly spaced from 1 to 1/steps."""
         options = super().step_options(scheduler, steps)
-        if is_flow(scheduler):
+        if takes_argument(scheduler.set_timesteps, "sigmas"):
             options["sigmas"] = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
         return options
 

@@ -132,5 +132,9 @@ class TransformerBackbone(DiffusionBackbone):
 
     # What the network takes
 
+    @property
+    def predicts_variance(self) -> bool:
+        return bool(self.network.config.out_channels == 2 * self.network.config.in_channels)
+
     def arguments(self, inputs: Batch) -> dict[str, Any]:
         return {"hidden_states": inputs["sample"], "timestep": inputs["timestep"], **inputs["conditions"]}

@@ -1,6 +1,7 @@
 """Diffusion U-Nets of diffusers as backbones: DDPM, LDM, Stable Diffusion 1, 2 and XL."""
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -48,6 +49,10 @@ class UNetBackbone(DiffusionBackbone):
     """A U-Net. Options: `transformers` (block | module: what one transformer unit is, where a Transformer2D has
     several basic blocks), `pointwise` (sum | centre: the weights of 1x1 convolutions in the place of operators) and
     `sample_size` (of the latents, where another than the configuration's is wanted)."""
+
+    GUIDANCE = 8.0
+    """scale of the guidance under which a network that embeds it is scored and distilled: that of the examples beside
+    the published latent consistency models (arXiv 2310.04378), our choice"""
 
     @property
     def transformers(self) -> str:
@@ -175,7 +180,11 @@ class UNetBackbone(DiffusionBackbone):
     # What the network takes
 
     def with_sizes(self, conditions: dict[str, Any], batch: Batch, device: torch.device) -> dict[str, Any]:
-        """SDXL's `time_ids`: original size, crop (top, left) and target size, from the data or, without them, whole."""
+        """Return the conditions with the guidance scale and SDXL's `time_ids`, for networks that take these.
+
+        `time_ids` are original size, crop (top, left) and target size, from the data or, without them, of whole images.
+        """
+        conditions = self.guided(conditions, self.GUIDANCE)
         if "added_cond_kwargs" not in conditions:
             return conditions
         count = len(conditions["encoder_hidden_states"])
@@ -184,19 +193,67 @@ class UNetBackbone(DiffusionBackbone):
         time_ids = torch.cat([part.to(device).float() for part in (original, crop, target)], dim=1)
         return conditions | {"added_cond_kwargs": conditions["added_cond_kwargs"] | {"time_ids": time_ids}}
 
+    @property
+    def predicts_variance(self) -> bool:
+        return bool(self.network.config.out_channels == 2 * self.network.config.in_channels)
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return self.network.config.get("time_cond_proj_dim") is not None
+
+    def guided(self, conditions: dict[str, Any], guidance: float) -> dict[str, Any]:
+        if not self.embeds_guidance:
+            return conditions
+        states = conditions["encoder_hidden_states"]
+        embedding = embed_guidance(guidance, self.network.config.time_cond_proj_dim)
+        return conditions | {"timestep_cond": embedding.to(states).expand(len(states), -1)}
+
     def example_conditions(self, batch: int) -> dict[str, Any]:
         config = self.network.config
         if not isinstance(self.network, UNet2DConditionModel):
             return {}
-        found: dict[str, Any] = {"encoder_hidden_states": torch.zeros(batch, 77, config.cross_attention_dim)}
+        found: dict[str, Any] = {"encoder_hidden_states": torch.zeros(batch, 77, text_width(config))}
         if config.addition_embed_type == "text_time":
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
             found["added_cond_kwargs"] = {"text_embeds": torch.zeros(batch, pooled), "time_ids": torch.zeros(batch, 6)}
-        return found
+        return self.guided(found, self.GUIDANCE)
+
+
+def embed_guidance(guidance: float, width: int) -> Tensor:
+    """Return the sinusoidal embedding of a guidance scale, (1,width), as latent consistency models take it.
+
+    It embeds w = guidance - 1 (arXiv 2310.04378, section 4.2), multiplied by 1,000 as a timestep would be.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, dtype=torch.float32))
+    angles = 1000.0 * (guidance - 1) * frequencies
+    embedding = torch.cat([angles.sin(), angles.cos()])
+    return nn.functional.pad(embedding, (0, width - 2 * half))[None]
+
+
+def text_width(config: Any) -> int:
+    """Return the width of the text states that a UNet2DConditionModel takes, from its configuration.
+
+    Raises ValueError where its stages want text states of different widths.
+    """
+    if config.encoder_hid_dim is not None:
+        return int(config.encoder_hid_dim)
+    widths = config.cross_attention_dim
+    if isinstance(widths, int):
+        return widths
+    attended = {width for width, block in zip(widths, config.down_block_types, strict=True) if "CrossAttn" in block} | (
+        {widths[-1]} if "CrossAttn" in str(config.mid_block_type) else set()
+    )
+    if len(attended) != 1:
+        raise ValueError(
+            f"the U-Net of teacher.path has cross_attention_dim={list(widths)}: its stages want text states of "
+            f"{len(attended)} widths, and a text encoder gives one; choose another teacher"
+        )
+    return int(attended.pop())
 
 
 def check_channels(config: Any, path: str) -> None:
-    """Raise ValueError for a U-Net that takes more than noised samples."""
+    """Raise ValueError for a U-Net that takes more than noised samples, text and SDXL's sizes."""
     taken, given = config.in_channels, config.out_channels
     if given not in (taken, 2 * taken):  # twice as many: it predicts variances, too
         raise ValueError(
@@ -204,6 +261,20 @@ def check_channels(config: Any, path: str) -> None:
             "instruction-following network takes further images (mask, low resolution, original) that no data here "
             "give; choose a teacher that takes noised samples alone"
         )
+    known = {
+        "addition_embed_type": (None, "text", "text_time"),
+        "encoder_hid_dim_type": (None, "text_proj"),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+    }
+    for field, values in known.items():
+        if config.get(field) not in values:
+            raise ValueError(
+                f"teacher.path={path!r} has {field}={config[field]!r}: it takes conditions (classes, pictures, ...) "
+                f"that no data here give; choose a teacher with {field} {' or '.join(map(str, values))}"
+            )
+    if config.get("cross_attention_dim") is not None:
+        text_width(config)
 
 
 def stage_pairs(variant: str, stages: int) -> dict[str, str]:
