@@ -241,7 +241,7 @@ def test_betas_left_at_the_defaults_of_one_class_are_kept_by_another(cls):
 # Which samplers fit
 
 
-@pytest.mark.parametrize("name", ["dpm_solver", "ddim", "ddpm", "euler", "pndm"])
+@pytest.mark.parametrize("name", ["dpm_solver", "ddim", "ddpm", "euler", "lcm", "pndm"])
 def test_a_sampler_without_zero_terminal_snr_is_refused_for_a_schedule_with_it(configure, name):
     backbone = UNetBackbone(UNet2DModel(**TINY), ZERO_SNR)
     sampler = build(configure(f"sampler={name}").sampler.scheduler)
