@@ -1,4 +1,4 @@
-"""Whose noise schedule counts: the teacher's own, unless the configuration says another."""
+"""Noise schedules: where they come from, how samples are noised under them, and which samplers fit."""
 
 import json
 import re
@@ -72,18 +72,18 @@ def teacher_of(configure, overrides, monkeypatch):
     """teacher_of(path, *more) -> the teacher that a job loads."""
 
     def load(path: str, *more: str) -> DiffusionBackbone:
-        found = []
-        monkeypatch.setattr(Score, "check", lambda self, job: found.append(job.teacher) or 1 / 0)
+        teachers = []
+        monkeypatch.setattr(Score, "check", lambda self, job: teachers.append(job.teacher) or 1 / 0)
         job = [override for override in overrides if not override.startswith("teacher.path=")]
         with pytest.raises(ZeroDivisionError):
             run_pipeline(configure(*job, f"teacher.path={path}", *more))
-        return found[0]
+        return teachers[0]
 
     return load
 
 
 def terms(backbone: DiffusionBackbone, schedule: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The target of some calibration samples, and the noise and the velocity that they have under a schedule."""
+    """Return the target of some calibration samples, and their noise and velocity under a schedule."""
     batch = tiny_batch(backbone)
     inputs = backbone.calibration_inputs(batch, seed=0)
     clean = backbone.latents(batch, [torch_rng(0, "calibration", "latent", n) for n in batch["number"].tolist()])
@@ -92,8 +92,8 @@ def terms(backbone: DiffusionBackbone, schedule: Any) -> tuple[torch.Tensor, tor
     return inputs["target"], noise, kept.sqrt() * noise - (1 - kept).sqrt() * clean
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+def close(values: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.allclose(values, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_schedule_and_the_prediction_are_those_saved_with_the_teacher(saved_with, teacher_of):
@@ -112,7 +112,7 @@ def test_a_schedule_of_the_configuration_wins_over_the_teachers(saved_with, teac
     assert close(target, noise) and not close(target, velocity)
 
 
-def test_the_schedule_of_a_pipeline_is_that_behind_its_sampler(tmp_path):
+def test_a_pipeline_has_the_schedule_of_its_sampler(tmp_path):
     backbone, schedule = load_teacher(str(tiny_pipeline("sd_v", tmp_path))), DDIMScheduler(**BETAS)
     assert torch.equal(backbone.noise_scheduler.alphas_cumprod, schedule.alphas_cumprod)
     target, noise, velocity = terms(backbone, schedule)
@@ -120,14 +120,14 @@ def test_the_schedule_of_a_pipeline_is_that_behind_its_sampler(tmp_path):
 
 
 @pytest.mark.parametrize("sampler", ["dpm_solver", "ddim", "ddpm"])
-def test_samplers_are_told_what_the_teacher_predicts(configure, saved_with, sampler):
+def test_samplers_know_what_the_teacher_predicts(configure, saved_with, sampler):
     backbone = load_teacher(saved_with(DDPMScheduler(**V)))
     made = build(configure(f"sampler={sampler}").sampler.scheduler)(backbone.noise_scheduler.config)
     assert made.config.prediction_type == "v_prediction"
     assert torch.equal(made.alphas_cumprod, backbone.noise_scheduler.alphas_cumprod)
 
 
-def test_a_network_without_a_schedule_is_refused_before_anything_is_scored(configure, overrides, saved_with, tmp_path):
+def test_a_network_without_a_schedule_is_refused_before_scoring(configure, overrides, saved_with, tmp_path):
     path = saved_with(None)
     job = [override for override in overrides if not override.startswith("teacher.path=")]
     expected = f"{path} holds a network without its pipeline, so its noise schedule is not known"
@@ -136,7 +136,7 @@ def test_a_network_without_a_schedule_is_refused_before_anything_is_scored(confi
     assert not list(tmp_path.rglob("scores.json"))
 
 
-def test_the_configuration_can_say_the_schedule_of_a_network_that_has_none(saved_with, teacher_of):
+def test_the_configuration_gives_a_bare_network_its_schedule(saved_with, teacher_of):
     backbone = teacher_of(saved_with(None), "noise_scheduler=linear", "noise_scheduler.beta_end=0.01")
     assert torch.equal(backbone.noise_scheduler.alphas_cumprod, DDPMScheduler(beta_end=0.01).alphas_cumprod)
 
@@ -150,7 +150,7 @@ def test_another_schedule_beside_the_same_weights_is_another_teacher(saved_with,
 
 
 def test_an_export_samples_with_the_schedule_that_was_given(tmp_path):
-    """And not with the one that stands in the teacher's pipeline."""
+    """And not with the one in the teacher's pipeline."""
     path = tiny_pipeline("sd_v", tmp_path / "sd_v")
     backbone = load_teacher(str(path), DDPMScheduler(prediction_type="epsilon", beta_end=0.03))
     export(backbone.pruned(bypasses([backbone.units()[0].name])), tmp_path / "export")
@@ -218,7 +218,7 @@ def test_a_schedule_of_another_kind_is_refused_by_name(scheduler):
     assert "no prediction_type" in message or "invert_sigmas" in message or f"prediction_type={kind!r}" in message
 
 
-def test_an_edm_pipeline_is_refused_before_anything_is_scored(configure, overrides, saved_with, tmp_path):
+def test_an_edm_pipeline_is_refused_before_scoring(configure, overrides, saved_with, tmp_path):
     path = saved_with(EDMEulerScheduler())
     job = [override for override in overrides if not override.startswith("teacher.path=")]
     with pytest.raises(Exception, match="the noise schedule EDMEulerScheduler"):
@@ -242,7 +242,7 @@ def test_betas_left_at_the_defaults_of_one_class_are_kept_by_another(cls):
 
 
 @pytest.mark.parametrize("name", ["dpm_solver", "ddim", "ddpm", "euler", "lcm", "pndm"])
-def test_a_sampler_without_zero_terminal_snr_is_refused_for_a_schedule_with_it(configure, name):
+def test_samplers_that_drop_zero_terminal_snr_are_refused(configure, name):
     backbone = UNetBackbone(UNet2DModel(**TINY), ZERO_SNR)
     sampler = build(configure(f"sampler={name}").sampler.scheduler)
     if name != "pndm":
@@ -274,8 +274,8 @@ def test_a_flow_that_points_at_one_sample_is_followed_to_it(cls, teacher):
     teacher = UNetBackbone(teacher.network, FlowMatchEulerDiscreteScheduler(shift=3.0))
     sample = torch.full((1, *teacher.data_shape()), 0.5)
     teacher.predict = lambda inputs: (inputs["sample"] - sample) / (inputs["timestep"].view(-1, 1, 1, 1) / 1000)
-    found = teacher.generate({"seed": torch.arange(2)}, cls.from_config, 8)
-    torch.testing.assert_close(found, sample.expand(2, -1, -1, -1), rtol=0, atol=0.02)  # solvers round timesteps
+    generated = teacher.generate({"seed": torch.arange(2)}, cls.from_config, 8)
+    torch.testing.assert_close(generated, sample.expand(2, -1, -1, -1), rtol=0, atol=0.02)  # solvers round timesteps
 
 
 # A predicted variance
@@ -317,7 +317,7 @@ def test_a_learned_variance_that_the_network_does_not_predict_is_refused(configu
         backbone.check_sampler(build(configure("sampler=ddpm").sampler.scheduler), 2)
 
 
-def test_distillation_without_the_output_loss_says_that_the_variance_is_not_trained(caplog):
+def test_distillation_warns_when_the_variance_is_not_trained(caplog):
     Distillation.check_settings({"w_out": 0.0}, with_variance(), narrower=False)
     assert "distillation.w_out=0.0: the student's predicted variance is not trained" in caplog.text
     caplog.clear()
