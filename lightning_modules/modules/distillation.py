@@ -1,5 +1,6 @@
 """Distillation of an unpruned teacher into its pruned student."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.losses.level_weights import LevelWeights, features
 from lightning_modules.modules.base import DistillationModule, Optimizer, Schedule
 from lightning_modules.modules.lora import Lora
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = ("w_task", "w_out", "w_feat")
 """The weights of the three terms of the loss."""
@@ -109,6 +112,12 @@ class Distillation(DistillationModule):
         if taps or "w_feat" in weights:
             check_taps(taps)
             tap_names(teacher, taps)
+        if teacher.predicts_variance and "w_out" not in weights:
+            log.warning(
+                "distillation.w_out=%s: the student's predicted variance is not trained, as only the teacher's output "
+                "teaches it; do not sample with sampler=ddpm, or set distillation.w_out above 0",
+                settings.get("w_out"),
+            )
 
     def result(self) -> NetworkBackbone:
         """Return the trained student, with adapters merged into its weights."""

@@ -5,20 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    DDPMPipeline,
-    DDPMScheduler,
-    DiffusionPipeline,
-    UNet2DModel,
-)
+from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from datamodules.latents import TextTable
 from lightning_modules.backbones.classification import image_networks
 from lightning_modules.backbones.diffusion import families, unet
-from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone, is_flow
+from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.pipeline_parts import TEXT_FOLDER, Surroundings, quietly
+from lightning_modules.backbones.diffusion.schedule import load_schedule, training_schedule
 from lightning_modules.backbones.files import find_model, network_folder, say_if_pickled
 from lightning_modules.backbones.loading import load_network
 
@@ -86,7 +82,7 @@ def open_pipeline(folder: Path, network: nn.Module, component: str, noise_schedu
                 f"{folder} holds a network without its pipeline, so its noise schedule is not known; "
                 "say it: noise_scheduler=linear (or another of that group)"
             )
-        return DDPMPipeline(network, noise_scheduler or DDPMScheduler.from_pretrained(folder))
+        return DDPMPipeline(network, noise_scheduler or load_schedule(folder))
     try:
         index = json.loads((folder / "model_index.json").read_text())
         absent: dict[str, None] = dict.fromkeys(key for key, value in index.items() if value == [None, None])
@@ -108,11 +104,3 @@ def mend_scaling(pipeline: Any, folder: Path) -> None:
     vae = getattr(pipeline, "vqvae", None)
     if vae is not None and "scaling_factor" not in json.loads((folder / "vqvae" / "config.json").read_text()):
         vae.register_to_config(scaling_factor=1.0)
-
-
-def training_schedule(scheduler: Any) -> Any:
-    """The noise schedule behind a pipeline's sampler: the same betas and prediction type, or the same flow."""
-    if is_flow(scheduler):
-        return scheduler
-    # Where its file does not say it, samples are not clipped: they may be latents.
-    return DDPMScheduler.from_config(scheduler.config, clip_sample=scheduler.config.get("clip_sample", False))
