@@ -98,6 +98,18 @@ class TextTable(Sequence[str]):
             total.update(file.read_bytes())
         return total.hexdigest()
 
+    def check_finite(self) -> None:
+        """Raise ValueError for text states that are not finite, naming the file, the tensor and the caption."""
+        for file, start in zip(self.rows.files, self.rows.starts, strict=False):
+            for name in self.states:
+                states = self.rows.shard(self.rows.files.index(file)).get_tensor(name)
+                if states.is_floating_point() and not (finite := states.isfinite().flatten(1).all(1)).all():
+                    row = int(start) + int(finite.logical_not().nonzero()[0])
+                    raise ValueError(
+                        f"{file} has text states that are not finite: {name}, of the caption {self[row]!r}; store them "
+                        "again"
+                    )
+
     def save(self, folder: Path) -> None:
         """Copy the shards."""
         folder.mkdir(parents=True, exist_ok=True)
