@@ -197,10 +197,11 @@ def unreadable(path: Path, error: Exception) -> ValueError:
     has_safe = any(file.suffix == ".safetensors" for file in files)
     for file in () if has_safe else files:  # pickles beside safetensors are not what was read
         if is_unsafe_pickle(file):
+            converted = file.with_suffix(".safetensors").name.removeprefix("pytorch_")  # as transformers calls it
             return ValueError(
                 f"{file} is pickled and holds more than tensors, so that reading it could execute code; it is refused. "
-                "Convert it to safetensors in the program that wrote it, so: `from safetensors.torch import save_file; "
-                f"save_file(model.state_dict(), {file.with_suffix('.safetensors').name!r})`"
+                "Convert it to safetensors in the program that wrote it, so: `import safetensors.torch; "
+                f"safetensors.torch.save_model(model, {converted!r}, metadata={{'format': 'pt'}})`"
             )
     return ValueError(f"the weights in {path}{'' if path.is_file() else damaged(path)} cannot be read: {error}")
 
