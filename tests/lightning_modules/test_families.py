@@ -4,7 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, UNet2DModel
+from diffusers import (
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.models.downsampling import Downsample2D
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,6 +112,27 @@ def test_bypassing_every_unit_equals_zeroing_the_last_layers(backbone, inputs):
         found = backbone.predict(inputs)
     assert torch.equal(found, with_zeroed(backbone, names).predict(inputs))
     assert torch.equal(found, backbone.pruned(bypasses(names)).predict(inputs))
+
+
+@torch.no_grad()
+def test_an_attention_whose_processor_adds_its_input_leaves_the_input():
+    """As in the SimpleCrossAttn blocks of DeepFloyd IF and Kandinsky 2."""
+    config = UNETS["UNet2DConditionModel"][1] | {
+        "down_block_types": ("DownBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone: Any = UNetBackbone(UNet2DConditionModel(**config).eval(), DDPMScheduler())
+    inputs = calibration(backbone)
+    names = [unit.name for unit in backbone.units() if unit.kind == "attention"]
+    assert len(names) == 4
+    for chosen in (*([name] for name in names), names):
+        expected = with_zeroed(backbone, chosen).predict(inputs)
+        with backbone.without(chosen):
+            assert torch.equal(backbone.predict(inputs), expected)
+        assert torch.equal(backbone.pruned(bypasses(chosen)).predict(inputs), expected)
 
 
 def test_blocks_that_the_stock_network_needs_are_not_units():

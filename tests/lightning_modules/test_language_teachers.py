@@ -152,9 +152,18 @@ def test_pickled_weights_are_read_as_weights_only(folder, capsys):
     torch.save(state, folder / "pytorch_model.bin")
     assert all(torch.equal(load_network(folder).state_dict()[key], value) for key, value in state.items())
     torch.save(state | {"bomb": Bomb()}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is pickled .* refused\. Convert it to safetensors"):
         load_network(folder)
     assert "executed" not in capsys.readouterr().out
+
+
+def test_an_adapter_beside_whole_weights_is_refused(folder):
+    """transformers would put it into the network, and the student would be saved as an adapter."""
+    load_language_model(str(folder), length=8)
+    (folder / "adapter_config.json").write_text("{}")
+    for read in (lambda path: load_language_model(path, length=8), weight_files):
+        with pytest.raises(ValueError, match=rf"{folder} holds an adapter .*merge_and_unload.* adapter_\* files"):
+            read(str(folder))
 
 
 def test_other_architectures_are_refused_by_name(tmp_path):
