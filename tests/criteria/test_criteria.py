@@ -44,6 +44,8 @@ UNSUPPORTED = {
     ("ld_pruner", "dit"): BLOCKS_ONLY,
     ("magnitude operator", "dit"): BLOCKS_ONLY,
     ("taylor channel", "dit"): BLOCKS_ONLY,
+    ("diff_pruning", "dit"): BLOCKS_ONLY,
+    ("diff_pruning", "llama"): "criterion.threshold=0.05 is for networks with timesteps; choose null",
     **{(name, "llama"): "it generates nothing" for name in ("clip_score", "ld_pruner", "ld_pruner depth")},
     ("magnitude operator", "llama"): LAYERS_ONLY,
     **{("perplexity", family): NO_LANGUAGE for family in DIFFUSION},
