@@ -323,6 +323,16 @@ def test_a_linear_layer_costs_its_matrix_at_every_token(bias):
     assert macs_of(network, torch.zeros(1, 7, 12)) == (7 * 12 * 20, 0)
 
 
+def test_experts_cost_the_product_of_each_token_with_its_own_expert():
+    class Experts(nn.Module):
+        def forward(self, x_SK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
+            return F.grouped_mm(x_SK, weight_EKN, offs=ends_E)
+
+    tokens, experts = torch.zeros(6, 16, dtype=torch.bfloat16), torch.zeros(4, 16, 8, dtype=torch.bfloat16)
+    ends = torch.tensor([1, 3, 3, 6], dtype=torch.int32)
+    assert macs_of(Experts(), tokens, experts, ends) == (6 * 16 * 8, 0)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_linear_layer_on_transposed_tokens_is_still_a_linear_layer(frozen):
     network = nn.Linear(12, 20).requires_grad_(not frozen)
