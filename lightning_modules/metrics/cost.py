@@ -32,8 +32,8 @@ UNCOUNTED = {torch.ops.aten._grouped_mm: grouped_product_flops}
 class Macs:
     """Multiply-accumulates of one forward at batch 1.
 
-    `linear` counts convolutions, linear layers and experts, as published figures for diffusion models do (338.6 G for SD1.x
-    at 64x64); `attention` counts the two matrix products inside attention (63.0 G there).
+    `linear` counts convolutions, linear layers and experts, as published figures for diffusion models do (338.6 G for
+    SD1.x at 64x64); `attention` counts the two matrix products inside attention (63.0 G there).
     """
 
     linear: int

@@ -15,6 +15,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from omegaconf import DictConfig
 from support.networks import last_layers, part, same_tensors, tiny_backbone, tiny_batch, tiny_seeds
 from support.pipelines import tiny_pipeline
+from torch import nn
 from torch.utils.data import DataLoader
 
 from conf import schema
@@ -173,6 +174,65 @@ def test_the_contract(make, backbone, name):
     for column in next(iter(scores.values())):
         expected = values(scores, column)
         np.testing.assert_allclose(values(one_by_one, column), expected, 1e-3, rounding * np.abs(expected).max())
+
+
+NO_HARM_IS_NOT_ZERO = {
+    "random": "it draws an order",
+    "magnitude": "weights count whatever they do",
+    "magnitude operator": "weights count whatever they do",
+    "bn_scale": "scales count whatever is behind them",
+    "perplexity": "it is the perplexity that is left, not its increase",
+}
+"""{criterion whose scores are an order, not additive harms: why}"""
+
+
+@torch.no_grad()
+def make_harmless(backbone: Any, level: str) -> str:
+    """Change the weights so that the network computes the same without a certain unit; return the unit's name."""
+    units = backbone.units(level)
+    if level == "channel":  # nothing reads them
+        weights, name = backbone.weights(), units[0].name
+        for (layer, side), indices in backbone.channels.cuts[name].items():
+            if side == "in":
+                weights[f"{layer}.weight"].index_fill_(1, indices, 0)
+        return name
+    modules = {unit.name: backbone.network.get_submodule(unit.name) for unit in units}
+    if level == "operator":  # a convolution that passes on what it is given
+        same = [name for name, part in modules.items() if isinstance(part, nn.Conv2d) and part.in_channels == 16]
+        name = next(name for name in same if modules[name].out_channels == 16 and modules[name].stride == (1, 1))
+        nn.init.dirac_(modules[name].weight)
+        nn.init.zeros_(modules[name].bias)
+        return name
+    name = units[0].name
+    for layer in last_layers(modules[name]):
+        for parameter in layer.parameters():
+            parameter.zero_()
+    return name
+
+
+def check_no_harm_is_zero(criterion: Criterion, family: str) -> None:
+    backbone = tiny_backbone(family)
+    name = make_harmless(backbone, criterion.level)
+    scores = bare(criterion, backbone, size=SAMPLES)
+    assert abs(scores[name]["score"]) <= 1e-6 * np.abs(values(scores)).max()  # of rounding
+
+
+@pytest.mark.parametrize("name", [name for name in (*CRITERIA, *OTHER_LEVELS) if name not in NO_HARM_IS_NOT_ZERO])
+def test_a_unit_whose_removal_changes_nothing_scores_zero(make, name):
+    family = next(family for family in FAMILIES if (name, family) in PAIRS)
+    check_no_harm_is_zero(make(name), family)
+
+
+class Shifted(OutputLoss):
+    """Harms with a constant added to each."""
+
+    def compute(self):
+        return {name: {"score": entry["score"] + 1} for name, entry in super().compute().items()}
+
+
+def test_a_constant_added_to_every_score_is_noticed():
+    with pytest.raises(AssertionError):
+        check_no_harm_is_zero(Shifted(), "UNet2DModel")
 
 
 @pytest.mark.parametrize(("name", "family"), UNSUPPORTED)

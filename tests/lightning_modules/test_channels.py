@@ -15,7 +15,6 @@ from lightning_modules.backbones.diffusion.pruned_unet import axes, mend, resize
 from lightning_modules.backbones.width.graph import Channels
 from lightning_modules.metrics.cost import count_macs
 
-
 SMALLEST_EPS = 1e-5
 """Of a batch norm: cuDNN, and torch 2.11 on every device, refuse less."""
 
