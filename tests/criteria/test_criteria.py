@@ -118,6 +118,11 @@ def values(scores: dict[str, dict[str, float]], column: str = "score") -> np.nda
 
 # The contract
 
+ROUNDING = {"clip_score": 0.1}
+"""{criterion: how far its scores may move with the size of batches}. Images have 256 levels: a rounding error of 1e-4,
+which is that of a GPU, turns some pixels to the next level, and a pixel of these small images moves a CLIP score, which
+has 100 points, by 0.02."""
+
 
 @contextlib.contextmanager
 def untouched(backbone: Any) -> Iterator[None]:
@@ -170,10 +175,11 @@ def test_the_contract(make, backbone, name):
     assert len(set(values(scores))) > 1, "a criterion that tells no unit from another"
     assert again == scores
     np.testing.assert_allclose(values(trained), values(scores), rtol=1e-12)
-    rounding = 1e-2 if make(name).needs == "seeds" else 1e-4  # images have 256 levels
+    relative = 1e-2 if make(name).needs == "seeds" else 1e-4  # of sums over denoising steps, and over one pass
     for column in next(iter(scores.values())):
         expected = values(scores, column)
-        np.testing.assert_allclose(values(one_by_one, column), expected, 1e-3, rounding * np.abs(expected).max())
+        rounding = max(relative * np.abs(expected).max(), ROUNDING.get(name, 0))
+        np.testing.assert_allclose(values(one_by_one, column), expected, 1e-3, rounding)
 
 
 NO_HARM_IS_NOT_ZERO = {
