@@ -21,6 +21,7 @@ from datamodules.seeding import numpy_rng
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.backbones.classification.load import load_resnet
 from lightning_modules.metrics.cost import count_macs, latencies, peak_memory
+from lightning_modules.metrics.distances import Frechet
 from lightning_modules.metrics.features import Inception, ResNet20
 from lightning_modules.metrics.statistics import Statistics
 
@@ -41,6 +42,14 @@ def drawn(count: int, dimension: int, seed: int = 0) -> np.ndarray:
 
 
 # The distance
+
+
+def test_a_scipy_that_clean_fid_cannot_use_is_refused_before_anything_is_measured(monkeypatch):
+    measure = Frechet(ResNet20(RESNET20))
+    measure.check((3, 32, 32), None, None)
+    monkeypatch.setattr("scipy.linalg.sqrtm", lambda A: A)
+    with pytest.raises(MissingData, match=r"no longer has sqrtm\(disp=\.\.\.\).*: pip install 'scipy<1\.18'"):
+        measure.check((3, 32, 32), None, None)
 
 
 def test_a_set_is_at_no_distance_from_itself():
