@@ -176,6 +176,16 @@ def test_losses_are_those_of_the_next_tokens():
     np.testing.assert_allclose(shared().losses(logits, INPUTS), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_losses_of_a_large_vocabulary_are_as_exact_as_float32_allows(masked):
+    rng = torch.Generator().manual_seed(0)
+    logits, tokens = 3 * torch.randn(2, 4, 2**17, generator=rng), torch.randint(0, 2**17, (2, 4), generator=rng)
+    inputs = {"sample": tokens} | ({"mask": torch.ones(2, 4, dtype=torch.bool)} if masked else {})
+    expected = F.cross_entropy(logits.double()[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    difference = shared().losses(logits, inputs) - expected.view(2, 3).mean(1)
+    assert difference.abs().max() < 3e-5  # 2e-4 where the vocabulary is not the last dimension
+
+
 def test_tokens_outside_the_mask_are_no_targets():
     logits = torch.randn(4, 12, VOCABULARY, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(12) < torch.tensor([12, 7, 2, 1])[:, None]
