@@ -34,15 +34,18 @@ class LevelWeights(nn.Module):
         self.energy: Tensor
         self.register_buffer("energy", torch.zeros(levels))
 
-    def forward(self, level: int, teacher: Tensor) -> Tensor:
-        """Return the weight of a level, a scalar, for the teacher's feature map of a batch."""
+    def forward(self, level: int, *teacher: Tensor) -> Tensor:
+        """Return the weight of a level, a scalar, for the teacher's feature map of a batch; for several maps one each.
+
+        Several maps are those of the samples of a batch. With `running` they have the weight of their mean energy.
+        """
         if self.normalization == "none":
-            return torch.ones((), device=teacher.device)
+            return torch.ones((), device=teacher[0].device)
         if self.normalization == "teacher_norm":
-            return 1 / teacher.flatten(1).norm(dim=1).mean()
-        energy = teacher.square().mean()
+            return 1 / torch.stack([part.flatten(1).norm(dim=1).mean() for part in teacher]).squeeze()
+        energy = torch.stack([part.square().mean() for part in teacher]).squeeze()
         if self.normalization == "running":
-            before = self.energy[level]
+            before, energy = self.energy[level], energy.mean()
             energy = torch.where(before == 0, energy, self.momentum * before + (1 - self.momentum) * energy)
             self.energy[level] = energy.detach()
         return 1 / energy
