@@ -205,11 +205,13 @@ class Config:
 def register() -> None:
     """Make the schema known to Hydra, and resolvers to OmegaConf.
 
-    They are `${root:}` (this repository's folder), `${either:a,b}`, and an `${oc.env:NAME}` that notes what it reads.
+    They are `${root:}` (this repository's folder), `${either:a,b}` (the first that is not null), `${at_most:a,b}` (the
+    smaller number), and an `${oc.env:NAME}` that notes what it reads.
     """
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
     OmegaConf.register_new_resolver("either", either, replace=True)
+    OmegaConf.register_new_resolver("at_most", min, replace=True)
     OmegaConf.register_new_resolver("oc.env", read_environment, replace=True)
 
 
@@ -277,6 +279,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "ema_decay": (0, math.nextafter(1, 0), "0 <= ema_decay < 1, or null for none"),
     "trainer.gradient_clip_val": (0, math.inf, "0 or more, or null"),
     "optimizer.lr": (0, math.inf, "0 or more"),
+    "lr_scheduler.num_warmup_steps": (0, math.inf, "a whole number from 0 to trainer.steps"),
     "distillation.w_task": (0, math.inf, "0 or more"),
     "distillation.w_out": (0, math.inf, "0 or more"),
     "distillation.w_feat": (0, math.inf, "0 or more"),
@@ -304,11 +307,17 @@ def check_names(cfg: DictConfig) -> None:
 
 
 def check_ranges(cfg: DictConfig) -> None:
-    """Raise ConfigError for a value outside of RANGES."""
+    """Raise ConfigError for a value outside of RANGES, and for a warm-up that is longer than the training."""
     for path, (low, high, valid) in RANGES.items():
         value = OmegaConf.select(cfg, path)
         if value is not None and not (low <= value <= high and value < math.inf):
             raise ConfigError(f"{path}={value} is out of range; choose {valid}")
+    warm_up, steps = OmegaConf.select(cfg, "lr_scheduler.num_warmup_steps"), cfg.trainer.steps
+    if warm_up is not None and warm_up > steps:
+        raise ConfigError(
+            f"lr_scheduler.num_warmup_steps={warm_up} is longer than the training, trainer.steps={steps}: the learning "
+            f"rate would never reach optimizer.lr; choose lr_scheduler.num_warmup_steps of {steps} or less"
+        )
 
 
 def check_keys(path: str, node: DictConfig) -> None:

@@ -26,7 +26,6 @@ from experiments.engine.stage import Stage, check_names
 from experiments.reporting.dashboard import Dashboard
 from experiments.reporting.run_page import report_run
 from experiments.tools.precompute import check_latents
-from lightning_modules.backbones.diffusion.backbone import is_flow
 from lightning_modules.backbones.files import weight_files
 from lightning_modules.export.export import check_hub, push
 from lightning_modules.metrics.cost import peak_memory
@@ -164,7 +163,7 @@ def prepare(cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.de
     if any(stage.needs_teacher for stage in stages) and job.teacher.generates:
         check_latents(cfg, data, job.teacher)
     for stage_cfg in {id(cfg): cfg for cfg in (apply_settings(cfg, stage) for stage in stages)}.values():
-        check_parts(stage_cfg, getattr(job.networks.get(TEACHER), "noise_scheduler", None))
+        check_parts(stage_cfg, job.networks.get(TEACHER))
     job.dashboard.open_loggers()  # last, as a logger may tell a server about this job
     return job
 
@@ -194,10 +193,10 @@ def get_first_measure(metrics: dict[str, Any]) -> float | None:
     return next((float(metrics[key]) for key in (*names, "eval/output_loss", *figures) if key in metrics), None)
 
 
-def check_parts(cfg: DictConfig, noise_scheduler: Any) -> None:
+def check_parts(cfg: DictConfig, teacher: Any) -> None:
     """Build optimiser, schedule, trainers, callbacks and sampler as a trial; raises ConfigError naming the group.
 
-    `noise_scheduler` is None for networks without one, which need no sampler.
+    `teacher` is None where no stage needs one. Only networks that generate samples need a sampler.
     """
     weight = torch.nn.Parameter(torch.zeros(1))
     trials: dict[str, Callable[[], Any]] = {
@@ -208,19 +207,10 @@ def check_parts(cfg: DictConfig, noise_scheduler: Any) -> None:
         ],
         "callbacks": lambda: make_callbacks(cfg.callbacks),
     }
-    if noise_scheduler is not None:
-        trials["sampler"] = lambda: check_sampler(build(cfg.sampler.scheduler)(noise_scheduler.config), noise_scheduler)
+    if teacher is not None and teacher.generates:
+        trials["sampler"] = lambda: teacher.check_sampler(build(cfg.sampler.scheduler), cfg.sampler.steps)
     for group, make in trials.items():
         try:
             make()
         except Exception as error:
             raise ConfigError(f"{group} cannot be made as configured: {error}") from error
-
-
-def check_sampler(sampler: Any, noise_scheduler: Any) -> None:
-    """Raise ValueError where one of the two is a flow and the other is not: samples would be wrong without a word."""
-    if is_flow(sampler) != is_flow(noise_scheduler):
-        kind, choice = (
-            ("is a flow", "flow_euler") if is_flow(noise_scheduler) else ("is no flow", "dpm_solver, ddim, ...")
-        )
-        raise ValueError(f"{type(sampler).__name__} does not fit this teacher, which {kind}; choose sampler={choice}")

@@ -315,12 +315,20 @@ def test_an_impossible_ratio_fails_before_the_teacher_is_read(configure, tmp_pat
         ("selection.budget=flop", "selection.budget='flop' is unknown; choose one of: params, macs"),
         ("selection.target=5e6", "selection.ratio=0.5, selection.target=5000000.0: give exactly one of the two"),
         ("trainer.accelerator=tpu", "trainer.accelerator='tpu' is unknown; choose one of: auto, cpu, gpu"),
+        ("lr_scheduler.num_warmup_steps=-5", "lr_scheduler.num_warmup_steps=-5 is out of range; choose a whole number"),
+        ("lr_scheduler.num_warmup_steps=5", "lr_scheduler.num_warmup_steps=5 is longer than the training, trainer.st"),
     ],
 )
 def test_impossible_values_fail_before_anything_is_written(configure, overrides, tmp_path, override, message):
     with pytest.raises(Exception, match=re.escape(message)):
         run_pipeline(configure(*overrides, override))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_default_warm_up_is_no_longer_than_the_training(configure, schedule):
+    warm_ups = {steps: configure(f"lr_scheduler={schedule}", f"trainer.steps={steps}") for steps in (4, 10, 150)}
+    assert {steps: cfg.lr_scheduler.num_warmup_steps for steps, cfg in warm_ups.items()} == {4: 4, 10: 10, 150: 10}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, LDMPipeline, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from support.pipelines import TOKENS, tiny_pipeline
 from support.results import differences, the_run, trained_state
 
 from datamodules.readers.base import MissingData
 from datamodules.seeding import torch_rng
-from experiments.engine.inputs import data_of
+from experiments.engine.inputs import build_data
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.diffusion.new import new_backbone
@@ -115,7 +116,7 @@ def test_latents_of_a_new_autoencoder_have_unit_variance_by_the_factor_in_its_co
     vae = AutoencoderKL.from_pretrained(run / "weights", torch_dtype=torch.float32)
     metrics = json.loads((run / "metrics.json").read_text())
     assert vae.config.scaling_factor == 1 / metrics["latent_std"] and metrics["test_images"] == 16
-    images = torch.cat([b["image"] for b in data_of(configure(*job("cifar10_vae"))).subset("holdout", 16, 0, 16)])
+    images = torch.cat([b["image"] for b in build_data(configure(*job("cifar10_vae"))).subset("holdout", 16, 0, 16)])
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.mean
         decoded = vae.decode(latents).sample.clamp(-1, 1)
@@ -279,3 +280,16 @@ def test_what_cannot_be_put_together_is_refused_by_the_field(parts, name, change
         network |= {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     with pytest.raises(error, match=message):
         new_backbone(network, SCHEDULE, **(parts | changed))
+
+
+@pytest.mark.parametrize("value", [None, torch.nan])
+def test_a_vae_with_missing_or_damaged_weights_is_refused(parts, tmp_path, value):
+    folder, key = shutil.copytree(parts["vae"], tmp_path / "vae"), "quant_conv.bias"
+    (file,) = folder.glob("*.safetensors")
+    state = load_file(file)
+    state[key] = state[key] * (value or 0)
+    save_file({name: tensor for name, tensor in state.items() if value or name != key}, file, {"format": "pt"})
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    network = UNET | blocks | {"_class_name": "UNet2DModel"}
+    with pytest.raises(ValueError, match=rf"the weights in {folder} .*(missing_keys|not finite): {key}"):
+        new_backbone(network, SCHEDULE, vae=str(folder))
