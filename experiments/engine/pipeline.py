@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf import schema
+from conf import checks
 from conf.schema import ConfigError, build
 from experiments.engine.artefacts import read_json
 from experiments.engine.clock import Clock
@@ -135,7 +135,7 @@ def apply_settings(cfg: DictConfig, stage: Stage) -> DictConfig:
             if isinstance(change, dict) and "_target_" not in change and isinstance(merged.get(group), DictConfig):
                 change = OmegaConf.merge(merged[group], change)
             merged[group] = change
-        schema.check(merged)
+        checks.check_config(merged)
     except (ValueError, OmegaConfBaseException) as error:
         raise ConfigError(f"pipeline.stages.{stage.name}.settings: {error}") from error
     return merged

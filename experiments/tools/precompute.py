@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from conf import schema
+from conf import checks, schema
 from conf.schema import ConfigError, build
 from datamodules.bad_samples import LEAST, Skipped
 from datamodules.images import ImageSet
@@ -273,7 +273,7 @@ def take_rows(value: Any, rows: np.ndarray) -> Any:
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="train")
 def main(cfg: DictConfig) -> None:
-    schema.check(cfg)
+    checks.check_config(cfg)
     if cfg.latents is None:
         raise schema.ConfigError("latents=null: choose the folder to write the latents to, with latents=...")
     precompute(cfg)

@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from conf import schema
+from conf import checks, schema
 from datamodules.readers.base import Source
 from datamodules.readers.folder import Folder
 from datamodules.readers.lsun import Lmdb
@@ -221,7 +221,7 @@ def main() -> None:
                     *("precompute.dtype=float16", f"precompute.batch_size={options.batch}"),
                 ],
             )
-        schema.check(cfg)
+        checks.check_config(cfg)
         to_store = cfg.copy()
         to_store.latents = str(folder / "latents")
         start = perf_counter()

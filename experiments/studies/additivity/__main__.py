@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from scipy.stats import pearsonr, spearmanr
 from tqdm import tqdm
 
-from conf import schema
+from conf import checks, schema
 from datamodules.seeding import numpy_rng
 from experiments.engine.inputs import build_teacher, make_criterion_batches
 from experiments.reporting.figures import save_figure
@@ -61,7 +61,7 @@ def main() -> None:
             for words in options.criteria
         }
     for cfg in configs.values():
-        schema.check(cfg)
+        checks.check_config(cfg)
     cfg = next(iter(configs.values()))
     teacher, data = build_teacher(cfg), schema.build(cfg.data)
     count, seed, batch = (cfg.calibration[key] for key in ("samples", "seed", "batch_size"))
