@@ -120,7 +120,7 @@ def check_ranges(cfg: DictConfig) -> None:
 
 
 def check_keys(path: str, node: DictConfig) -> None:
-    """Raise ConfigError for keys of dataclass nodes that are not fields: a `+` on the command line can add such keys."""
+    """Raise ConfigError for keys of dataclass nodes that are not fields; a `+` on the command line can add some."""
     kind = OmegaConf.get_type(node)
     if not dataclasses.is_dataclass(kind):
         return
