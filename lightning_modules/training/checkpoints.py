@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,16 +101,24 @@ def checkpoint_bytes(checkpoint: dict[str, Any]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def read_step(path: Path) -> int:
+    """Return the optimiser step of a checkpoint; raises an error where the file cannot be read or has changed."""
+    with zipfile.ZipFile(path) as archive:  # torch writes a checksum of every tensor, and does not compare it
+        if (changed := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {changed} does not match")
+    return int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
+
+
 def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
     """Return the newest checkpoint that can be read, and its step; None where the folder has no checkpoint.
 
-    One that cannot be read (truncated, empty) is skipped with a warning. Raises CorruptCheckpoint where there are
-    checkpoints and none can be read.
+    One that cannot be read (truncated, empty, with a changed bit) is skipped with a warning. Raises CorruptCheckpoint
+    where there are checkpoints and none can be read.
     """
     paths = sorted(folder.glob("step=*.ckpt"), reverse=True)
     for path in paths:
         try:
-            return path, int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
+            return path, read_step(path)
         except Exception as error:
             warnings.warn(
                 f"checkpoint {path} cannot be read ({type(error).__name__}: {error}); trying the one before",

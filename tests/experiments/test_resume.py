@@ -222,12 +222,25 @@ def test_a_text_to_image_job_resumes_in_the_same_bits(configure, text_job, tmp_p
     assert differences(results(the_run(tmp_path / "text")), results(run)) == []
 
 
-@pytest.mark.parametrize("kept", [0, 0.5, 0.99])
-def test_a_damaged_newest_checkpoint_is_named_and_skipped(configure, tmp_path, trained, capsys, kept):
+def flip_a_bit(content: bytes) -> bytes:
+    """Change one bit in the middle, which lies in a tensor."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "half of it": lambda content: content[: len(content) // 2],
+    "without its end": lambda content: content[: int(0.99 * len(content))],
+    "a bit": flip_a_bit,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_named_and_skipped(configure, tmp_path, trained, capsys, damage):
     job, run = trained()
     damaged = interrupted(run, tmp_path / "damaged", [2, 3]) / "step=0000003.ckpt"
-    content = damaged.read_bytes()
-    damaged.write_bytes(content[: int(kept * len(content))])
+    damaged.write_bytes(DAMAGES[damage](damaged.read_bytes()))
     with pytest.warns(UserWarning, match=re.escape(f"checkpoint {damaged} cannot be read")):
         run_pipeline(configure(*moved(job, tmp_path / "damaged")))
     assert "resuming from step 2 of 5 (step=0000002.ckpt)" in capsys.readouterr().out
