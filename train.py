@@ -8,6 +8,7 @@
 The same command again resumes what was interrupted and does nothing where the run is finished.
 """
 
+import math
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from omegaconf import DictConfig
 
 from conf import schema
 from experiments.engine.pipeline import run_pipeline
+from experiments.engine.sweep import recorded_job
 
 schema.register()
 
@@ -28,8 +30,11 @@ schema.register()
 def main(cfg: DictConfig) -> float | None:
     """Run one job; returns its first measure, for sweepers that search."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is open (a W&B run, a lock) is closed
-    schema.check(cfg)
-    return run_pipeline(cfg)
+    with recorded_job() as record:
+        schema.check(cfg)
+        record.finish(measure := run_pipeline(cfg, record))
+        return measure
+    return math.nan  # a job of a sweep that has failed
 
 
 if __name__ == "__main__":

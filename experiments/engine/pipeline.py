@@ -21,6 +21,7 @@ from experiments.engine.provenance import provenance
 from experiments.engine.ranks import barrier, is_rank_zero, meet
 from experiments.engine.run import Run
 from experiments.engine.stage import Stage, check_names
+from experiments.engine.sweep import SKIPPED, JobRecord
 from experiments.reporting.dashboard import Dashboard
 from experiments.reporting.run_page import report_run
 from experiments.tools.precompute import check_latents
@@ -33,8 +34,10 @@ from lightning_modules.training.trainer import accelerator_of, make_callbacks, m
 log = logging.getLogger(__name__)
 
 
-def run_pipeline(cfg: DictConfig) -> float | None:
+def run_pipeline(cfg: DictConfig, record: JobRecord | None = None) -> float | None:
     """Run every stage of a job whose artefacts are not there yet, and print the job's summary.
+
+    `record` is that of a job of a sweep: it learns the run's folder, and whether there was anything to do.
 
     Returns the first measure of what the job delivers, for sweepers that search; None on ranks other than the first.
     """
@@ -42,9 +45,12 @@ def run_pipeline(cfg: DictConfig) -> float | None:
     device = torch.device(accelerator_of(cfg.trainer.accelerator))
     teacher_id = identify_teacher(cfg) if any(stage.needs_teacher for stage in stages) else "none"
     run = Run(cfg, teacher_id)
+    record = record or JobRecord()
+    record.update(run=str(run.folder))
     if run.finished and not cfg.force:
-        print(f"finished already: {run.folder} (force=true runs it again)\n")
-        print(read_json(run / "finished.json")["summary"])
+        record.update(state=SKIPPED)
+        if not record.in_sweep:
+            print_finished(run)
     else:
         with run.opened([path for stage in stages for path in stage.artefacts()]):
             with run.discarded_on_error():
@@ -62,6 +68,12 @@ def run_pipeline(cfg: DictConfig) -> float | None:
     if cfg.export.push_to_hub is not None:
         print(f"pushed to {push(run / 'export', cfg.export.push_to_hub)}")
     return first_measure(read_json(run / "metrics.json"))
+
+
+def print_finished(run: Run) -> None:
+    """Print the summary of a run that was finished before."""
+    print(f"finished already: {run.folder} (force=true runs it again)\n")
+    print(read_json(run / "finished.json")["summary"])
 
 
 def make_stages(cfg: DictConfig) -> list[Stage]:

@@ -38,8 +38,9 @@ def test_a_sweep_shares_scores_survives_a_failing_job_and_is_not_run_twice(
     assert first.returncode != 0
     assert (
         "selection.ratio=0.9999 (tolerance 0.1) of params cannot be had: the largest achievable ratio is"
-        in first.stderr
+        in first.stdout
     )
+    assert first.stdout.count(" finished: ") == 6 and "6 finished, 3 failed of 9" in first.stdout
     study, cache = tmp_path / "runs" / "debug", tmp_path / "runs" / ".cache"
     labels = {re.sub("-[0-9a-f]{8}$", "", path.name): (path / "finished.json").exists() for path in study.iterdir()}
     methods = {"output_loss": "knapsack", "magnitude": "knapsack", "random": "ranked"}
@@ -53,7 +54,7 @@ def test_a_sweep_shares_scores_survives_a_failing_job_and_is_not_run_twice(
     before = {path.name: stamps(path) for path in study.iterdir() if (path / "finished.json").exists()}
     second = sweep(data_folder, *job, *SWEEP)
     assert second.returncode != 0
-    assert second.stdout.count("finished already: ") == 6
+    assert second.stdout.count(" finished before: ") == 6
     assert {name: stamps(study / name) for name in before} == before
 
     # The report of the same folder; random has a second seed.
