@@ -127,9 +127,12 @@ def test_each_job_is_one_offline_wandb_run_that_is_finished_also_when_the_job_fa
         (started,) = (record.run for record in records if record.HasField("run"))
         assert started.run_id.startswith(f"debug-{run.name[-8:]}") and started.display_name == run.name
         config = {item.key: json.loads(item.value_json) for item in started.config.update}
-        assert config["selection.ratio"] == 0.5 and config["criterion.name"] == "output_loss"
+        assert config["selection_ratio"] == 0.5 and config["criterion_name"] == "output_loss"
+        assert not any("." in key or " " in key for key in config)
+        assert started.run_group.startswith("sweep-") and started.job_type == "prune"
+        assert {"output_loss", "knapsack", "task_only"} <= set(started.tags)
         (code,) = (record.exit.exit_code for record in records if record.HasField("exit"))
-        codes[config["optimizer.lr"]] = code
+        codes[config["optimizer_lr"]] = code
         assert (run / "finished.json").exists() == (code == 0)
         if code == 0:
             keys = (
@@ -137,5 +140,11 @@ def test_each_job_is_one_offline_wandb_run_that_is_finished_also_when_the_job_fa
             )
             summary = {".".join(key) for key in keys}
             assert {"eval/output_loss", "plan/achieved_ratio", "student/params", "student/latency_ms"} <= summary
+            assert {"gap_closed", "seconds/distil"} <= summary and not any(" " in key for key in summary)
+            defined = {record.metric.name or record.metric.glob_name for record in records if record.HasField("metric")}
+            assert {"trainer/global_step", "*"} <= defined
+            assert any(key.startswith("units/scores") for key in summary)
+            artifacts = {record.artifact.name: record.artifact.type for record in records if record.HasField("artifact")}
+            assert artifacts[f"debug-{run.name[-8:]}"] == "prune"
     assert codes == {broken: 1, works: 0}
     assert not (tmp_path / "wandb").exists()
