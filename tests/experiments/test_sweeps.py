@@ -144,7 +144,9 @@ def test_each_job_is_one_offline_wandb_run_that_is_finished_also_when_the_job_fa
             defined = {record.metric.name or record.metric.glob_name for record in records if record.HasField("metric")}
             assert {"trainer/global_step", "*"} <= defined
             assert any(key.startswith("units/scores") for key in summary)
-            artifacts = {record.artifact.name: record.artifact.type for record in records if record.HasField("artifact")}
+            artifacts = {
+                record.artifact.name: record.artifact.type for record in records if record.HasField("artifact")
+            }
             assert artifacts[f"debug-{run.name[-8:]}"] == "prune"
     assert codes == {broken: 1, works: 0}
     assert not (tmp_path / "wandb").exists()
