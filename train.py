@@ -8,7 +8,6 @@
 The same command again resumes what was interrupted and does nothing where the run is finished.
 """
 
-import math
 import os
 import signal
 import sys
@@ -19,22 +18,20 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import hydra
 from omegaconf import DictConfig
 
-from conf import schema
-from experiments.engine.pipeline import run_pipeline
-from experiments.engine.sweep import recorded_job
+from conf import schema, search_path
 
 schema.register()
+search_path.register_own_files_first()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Run one job; returns its first measure, for sweepers that search."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is open (a W&B run, a lock) is closed
-    with recorded_job() as record:
-        schema.check(cfg)
-        record.finish(measure := run_pipeline(cfg, record))
-        return measure
-    return math.nan  # a job of a sweep that has failed
+    # Here, as it imports torch: a mistake in the command is answered before.
+    from experiments.engine.jobs import run_job  # noqa: PLC0415
+
+    return run_job(cfg)
 
 
 if __name__ == "__main__":

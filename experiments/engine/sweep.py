@@ -6,14 +6,13 @@ They are written by the process that runs a job, whichever launcher of Hydra has
 """
 
 import contextlib
-import logging
 import os
 import shlex
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,41 +25,49 @@ from omegaconf import DictConfig, open_dict, read_write
 from tabulate import tabulate
 
 from experiments.engine.artefacts import digest, read_json, remove, write_json
+from experiments.engine.locks import describe_this_process, has_ended
 
-log = logging.getLogger(__name__)
-
-RUNNING, FINISHED, SKIPPED, FAILED, STOPPED = "running", "finished", "finished before", "failed", "stopped"
-"""The states of a job; `stopped` is a job whose process has ended without a word, or was interrupted."""
+RUNNING, WAITING, FINISHED, SKIPPED = "running", "waiting", "finished", "finished before"
+FAILED, STOPPED = "failed", "stopped"
+"""The states of a job. `waiting`: another process works on the same run; `stopped`: the job was interrupted, or its
+process has ended without a word."""
 REASON_LENGTH = 200
 """The longest reason of a failure that is shown in full, in characters; the log has all of it."""
+
+
+POSTPONED: list[Callable[[], None]] = []
+"""What is left to do at the end of this process' sweep: jobs that another process worked on when their turn came."""
 
 
 class SweepFolder(Callback):
     """Hydra's callback: it makes the folder of the records before the first job, and prints the table at the end."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Write sweep.json, and tell the jobs their folder by `hydra.sweep.dir`."""
+        """Write sweep.json, and pass its folder on to the jobs as `hydra.sweep.dir`."""
         overrides = [str(override) for override in config.hydra.overrides.task]
         params = {str(key): str(value) for key, value in (config.hydra.sweeper.get("params") or {}).items()}
         folder = Path(config.hydra.sweep.dir) / digest([sorted(overrides), params])[:8]
+        if is_running(folder):  # another process runs the same sweep
+            folder = folder.with_name(f"{folder.name}-{socket.gethostname()}-{os.getpid()}")
         remove(folder / "jobs")
-        write_json(
-            folder / "sweep.json",
-            {
-                "command": shlex.join(["python", *sys.argv]),
-                "jobs": count_jobs(overrides, params),
-                "started": time.time(),
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-            },
-        )
+        content = {
+            "command": shlex.join(["python", *sys.argv]),
+            "jobs": count_jobs(overrides, params),
+            "started": time.time(),
+            "ended": None,
+        }
+        write_json(folder / "sweep.json", content | describe_this_process())
         with read_write(config), open_dict(config):
             config.hydra.sweep.dir = str(folder)
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")  # jobs are composed anew
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the table of all jobs; ends the process with code 1 where a job has failed."""
-        sweep = read_sweep(Path(config.hydra.sweep.dir))
+        """Run the jobs that were postponed, and print the table; ends the process with code 1 if a job has failed."""
+        while POSTPONED:
+            POSTPONED.pop(0)()
+        folder = Path(config.hydra.sweep.dir)
+        write_json(folder / "sweep.json", read_json(folder / "sweep.json") | {"ended": time.time()})
+        sweep = read_sweep(folder)
         print(f"\n{format_sweep(sweep)}")
         if any(job["state"] in (FAILED, STOPPED) for job in sweep["records"]):
             sys.exit(1)
@@ -84,8 +91,7 @@ class JobRecord:
             "state": RUNNING,
             "run": None,
             "started": time.time(),
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
+            **describe_this_process(),
         }
 
     @property
@@ -99,10 +105,11 @@ class JobRecord:
         if self.path is not None:
             write_json(self.path, self.content)
 
-    def finish(self, measure: float | None) -> None:
-        """Record the end of a job without an error, with the first measure of what it delivers."""
+    def finish(self, measure: float | None) -> float | None:
+        """Record the end of a job without an error, and return its first measure."""
         state = SKIPPED if self.content["state"] == SKIPPED else FINISHED
         self.update(state=state, measure=measure, seconds=time.time() - self.content["started"])
+        return measure
 
     def fail(self, error: BaseException, state: str = FAILED) -> None:
         """Record the end of a job by an error; the traceback is in the run's log, or where there is none beside."""
@@ -115,37 +122,30 @@ class JobRecord:
         seconds = time.time() - self.content["started"]
         self.update(state=state, reason=reason, log=str(path), seconds=seconds)
 
+    @contextlib.contextmanager
+    def follow(self) -> Iterator[None]:
+        """Print the beginning and the end of a job of a sweep that runs inside; an error ends this job only.
 
-@contextlib.contextmanager
-def recorded_job() -> Iterator[JobRecord]:
-    """Record the job that runs inside, where it belongs to a sweep: then an error ends this job only.
-
-    The error's reason is printed at once, and once more in the table at the end of the sweep.
-    """
-    record = open_record()
-    if not record.in_sweep:
-        yield record
-        return
-    assert record.folder is not None
-    record.update()
-    print(f"\n{position(record)} {shlex.join(record.content['overrides'])}", flush=True)
-    try:
-        yield record
-    except Exception as error:
-        record.fail(error)
-        print(
-            f"{position(record)} failed: {shorten(record.content['reason'])}\n  log: {record.content['log']}",
-            flush=True,
-        )
-    except BaseException as error:
-        record.fail(error, STOPPED)
-        raise
-    else:
-        sweep = read_sweep(record.folder)
-        print(
-            f"{position(record)} {record.content['state']}: {record.content['run']}; {format_progress(sweep)}",
-            flush=True,
-        )
+        The reason of an error is printed at once, and once more in the table at the end of the sweep. Outside a sweep
+        this does nothing.
+        """
+        if self.folder is None:
+            yield
+            return
+        self.update()
+        position = format_position(self.content["number"], read_json(self.folder / "sweep.json")["jobs"])
+        print(f"\n{position} {shlex.join(self.content['overrides'])}", flush=True)
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
+            print(f"{position} failed: {shorten(self.content['reason'])}\n  log: {self.content['log']}", flush=True)
+        except BaseException as error:
+            self.fail(error, STOPPED)
+            raise
+        else:
+            progress = format_progress(read_sweep(self.folder))
+            print(f"{position} {self.content['state']}: {self.content['run']}; {progress}", flush=True)
 
 
 def open_record() -> JobRecord:
@@ -175,20 +175,17 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     """Return the content of sweep.json with the folder, and the "records" of its jobs in their order."""
     records = [read_json(path) for path in sorted((folder / "jobs").glob("*.json"))]
     for record in records:
-        if record["state"] == RUNNING and record["host"] == socket.gethostname() and not is_alive(record["pid"]):
+        if record["state"] in (RUNNING, WAITING) and has_ended(record):
             record |= {"state": STOPPED, "reason": f"process {record['pid']} has ended without a word"}
     return {**read_json(folder / "sweep.json"), "folder": str(folder), "records": records}
 
 
-def is_alive(pid: int) -> bool:
-    """Return whether a process of this machine exists."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+def is_running(folder: Path) -> bool:
+    """Return whether a process works on the sweep of a folder; of another machine: unless the sweep has ended."""
+    if not (folder / "sweep.json").exists():
         return False
-    except PermissionError:
-        return True
-    return True
+    sweep = read_json(folder / "sweep.json")
+    return sweep["ended"] is None and not has_ended(sweep)
 
 
 def format_sweep(sweep: dict[str, Any]) -> str:
@@ -225,16 +222,14 @@ def varied_overrides(records: list[dict[str, Any]]) -> list[list[str]]:
 def format_progress(sweep: dict[str, Any]) -> str:
     """Return how many jobs are in each state, of how many, and about how long those that are left will take."""
     records = sweep["records"]
-    counts = {
-        state: sum(record["state"] == state for record in records)
-        for state in (FINISHED, SKIPPED, RUNNING, FAILED, STOPPED)
-    }
+    states = (FINISHED, SKIPPED, RUNNING, WAITING, FAILED, STOPPED)
+    counts = {state: sum(record["state"] == state for record in records) for state in states}
     text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     total = sweep["jobs"]
     if total is None:
         return text
     ended = [record for record in records if record["state"] in (FINISHED, FAILED)]
-    left = total - len(records) + counts[RUNNING]
+    left = total - len(records) + counts[RUNNING] + counts[WAITING]
     text = f"{text} of {total}"
     if ended and left:
         elapsed = max(record["started"] + record["seconds"] for record in ended) - min(r["started"] for r in ended)
@@ -242,11 +237,9 @@ def format_progress(sweep: dict[str, Any]) -> str:
     return text
 
 
-def position(record: JobRecord) -> str:
-    """Return "[3/9]", or "[3]" where the number of jobs is not known."""
-    assert record.folder is not None
-    total = read_json(record.folder / "sweep.json")["jobs"]
-    return f"[{record.content['number'] + 1}{'' if total is None else f'/{total}'}]"
+def format_position(number: int, total: int | None) -> str:
+    """Return "[3/9]" for job number 2 of 9, or "[3]" where the number of jobs is not known."""
+    return f"[{number + 1}{'' if total is None else f'/{total}'}]"
 
 
 def format_seconds(seconds: float) -> str:

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 
 from conf.nested import flatten_dict
 from conf.schema import ConfigError, build
-from experiments.engine.identity import effective
+from experiments.engine.identity import displayed
 from experiments.engine.ranks import is_rank_zero
 from experiments.engine.run import Run
 from experiments.engine.sweep import open_record
@@ -33,8 +33,12 @@ class Dashboard:
 
     def __init__(self, cfg: DictConfig, run: Run) -> None:
         self.cfg, self.run = cfg, run
-        self.loggers = [self.build_logger(name, node) for name, node in cfg.logger.loggers.items()]
+        self.loggers: list[Logger] = []
         self.wandb: Any = None
+
+    def open_loggers(self) -> None:
+        """Make the loggers of `logger.loggers`; raises ConfigError naming one that cannot be made."""
+        self.loggers += [self.build_logger(str(name), node) for name, node in self.cfg.logger.loggers.items()]
 
     def __enter__(self) -> Self:
         logger = self.cfg.logger
@@ -51,7 +55,7 @@ class Dashboard:
                 job_type=self.cfg.pipeline.name,
                 tags=list_tags(self.cfg),
                 dir=self.run.folder,
-                config=flatten_dict(effective(self.cfg), "_"),
+                config=flatten_dict(displayed(self.cfg), "_"),
                 mode=mode,
                 resume="allow" if mode == "online" else None,
                 settings=wandb.Settings(console="off", silent=mode == "offline"),
