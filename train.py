@@ -18,8 +18,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import hydra
 from omegaconf import DictConfig
 
-from conf import checks, schema, search_path
-from experiments.engine.sweep import run_job, run_postponed_jobs
+from conf import schema, search_path
 
 schema.register()
 search_path.register_own_files_first()
@@ -29,11 +28,11 @@ search_path.register_own_files_first()
 def main(cfg: DictConfig) -> float | None:
     """Run one job; returns its first measure, for sweepers that search."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is open (a W&B run, a lock) is closed
-    search_path.check_shadowed_files()
-    checks.check_config(cfg)
+    # Here, as it imports torch: a mistake in the command is answered before.
+    from experiments.engine.jobs import run_job  # noqa: PLC0415
+
     return run_job(cfg)
 
 
 if __name__ == "__main__":
     main()
-    run_postponed_jobs()

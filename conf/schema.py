@@ -145,6 +145,8 @@ class Logger:
     entity: str | None = None
     mode: str = "auto"
     """auto is online when there is a key, else offline; or online | offline"""
+    artifacts: bool = True
+    """log an artifact of W&B per run: its JSON files, and references to its networks (nothing large is uploaded)"""
     loggers: dict[str, Any] = field(default_factory=dict)
     """further loggers of Lightning by name, each a `_target_`; `save_dir` is logs/ of the run's folder unless given"""
 

@@ -23,6 +23,7 @@ from experiments.engine.provenance import collect_provenance
 from experiments.engine.ranks import barrier, ignore_ranks_of_the_shell, is_rank_zero, join_ranks
 from experiments.engine.run import Run
 from experiments.engine.stage import Stage, check_names
+from experiments.engine.sweep import SKIPPED, JobRecord
 from experiments.reporting.dashboard import Dashboard
 from experiments.reporting.run_page import report_run
 from experiments.tools.precompute import check_latents
@@ -34,8 +35,10 @@ from lightning_modules.training.trainer import accelerator_of, make_callbacks, m
 log = logging.getLogger(__name__)
 
 
-def run_pipeline(cfg: DictConfig) -> float | None:
+def run_pipeline(cfg: DictConfig, record: JobRecord | None = None) -> float | None:
     """Run the stages of a job, unless the job is finished, and print its summary.
+
+    `record` is that of a job of a sweep: the run's folder is noted there, and whether the run was finished before.
 
     Returns the first measure of the network that the job delivers, for sweepers that search; None on ranks other than
     rank 0.
@@ -45,9 +48,12 @@ def run_pipeline(cfg: DictConfig) -> float | None:
     device = torch.device(accelerator_of(cfg.trainer.accelerator))
     teacher_id = identify_teacher(cfg) if any(stage.needs_teacher for stage in stages) else "none"
     run = Run(cfg, teacher_id)
+    record = record or JobRecord()
+    record.update(run=str(run.folder))
     if run.finished and not cfg.force:
-        print(f"finished already: {run.folder} (force=true runs it again)\n")
-        print(read_json(run / "finished.json")["summary"])
+        record.update(state=SKIPPED)
+        if not record.in_sweep:
+            print_finished(run)
         if cfg.export.push_to_hub is not None:
             check_push(run, cfg.export.push_to_hub)
     else:
@@ -57,6 +63,12 @@ def run_pipeline(cfg: DictConfig) -> float | None:
     if cfg.export.push_to_hub is not None:
         print(f"pushed to {push(run / 'export', cfg.export.push_to_hub)}")
     return get_first_measure(read_json(run / "metrics.json"))
+
+
+def print_finished(run: Run) -> None:
+    """Print the summary of a run that was finished before."""
+    print(f"finished already: {run.folder} (force=true runs it again)\n")
+    print(read_json(run / "finished.json")["summary"])
 
 
 def run_stages(cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.device, teacher_id: str) -> None:

@@ -1,65 +1,257 @@
-"""A job as train.py runs it, alone or as one of a sweep that several processes may share."""
+"""A sweep (`python train.py -m ...`): a record per job on disk, a line per job on the terminal, a table at the end.
 
+The records lie in `paths.runs/.sweep/<id>/`, where the id is a function of the command, so that the same command again
+writes to the same folder, and any process that can see the folder can show the sweep (`python -m experiments.status`).
+They are written by the process that runs a job, whichever launcher of Hydra has started it.
+"""
+
+import contextlib
+import os
+import shlex
+import socket
+import sys
 import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict, read_write
+from tabulate import tabulate
 
-from experiments.engine.pipeline import run_pipeline
-from experiments.engine.run import RunBusy
+from experiments.engine.artefacts import digest, read_json, remove, write_json
+from experiments.engine.locks import describe_this_process, has_ended
 
-POLL = 5.0
-"""seconds between two looks at a run that another process works on"""
+RUNNING, WAITING, FINISHED, SKIPPED = "running", "waiting", "finished", "finished before"
+FAILED, STOPPED = "failed", "stopped"
+"""The states of a job. `waiting`: another process works on the same run; `stopped`: the job was interrupted, or its
+process has ended without a word."""
+REASON_LENGTH = 200
+"""The longest reason of a failure that is shown in full, in characters; the log has all of it."""
 
-_postponed: list[DictConfig] = []
-"""jobs of this process's sweep that another process was working on when their turn came"""
+
+POSTPONED: list[Callable[[], None]] = []
+"""What is left to do at the end of this process' sweep: jobs that another process worked on when their turn came."""
 
 
-def run_job(cfg: DictConfig) -> float | None:
-    """Run one job and return its first measure.
+class SweepFolder(Callback):
+    """Hydra's callback: it makes the folder of the records before the first job, and prints the table at the end."""
 
-    Another process may work on the same run. Of a single job that is an error; a job of a sweep is left to that process
-    and looked at again after the other jobs (`run_postponed_jobs`), or waited for where its measure is needed at once
-    (sweepers that search) or jobs have processes of their own (other launchers).
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write sweep.json, and pass its folder on to the jobs as `hydra.sweep.dir`."""
+        overrides = [str(override) for override in config.hydra.overrides.task]
+        params = {str(key): str(value) for key, value in (config.hydra.sweeper.get("params") or {}).items()}
+        folder = Path(config.hydra.sweep.dir) / digest([sorted(overrides), params])[:8]
+        if is_running(folder):  # another process runs the same sweep
+            folder = folder.with_name(f"{folder.name}-{socket.gethostname()}-{os.getpid()}")
+        remove(folder / "jobs")
+        content = {
+            "command": shlex.join(["python", *sys.argv]),
+            "jobs": count_jobs(overrides, params),
+            "started": time.time(),
+            "ended": None,
+        }
+        write_json(folder / "sweep.json", content | describe_this_process())
+        with read_write(config), open_dict(config):
+            config.hydra.sweep.dir = str(folder)
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")  # jobs are composed anew
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Run the jobs that were postponed, and print the table; ends the process with code 1 if a job has failed."""
+        while POSTPONED:
+            POSTPONED.pop(0)()
+        folder = Path(config.hydra.sweep.dir)
+        write_json(folder / "sweep.json", read_json(folder / "sweep.json") | {"ended": time.time()})
+        sweep = read_sweep(folder)
+        print(f"\n{format_sweep(sweep)}")
+        if any(job["state"] in (FAILED, STOPPED) for job in sweep["records"]):
+            sys.exit(1)
+
+
+class JobRecord:
+    """The record of one job of a sweep; of a job that belongs to no sweep it writes nothing.
+
+    Args:
+        folder: the sweep's folder; None outside a sweep.
+        number: the job's number in the sweep, from 0.
+        overrides: what distinguishes the job: the arguments of its command line.
     """
-    try:
-        return run_pipeline(cfg)
-    except RunBusy as busy:
-        if not is_in_sweep() or cfg.trainer.devices * cfg.trainer.num_nodes > 1:
+
+    def __init__(self, folder: Path | None = None, number: int = 0, overrides: list[str] | None = None) -> None:
+        self.folder = folder
+        self.path = folder / "jobs" / f"{number:04}.json" if folder else None
+        self.content: dict[str, Any] = {
+            "number": number,
+            "overrides": overrides or [],
+            "state": RUNNING,
+            "run": None,
+            "started": time.time(),
+            **describe_this_process(),
+        }
+
+    @property
+    def in_sweep(self) -> bool:
+        """Whether the job belongs to a sweep."""
+        return self.path is not None
+
+    def update(self, **fields: Any) -> None:
+        """Change fields of the record, on disk as well."""
+        self.content |= fields
+        if self.path is not None:
+            write_json(self.path, self.content)
+
+    def finish(self, measure: float | None) -> float | None:
+        """Record the end of a job without an error, and return its first measure."""
+        state = SKIPPED if self.content["state"] == SKIPPED else FINISHED
+        self.update(state=state, measure=measure, seconds=time.time() - self.content["started"])
+        return measure
+
+    def fail(self, error: BaseException, state: str = FAILED) -> None:
+        """Record the end of a job by an error; the traceback is in the run's log, or where there is none beside."""
+        run = self.content["run"]
+        path = Path(run) / "run.log" if run else None
+        if self.path is not None and (path is None or not path.exists()):
+            path = self.path.with_suffix(".log")
+            path.write_text("".join(traceback.format_exception(error)))
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        seconds = time.time() - self.content["started"]
+        self.update(state=state, reason=reason, log=str(path), seconds=seconds)
+
+    @contextlib.contextmanager
+    def follow(self) -> Iterator[None]:
+        """Print the beginning and the end of a job of a sweep that runs inside; an error ends this job only.
+
+        The reason of an error is printed at once, and once more in the table at the end of the sweep. Outside a sweep
+        this does nothing.
+        """
+        if self.folder is None:
+            yield
+            return
+        self.update()
+        position = format_position(self.content["number"], read_json(self.folder / "sweep.json")["jobs"])
+        print(f"\n{position} {shlex.join(self.content['overrides'])}", flush=True)
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
+            print(f"{position} failed: {shorten(self.content['reason'])}\n  log: {self.content['log']}", flush=True)
+        except BaseException as error:
+            self.fail(error, STOPPED)
             raise
-        if not runs_jobs_in_turn():
-            return run_when_free(cfg)
-        print(f"left to another process for now: {busy}")
-        _postponed.append(cfg)
+        else:
+            progress = format_progress(read_sweep(self.folder))
+            print(f"{position} {self.content['state']}: {self.content['run']}; {progress}", flush=True)
+
+
+def open_record() -> JobRecord:
+    """Return the record of this process' job: the one that Hydra runs as a part of a sweep, on the first rank."""
+    if (
+        not HydraConfig.initialized()
+        or HydraConfig.get().mode != RunMode.MULTIRUN
+        or os.environ.get("LOCAL_RANK", "0") != "0"
+    ):
+        return JobRecord()
+    hydra = HydraConfig.get()
+    return JobRecord(Path(hydra.sweep.dir), int(hydra.job.num), [str(override) for override in hydra.overrides.task])
+
+
+def count_jobs(overrides: list[str], params: dict[str, str]) -> int | None:
+    """Return the number of jobs of Hydra's own sweeper; None where another sweeper decides as it goes."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(
+            [*(f"{key}={value}" for key, value in params.items()), *overrides]
+        )
+        return sum(map(len, BasicSweeper.split_arguments(parsed, None)))
+    except Exception:  # intervals and distributions are for sweepers that search
         return None
 
 
-def run_postponed_jobs() -> None:
-    """Wait for the jobs that were left to another process, and run those that it did not finish."""
-    while _postponed:
-        run_when_free(_postponed.pop(0))
+def read_sweep(folder: Path) -> dict[str, Any]:
+    """Return the content of sweep.json with the folder, and the "records" of its jobs in their order."""
+    records = [read_json(path) for path in sorted((folder / "jobs").glob("*.json"))]
+    for record in records:
+        if record["state"] in (RUNNING, WAITING) and has_ended(record):
+            record |= {"state": STOPPED, "reason": f"process {record['pid']} has ended without a word"}
+    return {**read_json(folder / "sweep.json"), "folder": str(folder), "records": records}
 
 
-def run_when_free(cfg: DictConfig) -> float | None:
-    """Run a job as soon as no other process works on it; one that is finished by then is not run again."""
-    announced = False
-    while True:
-        try:
-            return run_pipeline(cfg)
-        except RunBusy as busy:
-            if not announced:
-                print(f"waiting: {busy}", flush=True)
-                announced = True
-            time.sleep(POLL)
+def is_running(folder: Path) -> bool:
+    """Return whether a process works on the sweep of a folder; of another machine: unless the sweep has ended."""
+    if not (folder / "sweep.json").exists():
+        return False
+    sweep = read_json(folder / "sweep.json")
+    return sweep["ended"] is None and not has_ended(sweep)
 
 
-def is_in_sweep() -> bool:
-    """Tell whether Hydra runs this job as one of several."""
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+def format_sweep(sweep: dict[str, Any]) -> str:
+    """Return a sweep as text: a row per job, and for each job that failed its reason, its log and its command."""
+    records = sweep["records"]
+    rows = [
+        {
+            "job": record["number"] + 1,
+            "overrides": " ".join(own),
+            "state": record["state"],
+            "time": format_seconds(record.get("seconds", time.time() - record["started"])),
+            "measure": "" if record.get("measure") is None else f"{record['measure']:.4g}",
+            "run": record["run"] or "",
+        }
+        for record, own in zip(records, varied_overrides(records), strict=True)
+    ]
+    parts = [sweep["command"], tabulate(rows, headers="keys", disable_numparse=True), format_progress(sweep)]
+    for record in records:
+        if record["state"] in (FAILED, STOPPED):
+            parts.append(
+                f"job {record['number'] + 1} {record['state']}: {shorten(record.get('reason', ''))}\n"
+                f"  log:   {record.get('log', '-')}\n"
+                f"  again: python train.py {shlex.join(record['overrides'])}"
+            )
+    return "\n\n".join(parts)
 
 
-def runs_jobs_in_turn() -> bool:
-    """Tell whether the jobs of this sweep run in this process, and none of them waits for the measure of another."""
-    hydra = HydraConfig.get()
-    return hydra.launcher._target_.endswith("BasicLauncher") and hydra.sweeper._target_.endswith("BasicSweeper")
+def varied_overrides(records: list[dict[str, Any]]) -> list[list[str]]:
+    """Return for each job the overrides that not all jobs share."""
+    shared = set.intersection(*(set(record["overrides"]) for record in records)) if len(records) > 1 else set()
+    return [[override for override in record["overrides"] if override not in shared] for record in records]
+
+
+def format_progress(sweep: dict[str, Any]) -> str:
+    """Return how many jobs are in each state, of how many, and about how long those that are left will take."""
+    records = sweep["records"]
+    states = (FINISHED, SKIPPED, RUNNING, WAITING, FAILED, STOPPED)
+    counts = {state: sum(record["state"] == state for record in records) for state in states}
+    text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    total = sweep["jobs"]
+    if total is None:
+        return text
+    ended = [record for record in records if record["state"] in (FINISHED, FAILED)]
+    left = total - len(records) + counts[RUNNING] + counts[WAITING]
+    text = f"{text} of {total}"
+    if ended and left:
+        elapsed = max(record["started"] + record["seconds"] for record in ended) - min(r["started"] for r in ended)
+        text += f", about {format_seconds(elapsed / len(ended) * left)} left"
+    return text
+
+
+def format_position(number: int, total: int | None) -> str:
+    """Return "[3/9]" for job number 2 of 9, or "[3]" where the number of jobs is not known."""
+    return f"[{number + 1}{'' if total is None else f'/{total}'}]"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration such as "0.3 s", "42 s", "3 min 5 s" or "2 h 10 min"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def shorten(reason: str) -> str:
+    """Return a reason in one line of bounded length."""
+    return reason if len(reason) <= REASON_LENGTH else f"{reason[: REASON_LENGTH - 3]}..."

@@ -17,6 +17,8 @@ from conf.schema import ConfigError, build
 from experiments.engine.identity import get_displayed_settings
 from experiments.engine.ranks import is_rank_zero
 from experiments.engine.run import Run
+from experiments.engine.sweep import open_record
+from experiments.reporting.run_files import Scoring, get_gap_closed, read_plans, read_scorings
 from experiments.reporting.sounds import load_wandb_sounds
 
 HOST = "api.wandb.ai"
@@ -49,14 +51,18 @@ class Dashboard:
                 entity=logger.entity,
                 id=f"{self.cfg.name}-{self.run.id}",
                 name=self.run.folder.name,
-                group=self.cfg.name,
+                group=get_sweep_name() or self.cfg.name,
+                job_type=self.cfg.pipeline.name,
+                tags=list_tags(self.cfg),
                 dir=self.run.folder,
-                config=flatten_dict(get_displayed_settings(self.cfg)),
+                config=flatten_dict(get_displayed_settings(self.cfg), "_"),
                 mode=mode,
                 resume="allow" if mode == "online" else None,
                 settings=wandb.Settings(console="off", silent=mode == "offline"),
                 reinit="finish_previous",
             )
+            self.wandb.define_metric("trainer/global_step")
+            self.wandb.define_metric("*", step_metric="trainer/global_step")
             self.loggers.append(WandbLogger(experiment=self.wandb))
         return self
 
@@ -74,10 +80,18 @@ class Dashboard:
             raise ConfigError(f"logger.loggers.{name} cannot be made: {error.__cause__ or error}{extra}") from error
 
     def finish(self, metrics: dict[str, Any], measured: dict[str, Any]) -> None:
-        """Upload metrics.json and measured.json as the summary, and the figures and sounds of the run."""
+        """Upload metrics.json and measured.json as the summary, the table of units, figures, sounds and the artifact.
+
+        Every key consists of words joined by "/" and "_".
+        """
         if self.wandb is None:
             return
-        self.wandb.summary.update(flatten_dict({**metrics, **measured}))
+        summary = flatten_dict({**metrics, **measured, "gap_closed": get_gap_closed(metrics)}, "/")
+        self.wandb.summary.update({key.replace(" ", "_"): value for key, value in summary.items()})
+        for scoring in read_scorings(self.run.folder, read_plans(self.run.folder)):
+            self.wandb.log({f"units/{scoring.name}": make_units_table(scoring)})
+        if self.cfg.logger.artifacts:
+            self.wandb.log_artifact(make_artifact(self.cfg, self.run))
         figures = {picture.stem: wandb.Image(str(picture)) for picture in sorted((self.run / "figures").glob("*.png"))}
         self.wandb.log(figures | load_wandb_sounds(self.run.folder))
 
@@ -86,6 +100,52 @@ class Dashboard:
     ) -> None:
         if self.wandb is not None:
             self.wandb.finish(exit_code=1 if kind else 0)
+
+
+def get_sweep_name() -> str | None:
+    """Return "sweep-<id>" of the sweep that this job belongs to; None for a single job."""
+    record = open_record()
+    return None if record.folder is None else f"sweep-{record.folder.name}"
+
+
+def list_tags(cfg: DictConfig) -> list[str]:
+    """Return the names of what users filter by: the data set, the teacher, and how it is pruned and distilled.
+
+    W&B allows tags of up to 64 characters.
+    """
+    groups = (cfg.data, cfg.teacher, cfg.criterion, cfg.selection, cfg.distillation)
+    names = [str(group.name) for group in groups if group is not None and group.get("name")]
+    return [name[:64] for name in dict.fromkeys(names) if name != "none"]
+
+
+def make_units_table(scoring: Scoring) -> wandb.Table:
+    """Return a table with a row per unit, in the order of the forward pass: its score, and what became of it."""
+    removed, protected = set(scoring.removed), set(scoring.protected)
+    rows = [
+        [
+            name,
+            entry["score"],
+            entry.get("standard_error"),
+            "removed" if name in removed else "protected" if name in protected else "kept",
+        ]
+        for name, entry in scoring.scores.items()
+    ]
+    return wandb.Table(columns=["unit", "score", "standard_error", "decision"], data=rows)
+
+
+def make_artifact(cfg: DictConfig, run: Run) -> wandb.Artifact:
+    """Return the W&B artifact of a run: its small files, and references to the folders of its networks.
+
+    References point to where the files are, below paths.runs; nothing large is uploaded.
+    """
+    artifact = wandb.Artifact(f"{cfg.name}-{run.id[:8]}", type=cfg.pipeline.name, metadata={"run_id": run.id})
+    for path in sorted(run.folder.glob("*.json")):
+        if not path.name.startswith("."):
+            artifact.add_file(str(path))
+    for folder in sorted([*(run / "networks").glob("*"), run / "export"]):
+        if folder.is_dir():
+            artifact.add_reference(folder.resolve().as_uri(), name=folder.relative_to(run.folder).as_posix())
+    return artifact
 
 
 def has_wandb_key() -> bool:

@@ -43,6 +43,22 @@ def get_achieved_ratio(metrics: Mapping[str, Any], measured: Mapping[str, Any]) 
     return ratio
 
 
+def get_gap_closed(metrics: Mapping[str, Any]) -> float | None:
+    """Return the share of the quality lost by pruning that the delivered network has regained, by the first measure.
+
+    It is 1 at the teacher's quality and 0 at that of the network as pruned; None where one of the three is not known.
+    """
+    measure, networks = next(iter(get_measures(metrics)), "output_loss"), list_networks(metrics)
+    if len(networks) < 2:
+        return None
+    usual = {"teacher/output_loss": 0.0}  # of the teacher to itself
+    names = (f"teacher/{measure}", f"{networks[1]}/{measure}", f"eval/{measure}")
+    teacher, pruned, delivered = ({**usual, **metrics}.get(name) for name in names)
+    if teacher is None or pruned is None or delivered is None or pruned == teacher:
+        return None
+    return float((pruned - delivered) / (pruned - teacher))
+
+
 @dataclass(frozen=True)
 class Scoring:
     """The result of one score stage, and the units that were removed by these scores."""

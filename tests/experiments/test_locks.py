@@ -7,15 +7,13 @@ import socket
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
 
-from experiments.engine import locks, sweep
+from experiments.engine import locks
 from experiments.engine.artefacts import digest
 from experiments.engine.cache import cached
-from experiments.engine.run import RunBusy
 
 
 @pytest.fixture
@@ -60,50 +58,3 @@ def test_the_lock_of_a_process_that_has_ended_is_taken_over(entry, caplog):
 @pytest.mark.parametrize("host", ["elsewhere", "?"])
 def test_a_process_on_another_machine_never_counts_as_ended(host):
     assert not locks.has_ended({"pid": 1, "host": host})
-
-
-# A sweep that two processes share
-
-
-@pytest.fixture
-def shared_sweep(monkeypatch):
-    """run_pipeline is busy the first two times for the job "b"; returns the list of its calls."""
-    calls: list[str] = []
-
-    def run_pipeline(cfg) -> float:
-        calls.append(cfg.name)
-        if cfg.name == "b" and calls.count("b") < 3:
-            raise RunBusy("run b is being made by process 1 on there; wait for it or stop it")
-        return 1.0
-
-    monkeypatch.setattr(sweep, "run_pipeline", run_pipeline)
-    monkeypatch.setattr(sweep, "is_in_sweep", lambda: True)
-    monkeypatch.setattr(sweep, "POLL", 0.0)
-    return calls
-
-
-def job(name: str, devices: int = 1):
-    return SimpleNamespace(name=name, trainer=SimpleNamespace(devices=devices, num_nodes=1))
-
-
-def test_a_job_of_another_process_is_postponed_in_a_sweep(shared_sweep, monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "runs_jobs_in_turn", lambda: True)
-    assert [sweep.run_job(job(name)) for name in "abc"] == [1.0, None, 1.0]
-    sweep.run_postponed_jobs()
-    assert shared_sweep == ["a", "b", "c", "b", "b"]
-    printed = capsys.readouterr().out
-    assert "left to another process for now: run b is being made by process 1" in printed
-    assert "waiting: run b is being made by process 1" in printed
-
-
-def test_a_searching_sweeper_waits_for_the_other_process(shared_sweep, monkeypatch):
-    monkeypatch.setattr(sweep, "runs_jobs_in_turn", lambda: False)
-    assert sweep.run_job(job("b")) == 1.0
-
-
-def test_busy_runs_of_single_jobs_and_several_devices_are_refused(shared_sweep, monkeypatch):
-    with pytest.raises(RunBusy):
-        sweep.run_job(job("b", devices=2))
-    monkeypatch.setattr(sweep, "is_in_sweep", lambda: False)
-    with pytest.raises(RunBusy):
-        sweep.run_job(job("b"))

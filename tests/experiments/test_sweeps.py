@@ -36,8 +36,9 @@ def test_a_sweep_shares_scores_and_survives_a_failing_job(configure, sampling, d
     assert first.returncode != 0
     assert (
         "selection.ratio=0.9999 (tolerance 0.1) of params cannot be had: the largest achievable ratio is"
-        in first.stderr
+        in first.stdout
     )
+    assert first.stdout.count(" finished: ") == 6 and "6 finished, 3 failed of 9" in first.stdout
     study, cache = tmp_path / "runs" / "debug", tmp_path / "runs" / ".cache"
     labels = {re.sub("-[0-9a-f]{8}$", "", path.name): (path / "finished.json").exists() for path in study.iterdir()}
     methods = {"output_loss": "knapsack", "magnitude": "knapsack", "random": "ranked"}
@@ -51,7 +52,7 @@ def test_a_sweep_shares_scores_and_survives_a_failing_job(configure, sampling, d
     before = {path.name: stamps(path) for path in study.iterdir() if (path / "finished.json").exists()}
     second = sweep(data_folder, *job, *SWEEP)
     assert second.returncode != 0
-    assert second.stdout.count("finished already: ") == 6
+    assert second.stdout.count(" finished before: ") == 6
     assert {name: stamps(study / name) for name in before} == before
 
     # The report of the same folder; random has a second seed.
@@ -124,9 +125,12 @@ def test_each_job_is_one_finished_wandb_run_even_when_it_fails(overrides, data_f
         (started,) = (record.run for record in records if record.HasField("run"))
         assert started.run_id.startswith(f"debug-{run.name[-8:]}") and started.display_name == run.name
         config = {item.key: json.loads(item.value_json) for item in started.config.update}
-        assert config["selection.ratio"] == 0.5 and config["criterion.name"] == "output_loss"
+        assert config["selection_ratio"] == 0.5 and config["criterion_name"] == "output_loss"
+        assert not any("." in key or " " in key for key in config)
+        assert started.run_group.startswith("sweep-") and started.job_type == "prune"
+        assert {"output_loss", "knapsack", "task_only"} <= set(started.tags)
         (code,) = (record.exit.exit_code for record in records if record.HasField("exit"))
-        codes[config["optimizer.lr"]] = code
+        codes[config["optimizer_lr"]] = code
         assert (run / "finished.json").exists() == (code == 0)
         if code == 0:
             keys = (
@@ -134,5 +138,13 @@ def test_each_job_is_one_finished_wandb_run_even_when_it_fails(overrides, data_f
             )
             summary = {".".join(key) for key in keys}
             assert {"eval/output_loss", "plan/achieved_ratio", "student/params", "student/latency_ms"} <= summary
+            assert {"gap_closed", "seconds/distil"} <= summary and not any(" " in key for key in summary)
+            defined = {record.metric.name or record.metric.glob_name for record in records if record.HasField("metric")}
+            assert {"trainer/global_step", "*"} <= defined
+            assert any(key.startswith("units/scores") for key in summary)
+            artifacts = {
+                record.artifact.name: record.artifact.type for record in records if record.HasField("artifact")
+            }
+            assert artifacts[f"debug-{run.name[-8:]}"] == "prune"
     assert codes == {broken: 1, works: 0}
     assert not (tmp_path / "wandb").exists()

@@ -1,0 +1,180 @@
+"""The records of a sweep, what it prints, and its exit code; the jobs themselves are replaced."""
+
+import json
+import math
+import re
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import train
+from experiments.engine import jobs, sweep
+from experiments.engine.run import RunBusy
+from experiments.engine.sweep import SKIPPED, JobRecord, format_progress, format_seconds, read_sweep
+
+
+@pytest.fixture
+def sweep_command(monkeypatch, tmp_path):
+    """Return a function that runs `train.py -m`; jobs at ratio 0.7 and 0.9 fail, those at 0.3 are finished already."""
+
+    def run_job(cfg, record):
+        if cfg.selection.ratio == 0.9:
+            raise ValueError("selection.ratio=0.9 cannot be had")
+        folder = tmp_path / "runs" / f"{cfg.criterion.name}-{cfg.selection.ratio}"
+        record.update(run=str(folder))
+        if cfg.selection.ratio == 0.3:
+            record.update(state=SKIPPED)
+        if cfg.selection.ratio == 0.7:
+            raise RuntimeError(f"no room\nfor {cfg.criterion.name}")
+        if cfg.selection.ratio == 0.6:
+            raise KeyboardInterrupt
+        return cfg.selection.ratio / 2
+
+    def run_sweep(*arguments):
+        monkeypatch.setattr(jobs, "run_pipeline", run_job)
+        monkeypatch.setattr(sys, "argv", ["train.py", "-m", f"paths.runs={tmp_path / 'runs'}", *arguments])
+        with pytest.raises(SystemExit) as end:
+            train.main()
+            sys.exit(0)
+        return end.value.code
+
+    return run_sweep
+
+
+def read_only_sweep(tmp_path):
+    (folder,) = (path.parent for path in tmp_path.glob("runs/.sweep/*/sweep.json"))
+    return read_sweep(folder)
+
+
+def test_failed_jobs_are_listed_with_reason_log_and_command(sweep_command, tmp_path, capsys):
+    assert sweep_command("criterion=magnitude,random", "selection.ratio=0.3,0.5,0.7,0.9") == 1
+    records = read_only_sweep(tmp_path)["records"]
+    states = ["finished before", "finished", "failed", "failed"] * 2
+    assert [record["state"] for record in records] == states
+    assert [record.get("measure") for record in records] == [0.15, 0.25, None, None] * 2
+    out = capsys.readouterr().out
+    for position, line in (
+        ("[1/8]", f"finished before: {tmp_path}/runs/magnitude-0.3; 1 finished before of 8"),
+        ("[3/8]", "failed: RuntimeError: no room for magnitude"),
+        ("[8/8]", "failed: ValueError: selection.ratio=0.9 cannot be had"),
+    ):
+        assert f"{position} {line}" in out
+    end = out[out.index("overrides") :]
+    assert "2 finished, 2 finished before, 4 failed of 8" in end
+    rows = [re.split(r"  +", line) for line in end.splitlines()[2:10]]
+    assert [row[:3] for row in rows[:3]] == [
+        ["1", "criterion=magnitude selection.ratio=0.3", "finished before"],
+        ["2", "criterion=magnitude selection.ratio=0.5", "finished"],
+        ["3", "criterion=magnitude selection.ratio=0.7", "failed"],
+    ]
+    logs = re.findall(r"  log:   (.+)", end)
+    assert len(logs) == 4
+    assert all("Traceback (most recent call last)" in Path(log).read_text() for log in logs)
+    commands = re.findall(r"  again: python train.py (.+)", end)
+    assert commands[0] == f"paths.runs={tmp_path}/runs criterion=magnitude selection.ratio=0.7"
+
+
+def test_a_repeated_sweep_writes_to_the_same_folder(sweep_command, tmp_path):
+    assert sweep_command("selection.ratio=0.3,0.7") == 1
+    assert sweep_command("selection.ratio=0.3,0.7") == 1
+    assert sweep_command("selection.ratio=0.3,0.5") == 0
+    assert len(list(tmp_path.glob("runs/.sweep/*/sweep.json"))) == 2
+
+
+def test_an_interrupted_sweep_is_recorded_as_stopped(sweep_command, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        sweep_command("selection.ratio=0.5,0.6,0.7")
+    interrupted = read_only_sweep(tmp_path)
+    assert [record["state"] for record in interrupted["records"]] == ["finished", "stopped"]
+    assert format_progress(interrupted).startswith("1 finished, 1 stopped of 3, about ")
+
+
+def test_status_shows_a_job_whose_process_has_ended(sweep_command, tmp_path, capsys, monkeypatch):
+    sweep_command("selection.ratio=0.3,0.5")
+    folder = next(tmp_path.glob("runs/.sweep/*/sweep.json")).parent
+    record = JobRecord(folder, 1, ["selection.ratio=0.5"])
+    record.update(pid=2**22 + 1)  # above the largest process number of Linux
+    monkeypatch.setattr(sys, "argv", ["status", str(tmp_path / "runs")])
+    capsys.readouterr()
+    runpy.run_module("experiments.status", run_name="__main__")
+    out = capsys.readouterr().out
+    assert "job 2 stopped: process 4194305 has ended without a word" in out
+    assert "python train.py -m " in out
+
+
+def test_status_of_a_folder_without_sweeps_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["status", str(tmp_path)])
+    with pytest.raises(SystemExit, match="has no sweep"):
+        runpy.run_module("experiments.status", run_name="__main__")
+
+
+# Runs that another process works on
+
+
+@pytest.fixture
+def busy(monkeypatch, tmp_path):
+    """Return the calls of a run_pipeline that is busy the first two times for the job "b", and a maker of records."""
+    calls: list[str] = []
+
+    def run_pipeline(cfg, record) -> float:
+        calls.append(cfg.name)
+        if cfg.name == "b" and calls.count("b") < 3:
+            raise RunBusy("run b is being made by process 1 on there; wait for it or stop it")
+        return 1.0
+
+    (tmp_path / "sweep.json").write_text('{"jobs": 3}')
+    monkeypatch.setattr(jobs, "run_pipeline", run_pipeline)
+    monkeypatch.setattr(jobs.checks, "check_config", lambda cfg: None)
+    monkeypatch.setattr(jobs.search_path, "check_shadowed_files", lambda: None)
+    monkeypatch.setattr(jobs, "open_record", lambda: JobRecord(tmp_path, len(calls)))
+    monkeypatch.setattr(jobs, "POLL", 0.0)
+    return calls
+
+
+def job(name: str, devices: int = 1):
+    return SimpleNamespace(name=name, trainer=SimpleNamespace(devices=devices, num_nodes=1))
+
+
+def test_a_job_of_another_process_is_postponed_in_a_sweep(busy, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(jobs, "runs_jobs_in_turn", lambda: True)
+    assert [jobs.run_job(job(name)) for name in "abc"] == [1.0, None, 1.0]
+    assert [record["state"] for record in read_sweep(tmp_path)["records"]] == ["finished", "waiting", "finished"]
+    (postponed,) = sweep.POSTPONED
+    monkeypatch.setattr(sweep, "POSTPONED", [])
+    postponed()
+    assert busy == ["a", "b", "c", "b", "b"]
+    assert [record["state"] for record in read_sweep(tmp_path)["records"]] == ["finished"] * 3
+    assert "waiting: run b is being made by process 1" in capsys.readouterr().out
+    jobs.POSTPONED.clear()
+
+
+def test_a_searching_sweeper_waits_for_the_other_process(busy, monkeypatch):
+    monkeypatch.setattr(jobs, "runs_jobs_in_turn", lambda: False)
+    assert jobs.run_job(job("b")) == 1.0
+
+
+def test_busy_runs_of_single_jobs_are_refused_and_those_of_several_devices_fail(busy, monkeypatch, tmp_path):
+    assert math.isnan(jobs.run_job(job("b", devices=2)))
+    monkeypatch.setattr(jobs, "open_record", JobRecord)
+    with pytest.raises(RunBusy):
+        jobs.run_job(job("b"))
+
+
+def test_two_processes_of_one_sweep_keep_their_records_apart(sweep_command, tmp_path, monkeypatch):
+    sweep_command("selection.ratio=0.3,0.5")
+    (first,) = tmp_path.glob("runs/.sweep/*/sweep.json")
+    unfinished = json.loads(first.read_text()) | {"ended": None, "host": "elsewhere"}
+    first.write_text(json.dumps(unfinished))
+    sweep_command("selection.ratio=0.3,0.5")
+    assert len(list(tmp_path.glob("runs/.sweep/*/sweep.json"))) == 2
+    assert json.loads(first.read_text()) == unfinished
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.26, "0.3 s"), (42, "42 s"), (185, "3 min 5 s"), (7800, "2 h 10 min"), (60, "1 min 0 s")]
+)
+def test_durations_are_written_in_two_units(seconds, text):
+    assert format_seconds(seconds) == text
