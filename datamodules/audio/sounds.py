@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
 from datamodules.images import Images
-from datamodules.readers.base import BadSample, MissingData, Record, located
-from datamodules.readers.folder import is_hidden
+from datamodules.readers.base import BadSample, ListedSource, MissingData, Record, located
+from datamodules.readers.folder import counted_endings, endings_of, files_below, read_file, size_of
 from datamodules.readers.hub import HuggingFace
 from datamodules.seeding import numpy_rng, torch_rng
 
@@ -172,7 +172,7 @@ def opened(file: Path | BinaryIO) -> tuple[np.ndarray, int]:
         return wave, sound.samplerate
 
 
-class Sounds:
+class Sounds(ListedSource):
     """Every sound below a folder, as a picture of `mel`.
 
     Of the files whose names match the regular expression `files` (all of them where it is null), shuffled once as a
@@ -198,23 +198,37 @@ class Sounds:
         root = located(path, get)
         if not root.is_dir():
             raise MissingData(f"{root} is not a folder: `path` names the folder that holds the sounds")
-        found = sorted(
-            file
-            for file in root.rglob("*")
-            if file.suffix.lower() in EXTENSIONS and not any(map(is_hidden, file.relative_to(root).parts))
-        )
+        every = [root / name for name in files_below(root)]
+        found = sorted(file for file in every if file.suffix.lower() in EXTENSIONS)
+        self.passed_over = endings_of(file.name for file in every if file.suffix.lower() not in EXTENSIONS)
+        if not found:
+            rest = f"; it has other files: {counted_endings(self.passed_over)}" if self.passed_over else ""
+            raise MissingData(f"{root} has no sounds ({', '.join(EXTENSIONS)}) in it or in its folders{rest}")
         groups = [group_of(file, label) for file in found]
         names = sorted(set(groups))
         numbers = all(name.isdecimal() for name in names)
+        self.class_names = None if numbers else names
         chosen = [i for i, file in enumerate(found) if files is None or re.search(files, file.name)]
         order = [chosen[i] for i in numpy_rng("folder", len(chosen)).permutation(len(chosen))[start:stop]]
-        self.files = [found[i] for i in order]
+        self.root, self.files = root, [found[i] for i in order]
         self.labels = np.array([int(groups[i]) if numbers else names.index(groups[i]) for i in order], np.int64)
         self.mel = mel
         self.kept: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.files[index].relative_to(self.root).as_posix()
+
+    def raw(self, index: int) -> bytes:
+        return read_file(self.files[index])
+
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        return np.array([size_of(self.files[int(index)]) for index in indices], np.int64)
+
+    def listing(self) -> bytes:
+        return "\n".join(map(self.name, range(len(self)))).encode("utf-8", "surrogateescape") + self.labels.tobytes()
 
     def take(self, indices: np.ndarray) -> Record:
         return {"image": np.stack([self.picture(int(i)) for i in indices]), "label": self.labels[indices]}
@@ -255,8 +269,10 @@ class HuggingFaceSounds(HuggingFace):
         caption: str | None = None,
         subset: str | None = None,
         data_files: str | list[str] | None = None,
+        start: int = 0,
+        stop: int | None = None,
     ) -> None:
-        super().__init__(path, split, audio, label, mel.bins, "L", caption, subset, data_files)
+        super().__init__(path, split, audio, label, mel.bins, "L", caption, subset, data_files, start=start, stop=stop)
         self.mel = mel
 
     def decode(self, encoded: list[tuple[str, Path | bytes | None]]) -> Record:

@@ -1,16 +1,27 @@
 """Pictures in arrays: npz archives and tiles of one large picture."""
 
 import re
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from datamodules.readers.base import Lazily, MissingData, Record, located
+from datamodules.readers.base import Lazily, ListedSource, MissingData, Record, located, whole_labels
+
+FORMATS = (
+    (b"\x93NUMPY", "a single array (.npy)", "save it as .npz, by its name: numpy.savez(file, x=array)"),
+    (b"\x1f\x8b", "compressed by gzip", "unpack it first (gunzip)"),
+    (b"\x00\x00", "an IDX file, as MNIST comes", "convert it: numpy.savez(file, x=images), uint8 of (N, H, W, C)"),
+    (b"\x80", "pickled, which is never opened", "convert it where you trust it: numpy.savez(file, x=images)"),
+)
+"""First bytes of files that are no .npz, what they are, and what to do."""
 
 
-class Arrays:
+class Arrays(ListedSource):
     """Images held in memory: the common end of every source small enough for it.
 
     With `names` of the classes each image has the caption that its class makes of `caption`, in which {} stands for
@@ -25,7 +36,8 @@ class Arrays:
         caption: str = "a photo of a {}",
     ) -> None:
         self.images = images
-        self.labels = np.full(len(images), -1, np.int64) if labels is None else labels.astype(np.int64)
+        self.labels = np.full(len(images), -1, np.int64) if labels is None else whole_labels(labels, "the array")
+        self.class_names = names
         self.captions: Sequence[str] | None = None
         if names is not None:
             for label in np.unique(self.labels):
@@ -36,6 +48,18 @@ class Arrays:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def raw(self, index: int) -> bytes:
+        return self.images[index].tobytes()
+
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        return np.full(len(indices), self.images[:1].nbytes)
+
+    def listing(self) -> bytes:
+        return self.labels.tobytes()
 
     def phrase(self, index: int) -> str:
         return self.phrases[self.labels[index]]
@@ -69,17 +93,54 @@ class Npz(Arrays):
         get: str | None = None,
     ) -> None:
         file = located(path, get)
+        check_npz(file)
         with np.load(file, allow_pickle=False) as archive:
             for key in filter(None, (images, labels)):
                 if key not in archive:
                     raise ValueError(f"{file} has no array {key!r}; it has: {', '.join(archive.files)}")
-            pixels = archive[images]
+            pixels = read_array(archive, images, file)
             if pixels.dtype != np.uint8 or pixels.ndim != 4:
                 raise ValueError(
                     f"{file}: array {images!r} is {pixels.dtype} of shape {pixels.shape}; "
                     "images are uint8 of (N, H, W, C)"
                 )
-            super().__init__(pixels, archive[labels] if labels else None, names, caption)
+            classes = whole_labels(read_array(archive, labels, file), f"{file}, array {labels!r}") if labels else None
+            if classes is not None and classes.shape != (len(pixels),):
+                raise ValueError(
+                    f"{file}: array {labels!r} has the shape {classes.shape}; of {len(pixels)} images it is "
+                    f"({len(pixels)},)"
+                )
+            super().__init__(pixels, classes, names, caption)
+
+
+def check_npz(file: Path) -> None:
+    """Raise ValueError, naming the format, for a file that is no .npz archive."""
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder where an .npz archive is needed; of pictures in a folder: image_folder")
+    if zipfile.is_zipfile(file):
+        return
+    with open(file, "rb") as stream:
+        start = stream.read(8)
+    kind, advice = "no known format (or damaged)", "an .npz is what numpy.savez writes; get the file again"
+    for first, name, remedy in FORMATS:
+        if start.startswith(first):
+            kind, advice = name, remedy
+            break
+    raise ValueError(f"{file} is no .npz archive but {kind}; {advice}")
+
+
+def read_array(archive: Any, name: str, file: Path) -> np.ndarray:
+    """Return an array of an open .npz. Raises ValueError, naming both, where it cannot be read."""
+    try:
+        array: np.ndarray = archive[name]
+        return array
+    except ValueError as error:  # an array of objects
+        raise ValueError(
+            f"{file}: array {name!r} cannot be read: it is damaged, or holds pickled objects, which are never opened; "
+            "save it as an array of numbers: images as uint8 of (N, H, W, C)"
+        ) from error
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{file}: array {name!r} is damaged ({error}); get the file again") from error
 
 
 class Tiles(Arrays):

@@ -6,7 +6,7 @@ A data set is one YAML file that names one of these as `_target_`; see conf/data
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +41,31 @@ class Source(Protocol):
     def take(self, indices: np.ndarray) -> Record:
         """Some samples, in this order. Raises BadSample where one of them cannot be used."""
         ...
+
+
+class ListedSource:
+    """What the readers of this project tell of their samples without decoding any: for fingerprints and for the log."""
+
+    class_names: Sequence[str] | None = None
+    """the name of each label from 0 on, where classes have names"""
+    passed_over: Mapping[str, int] = {}
+    """{ending: number of files that were found among the samples and have an ending that is not read}"""
+
+    def name(self, index: int) -> str:
+        """Return the name of a sample, as messages have it."""
+        raise NotImplementedError
+
+    def raw(self, index: int) -> bytes:
+        """Return the content of a sample as it is stored. Raises BadSample where it cannot be read."""
+        raise NotImplementedError
+
+    def sizes(self, indices: np.ndarray) -> np.ndarray | None:
+        """Return the bytes of `raw` of some samples; None where that is not known before they are read."""
+        return None
+
+    def listing(self) -> bytes:
+        """Return what is known of all samples without reading them (names, labels, sizes), wherever they lie."""
+        return b""
 
 
 def data_root() -> Path:
@@ -107,6 +132,17 @@ def decoded(
             kind = "" if isinstance(error, BadSample) else f"{type(error).__name__}: "
             raise BadSample(f"{name} cannot be used: {kind}{error}") from error
     return merged(records)
+
+
+def whole_labels(labels: Any, name: str) -> np.ndarray:
+    """Return labels as int64. Raises ValueError, with the name of their array, unless they are whole numbers."""
+    array = np.asarray(labels)
+    if array.size and array.dtype.kind not in "iub":
+        raise ValueError(
+            f"{name}: the labels are {array.dtype}, such as {array.flat[0]}; labels are whole numbers from 0 on, and "
+            "null where there are none"
+        )
+    return array.astype(np.int64)
 
 
 def merged(records: Sequence[Record]) -> Record:

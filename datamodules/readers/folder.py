@@ -6,15 +6,18 @@ import json
 import operator
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
-from datamodules.readers.base import BadSample, Lazily, MissingData, Record, decoded, located
+from datamodules.readers.base import BadSample, Lazily, ListedSource, MissingData, Record, decoded, located
 from datamodules.seeding import numpy_rng
 
+LISTED_ENDINGS = 5
+"""endings that are not read, in a message"""
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -36,7 +39,7 @@ class Packed(Sequence[bytes]):
         return self.content[self.ends[place] : self.ends[place + 1]]
 
 
-class Folder:
+class Folder(ListedSource):
     """Every picture below a folder, decoded when asked for, centre-cropped and resized to `size`.
 
     They are shuffled once, as a function of their number alone, so that [start, stop) holds of every subfolder its
@@ -67,13 +70,22 @@ class Folder:
         self.root = located(path, get)
         if not self.root.is_dir():
             raise MissingData(f"{self.root} is not a folder: `path` names the folder that holds the pictures")
-        names = sorted(pictures_below(self.root), key=lambda name: name.split("/"))
+        every = list(files_below(self.root))
+        names = sorted((name for name in every if is_picture(name)), key=lambda name: name.split("/"))
+        wanted = ".txt" if captions == "txt" else PurePath(captions or "").suffix.lower()
+        self.passed_over = endings_of(name for name in every if not is_picture(name))
+        self.passed_over.pop(wanted, None)
+        if not names:
+            rest = f"; it has other files: {counted_endings(self.passed_over)}" if self.passed_over else ""
+            raise MissingData(f"{self.root} has no pictures ({', '.join(EXTENSIONS)}) in it or in its folders{rest}")
         parents = [name.rpartition("/")[0] for name in names]
         numbers = class_numbers(set(parents), None if classes is None else located(classes, get))
+        self.class_names = [name or "(no folder)" for name in sorted(numbers, key=lambda name: numbers[name])]
         order = numpy_rng("folder", len(names)).permutation(len(names))[start:stop]
         self.names = Packed(os.fsencode(names[i]) for i in order)
         self.labels = np.array([numbers[parents[i]] for i in order], np.int64)
         self.size, self.mode, self.box = size, mode, box
+        self.table = None if captions in (None, "txt") else self.root / captions
         self.captions: Sequence[str] | None = None
         if captions is not None:
             self.captions = captions_of(self.root, self, captions, file_column, caption_column)
@@ -84,6 +96,19 @@ class Folder:
     def file(self, index: int) -> Path:
         """One of the pictures."""
         return self.root / os.fsdecode(self.names[index])
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self.names[index])
+
+    def raw(self, index: int) -> bytes:
+        return read_file(self.file(index))
+
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        return np.array([size_of(self.file(int(index))) for index in indices], np.int64)
+
+    def listing(self) -> bytes:
+        table = b"" if self.table is None else self.table.read_bytes()
+        return b"".join((self.names.ends.tobytes(), self.names.content, self.labels.tobytes(), table))
 
     def take(self, indices: np.ndarray) -> Record:
         files = [self.file(int(index)) for index in indices]
@@ -100,8 +125,13 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def pictures_below(root: Path) -> Iterator[str]:
-    """Yield the pictures below a folder, by their paths in it.
+def is_picture(name: str) -> bool:
+    """Tell whether a file has the ending of a picture."""
+    return name.lower().endswith(EXTENSIONS)
+
+
+def files_below(root: Path) -> Iterator[str]:
+    """Yield the files below a folder, by their paths in it.
 
     Links to folders are followed, but not to a folder that the link lies in. Hidden files and folders are left out.
     """
@@ -114,7 +144,33 @@ def pictures_below(root: Path) -> Iterator[str]:
         ]
         inside = PurePath(folder).relative_to(root).as_posix()
         prefix = "" if inside == "." else f"{inside}/"
-        yield from (prefix + name for name in files if name.lower().endswith(EXTENSIONS) and not is_hidden(name))
+        yield from (prefix + name for name in files if not is_hidden(name))
+
+
+def endings_of(names: Iterable[str]) -> Counter[str]:
+    """Return how many of some files have each ending, in lower case, such as ".heic"."""
+    return Counter(PurePath(name).suffix.lower() or "no ending" for name in names)
+
+
+def counted_endings(endings: Mapping[str, int]) -> str:
+    """Return the most frequent of some endings with their numbers, as text: ".heic (12), .gif (3)"."""
+    return ", ".join(f"{ending} ({count})" for ending, count in Counter(endings).most_common(LISTED_ENDINGS))
+
+
+def read_file(file: Path) -> bytes:
+    """Return the content of a sample's file. Raises BadSample where it cannot be read."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise BadSample(f"{file} cannot be read: {error.strerror}") from error
+
+
+def size_of(file: Path) -> int:
+    """Return the bytes of a file, 0 where it is not there (a link to nothing)."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def class_numbers(parents: set[str], classes: Path | None) -> dict[str, int]:

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.readers.base import BadSample, Lazily, MissingData, Record, content_of, decoded
+from datamodules.readers.base import BadSample, Lazily, ListedSource, MissingData, Record, content_of, decoded
+from datamodules.readers.folder import read_file
+from datamodules.seeding import numpy_rng
 
 
 def hub_table(
@@ -42,11 +44,13 @@ def hub_table(
     return table.select_columns(list(dict.fromkeys(columns)))
 
 
-class HuggingFace:
+class HuggingFace(ListedSource):
     """A split of a data set on the Hugging Face hub (or of a local copy), decoded when asked for.
 
     `path`, `subset`, `data_files` and `revision` are those of hub_table. The image column holds images (or encoded ones
-    as binary). Raises what hub_table does, and ValueError for a column of the wrong type.
+    as binary), that of labels whole numbers. Of the rows, drawn as a function of their number alone, those of
+    [start, stop) are used, in their order; without the two all are. Raises what hub_table does, ValueError for a column
+    of the wrong type, and, when it is taken, BadSample for a row without a label or caption.
     """
 
     def __init__(
@@ -61,11 +65,24 @@ class HuggingFace:
         subset: str | None = None,
         data_files: str | list[str] | None = None,
         revision: str | None = None,
+        start: int = 0,
+        stop: int | None = None,
     ) -> None:
         wanted = [column for column in (image, label, caption) if column is not None]
         table = hub_table(path, split, wanted, subset, data_files, revision)
         if caption is not None and getattr(table.features[caption], "dtype", "") not in ("string", "large_string"):
             raise ValueError(f"{path}: column {caption!r} has {table.features[caption]} where a caption is text")
+        if label is not None:
+            kind = str(getattr(table.features[label], "dtype", table.features[label]))
+            if not kind.startswith(("int", "uint", "bool")):
+                raise ValueError(
+                    f"{path}: column {label!r} has {kind} where labels are whole numbers; choose another column, or "
+                    "null for none"
+                )
+            self.class_names = getattr(table.features[label], "names", None)
+        if start or stop is not None:
+            total = len(table)
+            table = table.select(np.sort(numpy_rng("hub", total).permutation(total)[start:stop]))
         feature = table.features[image]
         if hasattr(feature, "decode"):  # decoded here, so that a damaged one can be told
             table = table.cast_column(image, type(feature)(decode=False))
@@ -81,6 +98,9 @@ class HuggingFace:
     def name(self, index: int) -> str:
         return f"{self.path} ({self.split}), row {index}"
 
+    def raw(self, index: int) -> bytes:
+        return stored_bytes(self.table[index][self.image])
+
     def text(self, index: int) -> str:
         assert self.texts is not None
         return said(self.texts[index][self.caption], self.name(index))
@@ -95,11 +115,25 @@ class HuggingFace:
     def take(self, indices: np.ndarray) -> Record:
         rows = self.table[[int(index) for index in indices]]
         record = self.decode(self.encoded(rows, indices))
-        record["label"] = np.array(rows[self.label], np.int64) if self.label else np.full(len(indices), -1, np.int64)
+        names = [self.name(int(index)) for index in indices]
+        labels = [check_label(*pair) for pair in zip(rows[self.label], names, strict=True)] if self.label else -1
+        record["label"] = np.full(len(indices), labels, np.int64)
         if self.caption is None:
             return record
-        names = [self.name(int(index)) for index in indices]
         return record | {"caption": [said(*pair) for pair in zip(rows[self.caption], names, strict=True)]}
+
+
+def check_label(label: Any, name: str) -> int:
+    """Return the label of a row. Raises BadSample where it has none."""
+    if label is None:
+        raise BadSample(f"{name}: the label is missing (null)")
+    return int(label)
+
+
+def stored_bytes(cell: Any) -> bytes:
+    """Return the encoded content in a cell of a table, empty where it has none; BadSample where its file is not."""
+    content = content_of(cell)
+    return read_file(content) if isinstance(content, Path) else content or b""
 
 
 def said(text: Any, name: str) -> str:

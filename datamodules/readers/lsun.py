@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.readers.base import MissingData, Record, decoded, located
+from datamodules.readers.base import ListedSource, MissingData, Record, decoded, located
 from datamodules.readers.folder import Packed
 from datamodules.seeding import numpy_rng
 
 
-class Lmdb:
+class Lmdb(ListedSource):
     """The values of an LMDB, decoded when asked for, centre-cropped and resized to `size`; there are no labels.
 
     `path` is the folder that holds data.mdb; a relative one is looked up in $SECATEUR_DATA, too. [start, stop) is a
@@ -43,10 +43,22 @@ class Lmdb:
     def __len__(self) -> int:
         return len(self.places)
 
-    def take(self, indices: np.ndarray) -> Record:
-        keys = [self.keys[int(self.places[index])] for index in indices]
+    def name(self, index: int) -> str:
+        return f"{self.path}, key {self.key(index).decode(errors='replace')}"
+
+    def key(self, index: int) -> bytes:
+        return bytes(self.keys[int(self.places[index])])
+
+    def raw(self, index: int) -> bytes:
         with opened(self.path) as environment, environment.begin() as transaction:
-            pictures = [(f"{self.path}, key {key.decode(errors='replace')}", transaction.get(key)) for key in keys]
+            return bytes(transaction.get(self.key(index)))
+
+    def listing(self) -> bytes:
+        return self.keys.content + self.places.tobytes()
+
+    def take(self, indices: np.ndarray) -> Record:
+        with opened(self.path) as environment, environment.begin() as transaction:
+            pictures = [(self.name(int(i)), transaction.get(self.key(int(i)))) for i in indices]
         return decoded(pictures, self.size, self.mode) | {"label": np.full(len(indices), -1, np.int64)}
 
 

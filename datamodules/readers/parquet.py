@@ -6,12 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.readers.base import BadSample, Lazily, MissingData, Record, content_of, data_root, decoded
-from datamodules.readers.hub import said
+from datamodules.readers.base import (
+    BadSample,
+    Lazily,
+    ListedSource,
+    MissingData,
+    Record,
+    content_of,
+    data_root,
+    decoded,
+)
+from datamodules.readers.hub import check_label, said, stored_bytes
 from datamodules.seeding import numpy_rng
 
 
-class Parquet:
+class Parquet(ListedSource):
     """The rows of Parquet files with a column of encoded pictures: binary, or a struct with "bytes".
 
     `path` is a file, a folder or a pattern (`/data/train-*.parquet`); a relative one is looked up in $SECATEUR_DATA,
@@ -81,12 +90,27 @@ class Parquet:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"held": (-1, None)}
 
-    def row(self, index: int) -> tuple[str, dict[str, Any]]:
-        """The name and the cells of a sample."""
+    def name(self, index: int) -> str:
+        file, row = self.locate(index)[:2]
+        return f"{file}, row {row}"
+
+    def raw(self, index: int) -> bytes:
+        return stored_bytes(self.row(index)[1][self.image])
+
+    def listing(self) -> bytes:
+        return self.starts.tobytes() + self.rows.tobytes()
+
+    def locate(self, index: int) -> tuple[Path, int, int, int]:
+        """Return of a sample: its file, its row there, its row group, its row in that."""
         row = int(self.rows[index])
         group = int(np.searchsorted(self.starts, row, side="right")) - 1
-        file, offset = self.files[self.groups[group, 0]], row - int(self.starts[group])
-        name = f"{file}, row {row - int(self.starts[np.searchsorted(self.groups[:, 0], self.groups[group, 0])])}"
+        number = self.groups[group, 0]
+        first = int(self.starts[np.searchsorted(self.groups[:, 0], number)])
+        return self.files[number], row - first, group, row - int(self.starts[group])
+
+    def row(self, index: int) -> tuple[str, dict[str, Any]]:
+        """The name and the cells of a sample."""
+        name, (_, _, group, offset) = self.name(index), self.locate(index)
         try:
             table = self.group(group)
             return name, {column: table[column][offset].as_py() for column in self.columns}
@@ -112,8 +136,8 @@ class Parquet:
         for place in order:
             rows[place] = self.row(int(indices[place]))
         record = decoded([(name, content_of(cells[self.image])) for name, cells in rows], self.size, self.mode)
-        labels = [-1 if self.label is None else cells[self.label] for _, cells in rows]
-        record["label"] = np.array([-1 if label is None else label for label in labels], np.int64)
+        labels = [check_label(cells[self.label], name) for name, cells in rows] if self.label else -1
+        record["label"] = np.full(len(rows), labels, np.int64)
         return record if self.caption is None else record | {"caption": [said(c[self.caption], n) for n, c in rows]}
 
 

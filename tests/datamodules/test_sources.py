@@ -67,7 +67,7 @@ class Bomb:
 
 def test_a_pickled_npz_is_refused_unopened(tmp_path):
     np.savez(tmp_path / "set.npz", x=np.array([Bomb(tmp_path / "trace")], object))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    with pytest.raises(ValueError, match=r"set\.npz: array 'x' cannot be read: .*pickled objects, .*never opened"):
         Npz(str(tmp_path / "set.npz"), "x")
     assert not (tmp_path / "trace").exists()
 
@@ -78,6 +78,35 @@ def test_an_array_that_is_not_of_uint8_images_is_refused_and_named(tmp_path, wro
     np.savez(tmp_path / "set.npz", x=wrong)
     with pytest.raises(ValueError, match=r"set\.npz.*'x'.*uint8"):
         Npz(str(tmp_path / "set.npz"), "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\0\0\x08\x03" + b"\0" * 99, "an IDX file, as MNIST comes; convert it"),
+        (b"\x93NUMPY\x01\0", r"a single array \(\.npy\); save it as \.npz"),
+        (b"\x1f\x8b\x08\0", r"compressed by gzip; unpack it first"),
+        (b"\x80\x04\x95", "pickled, which is never opened"),
+        (b"", r"no known format \(or damaged\)"),
+    ],
+)
+def test_a_file_that_is_no_npz_is_named_by_its_format(tmp_path, content, kind):
+    (tmp_path / "set").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"set is no \.npz archive but {kind}"):
+        Npz(str(tmp_path / "set"), "x")
+
+
+@pytest.mark.parametrize("labels", [np.array([0.0, 1.7]), np.array(["cat", "dog"])])
+def test_labels_that_are_not_whole_numbers_are_refused(tmp_path, labels):
+    np.savez(tmp_path / "set.npz", x=pictures(2), y=labels)
+    with pytest.raises(ValueError, match=r"set\.npz, array 'y': the labels are .*whole numbers from 0 on"):
+        Npz(str(tmp_path / "set.npz"), "x", "y")
+
+
+def test_labels_of_another_number_than_images_are_refused(archive, tmp_path):
+    np.savez(tmp_path / "other.npz", x=pictures(5), y=np.arange(4))
+    with pytest.raises(ValueError, match=r"array 'y' has the shape \(4,\); of 5 images it is \(5,\)"):
+        Npz(str(tmp_path / "other.npz"), "x", "y")
 
 
 # Tiles
@@ -302,10 +331,19 @@ def test_a_folder_that_is_not_there_or_has_no_pictures_is_named(tmp_path):
         Folder(str(tmp_path / "no such folder"), 8, get="ask for it")
     with pytest.raises(MissingData, match=r"test_sources\.py is not a folder"):
         Folder(__file__, 8)
-    data = image_folder(str(tmp_path), size=8, holdout_images=1, batch_size=2)
-    with pytest.raises(ValueError, match=r"data\.train is empty") as caught:
+    for name in ("a.heic", "b.HEIC", "c.gif", ".d.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(MissingData) as caught:
+        Folder(str(tmp_path), 8)
+    assert f"{tmp_path} has no pictures (.png, .jpg" in str(caught.value)
+    assert str(caught.value).endswith("it has other files: .heic (2), .gif (1)")
+
+
+def test_a_split_without_samples_names_its_folder(tmp_path):
+    write_picture(tmp_path / "a.png")
+    data = image_folder(str(tmp_path), size=4, holdout_images=1, batch_size=2)
+    with pytest.raises(ValueError, match=rf"data\.train is empty: Folder of {tmp_path} has no samples"):
         data.train_dataloader()
-    assert str(tmp_path) in str(caught.value)
 
 
 # Hugging Face
@@ -345,6 +383,40 @@ def test_a_folder_of_pictures_is_read_as_a_hub_data_set_with_labels(hub_cache):
         Image.new("RGB", (12, 8), (place, 0, 0)).save(hub_cache / "set" / "train" / kind / "0.png")
     found = HuggingFace(str(hub_cache / "set"), "train", "image", "label", 8).take(np.array([1, 0]))
     assert [constant(image)[0] for image in found["image"]] == [1, 0] == found["label"].tolist()
+
+
+@pytest.fixture
+def sorted_set(hub_cache: Path) -> str:
+    """A data set sorted by its label, with a column of scores, in which the last row has no label."""
+    (hub_cache / "sorted").mkdir()
+    rows = {"image": [Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(20)]}
+    rows |= {"label": [*(n // 10 for n in range(19)), None], "score": [n / 7 for n in range(20)]}
+    features = Features({"image": ImageColumn(), "label": Value("int64"), "score": Value("float32")})
+    Dataset.from_dict(rows, features=features).to_parquet(hub_cache / "sorted" / "train.parquet")
+    return str(hub_cache / "sorted")
+
+
+def test_held_out_rows_of_a_hub_data_set_come_from_everywhere(configure, sorted_set):
+    given = [f"data.train.path={sorted_set}", "data.train.size=8", "data.train.start=8"]
+    data = build(configure("data=hf_images", *given).data)
+    seen = {}
+    for split, count in (("holdout", 8), ("train", 12)):
+        record = data.source(split).take(np.arange(count))
+        seen[split] = [constant(image)[0] for image in record["image"]]
+        assert len(data.source(split)) == count and {number // 10 for number in seen[split]} == {0, 1}
+    assert sorted(seen["train"] + seen["holdout"]) == list(range(20))
+
+
+def test_a_row_without_a_label_is_a_bad_sample(sorted_set):
+    source = HuggingFace(sorted_set, "train", "image", "label", 8)
+    assert source.take(np.array([18]))["label"].tolist() == [1]
+    with pytest.raises(BadSample, match=r"\(train\), row 19: the label is missing \(null\)"):
+        source.take(np.array([19]))
+
+
+def test_a_column_of_labels_that_are_not_whole_numbers_is_refused(sorted_set):
+    with pytest.raises(ValueError, match="column 'score' has float32 where labels are whole numbers"):
+        HuggingFace(sorted_set, "train", "image", "score", 8)
 
 
 def test_files_are_read_by_a_builder(parquet):
