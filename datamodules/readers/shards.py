@@ -8,43 +8,40 @@ samples is a function of (seed, epoch), a run is resumed at the exact sample, an
 import contextlib
 import functools
 import glob
-import hashlib
 import io
 import json
 import os
 import re
 import shutil
 import tarfile
-import tempfile
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
-from datamodules.readers.base import BadSample, Lazily, MissingData, Record, data_root, decoded
+from datamodules.readers.base import BadSample, Lazily, ListedSource, MissingData, Record, data_root, decoded
 from datamodules.readers.folder import EXTENSIONS
+from datamodules.readers.shard_index import MISSING, TWICE, UNPACK, digest, indexed, made, split, split_at_suffix
 from datamodules.seeding import numpy_rng
 
-INDEX_VERSION = 1
-"""Goes up when the same shard would be indexed another way."""
-MISSING, TWICE = 0, 2**32 - 1
-"""Instead of a member's offset: the sample has none. Instead of its size: it has more than one."""
 IMAGE, TEXT, JSON = 0, 1, 2
 """Columns of an index: the members of a sample."""
 OPEN_FILES = 64
 """Shards that a process holds open; data sets have thousands, systems often allow a thousand."""
 CURL_HTTP_ERROR = 22
 """How curl, which webdataset calls, ends where a server says that it does not have (or give) a file."""
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+"""Endings of compressed shards, which are refused."""
 URL = re.compile(r"pipe:|[a-z0-9]+://")
 
 
-class Shards:
+class Shards(ListedSource):
     """Samples of tar files, decoded when asked for, centre-cropped and resized to `size`.
 
     `path` is a folder, a pattern with * or with braces as in {00000..00021}.tar, a URL, also with braces, or a list of
@@ -56,6 +53,9 @@ class Shards:
     field of the json member (json.caption), or null. "original_size" is original_height and original_width of the json
     where they are there, as img2dataset writes them, else the picture's own. Samples are shuffled once, as a function
     of their number alone, and [start, stop) of them are used.
+
+    A member's name is cut at its first dot into key and suffix, as webdataset does; a key with dots in it
+    (shot_1.0.jpg) is recognised where nothing else has the shorter key. Members of other suffixes are passed over.
 
     A sample that lacks picture or caption, has a member twice or cannot be read raises BadSample from `take`. Of a
     shard that ends early the whole samples are used, with a warning. A shard that does not exist is warned of; where
@@ -78,14 +78,16 @@ class Shards:
         if caption is not None and caption.startswith("json."):
             self.column, self.field, caption = JSON, caption.removeprefix("json."), "json"
         suffixes = images or [extension[1:] for extension in EXTENSIONS]
+        self.suffixes = {*suffixes, caption or "txt", "json"}
         self.files = present([path] if isinstance(path, str) else path, max_missing)
         bar = tqdm(self.files, desc="index of shards", leave=False, disable=None)
         tables = [indexed(file, suffixes, caption or "txt") for file in bar]
-        counts = [len(offsets) for offsets, _ in tables]
+        counts = [len(table.offsets) for table in tables]
+        self.passed_over = sum((Counter(table.passed_over) for table in tables), Counter())
         order = numpy_rng("shards", sum(counts)).permutation(sum(counts))[start:stop]
         self.shard = np.repeat(np.arange(len(tables), dtype=np.int32), counts)[order]
-        self.offset = np.concatenate([offsets for offsets, _ in tables])[order]
-        self.bytes = np.concatenate([sizes for _, sizes in tables])[order]
+        self.offset = np.concatenate([table.offsets for table in tables])[order]
+        self.bytes = np.concatenate([table.sizes for table in tables])[order]
         self.opened: dict[int, io.FileIO] = {}
         self.captions: Sequence[str] | None = None
         if caption is not None:
@@ -124,6 +126,15 @@ class Shards:
         except UnicodeDecodeError as error:
             raise BadSample(f"{self.name(index)}: the caption is not UTF-8 ({error})") from error
 
+    def raw(self, index: int) -> bytes:
+        return self.member(index, IMAGE)
+
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        return self.bytes[indices, IMAGE].astype(np.int64)
+
+    def listing(self) -> bytes:
+        return self.shard.tobytes() + self.offset.tobytes() + self.bytes.tobytes()
+
     def meta(self, index: int) -> dict[str, Any]:
         """The json of a sample."""
         content = self.member(index, JSON)
@@ -158,10 +169,15 @@ class Shards:
         """Shard and key of a sample, from the header before one of its members (a long key is cut there)."""
         header = self.read(index, 512, int(self.offset[index].max()) - 512)
         try:
-            key, _ = split(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)
+            key = self.key(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)
         except tarfile.HeaderError:
             key = f"sample {index}"
         return f"{self.files[self.shard[index]]}: {key}"
+
+    def key(self, member: str) -> str:
+        """Return the key of a member, whose name is cut at its first dot unless no suffix that is read follows it."""
+        key, suffix = split(member)
+        return key if suffix in self.suffixes else (split_at_suffix(member, self.suffixes) or (key, suffix))[0]
 
 
 # Which shards there are
@@ -172,6 +188,9 @@ def present(patterns: list[str], max_missing: float) -> list[Path]:
     if not 0 <= max_missing < 1:
         raise ValueError(f"data.max_missing={max_missing} is out of range; choose a fraction, 0 <= max_missing < 1")
     names = [name for pattern in patterns for name in expanded(pattern)]
+    for name in names:
+        if name.lower().endswith(COMPRESSED) and not name.startswith("pipe:"):
+            raise ValueError(f"data.path: {name} is compressed, so samples in it cannot be read by number; {UNPACK}")
     files: list[Path] = []
     missing: list[str] = []
     for name in names:
@@ -184,7 +203,11 @@ def present(patterns: list[str], max_missing: float) -> list[Path]:
             break
     asked, absent = ", ".join(patterns), f"{', '.join(missing[:5])}{', ...' * (len(missing) > 5)}"
     if not names:
-        raise MissingData(f"data.path={asked}: no .tar file is there; name a folder, a pattern or a URL of shards")
+        packed = sum(1 for pattern in patterns if Path(pattern).is_dir() for _ in compressed_below(Path(pattern)))
+        rest = f" ({packed} compressed ones are: {UNPACK})" if packed else ""
+        raise MissingData(
+            f"data.path={asked}: no .tar file is there{rest}; name a folder, a pattern or a URL of shards"
+        )
     if len(missing) > max_missing * len(names):
         there = sorted(file.name for file in Path(missing[0]).parent.glob("*.tar"))
         beside = "" if URL.match(missing[0]) else f"; beside it there are: {', '.join(there[:5]) or 'no shards'}"
@@ -195,6 +218,11 @@ def present(patterns: list[str], max_missing: float) -> list[Path]:
     if missing:
         warnings.warn(f"data.path={asked}: {len(missing)} of {len(names)} shards are missing: {absent}", stacklevel=2)
     return files
+
+
+def compressed_below(folder: Path) -> Iterator[Path]:
+    """Yield the compressed tar files below a folder."""
+    yield from (file for file in folder.rglob("*") if file.name.lower().endswith(COMPRESSED))
 
 
 def expanded(pattern: str) -> list[str]:
@@ -265,80 +293,3 @@ def check_reachable(url: str) -> None:
         pass  # somebody answers
     except OSError as error:
         raise MissingData(f"{url} cannot be reached ({error}); fetch the shards where there is a network") from error
-
-
-# What is in a shard
-
-
-def indexed(shard: Path, images: list[str], text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets int64 (N,3) and sizes uint32 (N,3) of the members of a shard's samples, from its index.
-
-    Indices are in $SECATEUR_DATA/index, one a shard, and made where there is none for this file, size and time.
-    """
-    stat = shard.stat()
-    key = [INDEX_VERSION, str(shard.resolve()), stat.st_size, stat.st_mtime_ns, images, text]
-    place = data_root() / "index" / f"{digest(json.dumps(key))[:32]}.npz"
-    made(place, functools.partial(write_index, shard, images, text))
-    with np.load(place, allow_pickle=False) as index:
-        offsets, sizes, whole = index["offsets"], index["sizes"], bool(index["whole"])
-    if not whole:
-        warnings.warn(f"{shard} is damaged or ends early: {len(offsets)} samples were found in it", stacklevel=2)
-    return offsets, sizes
-
-
-def write_index(shard: Path, images: list[str], text: str, place: Path) -> None:
-    """Read the headers of a shard, and store where the members of each of its samples are, in order of appearance."""
-    columns = (images, [text], ["json"])
-    wanted, total = {suffix for suffixes in columns for suffix in suffixes}, shard.stat().st_size
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                key, suffix = split(member.name)
-                if key and suffix in wanted and member.isreg() and member.offset_data + member.size <= total:
-                    sample = samples.setdefault(key, {})
-                    sample[suffix] = (member.offset_data, TWICE if suffix in sample else member.size)
-            with open(shard, "rb") as file:
-                file.seek(tar.offset)
-                whole = not file.read(512).strip(b"\0")
-    except tarfile.TarError:
-        whole = False
-    rows = [[first(sample, suffixes) for suffixes in columns] for sample in samples.values()]
-    if not whole and rows and (MISSING, 0) in rows[-1][:2]:
-        rows.pop()  # the sample in which the shard ends
-    table = np.array(rows, np.int64).reshape(-1, len(columns), 2)
-    np.savez(place, offsets=table[..., 0], sizes=table[..., 1].astype(np.uint32), whole=whole)
-
-
-def first(sample: dict[str, tuple[int, int]], suffixes: list[str]) -> tuple[int, int]:
-    """Offset and size of the first of some members that a sample has."""
-    return next((sample[suffix] for suffix in suffixes if suffix in sample), (MISSING, 0))
-
-
-def split(name: str) -> tuple[str, str]:
-    """Key and suffix of a member as webdataset has them: the name is cut at the first dot after its folder."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return (f"{folder}{slash}{stem}" if stem else ""), suffix.lower()
-
-
-def digest(content: str) -> str:
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def made(place: Path, make: Callable[[Path], None]) -> None:
-    """A file that is complete or absent, and made by one process while the others wait."""
-    if place.exists():
-        return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.parent / f".{place.name}.lock"):
-        if place.exists():
-            return
-        handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.stem}.", suffix=place.suffix)
-        os.close(handle)
-        try:
-            make(Path(name))
-            os.chmod(name, 0o644)
-            os.replace(name, place)
-        finally:
-            Path(name).unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from support.shards import PER_SHARD, everything, numbers, png, sample, says, wr
 
 from conf.schema import build
 from datamodules.images import image_shards
+from datamodules.readers import shard_index
 from datamodules.readers import shards as module
 from datamodules.readers.base import BadSample, MissingData
 from datamodules.readers.shards import Shards
@@ -156,11 +157,53 @@ def test_of_a_shard_that_ends_early_the_whole_samples_are_used(laion):
         assert told == ([] if size in [member.offset for member in every] else expected)
 
 
-@pytest.mark.parametrize("content", [b"", b"no tar" * 1000, b"\x1f\x8b" + b"x" * 2000], ids=["empty", "text", "gz"])
+@pytest.mark.parametrize("content", [b"", b"no tar" * 1000], ids=["empty", "text"])
 def test_a_file_that_is_no_tar_has_no_samples_and_is_named(laion, content):
     (laion / "00001.tar").write_bytes(content)
     with pytest.warns(UserWarning, match=r"00001\.tar is damaged or ends early: 0 samples"):
         assert len(Shards(str(laion), 6)) == 2 * PER_SHARD
+
+
+@pytest.mark.parametrize("name", ["00001.tar", "00003.tar.gz", "00004.TGZ"])
+def test_a_compressed_shard_is_refused_by_name(laion, name):
+    (laion / name).write_bytes(b"\x1f\x8b" + b"x" * 2000)
+    with pytest.raises(ValueError, match=rf"{name} is compressed.*unpack it \(gunzip"):
+        Shards(str(laion / name), 6)
+
+
+def test_a_folder_of_compressed_shards_alone_says_so(tmp_path):
+    (tmp_path / "0.tar.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(MissingData, match=r"no \.tar file is there \(1 compressed ones are: unpack"):
+        Shards(str(tmp_path), 6)
+
+
+def test_members_with_dots_in_their_names_are_read(tmp_path):
+    names = [*(f"img_{n}" for n in range(3)), *(f"shot_1.{n}" for n in range(3)), "a/v1.2/x.y"]
+    contents = {
+        f"{name}.{end}": png(n) if end == "png" else b"a" for n, name in enumerate(names) for end in ("png", "txt")
+    }
+    contents |= {
+        "img_0.seg.png": b"no picture",
+        "img_0.cls": b"3",
+        "img_1.cls": b"3",
+        "._img_9.png": b"",
+        ".c/q.png": b"",
+    }
+    source = Shards(str(members(tmp_path / "dots.tar", contents)), 6)
+    record = everything(source)
+    keys = [source.name(index).rpartition(": ")[2] for index in range(len(source))]
+    assert dict(zip(keys, numbers(record), strict=True)) == {name: n for n, name in enumerate(names)}
+    assert source.passed_over == {".png": 1, ".cls": 2}
+
+
+def test_a_damaged_index_is_named_and_made_again(laion, data_folder_of_its_own, caplog):
+    before = everything(Shards(str(laion), 6))["caption"]
+    index = sorted((data_folder_of_its_own / "index").glob("*.npz"))[0]
+    for content in (b"", b"PK no zip", index.read_bytes()[:200]):
+        index.write_bytes(content)
+        assert everything(Shards(str(laion), 6))["caption"] == before
+        assert f"{index}, the index of {laion}" in caplog.text and "is made again" in caplog.text
+        caplog.clear()
 
 
 BAD = {
@@ -213,13 +256,13 @@ def test_bad_samples_are_replaced_in_training_and_counted(laion):
 
 def test_a_shard_is_indexed_once_until_it_changes(laion, monkeypatch, data_folder_of_its_own):
     indexed: list[str] = []
-    write_index = module.write_index
+    write_index = shard_index.write_index
 
     def counted(shard: Path, *rest: Any) -> None:
         indexed.append(shard.name)
         write_index(shard, *rest)
 
-    monkeypatch.setattr(module, "write_index", counted)
+    monkeypatch.setattr(shard_index, "write_index", counted)
     before = everything(Shards(str(laion), 6))
     assert indexed == ["00000.tar", "00001.tar", "00002.tar"]
     again = everything(Shards(str(laion), 6, start=0, stop=None))
@@ -232,14 +275,14 @@ def test_a_shard_is_indexed_once_until_it_changes(laion, monkeypatch, data_folde
 
 
 def test_processes_that_index_at_once_do_it_once(laion, tmp_path, monkeypatch):
-    write_index = module.write_index
+    write_index = shard_index.write_index
 
     def counted(shard: Path, *rest: Any) -> None:
         with open(tmp_path / "indexed", "a") as file:
             file.write(f"{shard.name}\n")
         write_index(shard, *rest)
 
-    monkeypatch.setattr(module, "write_index", counted)
+    monkeypatch.setattr(shard_index, "write_index", counted)
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=Shards, args=(str(laion), 6)) for _ in range(3)]
     for process in processes:
@@ -255,7 +298,7 @@ def test_an_interrupted_index_leaves_nothing_behind(laion, monkeypatch, data_fol
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.np, "savez", fail)
+        patch.setattr(shard_index.np, "savez", fail)
         with pytest.raises(OSError, match="No space left"):
             Shards(str(laion), 6)
     assert [file.name for file in (data_folder_of_its_own / "index").glob("*.npz")] == []
