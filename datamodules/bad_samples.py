@@ -85,7 +85,8 @@ class Skipped:
         if messages and self.count > self.fraction * max(self.seen, self.least):
             raise TooManyBadSamples(
                 f"{self.what}: {self.count} of {self.seen} samples cannot be used, more than "
-                f"data.max_bad_fraction={self.fraction} allows (of at least {self.least}); mend the data or raise it. "
+                f"data.max_bad_fraction={self.fraction} allows (of at least {self.least}). Repair the data, or raise "
+                "the limit (+data.max_bad_fraction=... where the data set's file has no such field). "
                 f"The first:\n{listed(self.first)}"
             )
 

@@ -18,9 +18,10 @@ import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from PIL import Image
+from support.config import composed
 from support.images import pictures
 
-from conf.schema import build
+from conf.schema import ROOT, build
 from datamodules.images import Images
 from datamodules.readers.base import BadSample, MissingData
 from datamodules.readers.folder import Folder
@@ -291,7 +292,21 @@ def test_a_data_set_of_the_hub_is_described_and_is_looked_for_there(configure, c
     asked = []
     monkeypatch.setattr("datasets.load_dataset", lambda path, *_, split, **__: asked.append((path, split)) or 1 / 0)
     cfg = configure(f"data={choice}")
-    for split in ("train", "holdout"):
+    made = ("train", "holdout")
+    for split in made:
         with pytest.raises(MissingData, match=cfg.data.train.path):
             build(cfg.data).source(split)
-    assert [path for path, _ in asked] == [cfg.data.train.path] * 2 and asked[0] != asked[1]
+    assert [path for path, _ in asked] == [cfg.data.train.path] * 2
+    shares = [(cfg.data[split].split, cfg.data[split].get("start"), cfg.data[split].get("stop")) for split in made]
+    assert shares[0] != shares[1]
+
+
+PICTURES = [
+    path.stem for path in (ROOT / "conf" / "data").glob("*.yaml") if "datamodules.texts" not in path.read_text()
+]
+
+
+@pytest.mark.parametrize("choice", sorted(PICTURES))
+def test_the_limit_of_bad_samples_can_be_set_without_a_plus(choice):
+    given = [] if choice in ("bookcorpus", "stories") else ["data.max_bad_fraction=0.5"]
+    assert composed(f"data={choice}", *given).data.get("max_bad_fraction", 0.5) == 0.5

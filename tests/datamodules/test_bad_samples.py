@@ -219,8 +219,9 @@ def test_the_count_stops_above_a_fraction_of_what_was_seen_with_five_messages():
     with pytest.raises(TooManyBadSamples) as caught:
         skipped.add({"index": range(4), "skipped": ["the sixth"]})
     assert str(caught.value) == (
-        "data.train: 6 of 24 samples cannot be used, more than data.max_bad_fraction=0.01 allows (of at least 500); "
-        "mend the data or raise it. The first:\n" + "\n".join(f"  picture {number}" for number in range(5))
+        "data.train: 6 of 24 samples cannot be used, more than data.max_bad_fraction=0.01 allows (of at least 500). "
+        "Repair the data, or raise the limit (+data.max_bad_fraction=... where the data set's file has no such field). "
+        "The first:\n" + "\n".join(f"  picture {number}" for number in range(5))
     )
     many = Skipped("data.train", 0.01)
     for _ in range(10):
