@@ -87,11 +87,22 @@ class DataModule(pl.LightningDataModule):
             source = self.make[split]()
             if len(source) == 0:
                 raise ValueError(
-                    f"data.{split} is empty; there may be too few samples for what is held out (data.holdout_images): "
-                    f"{self.make[split]}"
+                    f"data.{split} is empty: {call_of(self.make[split])} has no samples; there may be too few for what "
+                    "is held out (data.holdout_images), or none at all"
                 )
             self.sources[split] = source
         return self.sources[split]
+
+    def fingerprint(self) -> str | None:
+        """Return a hash of the content of all splits, wherever they lie; None where the class has none."""
+        return None
+
+    def describe(self) -> list[str]:
+        """Return lines for the log: what the data hold that a user may not expect."""
+        return []
+
+    def match_classes(self, names: Mapping[str, int], count: int) -> None:
+        """Give labels the numbers that they have in a network of `count` classes: see `match_labels`."""
 
     def dataset(self, split: str) -> Samples:
         """The samples of a split as they are calibrated and evaluated on."""
@@ -206,6 +217,14 @@ class Numbered(Dataset):
     def __getitems__(self, numbers: list[int]) -> dict[str, Any]:
         batch = self.samples.__getitems__([self.positions[number] for number in numbers])
         return batch | {"number": torch.tensor(numbers), "of": torch.full((len(numbers),), len(self))}
+
+
+def call_of(make: Callable[[], Source]) -> str:
+    """Return how a source is made, as in a configuration: the class and where its data lie."""
+    if not isinstance(make, functools.partial):
+        return str(getattr(make, "__name__", type(make).__name__))
+    path = make.keywords.get("path", make.args[0] if make.args else None)
+    return f"{getattr(make.func, '__name__', make.func)}{f' of {path}' if path is not None else ''}"
 
 
 def collated(batch: Any) -> Any:

@@ -1,7 +1,8 @@
 """Images for calibration, training and evaluation, in an order that is a function of (seed, position)."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 
 from datamodules.bad_samples import Skipped, take_usable, usable
 from datamodules.base import DataModule, Samples
+from datamodules.inventory import describe, fingerprint_source, list_names, match_labels
 from datamodules.latents import StoredSplit, check_augmentation, read_manifest
-from datamodules.readers.base import Record, Source
+from datamodules.readers.base import MissingData, Record, Source
 from datamodules.readers.folder import Folder
 from datamodules.readers.shards import Shards
 from datamodules.seeding import derive, numpy_rng
@@ -20,17 +22,29 @@ from datamodules.seeding import derive, numpy_rng
 class ImageSet(Samples):
     """Batches of a source as {"image": float (N,C,H,W) in [-1,1], "label": (N,), "index": (N,)}, and what else it has.
 
-    Mirroring (`flip`) and shifting (`crop`, in pixels) are functions of (seed, position).
+    Mirroring (`flip`) and shifting (`crop`, in pixels) are functions of (seed, position). Where `labels` is given,
+    labels[k] takes the place of the label k.
     """
 
-    def __init__(self, source: Source, seed: int = 0, flip: bool = False, crop: int = 0) -> None:
+    def __init__(
+        self,
+        source: Source,
+        seed: int = 0,
+        flip: bool = False,
+        crop: int = 0,
+        labels: np.ndarray | None = None,
+    ) -> None:
         super().__init__(source, seed)
-        self.flip, self.crop = flip, crop
+        self.flip, self.crop, self.labels = flip, crop, labels
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
         # From these a VAE's posterior is drawn: a function of (seed, epoch, sample), whatever the batch or rank.
         seeds = [derive(self.seed, "posterior", position) for position in positions]
-        return super().__getitems__(positions) | {"posterior": torch.tensor(seeds)}
+        batch = super().__getitems__(positions) | {"posterior": torch.tensor(seeds)}
+        if self.labels is not None:
+            label = batch["label"]
+            batch["label"] = torch.where(label < 0, label, torch.from_numpy(self.labels)[label])
+        return batch
 
     def record(self, positions: list[int], indices: np.ndarray) -> dict[str, Any]:
         """What the source has of some samples, their images augmented."""
@@ -91,6 +105,41 @@ class Images(DataModule):
         self.taken: dict[str, Skipped] = {}
         self.latents: Path | None = None
         self.manifest: dict[str, Any] | None = None
+        self.labels: dict[str, np.ndarray | None] = {}
+        """{split: what is to take the place of each label}"""
+
+    def fingerprint(self) -> str | None:
+        """Return a hash of the content of both splits; None where they are not on this machine."""
+        try:
+            return "-".join(fingerprint_source(self.source(split)) for split in ("train", "holdout"))
+        except MissingData:
+            return None
+
+    def describe(self) -> list[str]:
+        try:
+            return describe(self.source("train"), self.source("holdout"))
+        except MissingData:  # stored latents are enough to train on
+            return []
+
+    def match_classes(self, names: Mapping[str, int], count: int) -> None:
+        with contextlib.suppress(MissingData):  # of stored latents the pictures need not be here
+            classes = {split: getattr(self.source(split), "class_names", None) for split in ("train", "holdout")}
+            labels = {split: match_labels(split, found, names, count) for split, found in classes.items()}
+            for split in classes:
+                known = getattr(self.source(split), "labels", np.empty(0))
+                if len(known) and known.max() >= count:
+                    raise ValueError(
+                        f"data.{split} has the label {known.max()}, and the teacher has {count} classes, from 0 on; "
+                        "choose the data that it was trained on"
+                    )
+            by_place = labels["train"] is None and labels["holdout"] is None
+            if by_place and classes["train"] and classes["holdout"] and classes["train"] != classes["holdout"]:
+                raise ValueError(
+                    f"data.train has the classes {list_names(classes['train'])}, data.holdout "
+                    f"{list_names(classes['holdout'])}, so that their labels differ; of folders choose "
+                    "data.holdout.classes, the folder whose classes are numbered"
+                )
+            self.labels = labels
 
     def use_latents(self, folder: str) -> None:
         """Take samples as the posteriors and text states that `python -m experiments.precompute` made of this data set.
@@ -105,8 +154,8 @@ class Images(DataModule):
     def dataset(self, split: str, seed: int = 0, flip: bool = False, crop: int = 0) -> ImageSet:
         """The samples of a split in batches: stored latents where `latents` names some, else pictures."""
         if self.manifest is None or self.latents is None:
-            return ImageSet(self.source(split), seed, flip, crop)
-        return LatentSet(StoredSplit(self.latents, split, self.manifest), seed, flip)
+            return ImageSet(self.source(split), seed, flip, crop, self.labels.get(split))
+        return LatentSet(StoredSplit(self.latents, split, self.manifest), seed, flip, labels=self.labels.get(split))
 
     def training(self, seed: int) -> ImageSet:
         return self.dataset("train", seed, self.flip, self.crop)
