@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from datamodules.readers.base import MissingData
@@ -41,6 +41,31 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not readable JSON ({error}); precompute again") from error
 
 
+def open_shard(file: Path) -> Any:
+    """Open a shard of latents or text states. Raises ValueError, saying what to do, for one that cannot be read."""
+    try:
+        return safe_open(file, "pt")
+    except Exception as error:  # safetensors raises errors of its own
+        raise ValueError(damaged_shard(file, error)) from error
+
+
+def count_captions(file: Path) -> int:
+    """Return the number of captions in a shard of text states. Raises ValueError for a file that is no such shard."""
+    shard = open_shard(file)
+    try:
+        return int(shard.get_slice("caption_ends").get_shape()[0])
+    except SafetensorError as error:
+        raise ValueError(damaged_shard(file, error)) from error
+
+
+def damaged_shard(file: Path, error: Exception) -> str:
+    """Return the message for a shard that cannot be read."""
+    return (
+        f"{file} cannot be read ({error}): delete it, and the .json of its name beside it, and run python -m "
+        "experiments.precompute with the same arguments again; if it came with a teacher, get the teacher again"
+    )
+
+
 class Rows:
     """The tensors of some safetensors shards, read by row; `counts` are the rows of each shard."""
 
@@ -56,10 +81,7 @@ class Rows:
 
     def shard(self, number: int) -> Any:
         if number not in self.opened:
-            try:
-                self.opened[number] = safe_open(self.files[number], "pt")
-            except Exception as error:
-                raise ValueError(f"{self.files[number]} cannot be read ({error}); precompute it again") from error
+            self.opened[number] = open_shard(self.files[number])
         return self.opened[number]
 
     def names(self) -> list[str]:
@@ -85,7 +107,7 @@ class TextTable(Sequence[str]):
         files = sorted(folder.glob("text-*.safetensors"))
         if not files:
             raise MissingData(f"{folder} has no text-*.safetensors: it was made without captions")
-        self.rows = Rows(files, [safe_open(file, "pt").get_slice("caption_ends").get_shape()[0] for file in files])
+        self.rows = Rows(files, [count_captions(file) for file in files])
         self.states = [name for name in self.rows.names() if not name.startswith("caption")]
 
     def __len__(self) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 class UnwritableDirectory(OSError):
     """The folder for runs cannot be made or written to."""
@@ -36,6 +38,17 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not readable JSON ({error}); delete it to have it made again") from error
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Read an array of a .npy file, mapped into memory; a damaged one is named."""
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array
+    except (ValueError, EOFError) as error:  # numpy takes what it does not know for a pickle, and advises to open it
+        raise ValueError(
+            f"{path} is damaged: it is no .npy file, or ends early; delete {path.parent} to have it made again"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from conf.schema import build
-from experiments.engine.artefacts import digest, staged
+from experiments.engine.artefacts import digest, read_array, staged
 from experiments.engine.cache import locked
 from experiments.engine.identity import RESULT_VERSION, effective
 from experiments.engine.job import Job
@@ -87,7 +87,7 @@ class Drawn:
         if is_rank_zero() and not shown.exists():
             with staged(shown) as partial:
                 link(folder / "images.npy", partial / "images.npy")
-        return np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+        return read_array(folder / "images.npy")
 
     def generate(self, name: str, network: DiffusionBackbone, folder: Path) -> None:
         """Write images.npy into `folder`, unless it is there."""

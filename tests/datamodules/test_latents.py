@@ -185,6 +185,15 @@ def test_shards_of_another_size_are_no_continuation(stored, configure):
         precompute(configure(*job, "precompute.samples_per_shard=20"))
 
 
+@pytest.mark.parametrize("name", ["train-00000", "text-00000"])
+def test_a_damaged_shard_is_named_with_its_remedy(stored, configure, name):
+    job, folder = stored
+    file = folder / f"{name}.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"{name}\.safetensors cannot be read .*delete it, .*experiments\.precompute"):
+        batches(configure(*job), 1)
+
+
 def test_text_states_of_other_captions_are_no_continuation(stored, configure, monkeypatch):
     job, folder = stored
     for name in ("manifest.json", "started.json"):
