@@ -14,6 +14,7 @@ from conf import schema
 from conf.schema import ConfigError, build
 from experiments.engine.artefacts import read_json, write_json
 from experiments.engine.clock import Clock
+from experiments.engine.data_identity import check_data_unchanged, fingerprint_data
 from experiments.engine.identity import fingerprint
 from experiments.engine.inputs import data_of, teacher_of
 from experiments.engine.job import TEACHER, Job
@@ -41,14 +42,16 @@ def run_pipeline(cfg: DictConfig) -> float | None:
     stages = make_stages(cfg)
     device = torch.device(accelerator_of(cfg.trainer.accelerator))
     teacher_id = identify_teacher(cfg) if any(stage.needs_teacher for stage in stages) else "none"
-    run = Run(cfg, teacher_id)
+    data = data_of(cfg)
+    run = Run(cfg, teacher_id, fingerprint_data(cfg, data))
     if run.finished and not cfg.force:
+        check_data_unchanged(run.folder, run.fingerprints, cfg)
         print(f"finished already: {run.folder} (force=true runs it again)\n")
         print(read_json(run / "finished.json")["summary"])
     else:
         with run.opened([path for stage in stages for path in stage.artefacts()]):
             with run.discarded_on_error():
-                job = prepare(cfg, run, stages, device, teacher_id)
+                job = prepare(cfg, run, stages, device, data, teacher_id)
             with job.dashboard:
                 meet(make_trainer(cfg.trainer, "", cfg.trainer.precision))
                 for stage in stages:
@@ -111,12 +114,24 @@ def identify_teacher(cfg: DictConfig) -> str:
     return fingerprint(files, Path(cfg.paths.cache))
 
 
-def prepare(cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.device, teacher_id: str) -> Job:
-    """Load what all stages share, and check every stage; raises ValueError for whatever would fail later."""
+def prepare(
+    cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.device, data: Any, teacher_id: str
+) -> Job:
+    """Load what all stages share, and check every stage; raises ValueError for whatever would fail later.
+
+    Args:
+        cfg: the job's configuration.
+        run: the run, whose folder is open.
+        stages: the stages of the job.
+        device: where networks run.
+        data: the data module of `cfg.data`.
+        teacher_id: fingerprint of the teacher's files.
+    """
     job: Job
     clock = Clock(cfg, device, run.measured.get("seconds"), lambda seconds: job.record(seconds=seconds))
-    data = data_of(cfg)
     data.sample_shape()  # a wrong path or column is said before any weight is read
+    for line in data.describe() if hasattr(data, "describe") and is_rank_zero() else ():
+        log.info(line)
     job = Job(cfg, run, device, clock, Dashboard(cfg, run), data, teacher_id)
     if any(stage.needs_teacher for stage in stages):
         with clock("load the teacher"):

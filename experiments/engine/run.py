@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.engine.artefacts import UnwritableDirectory, digest, make_folder, read_json, remove, write_json
+from experiments.engine.data_identity import DATA_FILE, check_data_unchanged, with_first_paths
 from experiments.engine.identity import RESULT_VERSION, effective, fingerprint, named_files, portable
 from experiments.engine.ranks import barrier, is_rank_zero
 
@@ -26,7 +27,7 @@ class ForeignFolder(ValueError):
 
 
 ENTRIES = (
-    *("config.yaml", "run.log", "measured.json", "finished.json", "report.html", "figures", "sounds"),
+    *("config.yaml", DATA_FILE, "run.log", "measured.json", "finished.json", "report.html", "figures", "sounds"),
     *("wandb", "logs"),
 )
 """What a run writes directly below its own folder, beside the artefacts of its stages."""
@@ -38,8 +39,9 @@ TEMPORARY = "?" * 8
 class Run:
     """The directory `paths.runs/name/label-id8`, a function of the configuration and of the weights it names."""
 
-    def __init__(self, cfg: DictConfig, teacher: str) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: DictConfig, teacher: str, fingerprints: dict[str, str] | None = None) -> None:
+        """Name the run; `fingerprints` are those of its data (see fingerprint_data), None where they do not matter."""
+        self.cfg, self.fingerprints = cfg, fingerprints or {}
         self.cache = Path(cfg.paths.cache)
         content = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(content, dict)
@@ -48,7 +50,8 @@ class Run:
         for data in (content["data"], content["calibration"].get("data")):
             if data and "tokenizer" in data and not data.get("hub"):  # texts are small
                 named.append([data["tokenizer"], *(data.get(name) for name in ("train", "holdout", "path"))])
-        key = {"config": effective(cfg), "teacher": teacher, "version": RESULT_VERSION}
+        config = with_first_paths(effective(cfg), self.fingerprints, self.cache)
+        key = {"config": config, "teacher": teacher, "version": RESULT_VERSION}
         if files := named_files(named):
             key["files"] = fingerprint(files, self.cache)
         self.id = digest(key)[:16]
@@ -100,6 +103,7 @@ class Run:
             self.claim([*ENTRIES, *artefacts])
             write_json(self / ".holder.json", {"pid": os.getpid(), "host": socket.gethostname()})
             self.clean()
+            self.note_data()
             config = OmegaConf.create(portable(OmegaConf.to_container(self.cfg, resolve=True)))
             text = f"# run {self.id}; ROOT is the folder of secateur\n{OmegaConf.to_yaml(config)}"
             (self / "config.yaml").write_text(text)
@@ -152,6 +156,14 @@ class Run:
         for partial in (self / "samples").glob(f".*.{TEMPORARY}"):
             remove(partial)
 
+    def note_data(self) -> None:
+        """Write the fingerprints of the run's data. Raises ChangedData where the run was begun with other data."""
+        if self.cfg.force:
+            remove(self / DATA_FILE)
+        check_data_unchanged(self.folder, self.fingerprints, self.cfg)
+        before = read_json(self / DATA_FILE) if (self / DATA_FILE).exists() else {}
+        write_json(self / DATA_FILE, before | self.fingerprints)
+
     def clear(self, paths: Sequence[str]) -> None:
         """Remove some of what runs have made; the run is not finished from then on."""
         remove(self / "finished.json")  # first: a run that is cut off here is not finished
@@ -164,7 +176,11 @@ class Run:
 
         Somebody's own files in it stay.
         """
-        made = [name for name in self.entries() if name not in ("config.yaml", "run.log")] if is_rank_zero() else [""]
+        made = (
+            [name for name in self.entries() if name not in ("config.yaml", DATA_FILE, "run.log")]
+            if is_rank_zero()
+            else [""]
+        )
         new = not any(os.path.lexists(self / name) for name in made)
         try:
             yield
