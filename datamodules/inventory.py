@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from datamodules.readers.base import BadSample, ListedSource, Source
-from datamodules.readers.folder import counted_endings
+from datamodules.readers.folder import list_endings
 
 READ = 32
 """Samples, evenly spaced, whose whole content is part of a fingerprint."""
@@ -38,11 +38,11 @@ def fingerprint_source(source: Source) -> str:
         sizes = source.sizes(spaced(len(source), SIZED))
         total.update(b"" if sizes is None else sizes.tobytes())
     for index in spaced(len(source), READ):
-        total.update(hashlib.sha256(content_of(source, int(index))).digest())
+        total.update(hashlib.sha256(read_content(source, int(index))).digest())
     return total.hexdigest()
 
 
-def content_of(source: Source, index: int) -> bytes:
+def read_content(source: Source, index: int) -> bytes:
     """Return image (encoded where the source has that) and caption of a sample; b"" where it is a bad one."""
     try:
         if isinstance(source, ListedSource):
@@ -85,7 +85,7 @@ def hash_sample(source: ListedSource, index: int) -> bytes | None:
         return None
 
 
-def describe(train: Source, holdout: Source) -> list[str]:
+def describe_data(train: Source, holdout: Source) -> list[str]:
     """Return lines for the log: the classes, files that are passed over, and held-out samples that are trained on."""
     lines = []
     if names := getattr(train, "class_names", None):
@@ -93,9 +93,7 @@ def describe(train: Source, holdout: Source) -> list[str]:
         lines.append(f"data has {len(names)} classes: {numbered}")
     if passed_over := getattr(train, "passed_over", None):
         count = sum(passed_over.values())
-        lines.append(
-            f"data: {count} files are no samples and are passed over, by ending: {counted_endings(passed_over)}"
-        )
+        lines.append(f"data: {count} files are no samples and are passed over, by ending: {list_endings(passed_over)}")
     if duplicates := find_duplicates(train, holdout):
         first = " = ".join(duplicates[0])
         lines.append(

@@ -1,4 +1,4 @@
-"""Pictures of data sets of the Hugging Face hub."""
+"""Pictures in data sets of the Hugging Face hub."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.readers.base import BadSample, Lazily, ListedSource, MissingData, Record, content_of, decoded
+from datamodules.readers.base import (
+    BadSample,
+    LazyTexts,
+    ListedSource,
+    MissingData,
+    Record,
+    decode_pictures,
+    find_content,
+)
 from datamodules.readers.folder import read_file
 from datamodules.seeding import numpy_rng
 
@@ -19,11 +27,21 @@ def hub_table(
     data_files: str | list[str] | None = None,
     revision: str | None = None,
 ) -> Any:
-    """Some columns of a split of a data set on the Hugging Face hub (or of a local copy), as a table of `datasets`.
+    """Load some columns of a split of a data set on the Hugging Face hub, as a table of the library `datasets`.
 
-    `path` is an id, a folder, or a builder such as `parquet` with `data_files`; `subset` is the configuration of a
-    data set that has several, `revision` a branch or commit of it. Needs the extra `secateur[hf]`. Raises ValueError
-    for an unknown column, listing those there are, and MissingData where neither a network nor a cached copy is there.
+    Needs the extra `secateur[hf]`.
+
+    Args:
+        path: id of a data set, the folder of a local copy, or a builder such as `parquet` with `data_files`.
+        split: name of the split, or part of one (`train[:100]`).
+        columns: names of the columns.
+        subset: configuration of a data set that has several.
+        data_files: files that a builder reads.
+        revision: branch or commit of the data set.
+
+    Raises:
+        ValueError: there is no such column or split; the message lists those there are.
+        MissingData: the data set can neither be downloaded nor read from the cache.
     """
     try:
         import datasets  # noqa: PLC0415  an optional extra
@@ -45,12 +63,21 @@ def hub_table(
 
 
 class HuggingFace(ListedSource):
-    """A split of a data set on the Hugging Face hub (or of a local copy), decoded when asked for.
+    """A split of a data set on the Hugging Face hub, or of a local copy, decoded when it is taken.
 
-    `path`, `subset`, `data_files` and `revision` are those of hub_table. The image column holds images (or encoded ones
-    as binary), that of labels whole numbers. Of the rows, drawn as a function of their number alone, those of
-    [start, stop) are used, in their order; without the two all are. Raises what hub_table does, ValueError for a column
-    of the wrong type, and, when it is taken, BadSample for a row without a label or caption.
+    Args:
+        path: see hub_table, as `split`, `subset`, `data_files` and `revision`.
+        image: column of pictures, as Image or as binary with an encoded picture in each row.
+        label: column of labels, whole numbers; None for none.
+        size: edge of the images in pixels.
+        mode: RGB, or L for grey.
+        caption: column of captions; None for none.
+        start: number of the first row that is used, of the rows in a random order that depends on their number alone.
+        stop: number after the last row that is used. The used rows stay in the order of the table.
+
+    Raises:
+        MissingData, ValueError: see hub_table; ValueError also for a column of the wrong type.
+        BadSample: (from `take`) a picture cannot be used, or a label or caption is missing.
     """
 
     def __init__(
@@ -84,13 +111,13 @@ class HuggingFace(ListedSource):
             total = len(table)
             table = table.select(np.sort(numpy_rng("hub", total).permutation(total)[start:stop]))
         feature = table.features[image]
-        if hasattr(feature, "decode"):  # decoded here, so that a damaged one can be told
+        if hasattr(feature, "decode"):  # it is decoded in `take`, where a damaged one can be named
             table = table.cast_column(image, type(feature)(decode=False))
         self.table = table
         self.path, self.split, self.image, self.label, self.caption = path, split, image, label, caption
         self.size, self.mode = size, mode
         self.texts = table.select_columns([caption]) if caption is not None else None
-        self.captions = None if caption is None else Lazily(len(table), self.text)
+        self.captions = None if caption is None else LazyTexts(len(table), self.text)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -102,15 +129,16 @@ class HuggingFace(ListedSource):
         return stored_bytes(self.table[index][self.image])
 
     def text(self, index: int) -> str:
+        """Return the caption of a row. Raises BadSample where it is missing."""
         assert self.texts is not None
-        return said(self.texts[index][self.caption], self.name(index))
+        return check_caption(self.texts[index][self.caption], self.name(index))
 
     def encoded(self, rows: dict[str, list[Any]], indices: np.ndarray) -> list[tuple[str, Path | bytes | None]]:
-        """The encoded pictures (or sounds) of some rows, each with a name to speak of it by."""
-        return [(self.name(int(i)), content_of(cell)) for i, cell in zip(indices, rows[self.image], strict=True)]
+        """Return (name, content or file) of the picture (or sound) of each of some rows."""
+        return [(self.name(int(i)), find_content(cell)) for i, cell in zip(indices, rows[self.image], strict=True)]
 
     def decode(self, encoded: list[tuple[str, Path | bytes | None]]) -> Record:
-        return decoded(encoded, self.size, self.mode)
+        return decode_pictures(encoded, self.size, self.mode)
 
     def take(self, indices: np.ndarray) -> Record:
         rows = self.table[[int(index) for index in indices]]
@@ -120,7 +148,7 @@ class HuggingFace(ListedSource):
         record["label"] = np.full(len(indices), labels, np.int64)
         if self.caption is None:
             return record
-        return record | {"caption": [said(*pair) for pair in zip(rows[self.caption], names, strict=True)]}
+        return record | {"caption": [check_caption(*pair) for pair in zip(rows[self.caption], names, strict=True)]}
 
 
 def check_label(label: Any, name: str) -> int:
@@ -132,12 +160,12 @@ def check_label(label: Any, name: str) -> int:
 
 def stored_bytes(cell: Any) -> bytes:
     """Return the encoded content in a cell of a table, empty where it has none; BadSample where its file is not."""
-    content = content_of(cell)
+    content = find_content(cell)
     return read_file(content) if isinstance(content, Path) else content or b""
 
 
-def said(text: Any, name: str) -> str:
-    """A caption. Raises BadSample where it is none."""
+def check_caption(text: Any, name: str) -> str:
+    """Return a caption. Raises BadSample where it is no text, such as null."""
     if not isinstance(text, str):
         raise BadSample(f"{name}: the caption is missing")
     return text

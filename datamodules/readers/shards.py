@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from datamodules.readers.base import BadSample, Lazily, ListedSource, MissingData, Record, data_root, decoded
+from datamodules.readers.base import BadSample, LazyTexts, ListedSource, MissingData, Record, data_root, decode_pictures
 from datamodules.readers.folder import EXTENSIONS
 from datamodules.readers.shard_index import MISSING, TWICE, UNPACK, digest, indexed, made, split, split_at_suffix
 from datamodules.seeding import numpy_rng
@@ -91,7 +91,7 @@ class Shards(ListedSource):
         self.opened: dict[int, io.FileIO] = {}
         self.captions: Sequence[str] | None = None
         if caption is not None:
-            self.captions = Lazily(len(order), self.caption)
+            self.captions = LazyTexts(len(order), self.caption)
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -102,7 +102,7 @@ class Shards(ListedSource):
 
     def take(self, indices: np.ndarray) -> Record:
         places = [int(index) for index in indices]
-        record = decoded(((self.name(i), self.member(i, IMAGE)) for i in places), self.size, self.mode)
+        record = decode_pictures(((self.name(i), self.member(i, IMAGE)) for i in places), self.size, self.mode)
         for row, place in enumerate(places):
             if self.offset[place, JSON] != MISSING:
                 meta = self.meta(place)

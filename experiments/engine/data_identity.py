@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from conf.schema import build
+from datamodules.base import DataModule
 from experiments.engine.artefacts import digest, make_folder, read_json, write_json
 
 DATA_FILE = "data.json"
@@ -22,7 +23,7 @@ class ChangedData(ValueError):
     """A run was made from other data than those that its configuration names now."""
 
 
-def fingerprint_data(cfg: DictConfig, data: Any) -> dict[str, str]:
+def fingerprint_data(cfg: DictConfig, data: DataModule) -> dict[str, str]:
     """Return {"data": hash, "calibration.data": hash} of the content of a job's data sets, where they have one.
 
     `data` is the data module of `cfg.data`. Data that are not on this machine, and texts, whose files are part of a
@@ -31,8 +32,8 @@ def fingerprint_data(cfg: DictConfig, data: Any) -> dict[str, str]:
     modules = {"data": data}
     if cfg.calibration.data is not None:
         modules["calibration.data"] = build(cfg.calibration.data)
-    found = {field: module.fingerprint() for field, module in modules.items() if hasattr(module, "fingerprint")}
-    return {field: content for field, content in found.items() if content is not None}
+    hashes = {field: module.fingerprint() for field, module in modules.items()}
+    return {field: content for field, content in hashes.items() if content is not None}
 
 
 def with_first_paths(config: dict[str, Any], fingerprints: dict[str, str], cache: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Teacher, data and calibration batches as configured, for stages and for programs that score units."""
 
 import inspect
-from typing import Any
 
 import hydra.utils
 from omegaconf import DictConfig
@@ -9,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from conf.schema import ConfigError, build
 from criteria.base import Criterion
+from datamodules.base import DataModule
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.modules.sampling import seed_batches
 
@@ -24,22 +24,25 @@ def teacher_of(cfg: DictConfig) -> NetworkBackbone:
     return build(cfg.teacher, **schedule)
 
 
-def data_of(cfg: DictConfig) -> Any:
+def data_of(cfg: DictConfig) -> DataModule:
     """Return the data module; its samples are stored latents where `latents` names some."""
-    data = build(cfg.data)
+    data: DataModule = build(cfg.data)
     if cfg.latents is not None:
-        if not hasattr(data, "use_latents"):
-            raise ConfigError(f"latents={cfg.latents}: {type(data).__name__} has no use_latents; choose latents=null")
         data.use_latents(cfg.latents)
     return data
 
 
-def calibration_data(cfg: DictConfig, data: Any) -> Any:
+def calibration_data(cfg: DictConfig, data: DataModule) -> DataModule:
     """Return the data module of calibration samples: `data`, unless the configuration names another."""
-    return data if cfg.calibration.data is None else build(cfg.calibration.data)
+    if cfg.calibration.data is None:
+        return data
+    calibration: DataModule = build(cfg.calibration.data)
+    return calibration
 
 
-def calibration_batches(cfg: DictConfig, data: Any, criterion: Criterion, network: NetworkBackbone) -> DataLoader:
+def calibration_batches(
+    cfg: DictConfig, data: DataModule, criterion: Criterion, network: NetworkBackbone
+) -> DataLoader:
     """Return the batches of calibration samples.
 
     They are spread evenly over the samples where a part of the batches has to speak for all: timesteps of diffusion
@@ -58,7 +61,7 @@ def calibration_batches(cfg: DictConfig, data: Any, criterion: Criterion, networ
 
 
 def batches_for(
-    criterion: Criterion, cfg: DictConfig, teacher: NetworkBackbone, data: Any, calibration: DataLoader | None
+    criterion: Criterion, cfg: DictConfig, teacher: NetworkBackbone, data: DataModule, calibration: DataLoader | None
 ) -> DataLoader | None:
     """Return the calibration batches, or those of seeds, with training captions where the teacher takes text."""
     if criterion.needs != "seeds":
@@ -67,7 +70,7 @@ def batches_for(
     return seed_batches(cfg.calibration.seed, criterion.seeds, cfg.calibration.batch_size, captions)
 
 
-def held_out(cfg: DictConfig, data: Any) -> DataLoader:
+def held_out(cfg: DictConfig, data: DataModule) -> DataLoader:
     """Return the held-out samples on which losses are measured."""
     count, seed, batch = (cfg.evaluation[key] for key in ("loss_samples", "seed", "batch_size"))
     return data.subset("holdout", count, seed, batch, field="evaluation.loss_samples")

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf import schema
 from conf.schema import ConfigError, build
+from datamodules.base import DataModule
 from experiments.engine.artefacts import read_json, write_json
 from experiments.engine.clock import Clock
 from experiments.engine.data_identity import check_data_unchanged, fingerprint_data
@@ -115,7 +116,7 @@ def identify_teacher(cfg: DictConfig) -> str:
 
 
 def prepare(
-    cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.device, data: Any, teacher_id: str
+    cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.device, data: DataModule, teacher_id: str
 ) -> Job:
     """Load what all stages share, and check every stage; raises ValueError for whatever would fail later.
 
@@ -130,7 +131,7 @@ def prepare(
     job: Job
     clock = Clock(cfg, device, run.measured.get("seconds"), lambda seconds: job.record(seconds=seconds))
     data.sample_shape()  # a wrong path or column is said before any weight is read
-    for line in data.describe() if hasattr(data, "describe") and is_rank_zero() else ():
+    for line in data.describe() if is_rank_zero() else ():
         log.info(line)
     job = Job(cfg, run, device, clock, Dashboard(cfg, run), data, teacher_id)
     if any(stage.needs_teacher for stage in stages):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from conf import schema
 from conf.schema import ConfigError, build
-from datamodules.bad_samples import LEAST, Skipped
+from datamodules.bad_samples import MIN_COUNTED, BadSampleCounter
 from datamodules.images import ImageSet
 from datamodules.latents import FLIPPED, POSTERIOR
 from datamodules.readers.base import BadSample, MissingData
@@ -197,7 +197,7 @@ class Precomputation:
         """Write the missing shards of a split; returns each shard's note, None where another process works on it."""
         notes: list[dict[str, Any] | None] = []
         total, size = len(self.data.source(split)), self.options.samples_per_shard
-        skipped = Skipped(f"data.{split}", self.data.max_bad_fraction, max(total, LEAST))
+        skipped = BadSampleCounter(f"data.{split}", self.data.max_bad_fraction, max(total, MIN_COUNTED))
         for start in range(0, total, size):
             note = self.folder / f"{split}-{start // size:05d}.json"
             if not note.exists():
@@ -212,7 +212,7 @@ class Precomputation:
         skipped.report()
         return notes
 
-    def write_shard(self, split: str, indices: np.ndarray, note: Path, skipped: Skipped) -> None:
+    def write_shard(self, split: str, indices: np.ndarray, note: Path, skipped: BadSampleCounter) -> None:
         """Write one shard, then its note, a JSON file that stands for a complete shard.
 
         Args:

@@ -159,7 +159,7 @@ def test_what_is_wrong_with_a_parquet_file_is_said(tmp_path):
     for column, said in (
         ({"image": "kind"}, "'kind' has int64 where encoded pictures are needed"),
         ({"label": "text"}, "'text' has string where whole numbers are needed"),
-        ({"caption": "kind"}, "'kind' has int64 where text are needed"),
+        ({"caption": "kind"}, "'kind' has int64 where texts are needed"),
     ):
         with pytest.raises(ValueError, match=said):
             Parquet(**{"path": path, "image": "image", "size": 8} | column)

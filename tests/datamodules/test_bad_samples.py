@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from support.images import pictures
 
 from conf.schema import Trainer
-from datamodules.bad_samples import ATTEMPTS, LEAST, Skipped, TooManyBadSamples
+from datamodules.bad_samples import ATTEMPTS, MIN_COUNTED, BadSampleCounter, TooManyBadSamples
 from datamodules.images import Images, ImageSet, image_folder
 from datamodules.readers.arrays import Arrays
-from datamodules.readers.base import BadSample, Lazily, Record
+from datamodules.readers.base import BadSample, LazyTexts, Record
 from datamodules.readers.folder import Folder
 from datamodules.seeding import derive
 from experiments.engine.pipeline import run_pipeline
@@ -99,7 +100,7 @@ class Holed(Arrays):
     def __init__(self, count: int, bad: set[int]) -> None:
         super().__init__(pictures(count), np.arange(count))
         self.bad = bad
-        self.captions = Lazily(count, self.text)
+        self.captions = LazyTexts(count, self.text)
 
     def text(self, index: int) -> str:
         if index in self.bad:
@@ -212,7 +213,7 @@ def test_captions_and_pictures_of_a_split_are_replaced_as_in_its_subsets():
 
 
 def test_the_count_stops_above_a_fraction_of_what_was_seen_with_five_messages():
-    skipped = Skipped("data.train", 0.01)
+    skipped = BadSampleCounter("data.train", 0.01)
     clean, bad = {"index": range(100)}, {"index": range(100), "skipped": ["why"]}
     for number in range(5):
         skipped.add({"index": range(4), "skipped": [f"picture {number}"]})  # a fifth of few is no reason
@@ -223,7 +224,7 @@ def test_the_count_stops_above_a_fraction_of_what_was_seen_with_five_messages():
         "Repair the data, or raise the limit (+data.max_bad_fraction=... where the data set's file has no such field). "
         "The first:\n" + "\n".join(f"  picture {number}" for number in range(5))
     )
-    many = Skipped("data.train", 0.01)
+    many = BadSampleCounter("data.train", 0.01)
     for _ in range(10):
         many.add(bad)  # exactly a hundredth
     many.add(clean)
@@ -231,12 +232,12 @@ def test_the_count_stops_above_a_fraction_of_what_was_seen_with_five_messages():
     with pytest.raises(TooManyBadSamples, match="13 of 1201 samples"):
         many.add({"index": range(1), "skipped": ["why"]})
     with pytest.raises(TooManyBadSamples, match="1 of 100 samples"):
-        Skipped("data.train", 0.0).add(bad)
-    assert LEAST == 500
+        BadSampleCounter("data.train", 0.0).add(bad)
+    assert MIN_COUNTED == 500
 
 
 def test_a_count_goes_over_a_resume():
-    before, after = Skipped("data.train", 0.01), Skipped("data.train", 0.01)
+    before, after = BadSampleCounter("data.train", 0.01), BadSampleCounter("data.train", 0.01)
     for _ in range(4):
         before.add({"index": range(4), "skipped": ["why"]})
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
@@ -260,7 +261,7 @@ class Idle(pl.LightningModule):
 
 
 def test_a_resumed_training_counts_on(tmp_path):
-    conf = Trainer(accelerator="cpu", precision="32-true", steps=7, checkpoint_every=3)
+    conf = OmegaConf.structured(Trainer(accelerator="cpu", precision="32-true", steps=7, checkpoint_every=3))
     undisturbed, resumed = holed(), holed()
     fit(Idle(), undisturbed, conf, tmp_path, "idle")
     (tmp_path / "checkpoints" / "idle" / "step=0000006.ckpt").unlink()

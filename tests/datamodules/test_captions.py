@@ -315,7 +315,7 @@ def test_sizes_reach_training_as_tensors_one_row_a_picture(tmp_path):
     [
         (["1.png,a cat, on a mat", "2.png,a dog"], r"captions\.csv, line 2: its number of values is not 2, as in"),
         (["1.png,a cat", "2.png"], r"captions\.csv, line 3: its number of values is not 2, as in"),
-        (['1.png,"a cat', "2.png,a dog"], r"captions\.csv, line 2: the quotes in it, or behind it, do not close"),
+        (['1.png,"a cat', "2.png,a dog"], r"captions\.csv, line 2: the quotes in it, or after it, do not close"),
     ],
     ids=["comma", "missing", "quote"],
 )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.images import pictures
 
 from conf.schema import build
-from datamodules.base import Stream
+from datamodules.base import EndlessShuffle
 from datamodules.images import Images, ImageSet
 from datamodules.readers.arrays import Arrays
 from datamodules.seeding import derive, numpy_rng, torch_rng
@@ -47,7 +47,7 @@ def test_a_seed_is_the_same_on_every_machine_and_another_for_other_parts():
 @quickly
 @given(st.integers(1, 30), st.integers(0, 5), st.integers(1, 4))
 def test_every_pass_of_the_stream_is_a_permutation(length, seed, passes):
-    positions = list(islice(Stream(length, seed, 0, 1), passes * length))
+    positions = list(islice(EndlessShuffle(length, seed, 0, 1), passes * length))
     for number in range(passes):
         part = positions[number * length : (number + 1) * length]
         assert sorted(part) == list(range(number * length, (number + 1) * length))
@@ -55,7 +55,7 @@ def test_every_pass_of_the_stream_is_a_permutation(length, seed, passes):
 
 def test_the_order_is_a_function_of_the_seed_and_is_another_in_every_pass():
     def order(seed: int) -> list[int]:
-        return list(islice(Stream(50, seed, 0, 1), 100))
+        return list(islice(EndlessShuffle(50, seed, 0, 1), 100))
 
     assert order(0) == order(0) != order(1)
     assert [position - 50 for position in order(0)[50:]] != order(0)[:50]
@@ -65,8 +65,8 @@ def test_the_order_is_a_function_of_the_seed_and_is_another_in_every_pass():
 @given(st.integers(1, 20), st.integers(1, 5), st.integers(0, 3))
 def test_ranks_together_see_exactly_what_one_process_sees(length, world, seed):
     rounds = 3 * length
-    ranks = [list(islice(Stream(length, seed, rank, world), rounds)) for rank in range(world)]
-    alone = list(islice(Stream(length, seed, 0, 1), rounds * world))
+    ranks = [list(islice(EndlessShuffle(length, seed, rank, world), rounds)) for rank in range(world)]
+    alone = list(islice(EndlessShuffle(length, seed, 0, 1), rounds * world))
     assert [ranks[place % world][place // world] for place in range(rounds * world)] == alone
 
 

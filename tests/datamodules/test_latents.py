@@ -155,13 +155,13 @@ def test_latents_of_something_else_are_refused(
     if change == "data":
         job = [*job, "data.holdout_images=7"]
     elif change == "pictures":  # under the same path
-        decoded = folders.decoded
-        monkeypatch.setattr(folders, "decoded", lambda *of: (record := decoded(*of)) | {"image": 0 * record["image"]})
-    elif change == "captions":
-        lines_of_jsonl = folders.lines_of_jsonl
+        decoded = folders.decode_pictures
         monkeypatch.setattr(
-            folders, "lines_of_jsonl", lambda *of: ((file, f"{text}!") for file, text in lines_of_jsonl(*of))
+            folders, "decode_pictures", lambda *of: (record := decoded(*of)) | {"image": 0 * record["image"]}
         )
+    elif change == "captions":
+        read_jsonl = folders.read_jsonl
+        monkeypatch.setattr(folders, "read_jsonl", lambda *of: ((file, f"{text}!") for file, text in read_jsonl(*of)))
     else:
         other = tmp_path / "other"
         shutil.copytree(text_teacher, other)
@@ -198,10 +198,8 @@ def test_text_states_of_other_captions_are_no_continuation(stored, configure, mo
     job, folder = stored
     for name in ("manifest.json", "started.json"):
         (folder / name).unlink()
-    lines_of_jsonl = folders.lines_of_jsonl
-    monkeypatch.setattr(
-        folders, "lines_of_jsonl", lambda *of: ((file, f"{text}!") for file, text in lines_of_jsonl(*of))
-    )
+    read_jsonl = folders.read_jsonl
+    monkeypatch.setattr(folders, "read_jsonl", lambda *of: ((file, f"{text}!") for file, text in read_jsonl(*of)))
     with pytest.raises(ValueError, match=r"text-00000\.safetensors has other captions"):
         precompute(configure(*job))
 
