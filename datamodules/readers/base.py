@@ -157,9 +157,13 @@ def decode_pictures(
 def check_whole_labels(labels: Any, name: str) -> np.ndarray:
     """Return labels as int64. Raises ValueError, with the name of their array, unless they are whole numbers."""
     array = np.asarray(labels)
-    if array.size and array.dtype.kind not in "iub":
+    if array.dtype.kind == "f":
+        wrong = array[(array != np.floor(array)) | ~np.isfinite(array)]
+    else:
+        wrong = array[:0] if array.dtype.kind in "iub" else array
+    if wrong.size:
         raise ValueError(
-            f"{name}: the labels are {array.dtype}, such as {array.flat[0]}; labels are whole numbers from 0 on, and "
+            f"{name}: the labels are {array.dtype}, such as {wrong.flat[0]}; labels are whole numbers from 0 on, and "
             "null where there are none"
         )
     return array.astype(np.int64)

@@ -320,12 +320,7 @@ def test_any_folder_of_sounds_is_a_data_set(configure, digits):
 
 
 def test_a_table_of_sounds_is_a_data_set(configure, table):
-    choices = [
-        f"data.train.path={table}",
-        "data.train.audio=sound",
-        "data.train.split='train[1:]'",
-        "data.holdout.split='train[:1]'",
-    ]
+    choices = [f"data.train.path={table}", "data.train.audio=sound", "data.train.start=1"]
     data = build(configure("data=hf_sounds", *choices).data)
     assert [len(data.source(split)) for split in ("train", "holdout")] == [2, 1]
     assert data.image_shape() == data.mel.shape == (1, 64, 256)

@@ -96,7 +96,7 @@ def test_a_file_that_is_no_npz_is_named_by_its_format(tmp_path, content, kind):
         Npz(str(tmp_path / "set"), "x")
 
 
-@pytest.mark.parametrize("labels", [np.array([0.0, 1.7]), np.array(["cat", "dog"])])
+@pytest.mark.parametrize("labels", [np.array([0.0, 1.7]), np.array([0.0, np.nan]), np.array(["cat", "dog"])])
 def test_labels_that_are_not_whole_numbers_are_refused(tmp_path, labels):
     np.savez(tmp_path / "set.npz", x=pictures(2), y=labels)
     with pytest.raises(ValueError, match=r"set\.npz, array 'y': the labels are .*whole numbers from 0 on"):
