@@ -76,6 +76,7 @@ def test_a_finished_run_is_exactly_these_files_also_below_a_folder_with_spaces_a
     assert files(run) == FINISHED | SAMPLED
     kinds = sorted(re.sub(r"[0-9a-f]{16,}", "ID", name) for name in files(runs / ".cache"))
     assert kinds == [
+        "data/ID.json",  # where data of this content were first seen
         *["fingerprints/ID.json"] * 3,  # weights, their configuration, the noise schedule
         *("samples/ID.lock", "samples/ID/images.npy", "scores/ID.json", "scores/ID.lock", "statistics/ID.safetensors"),
     ]
