@@ -20,7 +20,7 @@ LISTED_CLASSES = 20
 """Classes in a line of the log."""
 
 
-def spaced(count: int, wanted: int) -> np.ndarray:
+def space_evenly(count: int, wanted: int) -> np.ndarray:
     """Return at most `wanted` of `count` indices, evenly spaced."""
     return np.linspace(0, count - 1, min(count, wanted)).astype(int)
 
@@ -35,15 +35,15 @@ def fingerprint_source(source: Source) -> str:
     total = hashlib.sha256(f"{len(source)}\n".encode())
     if isinstance(source, ListedSource):
         total.update(source.listing())
-        sizes = source.sizes(spaced(len(source), SIZED))
+        sizes = source.sizes(space_evenly(len(source), SIZED))
         total.update(b"" if sizes is None else sizes.tobytes())
-    for index in spaced(len(source), READ):
+    for index in space_evenly(len(source), READ):
         total.update(hashlib.sha256(read_content(source, int(index))).digest())
     return total.hexdigest()
 
 
 def read_content(source: Source, index: int) -> bytes:
-    """Return image (encoded where the source has that) and caption of a sample; b"" where it is a bad one."""
+    """Return the image of a sample, as it is stored where the source tells, with its caption; b"" for a bad sample."""
     try:
         if isinstance(source, ListedSource):
             image = source.raw(index)
@@ -120,15 +120,15 @@ def match_labels(split: str, names: Sequence[str] | None, known: Mapping[str, in
     """
     if names is None:
         return None
-    labels = {plain_name(name): label for name, label in known.items()}
-    unknown = [name for name in names if plain_name(name) not in labels]
+    labels = {normalise_name(name): label for name, label in known.items()}
+    unknown = [name for name in names if normalise_name(name) not in labels]
     if labels and unknown and len(unknown) < len(names):
         raise ValueError(
             f"data.{split} has classes that the teacher does not have: {list_names(unknown)}; it has "
             f"{list_names(known)}. Remove or rename them"
         )
     if labels and not unknown:
-        matched = np.array([labels[plain_name(name)] for name in names], np.int64)
+        matched = np.array([labels[normalise_name(name)] for name in names], np.int64)
         return None if (matched == np.arange(len(names))).all() else matched
     if len(names) > count:
         raise ValueError(
@@ -144,6 +144,6 @@ def list_names(names: Iterable[str]) -> str:
     return f"{', '.join(names[:LISTED_CLASSES])}{', ...' * (len(names) > LISTED_CLASSES)}"
 
 
-def plain_name(name: str) -> str:
-    """Return the name of a class as it is compared."""
+def normalise_name(name: str) -> str:
+    """Return the name of a class in the form in which names are compared."""
     return name.casefold().replace("_", " ").strip()

@@ -1,4 +1,4 @@
-"""The index of a tar file: where the members of each of its samples lie, found once and kept."""
+"""The index of a shard: where in the tar file the members of each of its samples are, found once and stored."""
 
 import functools
 import hashlib
@@ -25,10 +25,12 @@ log = logging.getLogger(__name__)
 
 INDEX_VERSION = 2
 """Goes up when the same shard would be indexed another way."""
-MISSING, TWICE = 0, 2**32 - 1
-"""Instead of a member's offset: the sample has none. Instead of its size: it has more than one."""
+MISSING = 0
+"""In place of an offset: the sample has no such member."""
+TWICE = 2**32 - 1
+"""In place of a size: the sample has several such members."""
 GZIP = b"\x1f\x8b"
-"""First bytes of a compressed file, of which no place can be read by itself."""
+"""First bytes of a compressed file, in which no place can be read without reading all that is before it."""
 UNPACK = "unpack it (gunzip, or another program for its ending) and name the .tar file"
 """What to do with one."""
 
@@ -41,12 +43,12 @@ class Index(NamedTuple):
     sizes: np.ndarray
     """uint32 (N,3), in bytes; TWICE where it has several"""
     whole: bool
-    """the shard has its end"""
+    """whether the shard has its end"""
     passed_over: dict[str, int]
     """{suffix: number of members that belong to no sample}"""
 
 
-def indexed(shard: Path, images: list[str], text: str) -> Index:
+def load_index(shard: Path, images: list[str], text: str) -> Index:
     """Return the index of a shard, with a warning where the shard ends early.
 
     Indices are in $SECATEUR_DATA/index, one per shard, and made where there is none for this file, size and time, or
@@ -57,15 +59,15 @@ def indexed(shard: Path, images: list[str], text: str) -> Index:
             raise ValueError(f"data.path: {shard} is compressed, so samples in it cannot be read by number; {UNPACK}")
     stat = shard.stat()
     key = [INDEX_VERSION, str(shard.resolve()), stat.st_size, stat.st_mtime_ns, images, text]
-    place = data_root() / "index" / f"{digest(json.dumps(key))[:32]}.npz"
+    place = data_root() / "index" / f"{hash_text(json.dumps(key))[:32]}.npz"
     write = functools.partial(write_index, shard, images, text)
-    made(place, write)
+    make_once(place, write)
     try:
         index = read_index(place)
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         log.warning("%s, the index of %s, is damaged (%s) and is made again", place, shard, error)
         place.unlink(missing_ok=True)
-        made(place, write)
+        make_once(place, write)
         index = read_index(place)
     if not index.whole:
         count = len(index.offsets)
@@ -74,14 +76,21 @@ def indexed(shard: Path, images: list[str], text: str) -> Index:
 
 
 def read_index(place: Path) -> Index:
-    """Read what `write_index` wrote; raises whatever numpy and zipfile raise for a damaged file."""
+    """Read an index that `write_index` wrote; raises whatever numpy and zipfile raise for a damaged file."""
     with np.load(place, allow_pickle=False) as file:
         passed_over = json.loads(str(file["passed_over"]))
         return Index(file["offsets"], file["sizes"], bool(file["whole"]), passed_over)
 
 
 def write_index(shard: Path, images: list[str], text: str, place: Path) -> None:
-    """Read the headers of a shard, and store where the members of each of its samples are, in order of appearance."""
+    """Read the headers of a shard, and write the index of its samples, in order of appearance.
+
+    Args:
+        shard: the tar file.
+        images: suffixes of pictures.
+        text: suffix of captions.
+        place: file of the index.
+    """
     columns = (images, [text], ["json"])
     wanted, total = {suffix for suffixes in columns for suffix in suffixes}, shard.stat().st_size
     members: list[tuple[str, int, int]] = []
@@ -95,8 +104,8 @@ def write_index(shard: Path, images: list[str], text: str, place: Path) -> None:
                 whole = not file.read(512).strip(b"\0")
     except tarfile.TarError:
         whole = False
-    samples, passed = grouped(members, wanted)
-    rows = [[first(sample, suffixes) for suffixes in columns] for sample in samples]
+    samples, passed_over = group_members(members, wanted)
+    rows = [[find_first(sample, suffixes) for suffixes in columns] for sample in samples]
     if not whole and rows and (MISSING, 0) in rows[-1][:2]:
         rows.pop()  # the sample in which the shard ends
     table = np.array(rows, np.int64).reshape(-1, len(columns), 2)
@@ -105,50 +114,50 @@ def write_index(shard: Path, images: list[str], text: str, place: Path) -> None:
         offsets=table[..., 0],
         sizes=table[..., 1].astype(np.uint32),
         whole=whole,
-        passed_over=json.dumps(passed),
+        passed_over=json.dumps(passed_over),
     )
 
 
-def grouped(
+def group_members(
     members: Sequence[tuple[str, int, int]], wanted: Collection[str]
 ) -> tuple[list[dict[str, tuple[int, int]]], dict[str, int]]:
-    """Put the members of a shard together to samples {suffix: (offset, size)}, in order of appearance.
+    """Return the samples of a shard, {suffix: (offset, size)} each, and {suffix: number} of members of no sample.
 
-    `members` are (name, offset, size) each. Also returns {suffix: number} of those that belong to no sample.
+    `members` are (name, offset, size) each; only suffixes in `wanted` make samples. Samples are in order of appearance.
     """
-    short = {key for key, suffix in (split(name) for name, _, _ in members) if suffix in wanted}
+    short = {key for key, suffix in (split_name(name) for name, _, _ in members) if suffix in wanted}
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    passed: Counter[str] = Counter()
+    passed_over: Counter[str] = Counter()
     for name, offset, size in members:
         if any(map(is_hidden, PurePath(name).parts)):
             continue
-        key, suffix = split(name)
+        key, suffix = split_name(name)
         if suffix not in wanted:
-            longer = None if key in short else split_at_suffix(name, wanted)
+            longer = None if key in short else split_name_at_suffix(name, wanted)
             if longer is None:
-                passed[PurePath(name).suffix.lower() or "no ending"] += 1
+                passed_over[PurePath(name).suffix.lower() or "no ending"] += 1
                 continue
             key, suffix = longer
         if key:
             sample = samples.setdefault(key, {})
             sample[suffix] = (offset, TWICE if suffix in sample else size)
-    return list(samples.values()), dict(passed)
+    return list(samples.values()), dict(passed_over)
 
 
-def first(sample: dict[str, tuple[int, int]], suffixes: list[str]) -> tuple[int, int]:
-    """Offset and size of the first of some members that a sample has."""
+def find_first(sample: dict[str, tuple[int, int]], suffixes: list[str]) -> tuple[int, int]:
+    """Return offset and size of a sample's first member among some suffixes; (MISSING, 0) where it has none."""
     return next((sample[suffix] for suffix in suffixes if suffix in sample), (MISSING, 0))
 
 
-def split(name: str) -> tuple[str, str]:
-    """Key and suffix of a member as webdataset has them: the name is cut at the first dot after its folder."""
+def split_name(name: str) -> tuple[str, str]:
+    """Return key and suffix of a member as webdataset does: the name is cut at the first dot after its folder."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return (f"{folder}{slash}{stem}" if stem else ""), suffix.lower()
 
 
-def split_at_suffix(name: str, suffixes: Collection[str]) -> tuple[str, str] | None:
-    """Key and suffix of a member whose name ends with one of some suffixes, the longest; None where it has none."""
+def split_name_at_suffix(name: str, suffixes: Collection[str]) -> tuple[str, str] | None:
+    """Return key and suffix of a member whose name ends with one of `suffixes`, the longest; None where it does not."""
     for suffix in sorted(suffixes, key=len, reverse=True):
         key = name[: -len(suffix) - 1]
         if name.lower().endswith(f".{suffix}") and not key.endswith("/") and key:
@@ -156,12 +165,13 @@ def split_at_suffix(name: str, suffixes: Collection[str]) -> tuple[str, str] | N
     return None
 
 
-def digest(content: str) -> str:
+def hash_text(content: str) -> str:
+    """Return the sha256 of a text."""
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def made(place: Path, make: Callable[[Path], None]) -> None:
-    """A file that is complete or absent, and made by one process while the others wait."""
+def make_once(place: Path, make: Callable[[Path], None]) -> None:
+    """Make a file unless it exists: complete or absent, by one process while others wait. `make` writes to a path."""
     if place.exists():
         return
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -268,7 +268,7 @@ def test_text_states_are_stored_once_a_caption(text_job, captioned, configure, t
     states = teacher_of(configure(*job)).surroundings.text(["cat 1, cut"], torch.device("cpu"))
     found = table.find(["cat 1, cut"])["encoder_hidden_states"]
     assert torch.equal(found, states["encoder_hidden_states"].half().float())
-    with pytest.raises(ValueError, match="no stored text for the caption 'dog'"):
+    with pytest.raises(ValueError, match="no stored text state for the caption 'dog'"):
         table.find(["dog"])
 
 

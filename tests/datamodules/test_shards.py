@@ -354,15 +354,15 @@ def test_batches_are_the_same_with_workers_and_after_resuming(laion):
 def test_a_source_can_be_sent_to_another_process_with_open_files(laion):
     source = Shards(str(laion), 6)
     expected = everything(source)
-    assert source.opened
+    assert source.open_files
     copy = pickle.loads(pickle.dumps(source))  # noqa: S301  as workers that do not fork are given it
-    assert not copy.opened and everything(copy)["caption"] == expected["caption"] == list(copy.captions)
+    assert not copy.open_files and everything(copy)["caption"] == expected["caption"] == list(copy.captions)
 
 
 def test_no_more_files_are_open_than_allowed(laion, monkeypatch):
     monkeypatch.setattr(module, "OPEN_FILES", 2)
     source = Shards(str(laion), 6)
-    assert says(everything(source)) == numbers(everything(source)) and len(source.opened) == 2
+    assert says(everything(source)) == numbers(everything(source)) and len(source.open_files) == 2
 
 
 # As a choice of data
