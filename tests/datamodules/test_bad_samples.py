@@ -126,7 +126,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
-def test_a_bad_sample_is_replaced_by_one_that_seed_and_position_choose():
+def test_a_replacement_is_a_function_of_seed_and_position():
     source, clean = Holed(12, BADS), Arrays(pictures(12), np.arange(12))
     for position in range(24):
         batch = ImageSet(source, seed=3, flip=True).__getitems__([position])
@@ -158,7 +158,7 @@ def test_a_replacement_does_not_depend_on_what_else_is_in_the_batch():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_workers_and_resuming_do_not_change_which_samples_replace_bad_ones(workers):
+def test_workers_and_resuming_do_not_change_replacements(workers):
     undisturbed = list(islice(holed().train_dataloader(), 6))
     assert sum(len(batch.get("skipped", [])) for batch in undisturbed) == 9  # three passes
     loader = holed(num_workers=workers).train_dataloader()
@@ -170,7 +170,7 @@ def test_workers_and_resuming_do_not_change_which_samples_replace_bad_ones(worke
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_have_batches_of_one_length_and_together_those_of_one_process(world):
+def test_batches_of_ranks_with_bad_samples_are_those_of_one_process(world):
     loaders = []
     for rank in range(world):
         data = holed()
@@ -184,7 +184,7 @@ def test_ranks_have_batches_of_one_length_and_together_those_of_one_process(worl
         assert sorted(skipped) == sorted(batch.get("skipped", []))
 
 
-def test_a_subset_stays_fixed_and_says_once_what_was_replaced(capsys):
+def test_a_subset_with_replacements_is_fixed_and_reports_once(capsys):
     data = holed()
     loaded = list(data.subset("train", 12, seed=0, batch_size=5))
     index = torch.cat([batch["index"] for batch in loaded])
@@ -198,7 +198,7 @@ def test_a_subset_stays_fixed_and_says_once_what_was_replaced(capsys):
     assert capsys.readouterr().out.count("data.holdout: 3 of 12 samples were replaced (25.00%)") == 1
 
 
-def test_captions_and_pictures_of_a_split_are_replaced_as_in_its_subsets():
+def test_captions_and_pictures_are_replaced_as_in_subsets():
     data = holed()
     captions, record = data.captions("train", 12), data.take("train", np.arange(12))
     assert captions == record["caption"] == [f"picture {label}" for label in record["label"]]
@@ -212,7 +212,7 @@ def test_captions_and_pictures_of_a_split_are_replaced_as_in_its_subsets():
 # Too many
 
 
-def test_the_count_stops_above_a_fraction_of_what_was_seen_with_five_messages():
+def test_too_many_bad_samples_are_an_error_with_five_messages():
     skipped = BadSampleCounter("data.train", 0.01)
     clean, bad = {"index": range(100)}, {"index": range(100), "skipped": ["why"]}
     for number in range(5):
@@ -273,7 +273,7 @@ def test_a_resumed_training_counts_on(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_data_of_bad_samples_alone_stop_at_once_and_name_five(workers):
+def test_data_with_only_bad_samples_stop_at_once(workers):
     data = holed(bad=set(range(12)), num_workers=workers)
     for use in (data.image_shape, lambda: next(iter(data.train_dataloader()))):
         with pytest.raises(TooManyBadSamples) as caught:
@@ -282,7 +282,7 @@ def test_data_of_bad_samples_alone_stop_at_once_and_name_five(workers):
         assert str(caught.value).count(" is bad\n") + str(caught.value).endswith(" is bad") >= 5
 
 
-def test_a_subset_with_more_than_its_share_stops_whatever_the_order():
+def test_a_subset_with_too_many_bad_samples_stops_in_any_order():
     for bad, stops in ((range(0, 600, 100), False), (range(0, 600, 99), True)):  # six are a hundredth
         data = holed(count=600, bad=set(bad), max_bad_fraction=0.01)
         for seed in range(3):
@@ -321,7 +321,7 @@ def damaged(tmp_path: Path, overrides: list[str]) -> Callable[..., list[str]]:
     return make
 
 
-def test_a_job_goes_on_without_its_bad_samples_says_so_and_keeps_count(configure, damaged, tmp_path, capsys, quick_end):
+def test_a_job_replaces_and_counts_its_bad_samples(configure, damaged, tmp_path, capsys, quick_end):
     run_pipeline(configure(*damaged(2)))
     out = capsys.readouterr().out
     files = [str(tmp_path / "pictures" / f"{number}.png") for number in range(2)]

@@ -85,7 +85,7 @@ def test_sizes_and_crops_go_along_for_sdxl(text_job, sdxl, configure, tmp_path):
     assert found[0]["conditions"]["added_cond_kwargs"]["time_ids"][0, :2].tolist() == [20, 16]
 
 
-def test_draws_of_the_posterior_differ_between_epochs_and_not_between_calls(stored, configure):
+def test_posterior_draws_differ_between_epochs_and_not_between_calls(stored, configure):
     job, _ = stored
     teacher, drawn = teacher_of(configure(*job)), []
     for _ in range(2):
@@ -100,7 +100,7 @@ def test_draws_of_the_posterior_differ_between_epochs_and_not_between_calls(stor
     assert all(torch.equal(a, b) for index in drawn[0] for a, b in zip(drawn[0][index], drawn[1][index], strict=True))
 
 
-def test_a_job_on_stored_latents_runs_neither_vae_nor_text_encoder(stored, configure, quick_end, monkeypatch):
+def test_a_job_on_stored_latents_needs_no_vae_or_text_encoder(stored, configure, quick_end, monkeypatch):
     job, _ = stored
 
     def refuse(*args, **kwargs):
@@ -115,7 +115,7 @@ def test_a_job_on_stored_latents_runs_neither_vae_nor_text_encoder(stored, confi
     assert (run / "networks" / "distilled").exists()
 
 
-def test_a_run_is_told_apart_by_its_latents_not_by_where_they_lie(stored, configure, tmp_path):
+def test_moved_latents_are_the_same_run(stored, configure, tmp_path):
     from experiments.engine.identity import effective
 
     job, folder = stored

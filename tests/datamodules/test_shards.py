@@ -71,12 +71,12 @@ def test_a_record_has_picture_caption_size_and_crop(laion):
 
 
 @pytest.mark.parametrize("meta", [None, {}, {"original_width": None, "original_height": 3}, {"original_width": "9"}])
-def test_without_an_original_size_in_the_json_the_picture_has_its_own(tmp_path, meta):
+def test_a_json_without_an_original_size_leaves_the_picture_its_own(tmp_path, meta):
     write(tmp_path / "0.tar", [{"__key__": "0", "png": png(0), "txt": "a"} | ({} if meta is None else {"json": meta})])
     assert everything(Shards(str(tmp_path), 3))["original_size"].tolist() == [[6, 8]]
 
 
-def test_a_caption_may_be_a_field_of_the_json_another_member_or_none(laion):
+def test_a_caption_is_a_member_or_a_field_of_the_json(laion):
     assert set(Shards(str(laion), 3, caption="json.caption").captions) == {f"json {n}" for n in range(3 * PER_SHARD)}
     write(laion / "more" / "0.tar", [{"__key__": "0", "png": png(0), "cap.txt": " é\n"}])
     assert everything(Shards(str(laion / "more"), 3, caption="cap.txt"))["caption"] == ["é"]
@@ -235,7 +235,7 @@ def test_a_json_without_the_caption_is_a_bad_sample(tmp_path, meta):
         everything(Shards(str(tmp_path), 6, caption="json.caption"))
 
 
-def test_a_shard_that_shrinks_after_it_was_indexed_gives_a_bad_sample(laion):
+def test_a_shard_that_shrank_after_indexing_gives_a_bad_sample(laion):
     source = Shards(str(laion / "00000.tar"), 6)
     last = int(source.offset[:, module.IMAGE].argmax())
     cut(laion / "00000.tar", int(source.offset[last, module.IMAGE]) + 10)
@@ -325,7 +325,7 @@ def test_only_headers_are_read_to_index(tmp_path, monkeypatch):
 # Order, workers, resuming
 
 
-def test_holdout_and_training_share_nothing_and_come_from_all_shards(laion):
+def test_holdout_and_training_share_no_sample_and_cover_all_shards(laion):
     made = image_shards(str(laion), 6, holdout_images=6, batch_size=3)
     held, trained = (says(everything(made.source(split))) for split in ("holdout", "train"))
     assert len(held) == 6 and sorted(held + trained) == list(range(3 * PER_SHARD))
