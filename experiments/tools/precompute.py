@@ -24,6 +24,7 @@ from tqdm import tqdm
 from conf import schema
 from conf.schema import ConfigError, build
 from datamodules.bad_samples import MIN_COUNTED, BadSampleCounter
+from datamodules.base import DataModule
 from datamodules.images import ImageSet
 from datamodules.latents import FLIPPED, POSTERIOR
 from datamodules.readers.base import BadSample, MissingData
@@ -99,12 +100,12 @@ def identify_latents(cfg: DictConfig, backbone: DiffusionBackbone, content: str)
     }
 
 
-def check_latents(cfg: DictConfig, data: Any, backbone: Any) -> None:
+def check_latents(cfg: DictConfig, data: DataModule, backbone: Any) -> None:
     """Raise ValueError where stored latents belong to another VAE, text encoder or data set than this job's.
 
     The content of the data is not compared where the pictures are no longer on this machine.
     """
-    manifest = getattr(data, "manifest", None)
+    manifest = data.manifest
     if manifest is None:
         return
     try:
@@ -256,7 +257,7 @@ class Precomputation:
         return tensors
 
 
-def iterate_captions(data: Any, split: str) -> Iterator[str]:
+def iterate_captions(data: DataModule, split: str) -> Iterator[str]:
     """Yield the captions of a split, without those that cannot be read."""
     captions = data.source(split).captions
     if captions is None:
