@@ -88,7 +88,7 @@ def hash_sample(source: ListedSource, index: int) -> bytes | None:
 def describe_data(train: Source, holdout: Source) -> list[str]:
     """Return lines for the log: the classes, files that are passed over, and held-out samples that are trained on."""
     lines = []
-    if names := getattr(train, "class_names", None):
+    if len(names := getattr(train, "class_names", None) or ()) > 1:
         numbered = list_names(f"{label} {name}" for label, name in enumerate(names))
         lines.append(f"data has {len(names)} classes: {numbered}")
     if passed_over := getattr(train, "passed_over", None):
