@@ -247,7 +247,9 @@ def test_samplers_that_drop_zero_terminal_snr_are_refused(configure, name):
     sampler = build(configure(f"sampler={name}").sampler.scheduler)
     if name != "pndm":
         return backbone.check_sampler(sampler, 4)
-    with pytest.raises(ValueError, match=r"PNDMScheduler has other noise levels .* knows no rescale_betas_zero_snr"):
+    with pytest.raises(
+        ValueError, match=r"PNDMScheduler has other noise levels .* ignores rescale_betas_zero_snr=True"
+    ):
         backbone.check_sampler(sampler, 4)
 
 

@@ -157,7 +157,11 @@ def check_sampler(sampler: Any, schedule: Any, predicts_variance: bool) -> None:
         zero = bool(schedule.config.get("rescale_betas_zero_snr"))
         raise ValueError(
             f"{name} has other noise levels than this teacher's schedule"
-            + (", because it knows no rescale_betas_zero_snr (a terminal signal-to-noise ratio of 0)" if zero else "")
+            + (
+                ", because it ignores rescale_betas_zero_snr=True (a terminal signal-to-noise ratio of 0)"
+                if zero
+                else ""
+            )
             + "; choose sampler=dpm_solver, ddim, ddpm or euler"
         )
     if takes_variance(sampler) and not predicts_variance:
