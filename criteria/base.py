@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-SCORING_VERSION = 2
+SCORING_VERSION = 3
 """Goes up when the same criterion would give other scores; part of the key under which scores are cached."""
 
 Batch = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Training of a diffusion model from nothing, on the task loss alone. The embedded teachers are made with it."""
+"""Training of a diffusion model from nothing, on the task loss alone, as the embedded teachers were trained."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, s
 
 
 class Denoiser(TrainedModule):
-    """A network trained on the mean squared error to the added noise (Ho et al. 2020, arXiv 2006.11239, equation 14).
+    """A network trained on the mean squared error to the target of its noise schedule.
+
+    Where it predicts the added noise, this is the loss of Ho et al. 2020 (arXiv 2006.11239), equation 14.
 
     Args:
         backbone: the network with its noise schedule, and its VAE and text encoder where it has them.
@@ -109,7 +111,7 @@ def new_denoiser(
     captions: list[str] | None = None,
     drop_text: float = 0.1,
 ) -> Denoiser:
-    """Return a Denoiser around a network with new weights.
+    """Return a Denoiser around a network with new weights; raises ValueError for one that predicts variances.
 
     Args:
         network: configuration of the network; see `new_backbone`.
@@ -126,4 +128,9 @@ def new_denoiser(
     """
     torch.manual_seed(seed)
     backbone = new_backbone(network, noise_scheduler, vae, text_encoder, text_tokens)
+    if backbone.predicts_variance:
+        raise ValueError(
+            f"pretrain.network.out_channels={network['out_channels']}: half of them would be a variance, which the "
+            f"task loss does not train; choose out_channels={network['out_channels'] // 2}"
+        )
     return Denoiser(backbone, drop_text, captions, optimizer, lr_scheduler, seed, dump)

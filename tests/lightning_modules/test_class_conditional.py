@@ -29,8 +29,10 @@ from lightning_modules.backbones.diffusion.dit_weights import STD, initialise
 from lightning_modules.backbones.diffusion.load import load_teacher
 
 SIZES = {"dit_b_2_256": 130_512_416, "dit_l_2_256": 458_102_816, "dit_xl_2_256": 675_129_632}
-"""Parameters in the paper (130M, 458M, 675M): one embedder of timestep and class for all blocks, a table of positions,
-and a variance among the outputs."""
+"""Parameters of the paper's networks (130M, 458M, 675M).
+
+They have one embedder of timestep and class for all blocks, a table of positions, and a variance among the outputs.
+"""
 
 
 published = functools.cache(published)
@@ -141,7 +143,7 @@ def test_labels_are_dropped_with_the_batch_and_nowhere_else(tmp_path):
 
 
 def test_guidance_leads_from_the_null_class_to_the_class(tmp_path):
-    """One step of a linear sampler: the prediction under guidance w is without + w (with - without)."""
+    """The prediction under guidance w is without + w (with - without), seen in one step of a linear sampler."""
     dit = load_teacher(str(tiny_pipeline("dit", tmp_path)), sample_size=LATENT)
     asked: list[list[int]] = []
     dit.network.register_forward_pre_hook(
@@ -178,7 +180,7 @@ def test_a_label_of_the_data_that_is_the_null_class_is_refused(tmp_path):
 
 @pytest.fixture(scope="session")
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of JPEGs by class, as ImageNet has them."""
+    """Return a folder of JPEGs in a folder per class, as ImageNet has them."""
     root, rng = tmp_path_factory.mktemp("imagenet"), np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 4)):
         for name in ("n01440764", "n01443537", "n01484850"):
@@ -196,7 +198,7 @@ def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job(sampling: list[str], imagenet: Path, tmp_path: Path) -> Callable[[str], list[str]]:
-    """job(recipe) -> its arguments on tiny pictures, with an evaluation that needs no weights."""
+    """job(recipe) -> its arguments on tiny images, with an evaluation that needs no weights."""
     evaluation = [override for override in sampling if override.startswith("evaluation")]
 
     def make(recipe: str) -> list[str]:
@@ -264,7 +266,7 @@ def test_laptop_diff_prunes_and_distils_a_dit_by_class(job, dit, configure, tmp_
 
 
 def test_scores_depend_on_the_class_labels(job, dit, configure, monkeypatch, tmp_path):
-    """Other labels, other scores."""
+    """Units get other scores where the images have other labels."""
     found, take = [], Folder.take
     monkeypatch.setattr(Select, "run", lambda self, job: found.append(self.score.scores) or 1 / 0)
     for shift in (0, 5):

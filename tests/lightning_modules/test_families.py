@@ -1,4 +1,4 @@
-"""Every family of networks as a backbone: what removing units means, in place and for good, and what comes back."""
+"""Removal of units from every family of networks: in place and in a student, its restoration, and prefix reuse."""
 
 from typing import Any
 
@@ -64,20 +64,20 @@ def names_of(backbone: Any, level: str = "depth") -> list[str]:
 
 
 def some(backbone: Any, level: str) -> list[str]:
-    """Every third unit, none inside another; of an SDXL also all basic blocks of one Transformer2D."""
+    """Return every third unit, none inside another; of SDXL also all basic blocks of one Transformer2D."""
     every, shared = backbone.units(level), backbone.shared(level)
     chosen = {unit.name for unit in every[::3]} | set(shared[0].units if shared else ())
     return [unit.name for unit in every if unit.name in chosen and unit.inside not in chosen]
 
 
 def subset(data: st.DataObject, backbone: Any, level: str) -> list[str]:
-    """Any units, none inside another, in any order."""
+    """Return generated units, none inside another, in any order."""
     chosen = data.draw(st.lists(st.sampled_from(backbone.units(level)), unique=True))
     names = {unit.name for unit in chosen}
     return [unit.name for unit in chosen if unit.inside not in names]
 
 
-# What a bypass is
+# Bypasses equal zeroed layers
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,7 +89,7 @@ def test_bypassing_any_one_unit_equals_zeroing_its_last_layers(backbone, inputs)
         with backbone.without([name]):
             found = backbone.predict(inputs)
         assert torch.equal(found, expected), name
-        assert not torch.equal(found, dense), f"{name} does nothing in this network: the test says nothing about it"
+        assert not torch.equal(found, dense), f"{name} does nothing in this network, so this test does not cover it"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -159,7 +159,7 @@ def test_transformers_have_neither_operators_nor_channels_to_remove(backbone, le
         backbone.pruned(replacements(["transformer_blocks.1"]))
 
 
-# In place and for good
+# Removal in place equals pruning
 
 
 @each_level
@@ -208,7 +208,7 @@ def test_a_network_pruned_twice_loads_with_the_same_bits(backbone, inputs, level
 
 
 def at(student: Any, name: str) -> str:
-    """Where a block of the teacher is in a student."""
+    """Return the path in a student of a block of the teacher."""
     return student.moved.get(name, name)
 
 
@@ -229,7 +229,7 @@ def test_the_units_of_a_student_are_those_that_were_kept(backbone):
 
 
 def kept_by_itself(backbone: Any) -> set[nn.Module]:
-    """The convolutions in whose place nothing is cheaper: 1x1, between other numbers of channels."""
+    """Return the convolutions that nothing cheaper can replace: 1x1, between different numbers of channels."""
     convolutions = [m for m in backbone.network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)]
     return {m for m in convolutions if m.in_channels != m.out_channels}
 
@@ -302,7 +302,7 @@ def test_prefix_reuse_equals_running_the_network_anew_for_each_unit(backbone, in
 @each_level
 @torch.no_grad()
 def test_prefix_reuse_in_a_pruned_network(backbone, inputs, level):
-    """Stand-ins are parts of a network like any other."""
+    """Stand-ins can be reused like any other part."""
     once = backbone.pruned(PLANS[level](some(backbone, level)))
     for name, output in list(once.predict_without_each(inputs, names_of(once, level))):
         assert torch.equal(output, anew(once, inputs, name)), name
@@ -332,7 +332,7 @@ def test_prefix_reuse_restores_the_network_when_it_is_abandoned(backbone, inputs
 
 
 def unpadded() -> UNetBackbone:
-    """Its downsampling pads by itself, on two sides only."""
+    """Return a U-Net whose downsampling pads by itself, on two sides only."""
     backbone = UNetBackbone(UNet2DModel(**TINY, downsample_padding=0).eval(), DDPMScheduler())
     (down,) = [module for module in backbone.network.modules() if isinstance(module, Downsample2D)]
     assert down.padding == 0 and down.conv.padding == (0, 0)

@@ -48,6 +48,7 @@ from lightning_modules.backbones.diffusion.schedule import add_noise, check_samp
 from lightning_modules.backbones.diffusion.unet import UNetBackbone, check_channels
 from lightning_modules.backbones.files import weight_files
 from lightning_modules.export.export import export
+from lightning_modules.modules.denoiser import new_denoiser
 from lightning_modules.modules.distillation import Distillation
 
 V = {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}
@@ -149,8 +150,7 @@ def test_another_schedule_beside_the_same_weights_is_another_teacher(saved_with,
     assert fingerprint(weight_files(path), tmp_path / "cache") != before
 
 
-def test_an_export_samples_with_the_schedule_that_was_given(tmp_path):
-    """And not with the one in the teacher's pipeline."""
+def test_an_export_has_the_configured_schedule_and_not_its_pipelines(tmp_path):
     path = tiny_pipeline("sd_v", tmp_path / "sd_v")
     backbone = load_teacher(str(path), DDPMScheduler(prediction_type="epsilon", beta_end=0.03))
     export(backbone.pruned(bypasses([backbone.units()[0].name])), tmp_path / "export")
@@ -247,7 +247,9 @@ def test_samplers_that_drop_zero_terminal_snr_are_refused(configure, name):
     sampler = build(configure(f"sampler={name}").sampler.scheduler)
     if name != "pndm":
         return backbone.check_sampler(sampler, 4)
-    with pytest.raises(ValueError, match=r"PNDMScheduler has other noise levels .* knows no rescale_betas_zero_snr"):
+    with pytest.raises(
+        ValueError, match=r"PNDMScheduler has other noise levels .* ignores rescale_betas_zero_snr=True"
+    ):
         backbone.check_sampler(sampler, 4)
 
 
@@ -323,6 +325,13 @@ def test_distillation_warns_when_the_variance_is_not_trained(caplog):
     caplog.clear()
     Distillation.check_settings({"w_out": 1.0}, with_variance(), narrower=False)
     assert not caplog.text
+
+
+def test_training_from_nothing_is_refused_for_a_network_with_variances(tmp_path):
+    network = TINY | {"_class_name": "UNet2DModel", "out_channels": 6}
+    options = {"optimizer": torch.optim.AdamW, "lr_scheduler": None, "seed": 0, "dump": tmp_path}
+    with pytest.raises(ValueError, match=r"pretrain\.network\.out_channels=6: half .* choose out_channels=3"):
+        new_denoiser(network, DDPMScheduler(), **options)
 
 
 # Configurations of networks

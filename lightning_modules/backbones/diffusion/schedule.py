@@ -129,10 +129,10 @@ def make_sampler(sampler: Callable[..., Any], schedule: Any) -> Any:
     if prediction_type(schedule) == FLOW:
         config |= {"use_flow_sigmas": True, "prediction_type": FLOW, "flow_shift": schedule.config.shift}
     with quietly():  # diffusers warns of fields that one of its classes does not have
-        made = sampler(config)
-    if made.config.get("variance_type") in LEARNED and not takes_variance(made):
-        made.register_to_config(variance_type=None)
-    return made
+        scheduler = sampler(config)
+    if scheduler.config.get("variance_type") in LEARNED and not takes_variance(scheduler):
+        scheduler.register_to_config(variance_type=None)
+    return scheduler
 
 
 def check_sampler(sampler: Any, schedule: Any, predicts_variance: bool) -> None:
@@ -157,7 +157,11 @@ def check_sampler(sampler: Any, schedule: Any, predicts_variance: bool) -> None:
         zero = bool(schedule.config.get("rescale_betas_zero_snr"))
         raise ValueError(
             f"{name} has other noise levels than this teacher's schedule"
-            + (", because it knows no rescale_betas_zero_snr (a terminal signal-to-noise ratio of 0)" if zero else "")
+            + (
+                ", because it ignores rescale_betas_zero_snr=True (a terminal signal-to-noise ratio of 0)"
+                if zero
+                else ""
+            )
             + "; choose sampler=dpm_solver, ddim, ddpm or euler"
         )
     if takes_variance(sampler) and not predicts_variance:
@@ -207,8 +211,9 @@ def _is_one_of(scheduler: Any, names: tuple[str, ...]) -> bool:
 
 
 def _has_same_noise_levels(scheduler: Any, schedule: Any) -> bool:
-    levels, others = scheduler.alphas_cumprod, schedule.alphas_cumprod
-    return levels.shape == others.shape and torch.allclose(levels.to(others), others, rtol=0, atol=SAME_LEVEL)
+    """Return whether two schedules of betas have the same abar_t at every step."""
+    levels, expected = scheduler.alphas_cumprod, schedule.alphas_cumprod
+    return levels.shape == expected.shape and torch.allclose(levels.to(expected), expected, rtol=0, atol=SAME_LEVEL)
 
 
 def _refusal(scheduler: Any) -> ValueError:
@@ -217,9 +222,9 @@ def _refusal(scheduler: Any) -> ValueError:
 
 def _refusal_of(name: str, config: Any) -> ValueError:
     fields = ("prediction_type", "use_flow_sigmas", "timestep_type", "beta_schedule", "invert_sigmas")
-    given = ", ".join(f"{key}={config[key]!r}" for key in fields if config.get(key) not in (None, False))
+    values = ", ".join(f"{key}={config[key]!r}" for key in fields if config.get(key) not in (None, False))
     return ValueError(
-        f"the noise schedule {name} ({given or 'no prediction_type'}) is not supported: scores and losses would be "
+        f"the noise schedule {name} ({values or 'no prediction_type'}) is not supported: scores and losses would be "
         "computed on wrongly noised samples. Supported are schedules of betas with timesteps 0, 1, ... and "
         f"prediction_type {', '.join(BETA_PREDICTIONS)} ({', '.join(BETA_SCHEDULERS + EITHER_SCHEDULERS)}), and "
         f"rectified flows ({', '.join(FLOW_SCHEDULERS)}; or, with use_flow_sigmas=True and prediction_type={FLOW}, "
