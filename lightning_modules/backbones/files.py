@@ -61,7 +61,7 @@ def find_model(path: str, get: str | None = None) -> Path:
         return hub_folder(path, [*ENDINGS, ".safetensors" if safe else ".bin"], names)
 
 
-def network_folder(pipeline: Path) -> Path:
+def find_network_folder(pipeline: Path) -> Path:
     """The folder of the denoiser: its own in a pipeline, or the pipeline's where everything lies side by side."""
     for folder in (*(pipeline / name for name in COMPONENTS), pipeline):
         check_no_adapter(folder)
@@ -75,7 +75,7 @@ def network_folder(pipeline: Path) -> Path:
     )
 
 
-def weight_files(path: str, tokenizer: str | None = None, get: str | None = None) -> list[Path]:
+def list_weight_files(path: str, tokenizer: str | None = None, get: str | None = None) -> list[Path]:
     """The files that make a teacher what it is: for its fingerprint, without reading a weight.
 
     `tokenizer` is where that of a language model lies, if not beside its weights; `get` says how to get what is absent.
@@ -83,7 +83,7 @@ def weight_files(path: str, tokenizer: str | None = None, get: str | None = None
     place, others = find_model(path, get), tokenizer_files(tokenizer) if tokenizer not in (None, path) else []
     if place.is_file():
         return sorted([place, *others])
-    network = network_folder(place)
+    network = find_network_folder(place)
     if not (place / "model_index.json").exists():
         place = network
     wanted = (*WEIGHTS, *(f"*{ending}" for ending in ENDINGS))

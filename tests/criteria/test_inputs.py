@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from support.pipeline_parts import TEXT, calls_of, named, opened, tensors, training_batch
 from support.pipelines import FACTOR, LATENT, tiny_pipeline
-from support.surroundings import TEXT, calls_of, named, opened, tensors, training_batch
 from torch import Tensor
 
 from datamodules.seeding import torch_rng

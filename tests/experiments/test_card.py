@@ -55,9 +55,9 @@ def test_a_card_of_a_plan_without_scores_speaks_of_no_criterion(configure):
 
 def test_a_card_of_a_pipeline_without_a_text_encoder_says_how_to_ask_it(configure):
     parts, captions = ["text_encoder", "tokenizer"], ["", "a photo of a ship"]
-    around = SimpleNamespace(missing=lambda: parts, table=captions)
+    around = SimpleNamespace(absent_parts=lambda: parts, table=captions)
     network = tiny_backbone("UNet2DModel")
-    network.surroundings = around
+    network.pipeline_parts = around
     card = compose_model_card(configure("task=t2i"), PLAN, {}, {}, network)
     assert "from_pretrained(folder, trust_remote_code=True, text_encoder=None, tokenizer=None)" in card
     assert "negative_prompt_embeds=states[:1]" in card

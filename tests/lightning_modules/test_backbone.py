@@ -13,7 +13,7 @@ from support.networks import UNETS, bypasses, same_tensors, tiny_backbone, tiny_
 
 from datamodules.readers.base import MissingData
 from lightning_modules.backbones.diffusion.load import load_teacher
-from lightning_modules.backbones.files import weight_files
+from lightning_modules.backbones.files import list_weight_files
 from lightning_modules.backbones.loading import load_network
 from lightning_modules.export.export import export
 
@@ -50,7 +50,7 @@ def test_a_conditional_network_without_its_pipeline_is_refused(tmp_path):
 
 def test_a_network_in_the_unet_folder_of_a_pipeline_is_found(teacher_folder, tmp_path):
     shutil.copytree(teacher_folder, tmp_path / "pipeline" / "unet")
-    assert weight_files(str(tmp_path / "pipeline")) == [
+    assert list_weight_files(str(tmp_path / "pipeline")) == [
         tmp_path / "pipeline" / "unet" / name for name in ("config.json", WEIGHTS, "scheduler_config.json")
     ]
 

@@ -14,8 +14,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from support.networks import bypasses, replacements, same_tensors
+from support.pipeline_parts import opened
 from support.pipelines import FACTOR, LATENT, tiny_pipeline
-from support.surroundings import opened
 from test_teachers import CALL
 
 from lightning_modules.backbones.base import Change, output_of
@@ -93,7 +93,7 @@ def test_an_export_opens_with_diffusers_and_is_the_student(kind, tmp_path):
     teacher = tiny(kind, tmp_path)
     student = teacher.pruned(bypasses(GONE[kind]))
     folder = exported(student, tmp_path / "export")
-    assert teacher.surroundings.pipeline.components[teacher.component] is teacher.network
+    assert teacher.pipeline_parts.pipeline.components[teacher.component] is teacher.network
 
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert (f"{student.component}/pruned_unet.py" in files) == (kind in CUSTOM) == (not is_stock(student.network))
@@ -103,9 +103,9 @@ def test_an_export_opens_with_diffusers_and_is_the_student(kind, tmp_path):
     assert not [file for file in files if b"the_teacher" in (folder / file).read_bytes()]  # where it lay here
 
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=kind in CUSTOM)
-    assert type(pipeline) is type(teacher.surroundings.pipeline)
+    assert type(pipeline) is type(teacher.pipeline_parts.pipeline)
     check_equal(getattr(pipeline, student.component), student)
-    assert pipeline.scheduler.config == teacher.surroundings.pipeline.scheduler.config
+    assert pipeline.scheduler.config == teacher.pipeline_parts.pipeline.scheduler.config
     made = image(pipeline, kind)
     teachers = image(DiffusionPipeline.from_pretrained(tmp_path / "the_teacher"), kind)
     assert made.shape == teachers.shape == (1, PIXELS, PIXELS, 3)
@@ -116,7 +116,7 @@ def test_an_export_opens_with_diffusers_and_is_the_student(kind, tmp_path):
 def test_an_export_with_a_class_of_its_own_is_refused_where_it_is_not_trusted(kind, tmp_path):
     teacher = tiny(kind, tmp_path)
     folder = exported(teacher.pruned(bypasses(GONE[kind])), tmp_path / "export")
-    for cls in (DiffusionPipeline, type(teacher.surroundings.pipeline)):
+    for cls in (DiffusionPipeline, type(teacher.pipeline_parts.pipeline)):
         with refused():
             cls.from_pretrained(folder)
     with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):  # and not with random numbers in it
@@ -181,7 +181,7 @@ def test_an_export_can_be_loaded_pruned_and_exported_again(kind, tmp_path):
     assert again.noise_scheduler.config == student.noise_scheduler.config
     check_equal(again.network, student)
     batch = {"seed": torch.tensor([1, 2]), "caption": ["a cat", "the hat"], "label": torch.tensor([0, 5])}
-    sampler = type(again.surroundings.pipeline.scheduler).from_config
+    sampler = type(again.pipeline_parts.pipeline.scheduler).from_config
     images = [one.decode(one.generate(batch, sampler, 2, 3.0)).int() for one in (student, again)]
     assert (images[0] - images[1]).abs().max() <= 1 and images[0].float().std() > 1
 

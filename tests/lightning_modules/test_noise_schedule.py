@@ -19,7 +19,7 @@ from experiments.engine.pipeline import run_pipeline
 from experiments.engine.stages.score import Score
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.load import load_teacher
-from lightning_modules.backbones.files import weight_files
+from lightning_modules.backbones.files import list_weight_files
 from lightning_modules.export.export import export
 
 V = {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}
@@ -115,10 +115,10 @@ def test_the_configuration_can_say_the_schedule_of_a_network_that_has_none(saved
 
 def test_another_schedule_beside_the_same_weights_is_another_teacher(saved_with, tmp_path):
     path = saved_with(DDPMScheduler())
-    before = fingerprint(weight_files(path), tmp_path / "cache")
+    before = fingerprint(list_weight_files(path), tmp_path / "cache")
     config = Path(path) / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
-    assert fingerprint(weight_files(path), tmp_path / "cache") != before
+    assert fingerprint(list_weight_files(path), tmp_path / "cache") != before
 
 
 def test_an_export_samples_with_the_schedule_that_was_given(tmp_path):

@@ -17,13 +17,13 @@ from criteria.base import Batch
 from datamodules.seeding import torch_rng
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.diffusion import pruned_unet
-from lightning_modules.backbones.diffusion.pipeline_parts import Surroundings, move
+from lightning_modules.backbones.diffusion.pipeline_parts import PipelineParts, move
 
 
 class DiffusionBackbone(NetworkBackbone):
     """A network that predicts noise (or velocity, sample, flow), with the noise schedule it was trained under.
 
-    `surroundings` are the other parts of its pipeline (VAE, text encoders), frozen and outside the module tree; None
+    `pipeline_parts` are the other parts of its pipeline (VAE, text encoders), frozen and outside the module tree; None
     where the network works on images and takes no conditions. Families say what their units are and what the network
     takes.
     """
@@ -36,13 +36,13 @@ class DiffusionBackbone(NetworkBackbone):
     """the network's name in its pipeline"""
 
     def __init__(
-        self, network: nn.Module, noise_scheduler: Any, surroundings: Surroundings | None = None, **options: Any
+        self, network: nn.Module, noise_scheduler: Any, pipeline_parts: PipelineParts | None = None, **options: Any
     ) -> None:
         super().__init__(network, **options)
-        self.noise_scheduler, self.surroundings = noise_scheduler, surroundings
+        self.noise_scheduler, self.pipeline_parts = noise_scheduler, pipeline_parts
 
     def twin(self, network: nn.Module) -> Self:
-        return type(self)(network, self.noise_scheduler, self.surroundings, **self.options)
+        return type(self)(network, self.noise_scheduler, self.pipeline_parts, **self.options)
 
     # Batches
 
@@ -85,12 +85,12 @@ class DiffusionBackbone(NetworkBackbone):
     def latents(self, batch: Batch, rngs: Sequence[torch.Generator] | None) -> Tensor:
         """The clean samples of a batch in the network's own space: its images, or what the VAE makes of them."""
         if "latent_mean" in batch:
-            assert self.surroundings is not None
-            return self.surroundings.drawn(batch["latent_mean"], batch["latent_std"], rngs)
+            assert self.pipeline_parts is not None
+            return self.pipeline_parts.draw_latents(batch["latent_mean"], batch["latent_std"], rngs)
         image = batch["image"]
-        if self.surroundings is None or not self.surroundings.encodes:
+        if self.pipeline_parts is None or not self.pipeline_parts.has_vae:
             return image
-        return self.surroundings.encode(image, rngs)
+        return self.pipeline_parts.encode(image, rngs)
 
     def noised(self, batch: Batch, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Batch:
         """What the network takes, and its target, for clean samples, noise and places in the schedule."""
@@ -119,7 +119,7 @@ class DiffusionBackbone(NetworkBackbone):
 
     @property
     def takes_text(self) -> bool:
-        return self.surroundings is not None and self.surroundings.takes_text
+        return self.pipeline_parts is not None and self.pipeline_parts.takes_text
 
     @torch.no_grad()
     def conditions(self, batch: Batch, device: torch.device) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class DiffusionBackbone(NetworkBackbone):
             return batch["conditions"]
         if not self.takes_text:
             return {}
-        assert self.surroundings is not None
+        assert self.pipeline_parts is not None
         if "text" in batch:  # stored by a precomputation
             return self.with_sizes(move(batch["text"], device), batch, device)
         if "caption" not in batch:
@@ -136,15 +136,15 @@ class DiffusionBackbone(NetworkBackbone):
                 "the teacher takes text, but the data have no captions; choose data with captions "
                 "(data=captioned_folder, or a `caption` column)"
             )
-        return self.with_sizes(self.surroundings.text(batch["caption"], device), batch, device)
+        return self.with_sizes(self.pipeline_parts.encode_text(batch["caption"], device), batch, device)
 
     def unconditions(self, batch: Batch, conditions: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the unconditional pass of classifier-free guidance."""
         if not self.takes_text:
             return conditions
-        assert self.surroundings is not None
+        assert self.pipeline_parts is not None
         device = next(self.network.parameters()).device
-        return self.with_sizes(self.surroundings.empty_text(len(batch["seed"]), device), batch, device)
+        return self.with_sizes(self.pipeline_parts.encode_empty_text(len(batch["seed"]), device), batch, device)
 
     def with_sizes(self, conditions: dict[str, Any], batch: Batch, device: torch.device) -> dict[str, Any]:
         """Conditions with what the network wants to know of sizes and crops; for most networks nothing."""
@@ -225,8 +225,8 @@ class DiffusionBackbone(NetworkBackbone):
     @torch.no_grad()
     def decode(self, samples: Tensor) -> Tensor:
         """Images of generated samples: uint8 (N,H,W,C), on the CPU."""
-        if self.surroundings is not None and self.surroundings.encodes:
-            samples = self.surroundings.decode(samples)
+        if self.pipeline_parts is not None and self.pipeline_parts.has_vae:
+            samples = self.pipeline_parts.decode(samples)
         return ((samples.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
     # Shapes, costs, files
@@ -239,10 +239,10 @@ class DiffusionBackbone(NetworkBackbone):
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the images that go with such samples."""
         channels, height, width = self.data_shape()
-        if self.surroundings is None or not self.surroundings.encodes:
+        if self.pipeline_parts is None or not self.pipeline_parts.has_vae:
             return channels, height, width
-        factor = self.surroundings.factor
-        return self.surroundings.image_channels, height * factor, width * factor
+        factor = self.pipeline_parts.pixels_per_latent
+        return self.pipeline_parts.image_channels, height * factor, width * factor
 
     def example_inputs(self, batch: int, device: torch.device | str) -> Batch:
         """Inputs of the right shape, zeros: for counting and timing."""
@@ -271,7 +271,7 @@ class DiffusionBackbone(NetworkBackbone):
         `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens it where only diffusers is installed.
         Without `trust_remote_code` it is refused, rather than opened as a stock network with untrained parts.
         """
-        parts = self.surroundings
+        parts = self.pipeline_parts
         assert parts is not None, "a teacher is loaded with its pipeline"
         parts.to(torch.device("cpu"))
         parts.save(self.network, folder)
@@ -296,8 +296,8 @@ class DiffusionBackbone(NetworkBackbone):
         return self.arguments(inputs)
 
     def card_usage(self) -> str:
-        parts = self.surroundings
-        without, captions = ([], []) if parts is None else (parts.missing(), list(parts.table or ()))
+        parts = self.pipeline_parts
+        without, captions = ([], []) if parts is None else (parts.absent_parts(), list(parts.table or ()))
         absent = "".join(f", {name}=None" for name in without)
         return f"""    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True{absent})
 

@@ -23,8 +23,8 @@ from diffusers import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.networks import same_tensors
+from support.pipeline_parts import TEXT, calls_of, named, opened, tensors, training_batch
 from support.pipelines import FACTOR, KINDS, LATENT, tiny_pipeline
-from support.surroundings import TEXT, calls_of, named, opened, tensors, training_batch
 from test_backbone import Bomb
 from torch import Tensor
 
@@ -33,7 +33,7 @@ from datamodules.seeding import torch_rng
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.load import load_parts, load_teacher, read_index
 from lightning_modules.backbones.diffusion.text_states import store_texts
-from lightning_modules.backbones.files import find_model, weight_files
+from lightning_modules.backbones.files import find_model, list_weight_files
 
 PIXELS = LATENT * FACTOR
 CAPTIONS = ["a cat at the door", "the hat"]
@@ -115,7 +115,7 @@ def compare_with_stock(folder: Path, kind: str, guidance: float, monkeypatch: py
             atol = 0 if exact else 5e-6 * float(value.abs().max())
             torch.testing.assert_close(value, expected[key].expand_as(value), rtol=0, atol=atol, msg=named(key))
 
-    seen = samples if backbone.surroundings.vae is None else backbone.surroundings.decode(samples)
+    seen = samples if backbone.pipeline_parts.vae is None else backbone.pipeline_parts.decode(samples)
     torch.testing.assert_close(
         ((seen + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1), torch.tensor(images), rtol=0, atol=1e-5
     )
@@ -135,7 +135,7 @@ def test_captions_reach_the_network(folders, kind):
     """And differ from each other and from none, so that comparing arguments says something."""
     backbone = opened(folders[kind])
     with torch.no_grad(), calls_of(backbone.network) as calls:
-        backbone.generate(wanted(backbone, kind), type(backbone.surroundings.pipeline.scheduler).from_config, 1, 5.0)
+        backbone.generate(wanted(backbone, kind), type(backbone.pipeline_parts.pipeline.scheduler).from_config, 1, 5.0)
     states = [call["encoder_hidden_states"] for call in calls]
     assert len(states) == (1 if kind == "flux" else 2)
     assert not torch.equal(states[0][0], states[0][1])
@@ -175,8 +175,8 @@ def test_the_other_parts_of_a_pipeline_are_frozen_and_in_no_checkpoint(folders, 
     network = load_file(next((folders[kind] / backbone.component).glob("*.safetensors")))
     assert set(backbone.state_dict()) == {f"network.{key}" for key in network}
     assert len(list(backbone.parameters())) == len(list(backbone.network.parameters()))
-    assert copy.deepcopy(backbone).surroundings is backbone.surroundings
-    others = backbone.train().surroundings.modules()
+    assert copy.deepcopy(backbone).pipeline_parts is backbone.pipeline_parts
+    others = backbone.train().pipeline_parts.modules()
     assert len(others) == {"sdxl": 3, "flux": 3, "ldm": 1}[kind]
     for part in others:
         assert part is not backbone.network and not part.training
@@ -212,7 +212,10 @@ def test_an_inpainting_network_is_refused(tmp_path):
 
 def test_a_pipeline_on_the_hub_that_cannot_be_reached_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for read in (load_teacher, weight_files):  # the weights' files are looked up first, for the teacher's fingerprint
+    for read in (
+        load_teacher,
+        list_weight_files,
+    ):  # the weights' files are looked up first, for the teacher's fingerprint
         wanted = r"run `hf download nobody/no-pipeline --local-dir FOLDER`, then set teacher\.path to FOLDER"
         with pytest.raises(MissingData, match=wanted):
             read("nobody/no-pipeline")
@@ -230,9 +233,9 @@ def test_a_vqmodel_without_a_scaling_factor_in_its_file_does_not_scale(folders, 
     images = training_batch(plain, [0, 1])["image"]
     vqvae = DiffusionPipeline.from_pretrained(folder).vqvae.requires_grad_(False)  # else convolutions round otherwise
     latents = vqvae.encode(images).latents
-    assert torch.equal(plain.surroundings.encode(images, None), latents)
-    assert torch.equal(plain.surroundings.decode(latents), vqvae.decode(latents).sample)
-    assert torch.equal(scaled.surroundings.encode(images, None), latents * 0.18215)
+    assert torch.equal(plain.pipeline_parts.encode(images, None), latents)
+    assert torch.equal(plain.pipeline_parts.decode(latents), vqvae.decode(latents).sample)
+    assert torch.equal(scaled.pipeline_parts.encode(images, None), latents * 0.18215)
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +280,10 @@ def test_the_variant_of_weights_is_read_where_no_other_is_there(sd, copied_sd, c
         save_file({key: value.half() for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
         file.rename(file.with_suffix(".fp16.safetensors"))
     found = opened(copied_sd)
-    pairs = [(found.network, sd.network), *zip(found.surroundings.modules(), sd.surroundings.modules(), strict=True)]
+    pairs = [
+        (found.network, sd.network),
+        *zip(found.pipeline_parts.modules(), sd.pipeline_parts.modules(), strict=True),
+    ]
     for ours, theirs in pairs:
         halved = {key: value.half().to(value.dtype) for key, value in theirs.state_dict().items()}
         assert same_tensors(ours.state_dict(), halved)
@@ -320,7 +326,7 @@ def test_an_adapter_beside_the_weights_of_a_text_encoder_is_refused(copied_sd):
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
 def test_pickled_weights_of_a_part_are_read_without_executing_them(sd, copied_sd, tmp_path, part):
     index = {part: read_index(copied_sd)[part]}
-    expected = getattr(sd.surroundings.pipeline, part).state_dict()
+    expected = getattr(sd.pipeline_parts.pipeline, part).state_dict()
     (safe,) = (copied_sd / part).glob("*.safetensors")
     pickled = safe.with_name({"vae": "diffusion_pytorch_model.bin", "text_encoder": "pytorch_model.bin"}[part])
     torch.save(load_file(safe), pickled)
@@ -342,14 +348,14 @@ def test_pickled_weights_of_a_part_are_read_without_executing_them(sd, copied_sd
 def test_values_of_the_vae_that_are_not_finite_are_refused(sd):
     images = training_batch(sd, [0])["image"]
     latents = sd.latents({"image": images}, None)
-    with pytest.raises(FloatingPointError, match=r"images decoded .* AutoencoderKL are not finite"):
+    with pytest.raises(FloatingPointError, match=r"images decoded from latents are not finite: .* AutoencoderKL"):
         sd.decode(latents * torch.nan)
-    with pytest.raises(FloatingPointError, match=r"latents of images .* AutoencoderKL are not finite"):
+    with pytest.raises(FloatingPointError, match=r"latents of images are not finite: .* AutoencoderKL"):
         sd.latents({"image": images * torch.inf}, None)
 
 
 def test_stored_text_states_that_are_not_finite_are_named(sd, copied_sd):
-    store_texts(sd.surroundings, ["a cat", "the hat"], copied_sd / "text")
+    store_texts(sd.pipeline_parts, ["a cat", "the hat"], copied_sd / "text")
     file = copied_sd / "text" / "text-00000.safetensors"
     with safe_open(file, "pt") as stored:
         metadata = stored.metadata()
@@ -360,15 +366,15 @@ def test_stored_text_states_that_are_not_finite_are_named(sd, copied_sd):
         opened(copied_sd)
 
     with pytest.raises(FloatingPointError, match=r"text states .* are not finite as torch\.float16, .* \['a cat'\]"):
-        store_texts(Overflowing(sd.surroundings), ["a cat"], copied_sd / "again")
+        store_texts(Overflowing(sd.pipeline_parts), ["a cat"], copied_sd / "again")
 
 
 class Overflowing:
     """Text encoders whose states are larger than half precision can hold."""
 
     def __init__(self, parts: Any) -> None:
-        self.empty_text = parts.empty_text
-        self.states = parts.text
+        self.encode_empty_text = parts.encode_empty_text
+        self.states = parts.encode_text
 
-    def text(self, captions: list[str], device: torch.device) -> dict[str, Any]:
+    def encode_text(self, captions: list[str], device: torch.device) -> dict[str, Any]:
         return {key: value * 1e6 for key, value in self.states(captions, device).items()}
