@@ -20,7 +20,7 @@ from test_teachers import CALL
 
 from lightning_modules.backbones.base import Change, output_of
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone, is_stock
-from lightning_modules.export.export import dense_twin, export
+from lightning_modules.export.export import export, make_dense_twin
 from lightning_modules.export.verify import verify
 
 PIXELS = LATENT * FACTOR
@@ -225,7 +225,7 @@ def test_an_export_is_proved_in_a_process_that_does_not_have_this_project(kind, 
 def test_only_plans_of_whole_blocks_have_a_dense_twin(tmp_path):
     teacher = tiny("sd", tmp_path)
     student = teacher.pruned(bypasses(GONE["sd"]))
-    twin = dense_twin(teacher, student)
+    twin = make_dense_twin(teacher, student)
     assert type(twin) is UNet2DConditionModel
     assert twin.state_dict().keys() == teacher.network.state_dict().keys()
     norm = next(unit.name for unit in teacher.units("operator") if unit.kind == "norm")
@@ -233,4 +233,4 @@ def test_only_plans_of_whole_blocks_have_a_dense_twin(tmp_path):
     channels = [{"unit": teacher.units("channel")[0].name, "kind": "slice"}]
     for changes in (replacements([norm]), replacements([conv]), channels, restaged("base"), restaged("tiny")):
         with pytest.raises(ValueError, match=r"export\.dense_twin=true: no network of the teacher's shape"):
-            dense_twin(teacher, teacher.pruned(changes))
+            make_dense_twin(teacher, teacher.pruned(changes))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from criteria.selection import bk_sdm
 from criteria.selection.bk_sdm import BkSdm
 from lightning_modules.backbones.diffusion import restage as restaging
-from lightning_modules.backbones.diffusion.restage import VARIANTS, origin, restage, student_config
+from lightning_modules.backbones.diffusion.restage import VARIANTS, find_source, make_student_config, restage
 from lightning_modules.losses.level_weights import features
 from lightning_modules.metrics.cost import count_macs
 
@@ -150,9 +150,9 @@ def test_the_configuration_of_a_student_differs_in_what_the_variant_removes(stab
         "attention_head_dim": heads,
     }
     public = {key: value for key, value in teacher.items() if not key.startswith("_")}
-    assert student_config(teacher, "base") == public | base
-    assert student_config(teacher, "small") == public | small
-    assert student_config(teacher, "tiny") == public | tiny
+    assert make_student_config(teacher, "base") == public | base
+    assert make_student_config(teacher, "small") == public | small
+    assert make_student_config(teacher, "tiny") == public | tiny
 
 
 def test_each_list_of_stages_loses_the_innermost():
@@ -164,7 +164,7 @@ def test_each_list_of_stages_loses_the_innermost():
         "reverse_transformer_layers_per_block": [4, 3, 2, 1],
     }
     teacher = on_meta(UNet2DConditionModel, **TEXT[1] | lists)
-    found = student_config(teacher.config, "tiny")
+    found = make_student_config(teacher.config, "tiny")
     assert {key: found[key] for key in lists} == {
         "layers_per_block": 1,
         "only_cross_attention": [True, False, False],
@@ -200,7 +200,7 @@ def test_the_embedded_teacher_loses_the_parameters_of_what_is_removed(variant):
 
 @pytest.mark.parametrize(("variant", "key", "source"), TABLE)
 def test_weights_start_where_the_paper_says(variant, key, source):
-    assert origin(key, variant) == source
+    assert find_source(key, variant) == source
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -220,7 +220,7 @@ def test_a_student_holds_copies_of_the_named_tensors(variant):
 def test_every_tensor_of_a_student_is_its_teachers_and_no_two_share_one(family, variant):
     teacher = network(family)
     theirs, ours = teacher.state_dict(), restage(teacher, variant).state_dict()
-    sources = [origin(key, variant) for key in ours]
+    sources = [find_source(key, variant) for key in ours]
     assert len(set(sources)) == len(ours)
     assert all(torch.equal(ours[key], theirs[source]) for key, source in zip(ours, sources, strict=True))
 
@@ -302,12 +302,12 @@ def test_a_student_is_no_teacher(variant):
         (
             {"reverse_transformer_layers_per_block": (1, 1, 1, (1, 2, 1))},
             "base",
-            r"without an equal in the teacher \['up_blocks\.3\.attentions\.1\.transformer_blocks\.1\.",
+            r"student without one in the teacher: \['up_blocks\.3\.attentions\.1\.transformer_blocks\.1\.",
         ),
         (
             {"reverse_transformer_layers_per_block": (1, 1, 1, (1, 1, 2))},
             "base",
-            r"without a place in the student \['up_blocks\.3\.attentions\.2\.transformer_blocks\.1\.",
+            r"teacher without one in the student: \['up_blocks\.3\.attentions\.2\.transformer_blocks\.1\.",
         ),
     ],
 )
@@ -320,4 +320,4 @@ def test_a_network_of_another_build_is_refused(changed, variant, message):
 def test_a_network_with_removed_units_is_no_teacher():
     config = dict(network("text").config) | {"removed_units": ["up_blocks.1.resnets.1"]}
     with pytest.raises(ValueError, match=r"teacher\.removed_units=\['up_blocks\.1\.resnets\.1'\]: "):
-        student_config(config, "base")
+        make_student_config(config, "base")

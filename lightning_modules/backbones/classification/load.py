@@ -18,7 +18,13 @@ from lightning_modules.backbones.classification.image_networks import (
     build,
     fit,
 )
-from lightning_modules.backbones.files import WEIGHTS, find_model, find_network_folder, is_image_network, unreadable
+from lightning_modules.backbones.files import (
+    WEIGHTS,
+    explain_unreadable,
+    find_model,
+    find_network_folder,
+    is_image_network,
+)
 from lightning_modules.backbones.loading import load_network
 
 NAMED: dict[str, dict[str, Any]] = {
@@ -99,7 +105,7 @@ def read_into(network: ImageNetwork, file: Path) -> None:
         state: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
         state = renamed(network, state.get("state_dict", state))
     except Exception as error:  # readers raise almost anything for damaged files
-        raise unreadable(file, error) from error
+        raise explain_unreadable(file, error) from error
     try:
         fit(network, state).eval()
     except ValueError as error:

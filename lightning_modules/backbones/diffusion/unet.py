@@ -28,7 +28,7 @@ from lightning_modules.backbones.diffusion.pruned_unet import (
     make_stand_in,
     remove_units,
 )
-from lightning_modules.backbones.diffusion.restage import restage, student_config
+from lightning_modules.backbones.diffusion.restage import make_student_config, restage
 from lightning_modules.backbones.width.graph import Channels
 
 CLASSES = {
@@ -144,7 +144,7 @@ class UNetBackbone(DiffusionBackbone):
     def check_plan(self, changes: Sequence[Change]) -> None:
         for change in changes:
             if change["kind"] == "restage":
-                student_config(self.network.config, change["variant"])
+                make_student_config(self.network.config, change["variant"])
 
     def pruned(self, changes: Sequence[Change]) -> Self:
         kinds = {change["kind"] for change in changes}

@@ -38,9 +38,9 @@ class Channels(Blocks):
     the inner dimension of diffusers' attentions, so heads are untouched (their inputs and outputs are part of the
     residual stream, a transformer's feed-forward is a group like any other); grouped convolutions that are not
     depthwise; what is coupled to layers or parameters that `list_sizes` does not know; and streams that the graph
-    cannot follow, seen by a block that takes channels of another one with it or by a layer whose outputs are only partly
-    covered (the zero-padded shortcuts of CIFAR ResNets). Nothing here is particular to U-Nets but the functions
-    `attention_projections` and `mend`.
+    cannot follow, seen by a block that takes channels of another one with it or by a layer whose outputs are only
+    partly covered (the zero-padded shortcuts of CIFAR ResNets). Nothing here is particular to U-Nets but the functions
+    `attention_projections` and `update_channel_counts`.
 
     `further` are groups of other channels, by their root layer; for these and `outlets` see Blocks.
     """
