@@ -92,7 +92,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder):
         assert "not finite: conv_in.bias" in refusal(folder)
 
 
-def test_a_missing_folder_says_what_is_wanted(tmp_path):
+def test_a_missing_folder_is_reported_with_what_is_expected(tmp_path):
     message = refusal(tmp_path / "absent", MissingData)
     assert f"teacher.path='{tmp_path / 'absent'}' does not exist" in message
     assert "config.json" in message and "*.safetensors" in message and "hub id" in message
@@ -136,7 +136,7 @@ def test_pickled_weights_are_never_opened(folder, tmp_path):
     assert not (tmp_path / "boom").exists()
 
 
-def test_weights_that_are_tensors_in_a_pickle_are_read_without_executing_it_and_said_so(folder, caplog):
+def test_pickled_tensors_are_read_without_execution_and_logged(folder, caplog):
     expected = load_teacher(str(folder), DDPMScheduler()).state_dict()
     torch.save(load_file(folder / WEIGHTS), folder / "diffusion_pytorch_model.bin")
     (folder / WEIGHTS).unlink()

@@ -14,7 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from support.networks import bypasses, replacements, same_tensors
-from support.pipeline_parts import opened
+from support.pipeline_parts import load_tiny_teacher
 from support.pipelines import FACTOR, LATENT, tiny_pipeline
 from test_teachers import CALL
 
@@ -52,7 +52,7 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 
 
 def tiny(kind: str, tmp_path: Path) -> DiffusionBackbone:
-    return opened(tiny_pipeline(kind, tmp_path / "the_teacher"))
+    return load_tiny_teacher(tiny_pipeline(kind, tmp_path / "the_teacher"))
 
 
 def exported(student: DiffusionBackbone, folder: Path) -> Path:
@@ -113,7 +113,7 @@ def test_an_export_opens_with_diffusers_and_is_the_student(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "ldm"])
-def test_an_export_with_a_class_of_its_own_is_refused_where_it_is_not_trusted(kind, tmp_path):
+def test_an_export_with_its_own_class_needs_trust_remote_code(kind, tmp_path):
     teacher = tiny(kind, tmp_path)
     folder = exported(teacher.pruned(bypasses(GONE[kind])), tmp_path / "export")
     for cls in (DiffusionPipeline, type(teacher.pipeline_parts.pipeline)):
@@ -142,13 +142,13 @@ def test_transformers_lose_layers_and_stay_stock(tmp_path):
         ("dit", DiTTransformer2DModel, {"num_layers": 2}),
         ("flux", FluxTransformer2DModel, {"num_layers": 1, "num_single_layers": 2}),
     ):
-        student = opened(tiny_pipeline(kind, tmp_path / kind)).pruned(bypasses(GONE[kind]))
+        student = load_tiny_teacher(tiny_pipeline(kind, tmp_path / kind)).pruned(bypasses(GONE[kind]))
         folder = exported(student, tmp_path / f"{kind}_export")
         network = cls.from_pretrained(folder / "transformer", low_cpu_mem_usage=False)
         assert {name: network.config[name] for name in layers} == layers
 
 
-def test_a_transformer_without_blocks_is_bypassed_as_a_whole_in_an_export_too(tmp_path):
+def test_an_emptied_transformer_is_bypassed_as_a_whole_in_an_export(tmp_path):
     student = tiny("sdxl", tmp_path).pruned(bypasses(GONE["sdxl"]))
     folder = exported(student, tmp_path / "export")
     unet = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).unet
@@ -166,7 +166,7 @@ def test_other_kinds_of_plans_are_exported_the_same_way(level, kind, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     check_equal(pipeline.unet, student)
     assert np.isfinite(image(pipeline, "sd")).all()
-    check_equal(opened(folder).network, student)
+    check_equal(load_tiny_teacher(folder).network, student)
 
 
 # An export is a teacher
@@ -176,7 +176,7 @@ def test_other_kinds_of_plans_are_exported_the_same_way(level, kind, tmp_path):
 @torch.no_grad()
 def test_an_export_can_be_loaded_pruned_and_exported_again(kind, tmp_path):
     student = tiny(kind, tmp_path).pruned(bypasses(GONE[kind]))
-    again = opened(exported(student, tmp_path / "once"))
+    again = load_tiny_teacher(exported(student, tmp_path / "once"))
     assert type(again.network) is type(student.network)
     assert again.noise_scheduler.config == student.noise_scheduler.config
     check_equal(again.network, student)
@@ -186,15 +186,15 @@ def test_an_export_can_be_loaded_pruned_and_exported_again(kind, tmp_path):
     assert (images[0] - images[1]).abs().max() <= 1 and images[0].float().std() > 1
 
     twice = again.pruned(bypasses([again.units()[0].name]))
-    assert twice.params() < again.params() < opened(tmp_path / "the_teacher").params()
+    assert twice.params() < again.params() < load_tiny_teacher(tmp_path / "the_teacher").params()
     folder = exported(twice, tmp_path / "twice")
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=kind in CUSTOM)
     check_equal(getattr(pipeline, twice.component), twice)
-    check_equal(opened(folder).network, twice)
+    check_equal(load_tiny_teacher(folder).network, twice)
 
 
 def test_a_restaged_export_can_lose_blocks(tmp_path):
-    small = opened(exported(tiny("sd", tmp_path).pruned(restaged("small")), tmp_path / "small"))
+    small = load_tiny_teacher(exported(tiny("sd", tmp_path).pruned(restaged("small")), tmp_path / "small"))
     smaller = small.pruned(bypasses(["up_blocks.2.attentions.0"]))
     folder = exported(smaller, tmp_path / "smaller")
     with refused():
@@ -212,7 +212,7 @@ def test_a_restaged_export_can_lose_blocks(tmp_path):
     [("sdxl", bypasses(GONE["sdxl"])), ("sd", restaged("tiny")), ("flux", bypasses(GONE["flux"]))],
     ids=["sdxl", "restaged", "flux"],
 )
-def test_an_export_is_proved_in_a_process_that_does_not_have_this_project(kind, changes, tmp_path):
+def test_an_export_is_verified_without_this_project(kind, changes, tmp_path):
     student = tiny(kind, tmp_path).pruned(changes)
     folder = exported(student, tmp_path / "export")
     largest = float(output_of(student.network, student.random_arguments()).abs().max())

@@ -23,7 +23,7 @@ from diffusers import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.networks import same_tensors
-from support.pipeline_parts import TEXT, calls_of, named, opened, tensors, training_batch
+from support.pipeline_parts import TEXT, calls_of, load_tiny_teacher, named, tensors, training_batch
 from support.pipelines import FACTOR, KINDS, LATENT, tiny_pipeline
 from test_backbone import Bomb
 from torch import Tensor
@@ -96,7 +96,7 @@ def stock_images(
 
 def compare_with_stock(folder: Path, kind: str, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail unless generation and the stock pipeline give the network the same, and make the same images of it."""
-    backbone, pipeline = opened(folder), DiffusionPipeline.from_pretrained(folder)
+    backbone, pipeline = load_tiny_teacher(folder), DiffusionPipeline.from_pretrained(folder)
     sampler = type(pipeline.scheduler).from_config
     with torch.no_grad(), calls_of(backbone.network) as ours:
         samples = backbone.generate(wanted(backbone, kind), sampler, STEPS, guidance)
@@ -126,14 +126,14 @@ def compare_with_stock(folder: Path, kind: str, guidance: float, monkeypatch: py
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0], ids=["plain", "guided"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_generation_gives_the_network_what_the_stock_pipeline_gives_it(folders, kind, guidance, monkeypatch):
+def test_generation_calls_the_network_as_the_stock_pipeline_does(folders, kind, guidance, monkeypatch):
     compare_with_stock(folders[kind], kind, guidance, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", TEXT)
 def test_captions_reach_the_network(folders, kind):
     """And differ from each other and from none, so that comparing arguments says something."""
-    backbone = opened(folders[kind])
+    backbone = load_tiny_teacher(folders[kind])
     with torch.no_grad(), calls_of(backbone.network) as calls:
         backbone.generate(wanted(backbone, kind), type(backbone.pipeline_parts.pipeline.scheduler).from_config, 1, 5.0)
     states = [call["encoder_hidden_states"] for call in calls]
@@ -143,14 +143,14 @@ def test_captions_reach_the_network(folders, kind):
         assert torch.equal(states[1][0], states[1][1]) and not torch.equal(states[0][0], states[1][0])
 
 
-def test_pixart_of_1024_pixels_is_told_size_and_aspect_ratio(folders, tmp_path, monkeypatch):
+def test_pixart_at_1024_pixels_gets_size_and_aspect_ratio(folders, tmp_path, monkeypatch):
     pipeline = DiffusionPipeline.from_pretrained(folders["pixart"])
     config = dict(pipeline.transformer.config) | {"sample_size": 128, "use_additional_conditions": True}
     config |= {"num_attention_heads": 3, "cross_attention_dim": 24}  # a third each for height, width, aspect ratio
     pipeline.register_modules(transformer=PixArtTransformer2DModel.from_config(config))
     pipeline.save_pretrained(tmp_path)
     compare_with_stock(tmp_path, "pixart", 5.0, monkeypatch)
-    backbone = opened(tmp_path)
+    backbone = load_tiny_teacher(tmp_path)
     sizes = backbone.calibration_inputs(training_batch(backbone, [1]), 0)["conditions"]["added_cond_kwargs"]
     assert sizes["resolution"].tolist() == [[31, 41]]  # before it was cropped
     assert sizes["aspect_ratio"].tolist() == [[1]]
@@ -170,8 +170,8 @@ def test_flux_without_guidance_and_with_a_fixed_shift_is_flux_schnell(folders, t
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "flux", "ldm"])
-def test_the_other_parts_of_a_pipeline_are_frozen_and_in_no_checkpoint(folders, kind):
-    backbone = opened(folders[kind])
+def test_pipeline_parts_are_frozen_and_absent_from_checkpoints(folders, kind):
+    backbone = load_tiny_teacher(folders[kind])
     network = load_file(next((folders[kind] / backbone.component).glob("*.safetensors")))
     assert set(backbone.state_dict()) == {f"network.{key}" for key in network}
     assert len(list(backbone.parameters())) == len(list(backbone.network.parameters()))
@@ -184,11 +184,11 @@ def test_the_other_parts_of_a_pipeline_are_frozen_and_in_no_checkpoint(folders, 
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
-def test_captions_that_were_encoded_while_scoring_can_be_trained_with(folders, kind):
+def test_captions_encoded_during_scoring_can_be_used_for_training(folders, kind):
     """Scoring runs in inference mode, and perhaps in another precision."""
-    backbone = opened(folders[kind])
+    backbone = load_tiny_teacher(folders[kind])
     batch = training_batch(backbone, [0, 1])
-    expected = tensors(opened(folders[kind]).conditions(batch, torch.device("cpu")))
+    expected = tensors(load_tiny_teacher(folders[kind]).conditions(batch, torch.device("cpu")))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         scored = backbone.calibration_inputs(batch, 0)
         backbone.decode(backbone.latents(batch, None))
@@ -206,11 +206,11 @@ def test_an_inpainting_network_is_refused(tmp_path):
     config = json.loads((folder / "unet" / "config.json").read_text()) | {"in_channels": 9}
     UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
     with pytest.raises(ValueError, match=r"takes 9 channels and gives 4: an inpainting, .* choose a teacher") as caught:
-        opened(folder)
+        load_tiny_teacher(folder)
     assert f"teacher.path={str(folder)!r}" in str(caught.value)
 
 
-def test_a_pipeline_on_the_hub_that_cannot_be_reached_says_how_to_get_it(monkeypatch):
+def test_an_unreachable_pipeline_is_reported_with_how_to_download_it(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for read in (
         load_teacher,
@@ -222,14 +222,14 @@ def test_a_pipeline_on_the_hub_that_cannot_be_reached_says_how_to_get_it(monkeyp
 
 
 @torch.no_grad()
-def test_a_vqmodel_without_a_scaling_factor_in_its_file_does_not_scale(folders, tmp_path):
+def test_a_vqmodel_without_a_stored_scaling_factor_does_not_scale(folders, tmp_path):
     """As latent diffusion models of before there was one; diffusers would take that of Stable Diffusion's VAE."""
     folder = tiny_pipeline("ldm", tmp_path / "ldm")
     file = folder / "vqvae" / "config.json"
     config = json.loads(file.read_text())
     assert config.pop("scaling_factor") == 0.18215
     file.write_text(json.dumps(config))
-    scaled, plain = opened(folders["ldm"]), opened(folder)
+    scaled, plain = load_tiny_teacher(folders["ldm"]), load_tiny_teacher(folder)
     images = training_batch(plain, [0, 1])["image"]
     vqvae = DiffusionPipeline.from_pretrained(folder).vqvae.requires_grad_(False)  # else convolutions round otherwise
     latents = vqvae.encode(images).latents
@@ -241,7 +241,7 @@ def test_a_vqmodel_without_a_scaling_factor_in_its_file_does_not_scale(folders, 
 @pytest.fixture(scope="module")
 def sd(folders) -> DiffusionBackbone:
     """The tiny Stable Diffusion, which nothing here may change."""
-    return opened(folders["sd"])
+    return load_tiny_teacher(folders["sd"])
 
 
 @pytest.fixture
@@ -275,11 +275,11 @@ def test_a_part_with_damaged_or_missing_weights_is_refused(folders, tmp_path, ki
         load_parts(folder, {part: read_index(folder)[part]})
 
 
-def test_the_variant_of_weights_is_read_where_no_other_is_there(sd, copied_sd, caplog):
+def test_a_variant_is_read_where_there_are_no_other_weights(sd, copied_sd, caplog):
     for file in copied_sd.rglob("*.safetensors"):
         save_file({key: value.half() for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
         file.rename(file.with_suffix(".fp16.safetensors"))
-    found = opened(copied_sd)
+    found = load_tiny_teacher(copied_sd)
     pairs = [
         (found.network, sd.network),
         *zip(found.pipeline_parts.modules(), sd.pipeline_parts.modules(), strict=True),
@@ -295,7 +295,7 @@ def test_the_variant_of_weights_is_read_where_no_other_is_there(sd, copied_sd, c
         load_parts(copied_sd, {"vae": read_index(copied_sd)["vae"]})
 
 
-def test_a_pipeline_of_fp16_weights_alone_is_downloaded_as_that(monkeypatch, tmp_path):
+def test_a_pipeline_with_only_fp16_weights_is_downloaded_as_fp16(monkeypatch, tmp_path):
     names = ["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "unet/config.json"]
     chosen = []
 
@@ -320,7 +320,7 @@ def test_a_pipeline_of_fp16_weights_alone_is_downloaded_as_that(monkeypatch, tmp
 def test_an_adapter_beside_the_weights_of_a_text_encoder_is_refused(copied_sd):
     (copied_sd / "text_encoder" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"text_encoder holds an adapter \(adapter_config\.json\)"):
-        opened(copied_sd)
+        load_tiny_teacher(copied_sd)
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
@@ -363,7 +363,7 @@ def test_stored_text_states_that_are_not_finite_are_named(sd, copied_sd):
     state["encoder_hidden_states"][2, 1, 0] = torch.nan
     save_file(state, file, metadata)
     with pytest.raises(ValueError, match=rf"{file} has .* not finite: encoder_hidden_states, of the caption 'the hat'"):
-        opened(copied_sd)
+        load_tiny_teacher(copied_sd)
 
     with pytest.raises(FloatingPointError, match=r"text states .* are not finite as torch\.float16, .* \['a cat'\]"):
         store_texts(Overflowing(sd.pipeline_parts), ["a cat"], copied_sd / "again")

@@ -138,7 +138,7 @@ def test_a_student_of_stable_diffusion_has_the_published_size(stable_diffusion, 
     assert all(p.is_meta for p in student.parameters())
 
 
-def test_the_configuration_of_a_student_differs_in_what_the_variant_removes(stable_diffusion):
+def test_a_student_configuration_lacks_only_what_is_removed(stable_diffusion):
     teacher = stable_diffusion[1].config
     heads = {"1.x": 8, "2.1": [5, 10, 20]}[stable_diffusion[0]]
     base = {"layers_per_block": 1}
@@ -217,7 +217,7 @@ def test_a_student_holds_copies_of_the_named_tensors(variant):
 
 
 @pytest.mark.parametrize(("family", "variant"), product(FAMILIES, VARIANTS))
-def test_every_tensor_of_a_student_is_its_teachers_and_no_two_share_one(family, variant):
+def test_each_tensor_of_a_student_copies_another_one_of_the_teacher(family, variant):
     teacher = network(family)
     theirs, ours = teacher.state_dict(), restage(teacher, variant).state_dict()
     sources = [find_source(key, variant) for key in ours]
@@ -248,7 +248,7 @@ def test_a_student_keeps_the_teachers_precision():
 
 
 @pytest.mark.parametrize(("choice", "variant"), [("bk_sdm", "base"), ("bk_sdm", "small"), ("bk_sdm_tiny", "tiny")])
-def test_the_feature_maps_that_are_compared_are_there_and_of_one_shape(configure, choice, variant):
+def test_the_compared_feature_maps_exist_and_have_equal_shapes(configure, choice, variant):
     taps = configure(f"distillation={choice}").distillation.taps
     pairs = dict(taps) if variant == "tiny" else {name: name for name in taps}
     assert len(pairs) == {"tiny": 6}.get(variant, 8)
@@ -274,7 +274,7 @@ def test_the_selection_is_one_change_and_needs_no_scores(configure, variant):
     assert (selection.needs_scores, selection.budget) == (False, "params")
 
 
-def test_both_sides_know_the_same_variants():
+def test_selection_and_restaging_have_the_same_variants():
     assert bk_sdm.VARIANTS == restaging.VARIANTS
 
 
@@ -282,13 +282,13 @@ def test_both_sides_know_the_same_variants():
 
 
 @pytest.mark.parametrize("ask", [BkSdm, lambda variant: restage(network("image"), variant)])
-def test_an_unknown_variant_is_answered_with_those_there_are(ask):
+def test_an_unknown_variant_is_refused_with_the_choices(ask):
     with pytest.raises(ValueError, match=r"selection\.variant='large' is unknown; choose one of: base, small, tiny"):
         ask("large")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_student_is_no_teacher(variant):
+def test_a_student_cannot_be_restaged_again(variant):
     with pytest.raises(ValueError, match=r"teacher\.layers_per_block=1: .* choose a teacher of layers_per_block=2"):
         restage(restage(network("text"), variant), "base")
 
@@ -311,13 +311,13 @@ def test_a_student_is_no_teacher(variant):
         ),
     ],
 )
-def test_a_network_of_another_build_is_refused(changed, variant, message):
+def test_a_network_of_another_structure_is_refused(changed, variant, message):
     teacher = on_meta(UNet2DConditionModel, **TEXT[1] | changed)
     with pytest.raises(ValueError, match=message):
         restage(teacher, variant)
 
 
-def test_a_network_with_removed_units_is_no_teacher():
+def test_a_network_with_removed_units_cannot_be_restaged():
     config = dict(network("text").config) | {"removed_units": ["up_blocks.1.resnets.1"]}
     with pytest.raises(ValueError, match=r"teacher\.removed_units=\['up_blocks\.1\.resnets\.1'\]: "):
         make_student_config(config, "base")
