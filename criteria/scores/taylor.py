@@ -1,13 +1,24 @@
 """First-order Taylor: the change of the loss, by its gradient, if a unit's weights were zero."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from criteria.base import Batch, Criterion, Scores, Unit, parse_level, zeros
+from criteria.base import Batch, Choice, Criterion, Level, Scores, Unit, parse_choice, parse_level, zeros
 from criteria.protocols import Differentiable
+from criteria.selection.base import group
+
+
+class Normalization(Choice):
+    """How scores of different groups of channels are made comparable."""
+
+    NONE = "none"
+    """not at all: scores are harms"""
+    GROUP_MEAN = "group_mean"
+    """scores are divided by the mean score of their group"""
 
 
 class Taylor(Criterion[Differentiable]):
@@ -21,16 +32,32 @@ class Taylor(Criterion[Differentiable]):
     below the threshold. Ours works for any order of samples, and on several devices: the schedule is cut into `buckets`
     equal parts, and a part counts if its mean loss is at least `threshold` times the largest part's. The sums then take
     `buckets` times the memory of the scored weights.
+
+    `normalization`: with `none` scores are additive harms. With `group_mean` each score is divided by the mean score of
+    its group of channels, as the importance that Diff-Pruning uses does: every group then has the mean 1, and scores
+    say how much a unit matters beside the others of its group. A group in which every score is 0 stays at 0.
     """
 
     needs_grad = True
 
-    def __init__(self, threshold: float | None = None, buckets: int = 10, level: str = "depth") -> None:
+    def __init__(
+        self,
+        threshold: float | None = None,
+        buckets: int = 10,
+        level: str = "depth",
+        normalization: str = Normalization.NONE.value,
+    ) -> None:
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"criterion.threshold={threshold} is out of range; choose 0 <= threshold <= 1, or null")
         if buckets < 1:
             raise ValueError(f"criterion.buckets={buckets} is out of range; choose a whole number of 1 or more")
         self.level = parse_level(level)
+        self.normalization = parse_choice(Normalization, "criterion.normalization", normalization)
+        if self.normalization == Normalization.GROUP_MEAN and self.level != Level.CHANNEL:
+            raise ValueError(
+                f"criterion.normalization={normalization!r} needs groups of channels, and criterion.level={level!r} "
+                "has none; choose criterion.level=channel, or criterion.normalization=none"
+            )
         self.threshold, self.buckets = threshold, buckets if threshold is not None else 1
 
     def supports(self, backbone: Differentiable) -> str | None:
@@ -89,7 +116,25 @@ class Taylor(Criterion[Differentiable]):
         for i, unit in enumerate(self.units):
             for part in self.backbone.freed_weights(unit, sums):
                 score[i] += float(part.abs().sum(dtype=torch.float64))
-        return self.table(score=score / count)
+        score /= count
+        if self.normalization == Normalization.GROUP_MEAN:
+            score = divide_by_group_mean(score, [unit.name for unit in self.units])
+        return self.table(score=score)
+
+
+def divide_by_group_mean(score: Tensor, names: Sequence[str]) -> Tensor:
+    """Return scores (units,), each divided by the mean score of the units in its group.
+
+    The scores of a group whose mean is 0 or not finite are returned as they are.
+    """
+    divisor = torch.ones_like(score)
+    groups = [group(name) for name in names]
+    for each in dict.fromkeys(groups):
+        members = torch.tensor([other == each for other in groups])
+        mean = float(score[members].mean())
+        if mean > 0 and math.isfinite(mean):
+            divisor[members] = mean
+    return score / divisor
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from criteria.selection.base import Budget, Budgeted, Measure, Pool, group
 
@@ -27,9 +28,12 @@ class Threshold(Budgeted):
     FLOPs; where no set is that near, the unit whose step is so large is printed. `tolerance` is then not used.
     """
 
+    choice: ClassVar[str] = "threshold"
+    """the file of conf/selection/ that makes this selection"""
+
     def check_untimed(self, pool: Pool) -> None:
         super().check_untimed(pool)
-        raise for_channels_only()
+        raise for_channels_only(self.choice)
 
     def check_budget(self, pool: Pool) -> None:
         """Raise ValueError for units that are no channels, a target out of range, or an unknown protected unit.
@@ -40,7 +44,7 @@ class Threshold(Budgeted):
         least = self.least_removed(pool)
         order = self.order(pool, dict.fromkeys((unit.name for unit in pool.units), 0.0))
         if pool.cost is None:
-            raise for_channels_only()
+            raise for_channels_only(self.choice)
         pool.cost([pool.units[0].name], self.budget)
         most = pool.cost(order, self.budget) if order else 0
         if most < least:
@@ -49,7 +53,7 @@ class Threshold(Budgeted):
     def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
         order, cost = self.order(pool, scores), pool.cost
         if cost is None:
-            raise for_channels_only()
+            raise for_channels_only(self.choice)
 
         @functools.cache
         def freed(count: int) -> int:
@@ -108,9 +112,9 @@ class Threshold(Budgeted):
         return [n for n in names if n not in protected and (last[group(n)] != n or group(n) in protected_groups)]
 
 
-def for_channels_only() -> ValueError:
-    """Return the error for units that are no channels."""
+def for_channels_only(choice: str) -> ValueError:
+    """Return the error for units that are no channels; `choice` is the selection's name."""
     return ValueError(
-        "selection.name='threshold' is for channels; for blocks and operators choose one of: knapsack, "
+        f"selection.name={choice!r} is for channels; for blocks and operators choose one of: knapsack, "
         "refined, greedy, ranked, given"
     )

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Size, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,12 +19,21 @@ ATTENTION = ("bmm", "baddbmm")
 """Operators of the matrix products inside attention, after scaled_dot_product_attention is decomposed."""
 
 
+def grouped_product_flops(tokens_shape: Size, experts_shape: Size, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of a grouped product: each of the tokens (S,K) is multiplied with one expert of (E,K,N)."""
+    return 2 * tokens_shape[0] * tokens_shape[1] * experts_shape[2]
+
+
+UNCOUNTED = {torch.ops.aten._grouped_mm: grouped_product_flops}
+"""Products that torch's counter passes over: the experts of language models with a mixture of experts."""
+
+
 @dataclass
 class Macs:
     """Multiply-accumulates of one forward at batch 1.
 
-    `linear` counts convolutions and linear layers, as published figures for diffusion models do (338.6 G for SD1.x
-    at 64x64); `attention` counts the two matrix products inside attention (63.0 G there).
+    `linear` counts convolutions, linear layers and experts, as published figures for diffusion models do (338.6 G for
+    SD1.x at 64x64); `attention` counts the two matrix products inside attention (63.0 G there).
     """
 
     linear: int
@@ -32,7 +41,7 @@ class Macs:
     by_module: Mapping[str, int] = field(repr=False)
 
     def of(self, name: str) -> int:
-        """Return the multiply-accumulates of the convolutions and linear layers of one module."""
+        """Return the multiply-accumulates of the convolutions, linear layers and experts of one module."""
         return self.by_module.get(name, 0)
 
 
@@ -41,7 +50,11 @@ def count_macs(network: nn.Module, forward: Callable[[], Any]) -> Macs:
 
     Attention runs on the backend whose matrix products can be counted.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with (
+        torch.no_grad(),
+        FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         forward()
     counts = counter.get_flop_counts()
     root = type(network).__name__

@@ -4,6 +4,7 @@ A configuration has any number of measures, `evaluation.metrics: {name: {_target
 repository can be one, too: see the protocol `Measure`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from cleanfid.fid import kernel_distance
 
 from datamodules.readers.base import located
 from lightning_modules.metrics.features import Features
-from lightning_modules.metrics.protocol import PART, OnFeatures, Reference, Samples, describe_reference, origin
-from lightning_modules.metrics.statistics import Statistics
+from lightning_modules.metrics.protocol import PART, Labels, OnFeatures, Reference, Samples, describe_reference, origin
+from lightning_modules.metrics.statistics import Statistics, check_scipy
 
 
 class Frechet(OnFeatures):
@@ -26,6 +27,10 @@ class Frechet(OnFeatures):
     def __init__(self, features: Features, statistics: str | None = None) -> None:
         super().__init__(features)
         self.path = None if statistics is None else located(statistics, "`statistics` names it; put it there")
+
+    def check(self, shape: tuple[int, int, int], captions: Sequence[str] | None, labels: Labels) -> None:
+        check_scipy()
+        super().check(shape, captions, labels)
 
     def reference_statistics(self, reference: Reference) -> Statistics:
         if self.path is None:

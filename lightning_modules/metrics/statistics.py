@@ -1,15 +1,19 @@
 """Mean and covariance of features, and the Frechet distance between two of them."""
 
 import hashlib
+import inspect
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.linalg
 from cleanfid.fid import frechet_distance
 from safetensors import safe_open
 from safetensors.numpy import save_file
+
+from datamodules.readers.base import MissingData
 
 
 @dataclass
@@ -70,6 +74,17 @@ class Statistics:
         with warnings.catch_warnings():  # clean-fid calls scipy's sqrtm as it was before 1.18
             warnings.simplefilter("ignore", DeprecationWarning)
             return float(frechet_distance(self.mean, self.covariance, other.mean, other.covariance))
+
+
+def check_scipy() -> None:
+    """Raise MissingData where the installed scipy is newer than clean-fid allows.
+
+    pip does not choose such a version for this project, but an environment may bring it along.
+    """
+    if "disp" not in inspect.signature(scipy.linalg.sqrtm).parameters:
+        raise MissingData(
+            f"scipy {scipy.__version__} no longer has sqrtm(disp=...), which clean-fid calls: pip install 'scipy<1.18'"
+        )
 
 
 def warn_of_few(count: int, dimension: int, name: str) -> None:

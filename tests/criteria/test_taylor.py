@@ -9,7 +9,8 @@ import torch
 from support.criteria import SAMPLES, Fake, batches, close, column, scored, whole_batch
 from torch import Tensor, nn
 
-from criteria.scores.taylor import Taylor
+from criteria.base import Unit
+from criteria.scores.taylor import Taylor, divide_by_group_mean
 
 
 def gradients(backbone: Fake, inputs: dict, of: slice = slice(None)) -> dict[str, list[Tensor]]:
@@ -97,6 +98,43 @@ def test_taylor_gives_a_weight_that_plays_no_part_in_the_output_no_harm():
         [tensors["spare"]] if unit.name == "c" else freed_weights(unit, tensors)
     )
     assert column(scored(Taylor(), backbone))[2] == 0
+
+
+def channels(backbone: Fake) -> Fake:
+    """The network with its units in two groups of channels: a:0, a:1 and b:0."""
+    units = [Unit("a:0", "channel", 20, 16), Unit("a:1", "channel", 20, 16), Unit("b:0", "channel", 20, 16)]
+    layers = dict(zip(("a:0", "a:1", "b:0"), "abc", strict=True))
+    freed_weights = backbone.freed_weights
+    backbone.units = lambda level="channel": units
+    backbone.freed_weights = lambda unit, tensors: freed_weights(Unit(layers[unit.name], "block", 20, 16), tensors)
+    return backbone
+
+
+def test_taylor_divides_scores_by_the_mean_of_their_group():
+    names = ("a:0", "a:1", "b:0")
+    raw = scored(Taylor(level="channel"), channels(Fake()))
+    first, second, _ = (raw[name]["score"] for name in names)
+    mean = (first + second) / 2
+    divided = scored(Taylor(level="channel", normalization="group_mean"), channels(Fake()))
+    assert [divided[name]["score"] for name in names] == [first / mean, second / mean, 1.0]
+
+
+def test_a_group_without_any_harm_keeps_its_scores_of_zero():
+    score = torch.tensor([0.0, 0.0, 1.0, 3.0], dtype=torch.float64)
+    assert divide_by_group_mean(score, ["a:0", "a:1", "b:0", "b:1"]).tolist() == [0.0, 0.0, 0.5, 1.5]
+    score[2] = math.nan
+    assert divide_by_group_mean(score, ["a:0", "a:1", "b:0", "b:1"])[3] == 3.0  # the error names b:0 alone
+
+
+def test_group_means_need_groups_of_channels():
+    with pytest.raises(
+        ValueError, match=r"normalization='group_mean' needs groups of channels, and criterion\.level='de"
+    ):
+        Taylor(normalization="group_mean")
+    with pytest.raises(
+        ValueError, match=r"criterion\.normalization='mean' is unknown; choose one of: none, group_mean"
+    ):
+        Taylor(normalization="mean", level="channel")
 
 
 @pytest.mark.parametrize("fails", [False, True])

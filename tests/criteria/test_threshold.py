@@ -1,6 +1,7 @@
-"""One threshold on the scores of all channels, at a cost that is not the sum over them."""
+"""One threshold on the scores of all channels, or the same share of every group, at a cost that is no sum."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.classification import tiny_classifier
+from support.networks import tiny_backbone
 
+from conf import schema
 from criteria.base import Level, Unit
-from criteria.selection.base import InfeasibleBudget, Pool
+from criteria.selection.base import Budgeted, InfeasibleBudget, Pool, group
+from criteria.selection.equal_share import EqualShare
 from criteria.selection.threshold import Threshold
 
 WIDE = Pool(
@@ -75,9 +79,10 @@ def test_a_threshold_is_bisected():
     assert len(calls) < 20
 
 
-def test_a_threshold_is_for_channels():
-    with pytest.raises(ValueError, match=r"selection\.name='threshold' is for channels; .* choose one of: knapsack"):
-        Threshold(0.5).check(Pool([Unit("mid_block", "resnet", 10, 10)], {"params": 40}))
+@pytest.mark.parametrize(("selection", "name"), [(Threshold, "threshold"), (EqualShare, "equal_share")])
+def test_a_threshold_is_for_channels(selection, name):
+    with pytest.raises(ValueError, match=rf"selection\.name='{name}' is for channels; .* choose one of: knapsack"):
+        selection(0.5).check(Pool([Unit("mid_block", "resnet", 10, 10)], {"params": 40}))
 
 
 # The set that is nearest to a target
@@ -211,6 +216,72 @@ def test_the_student_that_is_built_costs_what_was_chosen_within_half_a_units_ste
     left = teacher.pruned(changes).totals()[budget]
     assert left == total - teacher.cost([change["unit"] for change in changes], budget)
     assert 2 * abs(left - 0.6 * total) <= max(teacher.cost([unit.name], budget) for unit in units)
+
+
+# The same share of every group
+
+SHARED = Pool(
+    [
+        Unit(f"{name}:{k}", "channel", 0, 0)
+        for name, count in (("a", 8), ("b", 4), ("c", 2), ("d", 1))
+        for k in range(count)
+    ],
+    {"params": 100},
+    cost=lambda names, budget: len(names),
+)
+"""15 units of cost 1 in groups of 8, 4, 2 and 1, of a network of 100."""
+
+
+def removed_by_group(selection: Budgeted, pool: Pool, scores: Sequence[float]) -> dict[str, int]:
+    names = [unit.name for unit in pool.units]
+    return dict(Counter(group(name) for name in selection.select(pool, dict(zip(names, scores, strict=True)))))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "tolerance", "removed"),
+    [
+        (0.07, 0.0, {"a": 4, "b": 2, "c": 1}),  # half of every group but the one of a single unit, which stays
+        (0.04, 0.01, {"a": 2, "b": 1, "c": 1}),  # a quarter: 2, 1 and 0.5, which is rounded up
+        (0.01, 0.0, {"a": 1}),  # a sixteenth: 0.5, 0.25 and 0.125
+        (0.02, 0.0, {"a": 1, "b": 1}),  # an eighth: 1, 0.5 and 0.25
+        (0.11, 0.0, {"a": 7, "b": 3, "c": 1}),  # the largest share: one of each group stays
+    ],
+)
+def test_every_group_loses_the_same_share(ratio, tolerance, removed):
+    scores = [100.0 - i for i in range(15)]  # the first groups have by far the largest scores
+    assert removed_by_group(EqualShare(ratio, tolerance), SHARED, scores) == removed
+
+
+def test_an_equal_share_takes_the_lowest_scores_of_each_group():
+    scores = {unit.name: float(i * 7 % 15) for i, unit in enumerate(SHARED.units)}
+    removed = EqualShare(0.07, 0.0).select(SHARED, scores)
+    for name in "abc":
+        members = sorted((n for n in scores if group(n) == name), key=scores.__getitem__)
+        assert {n for n in removed if group(n) == name} == set(members[: len(members) // 2])
+
+
+def test_a_group_with_protected_units_loses_the_same_share_of_others():
+    protected = ["a:0", "a:1", "b:0", "c"]
+    removed = EqualShare(0.06, 0.0, protected=protected).select(
+        SHARED, dict.fromkeys([u.name for u in SHARED.units], 0.0)
+    )
+    assert removed == ["a:2", "a:3", "a:4", "a:5", "b:1", "b:2"]
+
+
+def test_an_equal_share_that_cannot_be_had_names_the_nearest_ratios():
+    with pytest.raises(InfeasibleBudget, match=r"ratio is 0\.110, the nearest achievable 0\.1100$"):
+        EqualShare(0.12).check(SHARED)
+
+
+def test_the_recipe_of_diff_pruning_removes_the_same_share_of_every_group(configure):
+    cfg = configure("experiment=diff_pruning", "selection.tolerance=0.3")
+    teacher, selection = tiny_backbone("UNet2DModel"), schema.build(cfg.selection)
+    units = teacher.units(schema.build(cfg.criterion).level)
+    sizes = Counter(group(unit.name) for unit in units)
+    assert sorted(set(sizes.values())) == [2, 4]
+    pool = Pool(units, teacher.totals(), cost=teacher.cost)
+    removed = removed_by_group(selection, pool, [float(i * 7 % 11) for i in range(len(units))])
+    assert removed == {name: size // 2 if size == 2 else 1 for name, size in sizes.items()}  # a share of 1/4
 
 
 # Groups that stay

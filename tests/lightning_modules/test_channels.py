@@ -20,6 +20,9 @@ from lightning_modules.backbones.diffusion.pruned_unet import (
 from lightning_modules.backbones.width.graph import Channels
 from lightning_modules.metrics.cost import count_macs
 
+SMALLEST_EPS = 1e-5
+"""Of a batch norm: cuDNN, and torch 2.11 on every device, refuse less."""
+
 
 class Cnn(nn.Module):
     """Residual, concatenation, depthwise and transposed convolution, batch norm, gate, flatten; whole numbers only."""
@@ -27,7 +30,8 @@ class Cnn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        self.norm = nn.BatchNorm2d(16, eps=0)
+        self.norm = nn.BatchNorm2d(16, eps=SMALLEST_EPS, dtype=torch.float64)
+        self.norm.running_var.fill_(1 - SMALLEST_EPS)  # variance and eps are 1 together: whole numbers stay whole
         self.conv1 = nn.Conv2d(16, 20, 3, padding=1)
         self.conv2 = nn.Conv2d(20, 16, 3, padding=1)
         self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)

@@ -21,6 +21,7 @@ from datamodules.seeding import numpy_rng
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.backbones.classification.load import load_resnet
 from lightning_modules.metrics.cost import count_macs, latencies, peak_memory
+from lightning_modules.metrics.distances import Frechet
 from lightning_modules.metrics.features import Inception, ResNet20
 from lightning_modules.metrics.statistics import Statistics
 
@@ -41,6 +42,14 @@ def drawn(count: int, dimension: int, seed: int = 0) -> np.ndarray:
 
 
 # The distance
+
+
+def test_a_scipy_that_clean_fid_cannot_use_is_refused_before_anything_is_measured(monkeypatch):
+    measure = Frechet(ResNet20(RESNET20))
+    measure.check((3, 32, 32), None, None)
+    monkeypatch.setattr("scipy.linalg.sqrtm", lambda A: A)
+    with pytest.raises(MissingData, match=r"no longer has sqrtm\(disp=\.\.\.\).*: pip install 'scipy<1\.18'"):
+        measure.check((3, 32, 32), None, None)
 
 
 def test_a_set_is_at_no_distance_from_itself():
@@ -321,6 +330,16 @@ def test_a_linear_layer_costs_its_matrix_at_every_token(bias):
     network = nn.Linear(12, 20, bias=bias)
     assert macs_of(network, torch.zeros(1, 12)) == (12 * 20, 0)
     assert macs_of(network, torch.zeros(1, 7, 12)) == (7 * 12 * 20, 0)
+
+
+def test_experts_cost_the_product_of_each_token_with_its_own_expert():
+    class Experts(nn.Module):
+        def forward(self, x_SK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
+            return F.grouped_mm(x_SK, weight_EKN, offs=ends_E)
+
+    tokens, experts = torch.zeros(6, 16, dtype=torch.bfloat16), torch.zeros(4, 16, 8, dtype=torch.bfloat16)
+    ends = torch.tensor([1, 3, 3, 6], dtype=torch.int32)
+    assert macs_of(Experts(), tokens, experts, ends) == (6 * 16 * 8, 0)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

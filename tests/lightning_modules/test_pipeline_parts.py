@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     PixArtTransformer2DModel,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -104,7 +108,7 @@ def compare_with_stock(folder: Path, kind: str, guidance: float, monkeypatch: py
     with calls_of(getattr(pipeline, backbone.component)) as theirs:
         images = stock_images(pipeline, kind, noise, guidance, monkeypatch)
 
-    if guidance > 1 and kind not in ("flux", "ldm", "ddpm"):
+    if guidance > 1 and kind not in ("flux", "ldm", "ddpm") and not backbone.embeds_guidance:
         ours = joined(ours, kind)
     assert len(ours) == len(theirs) >= STEPS
     for step, (found, expected) in enumerate(zip(ours, theirs, strict=True)):
@@ -164,6 +168,28 @@ def test_flux_without_guidance_and_with_a_fixed_shift_is_flux_schnell(folders, t
     )
     pipeline.save_pretrained(tmp_path)
     compare_with_stock(tmp_path, "flux", 5.0, monkeypatch)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0], ids=["plain", "guided"])
+def test_a_guidance_embedding_is_fed_as_by_the_stock_pipeline(folders, tmp_path, guidance, monkeypatch):
+    pipeline = DiffusionPipeline.from_pretrained(folders["sdxl"])
+    config = dict(pipeline.unet.config) | {"time_cond_proj_dim": 7}
+    pipeline.register_modules(
+        unet=UNet2DConditionModel.from_config(config), scheduler=DDIMScheduler.from_config(pipeline.scheduler.config)
+    )
+    pipeline.save_pretrained(tmp_path)
+    compare_with_stock(tmp_path, "sdxl", guidance, monkeypatch)
+    backbone, batch = load_tiny_teacher(tmp_path), training_batch(load_tiny_teacher(tmp_path), [0, 1])
+    expected = pipeline.get_guidance_scale_embedding(torch.tensor([backbone.GUIDANCE - 1]), embedding_dim=7)
+    for inputs in (backbone.calibration_inputs(batch, 0), backbone.training_inputs(batch)):
+        torch.testing.assert_close(inputs["conditions"]["timestep_cond"], expected.expand(2, 7), rtol=0, atol=1e-6)
+
+
+def test_a_learned_variance_reaches_the_sampler_that_takes_it(tmp_path, monkeypatch):
+    pipeline = DiffusionPipeline.from_pretrained(tiny_pipeline("ddpm", tmp_path / "stock"))
+    unet = UNet2DModel.from_config(dict(pipeline.unet.config) | {"out_channels": 6})
+    DDPMPipeline(unet, DDPMScheduler(variance_type="learned_range")).save_pretrained(tmp_path / "learned")
+    compare_with_stock(tmp_path / "learned", "ddpm", 1.0, monkeypatch)
 
 
 # The encoders are there, but no part of the network

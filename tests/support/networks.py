@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
@@ -74,6 +75,7 @@ LAST_LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     JointTransformerBlock: JOINT,
     FluxTransformerBlock: JOINT,
     FluxSingleTransformerBlock: ("proj_out",),
+    LlamaDecoderLayer: ("self_attn.o_proj", "mlp.down_proj"),
 }
 """What a unit adds to its residual stream (or streams) comes from these; without them it does nothing."""
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.engine.artefacts import staged
 from experiments.engine.job import Job
 from experiments.engine.ranks import barrier, is_rank_zero
 from experiments.engine.stage import Stage
@@ -38,7 +37,7 @@ class Export(Stage):
 
     def run(self, job: Job) -> None:
         if is_rank_zero():
-            with job.clock("export"), staged(job.run / self.artefact("export")) as partial:
+            with job.clock("export"), job.run.staged(self.artefact("export")) as partial:
                 export(job.student, partial, self.card(job))
                 job.record(export_max_difference=verify(job.student, partial))
                 if job.cfg.export.dense_twin:

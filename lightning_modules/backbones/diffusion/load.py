@@ -7,15 +7,16 @@ from typing import Any
 import diffusers
 import torch
 import transformers as hf_transformers
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
+from diffusers import DDPMPipeline, DiffusionPipeline, ModelMixin, UNet2DModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from datamodules.latents import TextTable
 from lightning_modules.backbones.classification import image_networks
 from lightning_modules.backbones.diffusion import families, unet
-from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone, is_flow
+from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.pipeline_parts import TEXT_FOLDER, PipelineParts, hide_diffusers_warnings
+from lightning_modules.backbones.diffusion.schedule import load_schedule, training_schedule
 from lightning_modules.backbones.files import check_finite, find_model, find_network_folder
 from lightning_modules.backbones.loading import load_network, read_weights
 
@@ -103,7 +104,7 @@ def open_pipeline(folder: Path, network: nn.Module, component: str, noise_schedu
                 f"{folder} holds a network without its pipeline, so its noise schedule is not known; "
                 "set it: noise_scheduler=linear (or another of that group)"
             )
-        return DDPMPipeline(network, noise_scheduler or DDPMScheduler.from_pretrained(folder))
+        return DDPMPipeline(network, noise_scheduler or load_schedule(folder))
     index = read_index(folder)
     absent: dict[str, Any] = dict.fromkeys(key for key, value in index.items() if value == [None, None])
     absent |= {"safety_checker": None, "feature_extractor": None} if "safety_checker" in index else {}
@@ -154,11 +155,3 @@ def set_missing_scaling(pipeline: Any, folder: Path) -> None:
     vae = getattr(pipeline, "vqvae", None)
     if vae is not None and "scaling_factor" not in json.loads((folder / "vqvae" / "config.json").read_text()):
         vae.register_to_config(scaling_factor=1.0)
-
-
-def training_schedule(scheduler: Any) -> Any:
-    """Return the noise schedule that a pipeline's sampler is made for: the same betas and prediction type, or flow."""
-    if is_flow(scheduler):
-        return scheduler
-    # Where its file does not say it, samples are not clipped: they may be latents.
-    return DDPMScheduler.from_config(scheduler.config, clip_sample=scheduler.config.get("clip_sample", False))
