@@ -113,7 +113,7 @@ def is_image_network(folder: Path) -> bool:
     return "image_size" in (config := read_config(folder)) and "architecture" in config
 
 
-def list_damaged(folder: Path) -> str:
+def describe_damaged(folder: Path) -> str:
     """Return the names of a folder's safetensors that cannot be opened, as " (a, b)"; "" where all can."""
     names = []
     for file in sorted(folder.glob("*.safetensors")):
@@ -202,6 +202,7 @@ def explain_unreadable(path: Path, error: Exception) -> ValueError:
     Pointers of Git LFS, and pickles that are refused, are named with what to do about them.
     """
     files = [path] if path.is_file() else [file for ending in WEIGHTS for file in sorted(path.glob(ending))]
+    files = [file for file in files if file.is_file()]  # no broken links
     for file in files:
         with file.open("rb") as content:
             if content.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -215,7 +216,9 @@ def explain_unreadable(path: Path, error: Exception) -> ValueError:
                 "Convert it to safetensors in the program that wrote it, so: `import safetensors.torch; "
                 f"safetensors.torch.save_model(model, {converted!r}, metadata={{'format': 'pt'}})`"
             )
-    return ValueError(f"the weights in {path}{'' if path.is_file() else list_damaged(path)} cannot be read: {error}")
+    return ValueError(
+        f"the weights in {path}{'' if path.is_file() else describe_damaged(path)} cannot be read: {error}"
+    )
 
 
 def is_unsafe_pickle(file: Path) -> bool:
