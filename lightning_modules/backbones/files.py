@@ -216,9 +216,8 @@ def explain_unreadable(path: Path, error: Exception) -> ValueError:
                 "Convert it to safetensors in the program that wrote it, so: `import safetensors.torch; "
                 f"safetensors.torch.save_model(model, {converted!r}, metadata={{'format': 'pt'}})`"
             )
-    return ValueError(
-        f"the weights in {path}{'' if path.is_file() else describe_damaged(path)} cannot be read: {error}"
-    )
+    damaged = "" if path.is_file() else describe_damaged(path)
+    return ValueError(f"the weights in {path}{damaged} cannot be read: {error}")
 
 
 def is_unsafe_pickle(file: Path) -> bool:

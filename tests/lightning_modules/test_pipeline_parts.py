@@ -1,6 +1,4 @@
-"""Pipelines around networks: generation gives the network what the stock pipeline gives it; what is frozen, and what is
-read how.
-"""
+"""The parts of pipelines around networks: how they are called, that they are frozen, and how they are loaded."""
 
 import copy
 import json
@@ -51,29 +49,29 @@ CALL: dict[str, dict[str, Any]] = {
     "pixart": {"prompt": CAPTIONS, "use_resolution_binning": False, "height": PIXELS, "width": PIXELS},
     "flux": {"prompt": CAPTIONS, "height": PIXELS, "width": PIXELS},
 }
-"""What a stock pipeline is called with, where it is more or less than prompts."""
+"""Arguments of stock pipelines that take more or less than prompts"""
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny pipelines, which nothing here may change."""
+    """Return the folders of the tiny pipelines, which no test may change."""
     root = tmp_path_factory.mktemp("pipelines")
     return {kind: tiny_pipeline(kind, root / kind) for kind in KINDS}
 
 
 def wanted(backbone: DiffusionBackbone, kind: str) -> dict[str, Any]:
-    """A batch of two images to generate."""
+    """Return a batch of two images to generate."""
     batch: dict[str, Any] = {"seed": torch.tensor(SEEDS)}
     if kind == "dit":
         batch["label"] = torch.tensor(LABELS)
     return batch | ({"caption": CAPTIONS} if backbone.takes_text else {})
 
 
-# What the network is given
+# The network's arguments
 
 
 def joined(calls: list[dict[str, Tensor]], kind: str) -> list[dict[str, Tensor]]:
-    """Our two passes of each step as the stock pipelines' one: [empty, text], or [class, empty]."""
+    """Return our two passes per step joined as the stock pipelines' single one: [empty, text], or [class, empty]."""
     order = 1 if kind == "dit" else -1
     pairs = [calls[at : at + 2][::order] for at in range(0, len(calls), 2)]
     return [{key: torch.cat([one[key], other[key]]) for key in one} for one, other in pairs]
@@ -82,7 +80,7 @@ def joined(calls: list[dict[str, Tensor]], kind: str) -> list[dict[str, Tensor]]
 def stock_images(
     pipeline: DiffusionPipeline, kind: str, noise: Tensor, guidance: float, monkeypatch: pytest.MonkeyPatch
 ) -> np.ndarray:
-    """What a stock pipeline makes of this noise, in [0,1]."""
+    """Return the images, in [0,1], that a stock pipeline generates from this noise."""
     options: dict[str, Any] = dict(CALL.get(kind, {"prompt": CAPTIONS}))
     if "batch_size" not in options:
         options["guidance_scale"] = guidance
@@ -99,7 +97,7 @@ def stock_images(
 
 
 def compare_with_stock(folder: Path, kind: str, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail unless generation and the stock pipeline give the network the same, and make the same images of it."""
+    """Fail unless generation and the stock pipeline call the network alike and make the same images."""
     backbone, pipeline = load_tiny_teacher(folder), DiffusionPipeline.from_pretrained(folder)
     sampler = type(pipeline.scheduler).from_config
     with torch.no_grad(), calls_of(backbone.network) as ours:
@@ -136,7 +134,7 @@ def test_generation_calls_the_network_as_the_stock_pipeline_does(folders, kind, 
 
 @pytest.mark.parametrize("kind", TEXT)
 def test_captions_reach_the_network(folders, kind):
-    """And differ from each other and from none, so that comparing arguments says something."""
+    """Their states differ from each other and from those of no caption, so that comparing arguments means something."""
     backbone = load_tiny_teacher(folders[kind])
     with torch.no_grad(), calls_of(backbone.network) as calls:
         backbone.generate(wanted(backbone, kind), type(backbone.pipeline_parts.pipeline.scheduler).from_config, 1, 5.0)
@@ -192,7 +190,7 @@ def test_a_learned_variance_reaches_the_sampler_that_takes_it(tmp_path, monkeypa
     compare_with_stock(tmp_path / "learned", "ddpm", 1.0, monkeypatch)
 
 
-# The encoders are there, but no part of the network
+# The parts are frozen, and not in the module tree
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "flux", "ldm"])
@@ -211,7 +209,7 @@ def test_pipeline_parts_are_frozen_and_absent_from_checkpoints(folders, kind):
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
 def test_captions_encoded_during_scoring_can_be_used_for_training(folders, kind):
-    """Scoring runs in inference mode, and perhaps in another precision."""
+    """Scoring runs in inference mode, and possibly in another precision."""
     backbone = load_tiny_teacher(folders[kind])
     batch = training_batch(backbone, [0, 1])
     expected = tensors(load_tiny_teacher(folders[kind]).conditions(batch, torch.device("cpu")))
@@ -224,7 +222,7 @@ def test_captions_encoded_during_scoring_can_be_used_for_training(folders, kind)
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in backbone.parameters())
 
 
-# What is refused, and what is read how
+# Loading
 
 
 def test_an_inpainting_network_is_refused(tmp_path):
@@ -249,7 +247,7 @@ def test_an_unreachable_pipeline_is_reported_with_how_to_download_it(monkeypatch
 
 @torch.no_grad()
 def test_a_vqmodel_without_a_stored_scaling_factor_does_not_scale(folders, tmp_path):
-    """As latent diffusion models of before there was one; diffusers would take that of Stable Diffusion's VAE."""
+    """As in early latent diffusion models; diffusers would take the factor of Stable Diffusion's VAE."""
     folder = tiny_pipeline("ldm", tmp_path / "ldm")
     file = folder / "vqvae" / "config.json"
     config = json.loads(file.read_text())
