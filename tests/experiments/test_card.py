@@ -1,4 +1,4 @@
-"""What a model card claims: of whose weights, under which licence, and no more than was measured."""
+"""Model cards: the teacher they name, the licence they claim, and the figures they list."""
 
 from types import SimpleNamespace
 from typing import Any

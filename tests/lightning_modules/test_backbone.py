@@ -1,4 +1,4 @@
-"""Networks in files: what is written and read back, what is refused and how that is said; samples from seeds."""
+"""Saving and loading networks, the errors for files that are refused, and samples from seeds."""
 
 import json
 import pickle
@@ -56,7 +56,7 @@ def test_a_network_in_the_unet_folder_of_a_pipeline_is_found(teacher_folder, tmp
 
 
 def test_opening_a_pruned_network_as_a_stock_one_is_refused(teacher, tmp_path):
-    """And not filled with random numbers where units are missing."""
+    """Removed units must not be filled with random numbers."""
     teacher.pruned(bypasses(TWO_UNITS)).save(tmp_path)
     with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
         UNet2DModel.from_pretrained(tmp_path, low_cpu_mem_usage=False)
@@ -73,7 +73,7 @@ def test_an_export_is_refused_without_trust_remote_code(teacher, tmp_path, monke
 
 @pytest.fixture
 def folder(teacher_folder, tmp_path) -> Path:
-    """A copy of the tiny teacher to damage."""
+    """Return a copy of the tiny teacher to damage."""
     return shutil.copytree(teacher_folder, tmp_path / "damaged")
 
 

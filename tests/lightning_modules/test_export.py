@@ -1,4 +1,4 @@
-"""Exports: the teacher's pipeline around the student opens with diffusers alone, and is a teacher again."""
+"""Exports of diffusion networks: they open with diffusers alone, equal the student, and can be teachers again."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from lightning_modules.export.verify import verify
 PIXELS = LATENT * FACTOR
 CARD = "---\nlicense: apache-2.0\n---\n# A student\n"
 EMPTIED = "mid_block.attentions.0"
-"""A Transformer2D of the tiny SDXL, of two basic blocks."""
+"""A Transformer2D of the tiny SDXL with two basic blocks"""
 GONE = {
     "sd": ["down_blocks.1.attentions.0", "mid_block.resnets.0", "up_blocks.1.resnets.2"],
     "sdxl": [f"{EMPTIED}.transformer_blocks.{i}" for i in (0, 1)]
@@ -38,15 +38,15 @@ GONE = {
     "sd3": ["transformer_blocks.1"],
     "flux": ["transformer_blocks.0", "single_transformer_blocks.1"],
 }
-"""Blocks to remove of each kind of teacher."""
+"""Blocks to remove from each kind of teacher"""
 CUSTOM = ("sd", "sdxl", "ldm", "ddpm")
-"""Kinds whose students have a class of our own."""
+"""Kinds whose students have a class of this project"""
 VARIANTS = ("base", "small", "tiny")
 
 
 @pytest.fixture(autouse=True)
 def modules_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where diffusers copies the code that it is trusted to run."""
+    """Let diffusers copy the code that it is trusted to run into a temporary folder."""
     cache = tmp_path_factory.getbasetemp() / "modules"
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(cache))
 
@@ -65,7 +65,7 @@ def restaged(variant: str) -> list[Change]:
 
 
 def image(pipeline: Any, kind: str) -> np.ndarray:
-    """One image of a pipeline, in two steps."""
+    """Return one image that a pipeline generates in two steps."""
     pipeline.set_progress_bar_config(disable=True)
     given = CALL.get(kind, {"prompt": "a cat at the door"})
     rng = torch.Generator().manual_seed(0)
@@ -73,15 +73,15 @@ def image(pipeline: Any, kind: str) -> np.ndarray:
 
 
 def check_equal(network: Any, student: DiffusionBackbone) -> None:
-    """Fail unless a network that was read from an export is the student's."""
+    """Fail unless a network that was loaded from an export has the student's weights and output."""
     assert same_tensors(network.state_dict(), student.network.state_dict())
     arguments = student.random_arguments()
     found, expected = output_of(network, arguments), output_of(student.network, arguments)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-def refused() -> Any:
-    """Opening what needs code of ours, without trusting it."""
+def refuses_untrusted_code() -> Any:
+    """Return the context in which opening an export with its own class must fail."""
     return pytest.raises(ValueError, match=r"(?s)contains custom code in pruned_unet\.py .*trust_remote_code=True")
 
 
@@ -117,7 +117,7 @@ def test_an_export_with_its_own_class_needs_trust_remote_code(kind, tmp_path):
     teacher = tiny(kind, tmp_path)
     folder = exported(teacher.pruned(bypasses(GONE[kind])), tmp_path / "export")
     for cls in (DiffusionPipeline, type(teacher.pipeline_parts.pipeline)):
-        with refused():
+        with refuses_untrusted_code():
             cls.from_pretrained(folder)
     with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):  # and not with random numbers in it
         type(teacher.network).from_pretrained(folder / "unet", low_cpu_mem_usage=False)
@@ -197,14 +197,14 @@ def test_a_restaged_export_can_lose_blocks(tmp_path):
     small = load_tiny_teacher(exported(tiny("sd", tmp_path).pruned(restaged("small")), tmp_path / "small"))
     smaller = small.pruned(bypasses(["up_blocks.2.attentions.0"]))
     folder = exported(smaller, tmp_path / "smaller")
-    with refused():
+    with refuses_untrusted_code():
         StableDiffusionPipeline.from_pretrained(folder)
     check_equal(StableDiffusionPipeline.from_pretrained(folder, trust_remote_code=True).unet, smaller)
     with pytest.raises(ValueError, match=r"teacher\.layers_per_block=1"):
         smaller.pruned(restaged("base"))
 
 
-# The proof
+# Verification
 
 
 @pytest.mark.parametrize(

@@ -264,13 +264,13 @@ def test_a_vqmodel_without_a_stored_scaling_factor_does_not_scale(folders, tmp_p
 
 @pytest.fixture(scope="module")
 def sd(folders) -> DiffusionBackbone:
-    """The tiny Stable Diffusion, which nothing here may change."""
+    """Return the tiny Stable Diffusion, which no test may change."""
     return load_tiny_teacher(folders["sd"])
 
 
 @pytest.fixture
 def copied_sd(folders, tmp_path) -> Path:
-    """A copy of the tiny Stable Diffusion to damage."""
+    """Return a copy of the tiny Stable Diffusion to damage."""
     return shutil.copytree(folders["sd"], tmp_path / "sd")
 
 
@@ -394,7 +394,7 @@ def test_stored_text_states_that_are_not_finite_are_named(sd, copied_sd):
 
 
 class Overflowing:
-    """Text encoders whose states are larger than half precision can hold."""
+    """Makes text states that are too large for half precision."""
 
     def __init__(self, parts: Any) -> None:
         self.encode_empty_text = parts.encode_empty_text

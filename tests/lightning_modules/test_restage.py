@@ -1,4 +1,4 @@
-"""BK-SDM's students: their size, where each weight comes from, and that they are stock networks."""
+"""BK-SDM's students: their size, the source of each weight, and that they are stock networks."""
 
 import json
 from itertools import product
@@ -79,7 +79,7 @@ TABLE = [(variant, *pair) for variant in VARIANTS for pair in [*((key, key) for 
 
 
 def network(family: str, **changed: Any) -> Any:
-    """A network of random weights, the same in every call."""
+    """Return a network with random weights, the same in every call."""
     cls, config = FAMILIES[family]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -128,7 +128,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_student_of_stable_diffusion_has_the_published_size(stable_diffusion, variant):
-    """Parameters, and MACs of convolutions and linear layers at a 64x64 latent with 77 tokens; nothing is computed."""
+    """Compare parameters, and MACs of convolutions and linear layers for a 64x64 latent with 77 tokens."""
     version, teacher = stable_diffusion
     student = restage(teacher, variant)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The tiny pipelines of the tests, and the published teachers: their files, and the size of their denoisers."""
+"""The tiny pipelines of the tests, and the configurations of published teachers with the size of their denoisers."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ CALL = {
     "pixart": {"prompt": "a cat at the door", "use_resolution_binning": False},
     "flux": {"prompt": "a cat at the door", "height": PIXELS, "width": PIXELS},
 }
-"""What a pipeline is called with, where it is more or less than a prompt."""
+"""Arguments of pipelines that take more or less than a prompt"""
 
 TEACHERS = ROOT / "conf" / "teacher"
 PARAMETERS = {
@@ -88,7 +88,7 @@ def test_a_published_configuration_has_the_published_parameters(teacher: str) ->
 
 
 def test_dit_has_the_parameters_of_its_paper_with_one_embedder() -> None:
-    """675M, which count one timestep and class embedder for all blocks, and the fixed table of 16x16 positions."""
+    """The paper's 675M count one timestep and class embedder for all blocks, and the fixed table of 16x16 positions."""
     dit = published("dit_xl_2_256")
     blocks = [block for block in dit.modules() if isinstance(block, BasicTransformerBlock)]
     one_embedder = parameters(blocks[0].norm1.emb)
