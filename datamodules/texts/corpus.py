@@ -16,22 +16,37 @@ from datamodules.base import DataModule, Samples
 from datamodules.readers.base import BadSample, MissingData, Source
 from datamodules.readers.hub import HuggingFace
 from datamodules.seeding import numpy_rng, torch_rng
-from datamodules.texts.tokens import Tokenizer, file_sha256, found, read
+from datamodules.texts.tokens import BOS_CHOICES, Tokenizer, file_sha256, found, read
 
 
 class Text:
-    """A text in blocks of `length` tokens, one after the other without overlap; what does not fill a block is left out.
+    """Blocks of a text of `length` tokens, one after the other without overlap; a shorter last part is left out.
 
-    Raises ValueError where it does not fill one; `name` is what the text is called there.
+    Args:
+        text: the text.
+        tokenizer: returns the ids of a text.
+        length: tokens per block.
+        name: the text's name in messages.
+        beginning: ids that are put before each block, and are part of its length.
+
+    Raises ValueError for a text that does not fill a block.
     """
 
     captions = None
 
-    def __init__(self, text: str, tokenizer: Callable[[str], list[int]], length: int, name: str = "text") -> None:
-        tokens = np.asarray(tokenizer(text), np.int64)
-        if len(tokens) < length:
+    def __init__(
+        self,
+        text: str,
+        tokenizer: Callable[[str], list[int]],
+        length: int,
+        name: str = "text",
+        beginning: Sequence[int] = (),
+    ) -> None:
+        tokens, length_of_text = np.asarray(tokenizer(text), np.int64), length - len(beginning)
+        if len(tokens) < length_of_text:
             raise ValueError(f"{name} has {len(tokens)} tokens; choose data.length of that or less, not {length}")
-        self.blocks = tokens[: len(tokens) // length * length].reshape(-1, length)
+        blocks = tokens[: len(tokens) // length_of_text * length_of_text].reshape(-1, length_of_text)
+        self.blocks = prepend(beginning, blocks)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -75,18 +90,31 @@ class Documents:
 
 
 class Windows(Samples):
-    """Batches of windows of `length` tokens; where one begins in its document is a function of (seed, position)."""
+    """Batches of windows of documents; where one begins in its document is a function of (seed, position).
 
-    def __init__(self, source: Documents, length: int, seed: int = 0) -> None:
+    Args:
+        source: the documents.
+        length: tokens per window.
+        seed: seed of the order and the places.
+        beginning: ids that are put before each window, and are part of its length.
+    """
+
+    def __init__(self, source: Documents, length: int, seed: int = 0, beginning: Sequence[int] = ()) -> None:
         super().__init__(source, seed)
-        self.length = length
+        self.length_of_text, self.beginning = length - len(beginning), beginning
 
     def record(self, positions: list[int], indices: np.ndarray) -> dict[str, Any]:
         windows = []
         for tokens, position in zip(self.source.take(indices)["tokens"], positions, strict=True):
-            start = numpy_rng(self.seed, "window", position).integers(len(tokens) - self.length + 1)
-            windows.append(tokens[start : start + self.length])
-        return {"tokens": np.stack(windows)}
+            start = numpy_rng(self.seed, "window", position).integers(len(tokens) - self.length_of_text + 1)
+            windows.append(tokens[start : start + self.length_of_text])
+        return {"tokens": prepend(self.beginning, np.stack(windows))}
+
+
+def prepend(beginning: Sequence[int], samples: np.ndarray) -> np.ndarray:
+    """Return samples of token ids, int64 (N,L), with the same ids before each of them."""
+    before = np.broadcast_to(np.asarray(beginning, np.int64), (len(samples), len(beginning)))
+    return np.concatenate([before, samples], axis=1)
 
 
 @dataclass(frozen=True)
@@ -156,11 +184,14 @@ class Tokens(DataModule):
         seed: int,
         num_workers: int,
         max_bad_fraction: float = 0.0,
+        bos: bool | str = "auto",
     ) -> None:
         super().__init__(make, batch_size, seed, num_workers, max_bad_fraction)
+        if bos not in BOS_CHOICES:
+            raise ValueError(f"data.bos={bos!r} is unknown; choose one of: auto, true, false")
         if length < 2:
             raise ValueError(f"data.length={length} is out of range; choose a whole number of 2 or more")
-        self.tokenizer, self.length = tokenizer, length
+        self.tokenizer, self.length, self.bos = tokenizer, length, bos
 
     @property
     def vocabulary(self) -> int:
@@ -228,9 +259,10 @@ class Corpus(Tokens):
         column: str = "text",
         documents: int | None = None,
         separator: str | None = None,
+        bos: bool | str = "auto",
     ) -> None:
         make = {split: functools.partial(self.made, split) for split in ("train", "holdout")}
-        super().__init__(make, tokenizer, length, batch_size, seed, num_workers)
+        super().__init__(make, tokenizer, length, batch_size, seed, num_workers, bos=bos)
         if documents is not None and documents < 1:
             raise ValueError(f"data.documents={documents} is out of range; choose 1 or more, or null for blocks")
         if separator == "" or (separator is not None and (hub is not None or documents is None)):
@@ -255,9 +287,14 @@ class Corpus(Tokens):
         texts, name = self.texts[split], f"data.{split}"
         if texts.hub is not None:
             self.check_rows(texts.rows.table.info.splits)
+        beginning = self.beginning()
         if self.documents is not None:
-            return Documents(texts.read(), self.tokenizer, self.length, self.documents, name)
-        return Text("\n\n".join(texts.read()), self.tokenizer, self.length, name)
+            return Documents(texts.read(), self.tokenizer, self.length - len(beginning), self.documents, name)
+        return Text("\n\n".join(texts.read()), self.tokenizer, self.length, name, beginning)
+
+    def beginning(self) -> list[int]:
+        """Return the ids that are put before each sample."""
+        return self.tokenizer.beginning(self.bos, self.tokenizer.needs_bos)
 
     def check_rows(self, splits: Mapping[str, Any]) -> None:
         """Raise ValueError where two parts of splits, such as train[:1%] and train[1%:], have rows in common."""
@@ -278,4 +315,4 @@ class Corpus(Tokens):
 
     def dataset(self, split: str, seed: int = 0) -> Samples:
         source: Any = self.source(split)
-        return Samples(source, seed) if self.documents is None else Windows(source, self.length, seed)
+        return Samples(source, seed) if self.documents is None else Windows(source, self.length, seed, self.beginning())

@@ -67,9 +67,10 @@ class Exchanges:
         length: int,
         answer_only: bool,
         name: str,
+        beginning: Sequence[int] = (),
     ) -> None:
         self.rows, self.numbers, self.form, self.name = rows, numbers, form, name
-        self.tokenizer, self.length, self.answer_only = tokenizer, length, answer_only
+        self.tokenizer, self.length, self.answer_only, self.beginning = tokenizer, length, answer_only, beginning
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -83,7 +84,7 @@ class Exchanges:
     def sample(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         try:
             prompt, answer = self.form.written(self.rows[number])
-            return masked(self.tokenizer, prompt, answer, self.length, self.answer_only)
+            return masked(self.tokenizer, prompt, answer, self.length, self.answer_only, self.beginning)
         except BadSample as error:
             raise BadSample(f"{self.name}, row {number}: {error}") from error
 
@@ -118,9 +119,10 @@ class Instructions(Tokens):
         subset: str | None = None,
         revision: str | None = None,
         max_bad_fraction: float = 0.01,
+        bos: bool | str = "auto",
     ) -> None:
         make = {name: functools.partial(self.made, name) for name in ("train", "holdout")}
-        super().__init__(make, tokenizer, length, batch_size, seed, num_workers, max_bad_fraction)
+        super().__init__(make, tokenizer, length, batch_size, seed, num_workers, max_bad_fraction, bos)
         self.form = Form(prompt, prompt if short_prompt is None else short_prompt, answer)
         self.holdout_rows, self.answer_only = holdout_rows, answer_only
         self.file = found(path) if path.endswith((".json", ".jsonl")) else None
@@ -146,7 +148,10 @@ class Instructions(Tokens):
             )
         order = torch.randperm(count, generator=torch_rng("holdout")).numpy()
         part = order[: self.holdout_rows] if split == "holdout" else order[self.holdout_rows :]
-        return Exchanges(self.rows, np.sort(part), self.form, self.tokenizer, self.length, self.answer_only, self.path)
+        beginning = self.tokenizer.beginning(self.bos, self.tokenizer.adds_bos or self.tokenizer.needs_bos)
+        return Exchanges(
+            self.rows, np.sort(part), self.form, self.tokenizer, self.length, self.answer_only, self.path, beginning
+        )
 
     def trained_on(self) -> set[str]:
         if self.file is not None:
@@ -170,20 +175,33 @@ def has_text(row: Row, column: str) -> bool:
 
 
 def masked(
-    tokenizer: Tokenizer, prompt: str, answer: str, length: int, answer_only: bool
+    tokenizer: Tokenizer,
+    prompt: str,
+    answer: str,
+    length: int,
+    answer_only: bool,
+    beginning: Sequence[int] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (length,) of a prompt and its answer, and which of them count as targets: never padding or the first.
+    """Return the tokens of a prompt and its answer, int64 (length,), and a mask of those that count as targets.
 
-    Raises BadSample where none does.
+    Padding and the first token never count. Raises BadSample where no token does.
+
+    Args:
+        tokenizer: the tokenizer; its token for the end of a text comes after the answer.
+        prompt: the prompt.
+        answer: the answer.
+        length: tokens of the sample, which is cut or padded with token 0 at the right.
+        answer_only: the tokens of the prompt do not count.
+        beginning: ids that are put before the prompt.
     """
-    start, end = ([] if token is None else [token] for token in (tokenizer.bos, tokenizer.eos))
-    ids = (start + tokenizer(prompt + answer) + end)[:length]
-    first = len(start + tokenizer(prompt)) if answer_only else 1
-    if first >= len(ids):
-        raise BadSample(f"its prompt of {first} tokens leaves none of data.length={length} for an answer")
+    end = [] if tokenizer.eos is None else [tokenizer.eos]
+    ids = [*beginning, *tokenizer(prompt + answer), *end][:length]
+    first_target = len(beginning) + len(tokenizer(prompt)) if answer_only else 1
+    if first_target >= len(ids):
+        raise BadSample(f"its prompt of {first_target} tokens leaves none of data.length={length} for an answer")
     tokens, mask = np.zeros(length, np.int64), np.zeros(length, bool)
     tokens[: len(ids)] = ids
-    mask[max(first, 1) : len(ids)] = True
+    mask[max(first_target, 1) : len(ids)] = True
     return tokens, mask
 
 

@@ -120,10 +120,18 @@ def from_sentencepiece(file: Path) -> Any:
     return tokenizer
 
 
-def tokenizer(path: str | None) -> Tokenizer:
-    """The tokenizer of a language model, by a path or hub id as of load_tokenizer, with what that raises.
+def needs_bos(tokenizer: Any) -> bool:
+    """Return whether networks with this tokenizer of transformers predict badly without its token for a beginning.
 
-    `bos` is what it puts before a text by itself; None where that is nothing. Raises ValueError without a path.
+    Gemma's do: their perplexity is many times higher without it.
+    """
+    return type(tokenizer).__name__.startswith("Gemma")
+
+
+def tokenizer(path: str | None) -> Tokenizer:
+    """Return the tokenizer of a language model, by a path or hub id as of load_tokenizer; raises what that raises.
+
+    Raises ValueError without a path.
     """
     if path is None:
         raise ValueError(
@@ -131,6 +139,11 @@ def tokenizer(path: str | None) -> Tokenizer:
             "a path"
         )
     loaded = load_tokenizer(path)
-    bos = loaded.bos_token_id if loaded.bos_token_id in loaded.encode("") else None
-    encode = functools.partial(loaded.encode, add_special_tokens=False, verbose=False)
-    return Tokenizer(encode, max(loaded.get_vocab().values()) + 1, bos, loaded.eos_token_id)
+    return Tokenizer(
+        functools.partial(loaded.encode, add_special_tokens=False, verbose=False),
+        max(loaded.get_vocab().values()) + 1,
+        loaded.bos_token_id,
+        loaded.eos_token_id,
+        adds_bos=loaded.bos_token_id in loaded.encode(""),
+        needs_bos=needs_bos(loaded),
+    )

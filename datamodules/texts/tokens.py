@@ -7,21 +7,47 @@ from pathlib import Path
 
 from datamodules.readers.base import MissingData, located
 
+BOS_CHOICES = ("auto", True, False)
+"""Values of data.bos: whether a token for the beginning is put before every sample."""
+
 
 class Tokenizer:
-    """Token ids of a text, by `encode`, without special tokens.
+    """Encodes a text as token ids, without special tokens.
 
-    `vocabulary` is the number of kinds of tokens: every id is below. `bos` is the token that a text begins with, for
-    models that are trained with one, and `eos` the one that it ends with; None where there is none.
+    Args:
+        encode: returns the ids of a text.
+        vocabulary: number of kinds of tokens; every id is below it.
+        bos: id of the token for the beginning of a text; None where there is none.
+        eos: id of the token for the end of a text; None where there is none.
+        adds_bos: the original tokenizer puts `bos` before a text by itself.
+        needs_bos: networks with this tokenizer predict badly without `bos` before every sample.
     """
 
     def __init__(
-        self, encode: Callable[[str], list[int]], vocabulary: int, bos: int | None = None, eos: int | None = None
+        self,
+        encode: Callable[[str], list[int]],
+        vocabulary: int,
+        bos: int | None = None,
+        eos: int | None = None,
+        adds_bos: bool = True,
+        needs_bos: bool = False,
     ) -> None:
         self.encode, self.vocabulary, self.bos, self.eos = encode, vocabulary, bos, eos
+        self.adds_bos, self.needs_bos = adds_bos, needs_bos
 
     def __call__(self, text: str) -> list[int]:
         return self.encode(text)
+
+    def beginning(self, bos: bool | str, automatic: bool) -> list[int]:
+        """Return the ids that are put before a sample: none, or that of the beginning of a text.
+
+        `bos` is one of BOS_CHOICES, and `automatic` says what "auto" stands for. Raises ValueError for true where there
+        is no such token.
+        """
+        if bos is True and self.bos is None:
+            raise ValueError("data.bos=true: the tokenizer has no token for a beginning; choose auto or false")
+        wanted = automatic if bos == "auto" else bos
+        return [self.bos] if wanted and self.bos is not None else []
 
 
 def found(path: str) -> Path:

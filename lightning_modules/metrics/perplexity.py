@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from datamodules.texts.corpus import Texts
+from datamodules.texts.tokenizers import needs_bos
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.metrics.protocol import in_parts
 
@@ -89,6 +90,11 @@ class Perplexity:
             raise ValueError(
                 f"length={self.length}, bos={self.bos!r}: segments of {length} tokens are more than the {longest} that "
                 "the teacher was made for"
+            )
+        if self.bos != "each" and needs_bos(backbone.tokenizer):
+            raise ValueError(
+                f"bos={self.bos!r}: a network with a {type(backbone.tokenizer).__name__} predicts badly without its "
+                "token for a beginning before each segment; choose bos=each"
             )
         self.segments(backbone)
         self.tokens_per_segment = length

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from datasets import config as datasets_config
+from omegaconf import OmegaConf
+from transformers import GemmaTokenizer
 
 from conf.schema import ConfigError, build
 from datamodules.readers.base import MissingData, data_root
 from datamodules.texts.corpus import Corpus, Documents, Text, Texts
 from datamodules.texts.tokenizers import tokenizer
 from datamodules.texts.tokens import Tokenizer, found
+from experiments.engine.run import Run
 
 LETTERS = Tokenizer(lambda text: [ord(letter) for letter in text], 0x110000)
 """a toy tokenizer: one token a character"""
@@ -212,6 +215,16 @@ def test_a_text_for_a_teacher_without_a_tokenizer_is_refused(configure):
         build(configure("data=wikitext2").data)
 
 
+@pytest.mark.parametrize("choice", ["wikitext2", "ptb", "bookcorpus", "alpaca_cleaned"])
+def test_runs_from_before_the_key_bos_keep_their_ids(configure, choice):
+    cfg = configure(f"data={choice}")
+    assert Run(configure(f"data={choice}", "data.bos=true"), "teacher").id != Run(cfg, "teacher").id
+    with_key = Run(cfg, "teacher").id
+    OmegaConf.set_struct(cfg, False)
+    del cfg.data["bos"]
+    assert Run(cfg, "teacher").id == with_key
+
+
 @pytest.mark.parametrize("choice", ["ptb", "bookcorpus", "alpaca_cleaned"])
 def test_texts_of_the_hub_are_described_and_looked_for_there(configure, choice, monkeypatch):
     asked = []
@@ -239,10 +252,10 @@ def test_texts_of_the_hub_are_described_and_looked_for_there(configure, choice, 
 
 @pytest.mark.data
 @pytest.mark.parametrize(
-    ("path", "counts", "bos"),
-    [("llama_tokenizer.model", (298065, 339369), 1), ("SmolLM2-135M-Instruct.Q4_1.gguf", (273868, 312144), None)],
+    ("path", "counts", "beginning"),
+    [("llama_tokenizer.model", (298065, 339369), [1]), ("SmolLM2-135M-Instruct.Q4_1.gguf", (273868, 312144), [])],
 )
-def test_wikitext2_as_configured_gives_blocks_that_say_the_text(configure, path, counts, bos):
+def test_wikitext2_as_configured_gives_blocks_that_say_the_text(configure, path, counts, beginning):
     for name in (path, "wikitext2_test.txt"):
         if not any((data_root() / folder / name).exists() for folder in ("", "shared/text")):
             pytest.skip(f"$SECATEUR_DATA has no {name}")
@@ -250,7 +263,7 @@ def test_wikitext2_as_configured_gives_blocks_that_say_the_text(configure, path,
     from datamodules.texts.tokenizers import load_tokenizer
 
     decode = load_tokenizer(path).decode
-    assert data.sample_shape() == (64,) and data.tokenizer.bos == bos
+    assert data.sample_shape() == (64,) and data.tokenizer.beginning("auto", data.tokenizer.adds_bos) == beginning
     for split, name, count in zip(
         ("train", "holdout"), ("wikitext2_valid.txt", "wikitext2_test.txt"), counts, strict=True
     ):
@@ -269,3 +282,11 @@ def test_a_tokenizer_of_transformers_adds_no_special_tokens_and_says_which_it_wo
     assert len(encode("the")) == 1 and encode("the the") == encode("the") * 2
     assert [encode.bos, *encode("the"), encode.eos] == tokenizer_("the")["input_ids"]
     assert encode.vocabulary == len(tokenizer_) == max(tokenizer_.get_vocab().values()) + 1
+    assert encode.adds_bos and not encode.needs_bos
+
+
+def test_the_tokenizer_of_gemma_needs_its_token_for_a_beginning(tmp_path):
+    vocabulary = {piece: number for number, piece in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "a", "b"])}
+    GemmaTokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path)
+    encode = tokenizer(str(tmp_path))
+    assert (encode("ab"), encode.bos, encode.eos, encode.needs_bos) == ([4, 5], 2, 1, True)

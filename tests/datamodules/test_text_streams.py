@@ -142,6 +142,40 @@ def test_what_a_text_cannot_do_is_refused(make):
         make("blocks").use_latents("some")
 
 
+# The token for a beginning
+
+
+@pytest.mark.parametrize(
+    ("kind", "bos", "needs", "first"),
+    [
+        ("blocks", "auto", False, ""),
+        ("blocks", "auto", True, "\1"),
+        ("blocks", False, True, ""),
+        ("windows", True, False, "\1"),
+        ("windows", "auto", False, ""),
+        ("instructions", "auto", False, "\1"),
+        ("instructions", False, False, "0"),
+    ],
+)
+def test_a_token_for_the_beginning_is_put_before_every_sample(make, kind, bos, needs, first):
+    tokenizer = Tokenizer(LETTERS.encode, LETTERS.vocabulary, 1, 2, needs_bos=needs)
+    data = make(kind, length=4, bos=bos, tokenizer=tokenizer)
+    (batch,) = data.subset("train", 11, 0, 11)
+    samples = said(batch["tokens"])
+    assert {len(sample) for sample in samples} == {4}
+    assert any(sample.startswith(first) for sample in samples)
+    assert all(sample.startswith("\1") for sample in samples) == ("\1" in first)
+
+
+def test_a_beginning_that_is_unknown_or_missing_is_refused(make):
+    with pytest.raises(ValueError, match=r"data\.bos='yes' is unknown; choose one of: auto, true, false"):
+        make("blocks", bos="yes")
+    plain = Tokenizer(LETTERS.encode, LETTERS.vocabulary, None, 2, needs_bos=True)
+    with pytest.raises(ValueError, match=r"data\.bos=true: the tokenizer has no token for a beginning"):
+        make("blocks", bos=True, tokenizer=plain).sample_shape()
+    assert said(make("blocks", tokenizer=plain).source("train").blocks[:1]) == ["aaaa."]
+
+
 # Windows
 
 
@@ -194,7 +228,7 @@ def letters(text: str) -> list[int]:
 def test_padding_and_the_first_token_are_no_targets_and_the_prompt_is_one_where_it_is_said(
     length, answer_only, tokens, mask
 ):
-    found, counted = masked(LETTERS, "01=", "bb", length, answer_only)
+    found, counted = masked(LETTERS, "01=", "bb", length, answer_only, [1])
     assert (found.dtype, counted.dtype) == (np.int64, bool)
     assert (found.tolist(), "".join(str(int(one)) for one in counted)) == (tokens, mask)
 
@@ -208,8 +242,8 @@ def test_without_tokens_for_begin_and_end_a_sample_is_prompt_and_answer():
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_a_bad_sample():
     with pytest.raises(BadSample, match=r"its prompt of 4 tokens leaves none of data\.length=4 for an answer"):
-        masked(LETTERS, "01=", "bb", 4, True)
-    assert masked(LETTERS, "01=", "bb", 4, False)[1].tolist() == [False, True, True, True]
+        masked(LETTERS, "01=", "bb", 4, True, [1])
+    assert masked(LETTERS, "01=", "bb", 4, False, [1])[1].tolist() == [False, True, True, True]
 
 
 def instructions(path: object, rows: list[Any] | str = ROWS, **options: Any) -> Instructions:

@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from support.language import LETTERS, VOCABULARY, letters, tiny_llama
 from support.results import read_markdown
+from transformers import GemmaTokenizer
 
 import lightning_modules.modules.joint_loss as evaluation_module
 from conf.schema import build
@@ -36,6 +37,10 @@ TEXT = "Once upon a time, there was a cat. It sat on a mat, and it was a black c
 
 def reader(bos: str | None = "<s>") -> LanguageBackbone:
     return LanguageBackbone(tiny_llama(), letters(bos), length=12)
+
+
+def gemma() -> LanguageBackbone:
+    return LanguageBackbone(tiny_llama(), GemmaTokenizer(), length=12)
 
 
 @pytest.fixture
@@ -133,6 +138,7 @@ def test_what_cannot_be_measured_is_said_before(text):
         (LanguageBackbone(tiny_llama()), {}, "choose a teacher that has one"),
         (reader(), {"length": 65}, "segments of 65 tokens are more than the 64"),
         (reader(), {"length": 64, "bos": "each"}, "segments of 65 tokens are more than the 64"),
+        (gemma(), {"length": 16}, "bos='start': a network with a GemmaTokenizer predicts badly without its token"),
         (reader(None), {"length": 16}, "bos='start': the tokenizer has no token for a beginning; choose bos=none"),
         (reader(), {"length": 16, "tokens": 9}, "text='some.txt' has 10 tokens; choose a length of that or less"),
     ]
