@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from criteria.base import Batch, Level, Unit, parse_level
 from criteria.selection.base import check_names
@@ -70,8 +71,17 @@ class LanguageBackbone(NetworkBackbone):
         """Every decoder layer (or what stands for it) by module path, in the order of the forward pass."""
         return {f"{LAYERS}.{i}": layer for i, layer in enumerate(self.network.get_submodule(LAYERS))}
 
+    @functools.cached_property
+    def required_layers(self) -> set[str]:
+        """Module paths of the layers that no plan removes; see find_required_layers."""
+        return {f"{LAYERS}.{index}" for index in find_required_layers(self.network.config)}
+
     def units(self, level: str = "depth") -> list[Unit]:
-        """Depth: the decoder layers. Channels: heads and blocks of channels. ValueError for operators."""
+        """Return the units of a level, in the order of the forward pass; raises ValueError for operators.
+
+        Units of depth are the decoder layers without those that have to stay. Units of channels are heads and blocks
+        of channels.
+        """
         if parse_level(level) == Level.CHANNEL:
             return self.channels.units()
         if level != Level.DEPTH:
@@ -82,7 +92,7 @@ class LanguageBackbone(NetworkBackbone):
         return [
             Unit(name, "layer", sum(p.numel() for p in layer.parameters()), macs.of(name))
             for name, layer in self.layers().items()
-            if not isinstance(layer, Skip)
+            if not isinstance(layer, Skip) and name not in self.required_layers
         ]
 
     @functools.cached_property
@@ -306,9 +316,46 @@ def greedy(network: Any, tokens: Tensor, new: int) -> Tensor:
 
 
 def shorten(config: Any, kept: Sequence[int]) -> None:
-    """Make a configuration that of the same network with these of its layers; lists of one entry a layer go along."""
-    count = config.num_hidden_layers
-    for key, value in config.to_dict().items():
+    """Change a configuration to that of the network with these of its layers, and all its entries per layer with it."""
+    count, settings = config.num_hidden_layers, config.to_dict()
+    for key, value in settings.items():
         if "layer" in key and isinstance(value, list) and len(value) == count:
             setattr(config, key, [value[i] for i in kept])
     config.num_hidden_layers = len(kept)
+    if settings.get("per_layer_config"):  # {index: settings of one layer}, such as Gemma 4's
+        layers = {int(index): layer for index, layer in settings["per_layer_config"].items()}
+        config.per_layer_config = {index: layers[old] for index, old in enumerate(kept) if old in layers}
+
+
+def find_required_layers(config: Any) -> set[int]:
+    """Return the indices of the layers without which transformers cannot use a network of layers of several kinds.
+
+    Tokens are counted by the key-value cache of an attention layer, so that of a network with others beside them, such
+    as LFM2, the first attention layer stays; that it is the first is our choice. Where the configuration itself decides
+    the kind of the last layer, as Gemma 4's does, the last layer stays.
+    """
+    kinds = list(getattr(config, "layer_types", None) or ())
+    if len(set(kinds)) < 2:
+        return set()
+    counting = {kind for kind in set(kinds) if counts_tokens(shortened(config, [kinds.index(kind)]))}
+    required = {min(kinds.index(kind) for kind in counting)} if counting and counting != set(kinds) else set()
+    without_last = shortened(config, range(len(kinds) - 1))
+    if type(config).from_dict(without_last.to_dict()).layer_types != without_last.layer_types:
+        required.add(len(kinds) - 1)
+    return required
+
+
+def shortened(config: Any, kept: Sequence[int]) -> Any:
+    """Return a copy of a configuration with these of its layers."""
+    copied = copy.deepcopy(config)
+    shorten(copied, kept)
+    return copied
+
+
+def counts_tokens(config: Any) -> bool:
+    """Return whether the key-value cache of a network can count the tokens it has seen."""
+    try:
+        DynamicCache(config=config).get_seq_length()
+    except ValueError:
+        return False
+    return True

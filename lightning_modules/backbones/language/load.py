@@ -59,17 +59,23 @@ def load_language_model(path: str, tokenizer: str | None = None, length: int = 1
 def check_shorter(backbone: LanguageBackbone, path: str) -> None:
     """Raise ValueError where the stock class does not build what stays when a layer is removed."""
     meta = LanguageBackbone(backbone.meta_network())
-    for name in (next(iter(meta.layers())), list(meta.layers())[-1]):
-        if len(meta.layers()) == 1:
-            return
-        student = meta.pruned([{"unit": name, "kind": "bypass"}])
+    if len(meta.layers()) == 1:
+        return
+    removable = [name for name in meta.layers() if name not in meta.required_layers]
+    for name in dict.fromkeys([*removable[:1], *removable[-1:]]):
+        try:
+            student = meta.pruned([{"unit": name, "kind": "bypass"}])
+        except Exception as error:  # networks of other kinds fail in many ways
+            raise ValueError(
+                f"teacher.path={path}: a {type(backbone.network).__name__} cannot lose {name}: {error}"
+            ) from error
         shapes = {key: tensor.shape for key, tensor in student.network.state_dict().items()}
         stock = {key: tensor.shape for key, tensor in student.meta_network().state_dict().items()}
         if stock != shapes:
             key = min(stock.items() ^ shapes.items())[0]
             raise ValueError(
-                f"teacher.path={path}: a {type(backbone.network).__name__} without {name} is no stock network: its "
-                f"layers are of several kinds by their places ({key})"
+                f"teacher.path={path}: a {type(backbone.network).__name__} without {name} is no stock network: there, "
+                f"{key} has another shape, since it depends on the number of layers or on a layer's place"
             )
 
 
