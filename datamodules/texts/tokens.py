@@ -1,4 +1,4 @@
-"""Tokenizers as data modules see them, and files of texts."""
+"""Tokenizers as data modules use them, and files of texts."""
 
 import contextlib
 import hashlib
@@ -8,7 +8,7 @@ from pathlib import Path
 from datamodules.readers.base import MissingData, located
 
 BOS_CHOICES = ("auto", True, False)
-"""Values of data.bos: whether a token for the beginning is put before every sample."""
+"""Values of data.bos: whether the token for the beginning of a text is put before every sample."""
 
 
 class Tokenizer:
@@ -16,7 +16,7 @@ class Tokenizer:
 
     Args:
         encode: returns the ids of a text.
-        vocabulary: number of kinds of tokens; every id is below it.
+        vocabulary: number of different tokens; every id is below it.
         bos: id of the token for the beginning of a text; None where there is none.
         eos: id of the token for the end of a text; None where there is none.
         adds_bos: the original tokenizer puts `bos` before a text by itself.
@@ -38,10 +38,10 @@ class Tokenizer:
     def __call__(self, text: str) -> list[int]:
         return self.encode(text)
 
-    def beginning(self, bos: bool | str, automatic: bool) -> list[int]:
-        """Return the ids that are put before a sample: none, or that of the beginning of a text.
+    def get_beginning(self, bos: bool | str, automatic: bool) -> list[int]:
+        """Return the ids that are put before a sample: the token for the beginning of a text, or none.
 
-        `bos` is one of BOS_CHOICES, and `automatic` says what "auto" stands for. Raises ValueError for true where there
+        `bos` is one of BOS_CHOICES, and `automatic` is what "auto" stands for. Raises ValueError for true where there
         is no such token.
         """
         if bos is True and self.bos is None:
@@ -50,8 +50,11 @@ class Tokenizer:
         return [self.bos] if wanted and self.bos is not None else []
 
 
-def found(path: str) -> Path:
-    """A file or folder as given, or in $SECATEUR_DATA, or in its shared/text."""
+def find_text(path: str) -> Path:
+    """Return a file or folder that lies at `path`, in $SECATEUR_DATA or in its shared/text.
+
+    Raises MissingData where there is none.
+    """
     with contextlib.suppress(MissingData):
         return located(path)
     with contextlib.suppress(MissingData):
@@ -59,13 +62,15 @@ def found(path: str) -> Path:
     return located(path)
 
 
-def read(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """Return the content of a file; raises ValueError where it is not UTF-8."""
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text in UTF-8: {error}") from error
+        raise ValueError(f"{file} is not a text in UTF-8: {error}") from error
 
 
-def file_sha256(file: Path) -> str:
+def hash_file(file: Path) -> str:
+    """Return the sha256 of a file's content."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

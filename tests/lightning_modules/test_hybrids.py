@@ -76,6 +76,6 @@ def test_settings_of_single_layers_go_with_their_layers(tmp_path):
         ({"num_kv_shared_layers": 2}, r"teacher\.path=/g: a Gemma4ForCausalLM cannot lose model\.layers\.\d"),
     ],
 )
-def test_a_network_that_cannot_be_shortened_is_refused_when_it_is_loaded(options, message):
+def test_a_network_that_cannot_be_shortened_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         check_shorter(hybrid("gemma4", **options), "/g")

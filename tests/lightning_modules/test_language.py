@@ -65,7 +65,7 @@ each_family = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
 
 
 @each_family
-def test_units_are_the_layers_and_what_they_free_is_what_a_student_lacks(make):
+def test_units_are_the_layers_and_free_what_a_student_lacks(make):
     backbone = make()
     units = backbone.units()
     assert [unit.name for unit in units] == [f"model.layers.{i}" for i in range(len(units))]
@@ -76,7 +76,7 @@ def test_units_are_the_layers_and_what_they_free_is_what_a_student_lacks(make):
 
 
 @pytest.mark.parametrize("level", ["operator", "width"])
-def test_a_level_that_is_not_there_is_an_error(level):
+def test_an_unknown_level_is_an_error(level):
     with pytest.raises(ValueError, match=f"criterion.level='{level}'"):
         tiny_language().units(level)
 
@@ -89,7 +89,7 @@ def shared() -> LanguageBackbone:
 @settings(max_examples=12, deadline=None)
 @given(st.sets(st.sampled_from(LAYERS), min_size=1, max_size=3))
 @torch.no_grad()
-def test_without_a_set_of_layers_is_the_pruned_network_bit_for_bit(names):
+def test_masking_layers_equals_removing_them_bit_for_bit(names):
     backbone = shared()
     before = copy.deepcopy(backbone.state_dict())
     with backbone.without(names):
@@ -130,7 +130,7 @@ def test_a_student_is_renumbered_and_reloads_as_the_stock_class(make, tmp_path):
         assert torch.equal(logits.argmax(-1), written[:, end])
 
 
-def test_lists_of_one_entry_a_layer_go_along():
+def test_lists_with_an_entry_per_layer_are_shortened():
     backbone = sliding()
     assert backbone.network.config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 3
     student = backbone.pruned(bypasses(["model.layers.1", "model.layers.4"]))
@@ -138,7 +138,7 @@ def test_lists_of_one_entry_a_layer_go_along():
     assert backbone.network.config.num_hidden_layers == 5  # the teacher's own is as it was
 
 
-def test_networks_whose_layers_differ_by_their_places_are_refused_when_they_are_loaded():
+def test_networks_whose_layers_depend_on_their_index_are_refused():
     config = Qwen2MoeConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -157,7 +157,7 @@ def test_networks_whose_layers_differ_by_their_places_are_refused_when_they_are_
     check_shorter(sliding(), "/qwen2")
 
 
-def test_a_plan_that_leaves_nothing_or_does_something_else_is_an_error():
+def test_a_plan_of_all_layers_or_of_another_kind_is_an_error():
     with pytest.raises(ValueError, match="at least one stays"):
         shared().pruned(bypasses(LAYERS))
     with pytest.raises(ValueError, match=r"'model\.layers\.9' is not a unit"):
@@ -177,7 +177,7 @@ def test_losses_are_those_of_the_next_tokens():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_losses_of_a_large_vocabulary_are_as_exact_as_float32_allows(masked):
+def test_losses_of_a_large_vocabulary_are_exact(masked):
     rng = torch.Generator().manual_seed(0)
     logits, tokens = 3 * torch.randn(2, 4, 2**17, generator=rng), torch.randint(0, 2**17, (2, 4), generator=rng)
     inputs = {"sample": tokens} | ({"mask": torch.ones(2, 4, dtype=torch.bool)} if masked else {})
@@ -197,7 +197,7 @@ def test_tokens_outside_the_mask_are_no_targets():
 
 
 @torch.no_grad()
-def test_what_does_not_count_moves_no_output_at_all():
+def test_tokens_that_do_not_count_change_no_output():
     mask = torch.arange(12) < torch.tensor([12, 7, 2, 1])[:, None]
     found = shared().predict(INPUTS | {"mask": mask})
     other = shared().predict({"sample": torch.where(mask, INPUTS["sample"], 0), "mask": mask})
@@ -208,7 +208,7 @@ def test_what_does_not_count_moves_no_output_at_all():
 
 
 @torch.no_grad()
-def test_padding_behind_a_sample_moves_none_of_its_predictions():
+def test_padding_behind_a_sample_changes_no_prediction():
     tokens = INPUTS["sample"].clone()
     before = shared().predict({"sample": tokens})
     tokens[:, 8:] = 0
@@ -258,7 +258,7 @@ def test_perplexity_orders_layers_as_the_task_loss_does():
 
 
 @pytest.mark.parametrize("make", [Perplexity, OutputLoss, BlockInfluence, TaskLoss, Taylor, Wanda, Flap])
-def test_padding_plays_no_part_in_a_score(make):
+def test_padding_changes_no_score(make):
     mask = torch.arange(12) < torch.tensor([12, 7, 3, 2])[:, None]
     units = shared().units("channel" if make in (Wanda, Flap) else "depth")
     found = []
@@ -272,14 +272,14 @@ def test_padding_plays_no_part_in_a_score(make):
     np.testing.assert_allclose(*found, rtol=1e-3)
 
 
-def test_what_the_calibration_set_is_cut_into_does_not_matter():
+def test_scores_do_not_depend_on_the_size_of_batches():
     whole = tiny_tokens()
     halves = [{key: value[i : i + 2] for key, value in whole.items()} for i in (0, 2)]
     for make in (Perplexity, OutputLoss, BlockInfluence):
         close(scored(make()), scored(make(), halves), rtol=1e-5)
 
 
-def test_taylor_takes_the_absolute_value_after_the_sum_over_the_calibration_set():
+def test_taylor_sums_over_samples_before_the_absolute_value():
     whole = tiny_tokens()
     halves = [{key: value[i : i + 2] for key, value in whole.items()} for i in (0, 2)]
     found = scored(Taylor(), halves)
@@ -300,7 +300,7 @@ def test_block_influence_compares_hidden_states_token_by_token():
         np.testing.assert_allclose(found[name]["score"], 1 - float(cosine.mean()), rtol=1e-9)
 
 
-def test_prefix_reuse_computes_what_comes_before_a_layer_once():
+def test_prefix_reuse_computes_earlier_layers_once():
     backbone, computed = tiny_language(layers=6), []
     for name, layer in backbone.layers().items():  # a hook of the layer itself also sees calls that are read back
         layer.self_attn.q_proj.register_forward_hook(lambda *_, name=name: computed.append(name))
@@ -375,7 +375,7 @@ def test_the_same_seed_makes_the_same_adapters(tmp_path):
     assert same_tensors(*found)
 
 
-def test_adapters_for_layers_that_are_not_there_are_an_error(tmp_path):
+def test_adapters_for_missing_layers_are_an_error(tmp_path):
     for targets, message in {("q_proj", "queer"): "'queer' is no linear", ("lm_head",): "shares its weight"}.items():
         with pytest.raises(ValueError, match=message):
             Lora([*targets]).check(tiny_language().network)
@@ -383,7 +383,7 @@ def test_adapters_for_layers_that_are_not_there_are_an_error(tmp_path):
         module_of(tiny_language(), tiny_language(), tmp_path, w_feat=0, lora=Lora(["query"]))
 
 
-def test_distillation_compares_each_layer_that_stays_with_its_own(tmp_path):
+def test_distillation_compares_each_kept_layer_with_the_same_layer(tmp_path):
     backbone = tiny_language()
     student = backbone.pruned(bypasses(LAYERS[1:2]))
     module = module_of(student, backbone, tmp_path)
@@ -424,7 +424,7 @@ def test_gradients_of_two_half_batches_average_to_those_of_the_whole(options, tm
 # Exports
 
 
-def test_an_export_reloads_in_a_clean_process_and_writes_the_same_tokens(tmp_path):
+def test_an_export_reloads_elsewhere_and_writes_the_same_tokens(tmp_path):
     student = tiny_language().pruned(bypasses(LAYERS[2:3]))
     export(student, tmp_path, "card")
     assert verify(student, tmp_path) <= 1e-5

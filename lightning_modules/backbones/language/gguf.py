@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from datamodules.texts.tokenizers import needs_gguf
+from datamodules.texts.tokenizers import require_gguf
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Format characters of `struct` by the number of a type of values."""
@@ -34,7 +34,7 @@ def read_gguf(file: Path) -> tuple[Any, dict[str, Any]]:
     Raises ValueError for a file that cannot be read, and for one whose scaling of rotary embeddings or whose further
     weights the network does not have.
     """
-    needs_gguf(file)
+    require_gguf(file)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent,
