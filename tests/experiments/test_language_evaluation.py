@@ -161,7 +161,7 @@ def test_a_text_that_is_trained_on_is_no_measure(text):
     Perplexity("some.txt", 16).check(reader(), corpus())
     (text / "copy.txt").write_bytes((text / "train.txt").read_bytes())
     for name in ("train.txt", "copy.txt"):
-        with pytest.raises(ValueError, match=rf"{name} is trained or calibrated on, too; choose another text"):
+        with pytest.raises(ValueError, match=rf"{name} is also trained or calibrated on; choose another text"):
             Perplexity(name, 16).check(reader(), corpus())
 
 

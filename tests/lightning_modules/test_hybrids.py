@@ -9,7 +9,7 @@ from support.language import VOCABULARY, tiny_tokens
 from support.networks import bypasses
 from transformers import AutoModelForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig, Lfm2Config, Lfm2ForCausalLM
 
-from lightning_modules.backbones.language.backbone import LanguageBackbone, greedy
+from lightning_modules.backbones.language.backbone import LanguageBackbone, generate_greedily
 from lightning_modules.backbones.language.load import check_shorter
 
 TOKENS = tiny_tokens()["tokens"]
@@ -53,7 +53,7 @@ def test_a_plan_of_all_units_leaves_a_stock_network_that_generates(name, require
     student.save(tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(stock(TOKENS).logits, expected)
-    assert torch.equal(greedy(stock, TOKENS, 4), greedy(student.network, TOKENS, 4))
+    assert torch.equal(generate_greedily(stock, TOKENS, 4), generate_greedily(student.network, TOKENS, 4))
 
 
 @torch.no_grad()

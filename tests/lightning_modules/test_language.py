@@ -30,7 +30,7 @@ from criteria.scores.taylor import Taylor
 from criteria.scores.wanda import Wanda
 from criteria.selection.base import Pool
 from criteria.selection.in_order import Ranked
-from lightning_modules.backbones.language.backbone import LanguageBackbone, greedy
+from lightning_modules.backbones.language.backbone import LanguageBackbone, generate_greedily
 from lightning_modules.backbones.language.load import check_shorter
 from lightning_modules.export.export import export
 from lightning_modules.export.verify import ExportMismatch, verify
@@ -123,8 +123,8 @@ def test_a_student_is_renumbered_and_reloads_as_the_stock_class(make, tmp_path):
     stock = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(stock) is type(backbone.network)
     assert torch.equal(stock(INPUTS["sample"]).logits, student.predict(INPUTS))
-    written = greedy(stock, INPUTS["sample"], 8)
-    assert torch.equal(written, greedy(student.network, INPUTS["sample"], 8))
+    written = generate_greedily(stock, INPUTS["sample"], 8)
+    assert torch.equal(written, generate_greedily(student.network, INPUTS["sample"], 8))
     for end in range(12, written.shape[1]):  # with the key-value cache as without
         logits = student.predict({"sample": written[:, :end]})[:, -1]
         assert torch.equal(logits.argmax(-1), written[:, end])

@@ -100,7 +100,7 @@ def test_a_tokenizer_with_more_tokens_than_the_network_is_refused(tmp_path):
     network = tiny_llama()
     network.resize_token_embeddings(VOCABULARY - 1)
     network.save_pretrained(words(tmp_path))
-    with pytest.raises(ValueError, match=r"teacher\.tokenizer='.*' has 64 tokens, .* knows 63"):
+    with pytest.raises(ValueError, match=r"teacher\.tokenizer='.*' has 64 tokens, .* has 63"):
         load_language_model(str(tmp_path), length=8)
 
 
@@ -295,8 +295,9 @@ def test_a_damaged_checkpoint_of_llama2c_is_refused(tmp_path):
             load_language_model(str(tmp_path / "tiny.bin"))
         return str(caught.value)
 
-    said = refusal(whole[:-8])
-    assert f"has {len(whole) - 8:,} bytes" in said and f"'vocab_size': 64, 'seq_len': 64}} makes {len(whole):,}" in said
+    message = refusal(whole[:-8])
+    assert f"has {len(whole) - 8:,} bytes" in message
+    assert f"'vocab_size': 64, 'seq_len': 64}} needs {len(whole):,}" in message
     assert "damaged?" in refusal(whole + b"\0" * 4)
     for content in (b"", whole[:20], b"ak42" + whole[4:], b"PK\x03\x04" * 100):
         assert "no checkpoint of llama2.c" in refusal(content)
