@@ -293,8 +293,8 @@ def test_uniform_takes_the_counts_whose_fractions_are_closest(heads, budget, rat
     best = min(tight, key=lambda c: (abs(c[0] / heads - c[1] / 24), spent(c)))
     chosen = selection.select(pool, {unit.name: 0.0 for unit in pool.units})
     for layer in "ab":
-        found = [sum(name.startswith(f"{layer}.{kind}:") for name in chosen) for kind in ("head", "channel")]
-        assert found == list(best)
+        counts = [sum(name.startswith(f"{layer}.{kind}:") for name in chosen) for kind in ("head", "channel")]
+        assert counts == list(best)
 
 
 def test_uniform_takes_the_lowest_scores_of_each_group() -> None:
@@ -391,8 +391,8 @@ def test_scores_equal_values_computed_by_hand(criterion: Criterion, first: float
     backbone: Any = ByHand()
     criterion.start(backbone, backbone.units("channel"), 0)
     criterion.update({"tokens": torch.zeros(1, 2)})
-    found = [entry["score"] for entry in criterion.finish().values()]
-    np.testing.assert_allclose(found, [first, second], rtol=1e-12)
+    scores = [entry["score"] for entry in criterion.finish().values()]
+    np.testing.assert_allclose(scores, [first, second], rtol=1e-12)
 
 
 def scored(criterion: Criterion, backbone: LanguageBackbone, pieces: list[tuple[int, int]]) -> np.ndarray:
@@ -416,12 +416,12 @@ def test_wanda_and_flap_use_the_inputs_of_the_last_layers() -> None:
     logits(backbone)
     names = [unit.name for unit in backbone.units("channel")]
     for criterion in (Wanda(), Flap()):
-        found = dict(zip(names, scored(criterion, backbone, [(0, 4)]), strict=True))
+        scores = dict(zip(names, scored(criterion, backbone, [(0, 4)]), strict=True))
         for unit, columns in (("self_attn:1", slice(8, 16)), ("mlp:2", slice(8, 12))):
             path = paths[unit.partition(":")[0]]
             x, weight = seen[path][:, columns], backbone.weights()[f"{path}.weight"][:, columns].detach()
             by_hand = (weight.abs() * x.norm(dim=0)) if isinstance(criterion, Wanda) else x.var(0) * weight.square()
-            np.testing.assert_allclose(found[f"model.layers.1.{unit}"], float(by_hand.sum()), rtol=1e-10)
+            np.testing.assert_allclose(scores[f"model.layers.1.{unit}"], float(by_hand.sum()), rtol=1e-10)
 
 
 @pytest.mark.parametrize("criterion", [Wanda(), Flap()], ids=["wanda", "flap"])
@@ -474,7 +474,7 @@ def test_magnitudes_of_units_are_what_the_student_lacks() -> None:
 
 def test_taylor_scores_a_head_by_its_own_rows_and_columns() -> None:
     backbone, criterion = make("tied"), Taylor(level="channel")
-    found = scored(criterion, backbone, [(0, 2), (2, 4)])
+    scores = scored(criterion, backbone, [(0, 2), (2, 4)])
     inputs = backbone.calibration_inputs(tiny_tokens(), 0)
     backbone.loss(inputs).backward()
     attention = backbone.network.model.layers[0].self_attn
@@ -483,4 +483,4 @@ def test_taylor_scores_a_head_by_its_own_rows_and_columns() -> None:
         for name, rows in {"q_proj": slice(0, 8), "k_proj": slice(0, 4), "v_proj": slice(0, 4)}.items()
     )
     expected += float((attention.o_proj.weight * attention.o_proj.weight.grad)[:, :8].detach().abs().sum())
-    np.testing.assert_allclose(found[0], expected, rtol=1e-4)  # sums in float32
+    np.testing.assert_allclose(scores[0], expected, rtol=1e-4)  # sums in float32

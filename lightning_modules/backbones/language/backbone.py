@@ -332,7 +332,7 @@ def generate_greedily(network: Any, tokens: Tensor, new: int) -> Tensor:
 
 
 def shorten(config: Any, kept: Sequence[int]) -> None:
-    """Change a configuration to that of the network with these of its layers, and all its entries per layer with it."""
+    """Change a configuration to that of the network with the layers `kept` only, including its settings per layer."""
     count, settings = config.num_hidden_layers, config.to_dict()
     for key, value in settings.items():
         if "layer" in key and isinstance(value, list) and len(value) == count:
@@ -346,23 +346,23 @@ def shorten(config: Any, kept: Sequence[int]) -> None:
 def find_required_layers(config: Any) -> set[int]:
     """Return the indices of the layers without which transformers cannot use a network of layers of several kinds.
 
-    Tokens are counted by the key-value cache of an attention layer, so that of a network with others beside them, such
-    as LFM2, the first attention layer stays; that it is the first is our choice. Where the configuration itself decides
-    the kind of the last layer, as Gemma 4's does, the last layer stays.
+    In generation, tokens are counted by the key-value cache of an attention layer. A network that has other layers,
+    too, such as LFM2, keeps its first attention layer; that it is the first is our choice. Where the configuration
+    itself decides the kind of the last layer, as Gemma 4's does, the last layer is kept.
     """
     kinds = list(getattr(config, "layer_types", None) or ())
     if len(set(kinds)) < 2:
         return set()
-    counting = {kind for kind in set(kinds) if counts_tokens(shortened(config, [kinds.index(kind)]))}
+    counting = {kind for kind in set(kinds) if counts_tokens(copy_shortened(config, [kinds.index(kind)]))}
     required = {min(kinds.index(kind) for kind in counting)} if counting and counting != set(kinds) else set()
-    without_last = shortened(config, range(len(kinds) - 1))
+    without_last = copy_shortened(config, range(len(kinds) - 1))
     if type(config).from_dict(without_last.to_dict()).layer_types != without_last.layer_types:
         required.add(len(kinds) - 1)
     return required
 
 
-def shortened(config: Any, kept: Sequence[int]) -> Any:
-    """Return a copy of a configuration with these of its layers."""
+def copy_shortened(config: Any, kept: Sequence[int]) -> Any:
+    """Return a copy of a configuration, with the layers `kept` only."""
     copied = copy.deepcopy(config)
     shorten(copied, kept)
     return copied
