@@ -128,6 +128,9 @@ def drop_settings_without_effect(config: Any) -> dict[str, Any]:
             ((content[group] or {}) if group else content).pop(name, None)
     for name in NO_EFFECT["data"]:
         (content["calibration"].get("data") or {}).pop(name, None)
+    for data in (content["data"], content["calibration"].get("data")):
+        if (data or {}).get("bos") == "auto":  # a later key: runs from before it keep their ids
+            del data["bos"]
     return content
 
 

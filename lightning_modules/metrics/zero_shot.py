@@ -17,19 +17,19 @@ from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.metrics.published import digest_of
 
 FILTER = "none"
-"""Lm-eval's name for the filter that leaves answers as they are."""
+"""Name in lm-eval of the filter that leaves answers as they are."""
 
 
 class ZeroShot:
-    """Unweighted mean of one metric per task, each in [0, 1]; the value of a task is reported as `<measure>_<task>`.
+    """Mean over tasks of one metric each, in [0, 1]; the value of a task is reported as `<measure>_<task>`.
 
     The seven tasks of Shortened LLaMA (arXiv 2402.02834) are in conf/evaluation/zero_shot.yaml; the paper used lm-eval
     at commit 3326c54. Needs the extra `secateur[zeroshot]`.
 
     Args:
         tasks: {task: metric}. Tasks of lm-eval read their data from the Hugging Face hub or its cache.
-        limit: use only the first samples of each task; None uses all.
-        include_path: folder with the YAML files of further tasks in lm-eval's format, which may name local data.
+        limit: number of samples of each task that are used, the first ones; None uses all.
+        include_path: folder with the YAML files of further tasks in lm-eval's format, which may use local data.
         batch_size: requests per forward pass.
     """
 
@@ -55,7 +55,7 @@ class ZeroShot:
 
     @functools.cached_property
     def manager(self) -> Any:
-        """Lm-eval's task manager for `include_path`, with lm-eval's own tasks where some task is not there."""
+        """The task manager of lm-eval for `include_path`, and for the tasks of lm-eval where one is not in there."""
         from lm_eval.tasks import TaskManager  # noqa: PLC0415  an optional extra, and slow to import
 
         if self.folder is not None:
@@ -67,9 +67,9 @@ class ZeroShot:
     def check(self, backbone: NetworkBackbone, data: Any) -> None:
         """Raise ValueError for a missing tokenizer, task or metric, and MissingData for missing data of a task."""
         if getattr(backbone, "tokenizer", None) is None:
-            raise ValueError("zero-shot tasks are of a language model with a tokenizer; choose a teacher that has one")
+            raise ValueError("zero-shot tasks need a language model with a tokenizer; choose a teacher that has one")
         if unknown := sorted(set(self.tasks) - set(self.manager.all_subtasks)):
-            raise ValueError(f"tasks: {', '.join(unknown)} unknown to lm-eval, also below include_path={self.folder}")
+            raise ValueError(f"tasks: {', '.join(unknown)} found neither in lm-eval nor in include_path={self.folder}")
         for name, metric in self.tasks.items():
             try:
                 task = self.manager.load([name])["tasks"][name]
@@ -83,6 +83,7 @@ class ZeroShot:
                 raise ValueError(f"tasks.{name}={metric!r} is unknown; choose one of: {', '.join(known)}")
 
     def protocol(self) -> dict[str, Any]:
+        """Return what has to be equal for two values to be comparable."""
         settings: dict[str, Any] = {"tasks": " ".join(f"{name}:{metric}" for name, metric in self.tasks.items())}
         settings |= {"lm_eval": importlib.metadata.version("lm_eval"), "limit": self.limit}
         if self.folder is not None:
@@ -90,11 +91,12 @@ class ZeroShot:
         return settings
 
     def __call__(self, backbone: NetworkBackbone, device: torch.device) -> dict[str, float]:
+        """Return {task: value of its metric}."""
         import lm_eval  # noqa: PLC0415  an optional extra, and slow to import
         from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
         network = backbone.to(device).eval().network
-        # A copy of the tokenizer: lm-eval gives it a token for padding.
+        # lm-eval changes the tokenizer (it adds a token for padding), so it gets a copy.
         model = HFLM(network, tokenizer=copy.deepcopy(backbone.tokenizer), batch_size=self.batch_size)
         with evaluating_alone():
             output = lm_eval.simple_evaluate(

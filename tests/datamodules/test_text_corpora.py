@@ -7,18 +7,21 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from datasets import config as datasets_config
+from omegaconf import OmegaConf
+from transformers import GemmaTokenizer
 
 from conf.schema import ConfigError, build
 from datamodules.readers.base import MissingData, data_root
 from datamodules.texts.corpus import Corpus, Documents, Text, Texts
 from datamodules.texts.tokenizers import tokenizer
-from datamodules.texts.tokens import Tokenizer, found
+from datamodules.texts.tokens import Tokenizer, find_text
+from experiments.engine.run import Run
 
 LETTERS = Tokenizer(lambda text: [ord(letter) for letter in text], 0x110000)
 """a toy tokenizer: one token a character"""
 
 
-def said(tokens: np.ndarray) -> list[str]:
+def decode(tokens: np.ndarray) -> list[str]:
     return ["".join(map(chr, block)) for block in tokens]
 
 
@@ -27,7 +30,7 @@ def corpus(train: str = "a.txt", holdout: str = "b.txt", length: int = 2, **opti
 
 
 def blocks(data: Corpus, split: str) -> list[str]:
-    return said(data.source(split).blocks)
+    return decode(data.source(split).blocks)
 
 
 @pytest.fixture
@@ -53,11 +56,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 # Blocks
 
 
-def test_a_text_comes_in_blocks_without_overlap_and_without_its_rest():
+def test_a_text_is_cut_into_blocks_without_its_rest():
     text = Text("abcdefgh", LETTERS, 3)
     assert len(text) == 2 and text.captions is None
     tokens = text.take(np.array([1, 0, 1]))["tokens"]
-    assert tokens.dtype == np.int64 and said(tokens) == ["def", "abc", "def"]
+    assert tokens.dtype == np.int64 and decode(tokens) == ["def", "abc", "def"]
 
 
 def test_a_length_that_gives_no_block_is_refused(texts):
@@ -74,11 +77,11 @@ def test_each_split_has_its_own_text(texts):
     assert (data.sample_shape(), data.vocabulary, data.captions("train", 3)) == ((2,), 0x110000, None)
 
 
-def test_the_files_of_a_folder_are_joined_by_an_empty_line_in_alphabetical_order(texts):
+def test_the_files_of_a_folder_are_joined_in_alphabetical_order(texts):
     assert blocks(corpus("many", "a.txt", 6), "train") == ["zz\n\näö"]
 
 
-def test_files_are_looked_for_in_shared_text_last(texts):
+def test_files_in_shared_text_are_found_last(texts):
     (texts / "shared" / "text").mkdir(parents=True)
     for name, text in (("a.txt", "other"), ("c.txt", "third")):
         (texts / "shared" / "text" / name).write_text(text)
@@ -86,24 +89,24 @@ def test_files_are_looked_for_in_shared_text_last(texts):
     assert (blocks(data, "train"), blocks(data, "holdout")) == (["abcde"], ["third"])
 
 
-def test_what_is_not_there_or_no_text_is_named(texts):
+def test_a_missing_file_or_one_without_text_is_named(texts):
     with pytest.raises(MissingData, match=r"none\.txt does not exist"):
         corpus("none.txt")
     (texts / "empty").mkdir()
     with pytest.raises(MissingData, match=r"empty holds no \.txt file"):
         corpus("empty")
     (texts / "a.txt").write_bytes("é".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"a\.txt is no text in UTF-8"):
+    with pytest.raises(ValueError, match=r"a\.txt is not a text in UTF-8"):
         corpus().source("train")
 
 
 # Random documents
 
 
-def test_documents_are_drawn_from_those_that_are_long_enough_each_at_most_once():
+def test_documents_are_long_enough_and_chosen_at_most_once():
     letters = "abcdefghijkl"
     texts = [letter * (number + 1) for number, letter in enumerate(letters)]
-    drawn = [said(Documents(texts, LETTERS, 4, count, "it").documents) for count in (1, 5, 9)]
+    drawn = [decode(Documents(texts, LETTERS, 4, count, "it").documents) for count in (1, 5, 9)]
     assert drawn[2][:5] == drawn[1] and drawn[1][:1] == drawn[0]
     assert sorted(drawn[2]) == texts[3:] != drawn[2]
     with pytest.raises(ValueError, match=r"data\.documents=10: it has 9 documents of 4 tokens or more"):
@@ -118,15 +121,15 @@ def test_a_document_is_a_file_or_a_part_of_one(texts, separator, documents):
     (texts / "many" / "2.txt").write_text("ab\n\ncd\ne")
     (texts / "many" / "deep" / "1.txt").write_text("zzz")
     data = corpus("many", "a.txt", 2, documents=1, separator=separator)
-    found = Documents(data.texts["train"].read(), LETTERS, 2, len(documents), "it").documents
-    assert sorted(said(found)) == documents
+    chosen = Documents(data.texts["train"].read(), LETTERS, 2, len(documents), "it").documents
+    assert sorted(decode(chosen)) == documents
     with pytest.raises(ValueError, match=rf"it has {len(documents)} documents of 2 tokens or more"):
         Documents(data.texts["train"].read(), LETTERS, 2, len(documents) + 1, "it")
 
 
-def test_a_document_is_a_row_of_the_hub_and_one_without_a_text_is_none(hub):
+def test_a_document_is_a_row_of_the_hub_that_has_a_text(hub):
     data = corpus("train", "test", hub=hub, documents=1)
-    assert said(data.source("train").documents) == ["ab"] and said(data.source("holdout").documents) == ["defg"]
+    assert decode(data.source("train").documents) == ["ab"] and decode(data.source("holdout").documents) == ["defg"]
     with pytest.raises(ValueError, match=r"data\.train has 1 documents of 2 tokens or more"):
         corpus("train", "test", hub=hub, documents=2).source("train")
 
@@ -140,7 +143,7 @@ def test_a_document_is_a_row_of_the_hub_and_one_without_a_text_is_none(hub):
         ({"separator": "\n", "documents": 1, "hub": "some/set"}, r"data\.separator='\\n' cuts files into documents"),
     ],
 )
-def test_documents_that_cannot_be_are_refused(texts, options, message):
+def test_impossible_settings_of_documents_are_refused(texts, options, message):
     with pytest.raises(ValueError, match=message):
         corpus(**options)
 
@@ -155,13 +158,13 @@ def test_a_file_in_both_splits_is_refused_and_named(texts, holdout):
         corpus("many", holdout)
 
 
-def test_a_file_with_the_content_of_another_is_refused_and_both_are_named(texts):
+def test_two_files_of_the_same_content_are_refused_by_name(texts):
     (texts / "copy.txt").write_text("abcdefgh")
     with pytest.raises(ValueError, match=r"share .*a\.txt \(the same as .*copy\.txt\): choose other texts"):
         corpus("a.txt", "copy.txt")
 
 
-def test_empty_files_are_in_no_ones_way(texts):
+def test_empty_files_may_be_in_both_splits(texts):
     for folder in ("many", "more"):
         (texts / folder).mkdir(exist_ok=True)
         (texts / folder / "empty.txt").touch()
@@ -178,17 +181,17 @@ def test_a_column_of_the_hub_is_a_text(hub):
         corpus("train", "test", hub=hub).source("train")
 
 
-def test_a_split_or_rows_of_one_in_both_are_refused_and_named(hub):
+def test_rows_in_both_splits_are_refused_by_name(hub):
     with pytest.raises(ValueError, match=r"data\.train=train and data\.holdout=train share train"):
         corpus("train", "train", hub=hub)
     for train, holdout in (("train", "train[:1]"), ("train[1:]", "train[:50%]"), ("test+train[-1:]", "train[2:]")):
         with pytest.raises(ValueError, match="share rows of train; choose parts that have none in common"):
             corpus(train, holdout, hub=hub).source("train")
     data = corpus("train[1:2]", "train[:1]", hub=hub, documents=1)
-    assert said(data.source("holdout").documents) == ["ab"]
+    assert decode(data.source("holdout").documents) == ["ab"]
 
 
-def test_what_was_trained_on_is_told_by_contents_and_names_of_splits(texts):
+def test_trained_texts_are_known_by_contents_and_names_of_splits(texts):
     def sha256(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -202,7 +205,7 @@ def test_what_was_trained_on_is_told_by_contents_and_names_of_splits(texts):
 # As configured
 
 
-def test_the_configuration_names_what_it_does_not_know(configure):
+def test_an_unknown_key_of_the_configuration_is_named(configure):
     with pytest.raises(ConfigError, match=r"data\.lenght is unknown; did you mean 'length'"):
         configure("data=wikitext2", "+data.lenght=3")
 
@@ -212,8 +215,18 @@ def test_a_text_for_a_teacher_without_a_tokenizer_is_refused(configure):
         build(configure("data=wikitext2").data)
 
 
+@pytest.mark.parametrize("choice", ["wikitext2", "ptb", "bookcorpus", "alpaca_cleaned"])
+def test_runs_from_before_the_key_bos_keep_their_ids(configure, choice):
+    cfg = configure(f"data={choice}")
+    assert Run(configure(f"data={choice}", "data.bos=true"), "teacher").id != Run(cfg, "teacher").id
+    with_key = Run(cfg, "teacher").id
+    OmegaConf.set_struct(cfg, False)
+    del cfg.data["bos"]
+    assert Run(cfg, "teacher").id == with_key
+
+
 @pytest.mark.parametrize("choice", ["ptb", "bookcorpus", "alpaca_cleaned"])
-def test_texts_of_the_hub_are_described_and_looked_for_there(configure, choice, monkeypatch):
+def test_texts_of_the_hub_are_requested_as_configured(configure, choice, monkeypatch):
     asked = []
 
     def load(path, subset, data_files, split, revision):
@@ -239,10 +252,10 @@ def test_texts_of_the_hub_are_described_and_looked_for_there(configure, choice, 
 
 @pytest.mark.data
 @pytest.mark.parametrize(
-    ("path", "counts", "bos"),
-    [("llama_tokenizer.model", (298065, 339369), 1), ("SmolLM2-135M-Instruct.Q4_1.gguf", (273868, 312144), None)],
+    ("path", "counts", "beginning"),
+    [("llama_tokenizer.model", (298065, 339369), [1]), ("SmolLM2-135M-Instruct.Q4_1.gguf", (273868, 312144), [])],
 )
-def test_wikitext2_as_configured_gives_blocks_that_say_the_text(configure, path, counts, bos):
+def test_blocks_of_wikitext2_decode_to_its_text(configure, path, counts, beginning):
     for name in (path, "wikitext2_test.txt"):
         if not any((data_root() / folder / name).exists() for folder in ("", "shared/text")):
             pytest.skip(f"$SECATEUR_DATA has no {name}")
@@ -250,17 +263,17 @@ def test_wikitext2_as_configured_gives_blocks_that_say_the_text(configure, path,
     from datamodules.texts.tokenizers import load_tokenizer
 
     decode = load_tokenizer(path).decode
-    assert data.sample_shape() == (64,) and data.tokenizer.bos == bos
+    assert data.sample_shape() == (64,) and data.tokenizer.get_beginning("auto", data.tokenizer.adds_bos) == beginning
     for split, name, count in zip(
         ("train", "holdout"), ("wikitext2_valid.txt", "wikitext2_test.txt"), counts, strict=True
     ):
-        source, text = data.source(split), found(name).read_text()
+        source, text = data.source(split), find_text(name).read_text()
         assert len(source) == count // 64 and source.blocks.max() < data.vocabulary
         for block in source.take(np.array([0, 2000, len(source) - 1]))["tokens"]:
             assert decode(block[1:-1].tolist()).strip() in text  # a block may begin or end within a character
 
 
-def test_a_tokenizer_of_transformers_adds_no_special_tokens_and_says_which_it_would(tmp_path):
+def test_a_tokenizer_adds_no_special_tokens_but_knows_them(tmp_path):
     from support.pipelines import _clip_tokenizer
 
     tokenizer_ = _clip_tokenizer()
@@ -269,3 +282,11 @@ def test_a_tokenizer_of_transformers_adds_no_special_tokens_and_says_which_it_wo
     assert len(encode("the")) == 1 and encode("the the") == encode("the") * 2
     assert [encode.bos, *encode("the"), encode.eos] == tokenizer_("the")["input_ids"]
     assert encode.vocabulary == len(tokenizer_) == max(tokenizer_.get_vocab().values()) + 1
+    assert encode.adds_bos and not encode.needs_bos
+
+
+def test_the_tokenizer_of_gemma_needs_its_token_for_a_beginning(tmp_path):
+    vocabulary = {piece: number for number, piece in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "a", "b"])}
+    GemmaTokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path)
+    encode = tokenizer(str(tmp_path))
+    assert (encode("ab"), encode.bos, encode.eos, encode.needs_bos) == ([4, 5], 2, 1, True)

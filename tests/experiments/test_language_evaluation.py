@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from support.language import LETTERS, VOCABULARY, letters, tiny_llama
 from support.results import read_markdown
+from transformers import GemmaTokenizer
 
 import lightning_modules.modules.joint_loss as evaluation_module
 from conf.schema import build
@@ -36,6 +37,10 @@ TEXT = "Once upon a time, there was a cat. It sat on a mat, and it was a black c
 
 def reader(bos: str | None = "<s>") -> LanguageBackbone:
     return LanguageBackbone(tiny_llama(), letters(bos), length=12)
+
+
+def gemma() -> LanguageBackbone:
+    return LanguageBackbone(tiny_llama(), GemmaTokenizer(), length=12)
 
 
 @pytest.fixture
@@ -133,6 +138,7 @@ def test_texts_that_cannot_be_measured_are_refused_at_once(text):
         (LanguageBackbone(tiny_llama()), {}, "choose a teacher that has one"),
         (reader(), {"length": 65}, "segments of 65 tokens are more than the 64"),
         (reader(), {"length": 64, "bos": "each"}, "segments of 65 tokens are more than the 64"),
+        (gemma(), {"length": 16}, "bos='start': a network with a GemmaTokenizer predicts badly without its token"),
         (reader(None), {"length": 16}, "bos='start': the tokenizer has no token for a beginning; choose bos=none"),
         (reader(), {"length": 16, "tokens": 9}, "text='some.txt' has 10 tokens; choose a length of that or less"),
     ]
@@ -155,7 +161,7 @@ def test_measuring_on_a_training_text_is_refused(text):
     Perplexity("some.txt", 16).check(reader(), corpus())
     (text / "copy.txt").write_bytes((text / "train.txt").read_bytes())
     for name in ("train.txt", "copy.txt"):
-        with pytest.raises(ValueError, match=rf"{name} is trained or calibrated on, too; choose another text"):
+        with pytest.raises(ValueError, match=rf"{name} is also trained or calibrated on; choose another text"):
             Perplexity(name, 16).check(reader(), corpus())
 
 

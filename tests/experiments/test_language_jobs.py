@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.schema import ConfigError
 from datamodules.readers.base import MissingData
-from datamodules.texts.tokens import found
+from datamodules.texts.tokens import find_text
 from experiments.engine.artefacts import read_json
 from experiments.engine.pipeline import run_pipeline
 from experiments.reporting.set_page import report_set
@@ -285,7 +285,7 @@ def test_a_language_model_has_no_latents_to_store(configure, words):
 @pytest.mark.slow
 def test_stories15m_recovers_from_the_loss_of_two_layers(tmp_path):
     try:
-        found("stories15M.bin")
+        find_text("stories15M.bin")
     except MissingData:
         pytest.skip("$SECATEUR_DATA has no stories15M.bin")
     train("experiment=shortened_llama_stories15m", f"paths.runs={tmp_path}", "trainer=cpu", "logger.wandb=false")

@@ -93,7 +93,7 @@ each_network = pytest.mark.parametrize("name", NETWORKS)
 # Units and students
 
 
-def test_the_units_are_key_value_heads_with_their_queries_and_blocks_of_channels() -> None:
+def test_units_are_key_value_heads_and_blocks_of_channels() -> None:
     backbone = LanguageBackbone(tiny_llama(2), length=TOKENS)
     # A head: 8 rows of q, 4 of k, 4 of v, 8 columns of o. A block: 8 rows of two layers, 8 columns of a third.
     head, block = 16 * (8 + 4 + 4 + 8), 16 * (8 + 8 + 8)
@@ -138,7 +138,7 @@ def test_a_student_is_the_network_with_zeros_where_the_units_were(name: str, cou
 
 @each_network
 @pytest.mark.parametrize("counts", [(1, 0), (0, 2), (1, 5)])
-def test_what_units_free_is_what_the_student_lacks(name: str, counts: tuple[int, int]) -> None:
+def test_units_free_what_the_student_lacks(name: str, counts: tuple[int, int]) -> None:
     backbone = make(name)
     names = removal(backbone, *counts)
     student = sliced(backbone, names)
@@ -177,12 +177,12 @@ def test_a_student_is_a_stock_network_that_generates_with_a_cache(name: str, tmp
     assert written[0].shape == (2, 14) and torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
 
 
-def test_a_llama_stays_one_where_its_configuration_allows_it() -> None:
+def test_a_llama_stays_a_llama_where_its_configuration_allows_it() -> None:
     backbone = make("four heads")
     assert isinstance(sliced(backbone, removal(backbone, 2, 0)).network, LlamaForCausalLM)
 
 
-def test_a_width_that_no_stock_network_has_is_refused_before_anything_is_scored() -> None:
+def test_a_width_without_stock_network_is_refused_before_scoring() -> None:
     config = LlamaConfig(**SIZES, num_attention_heads=4, attention_bias=True)  # Mistral's has no biases
     backbone = LanguageBackbone(LlamaForCausalLM(config), length=TOKENS)
     with pytest.raises(ValueError, match="not a multiple of the number of attention heads"):
@@ -293,11 +293,11 @@ def test_uniform_takes_the_counts_whose_fractions_are_closest(heads, budget, rat
     best = min(tight, key=lambda c: (abs(c[0] / heads - c[1] / 24), spent(c)))
     chosen = selection.select(pool, {unit.name: 0.0 for unit in pool.units})
     for layer in "ab":
-        found = [sum(name.startswith(f"{layer}.{kind}:") for name in chosen) for kind in ("head", "channel")]
-        assert found == list(best)
+        counts = [sum(name.startswith(f"{layer}.{kind}:") for name in chosen) for kind in ("head", "channel")]
+        assert counts == list(best)
 
 
-def test_uniform_takes_the_lowest_scores_of_each_group_whatever_those_of_others() -> None:
+def test_uniform_takes_the_lowest_scores_of_each_group() -> None:
     pool = fake_pool()
     rng = np.random.default_rng(0)
     scores = {unit.name: float(rng.normal()) + (100 if unit.name[0] == "a" else 0) for unit in pool.units}
@@ -308,7 +308,7 @@ def test_uniform_takes_the_lowest_scores_of_each_group_whatever_those_of_others(
         assert gone and kept and max(gone) < min(kept)
 
 
-def test_protected_units_stay_and_their_groups_lose_others() -> None:
+def test_protected_units_stay_and_their_groups_lose_other_units() -> None:
     pool = fake_pool()
     scores = {unit.name: float(unit.name.rpartition(":")[2]) for unit in pool.units}
     assert {"a.head:0", "b.head:0", "b.channel:0"} <= set(Uniform(0.3).select(pool, scores))
@@ -387,12 +387,12 @@ class ByHand:
     [(Wanda(), 4 * math.sqrt(10), 2.5 * math.sqrt(8)), (Flap(), 2 * 10, 8 * 4.25)],
     ids=["wanda", "flap"],
 )
-def test_scores_worked_out_by_hand(criterion: Criterion, first: float, second: float) -> None:
+def test_scores_equal_values_computed_by_hand(criterion: Criterion, first: float, second: float) -> None:
     backbone: Any = ByHand()
     criterion.start(backbone, backbone.units("channel"), 0)
     criterion.update({"tokens": torch.zeros(1, 2)})
-    found = [entry["score"] for entry in criterion.finish().values()]
-    np.testing.assert_allclose(found, [first, second], rtol=1e-12)
+    scores = [entry["score"] for entry in criterion.finish().values()]
+    np.testing.assert_allclose(scores, [first, second], rtol=1e-12)
 
 
 def scored(criterion: Criterion, backbone: LanguageBackbone, pieces: list[tuple[int, int]]) -> np.ndarray:
@@ -405,7 +405,7 @@ def scored(criterion: Criterion, backbone: LanguageBackbone, pieces: list[tuple[
     return np.array([entry["score"] for entry in criterion.finish().values()])
 
 
-def test_wanda_and_flap_look_at_what_goes_into_the_last_layers_of_attentions_and_feed_forwards() -> None:
+def test_wanda_and_flap_use_the_inputs_of_the_last_layers() -> None:
     """Recomputed for one head and one block from inputs recorded in one pass, with torch's own variance."""
     backbone, seen = make("tied"), {}
     paths = {"self_attn": "model.layers.1.self_attn.o_proj", "mlp": "model.layers.1.mlp.down_proj"}
@@ -416,16 +416,16 @@ def test_wanda_and_flap_look_at_what_goes_into_the_last_layers_of_attentions_and
     logits(backbone)
     names = [unit.name for unit in backbone.units("channel")]
     for criterion in (Wanda(), Flap()):
-        found = dict(zip(names, scored(criterion, backbone, [(0, 4)]), strict=True))
+        scores = dict(zip(names, scored(criterion, backbone, [(0, 4)]), strict=True))
         for unit, columns in (("self_attn:1", slice(8, 16)), ("mlp:2", slice(8, 12))):
             path = paths[unit.partition(":")[0]]
             x, weight = seen[path][:, columns], backbone.weights()[f"{path}.weight"][:, columns].detach()
             by_hand = (weight.abs() * x.norm(dim=0)) if isinstance(criterion, Wanda) else x.var(0) * weight.square()
-            np.testing.assert_allclose(found[f"model.layers.1.{unit}"], float(by_hand.sum()), rtol=1e-10)
+            np.testing.assert_allclose(scores[f"model.layers.1.{unit}"], float(by_hand.sum()), rtol=1e-10)
 
 
 @pytest.mark.parametrize("criterion", [Wanda(), Flap()], ids=["wanda", "flap"])
-def test_sums_over_batches_in_any_order_and_over_ranks_make_the_whole(criterion: Criterion) -> None:
+def test_sums_over_batches_and_ranks_equal_the_whole(criterion: Criterion) -> None:
     backbone = make("tied")
     whole = scored(criterion, backbone, [(0, 4)])
     assert np.isfinite(whole).all() and len(set(whole)) == len(whole)
@@ -440,7 +440,7 @@ def test_sums_over_batches_in_any_order_and_over_ranks_make_the_whole(criterion:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_network_is_left_as_it_was(fails: bool) -> None:
+def test_scoring_leaves_the_network_unchanged(fails: bool) -> None:
     backbone, criterion = make("biases"), Wanda()
     before = copy.deepcopy(backbone.network.state_dict())
     criterion.start(backbone, backbone.units("channel"), 0)
@@ -453,7 +453,7 @@ def test_the_network_is_left_as_it_was(fails: bool) -> None:
     assert not any(module._forward_pre_hooks for module in backbone.network.modules())
 
 
-def test_criteria_of_inputs_say_why_they_cannot_score_other_networks() -> None:
+def test_criteria_of_inputs_refuse_other_networks_with_a_reason() -> None:
     for criterion in (Wanda(), Flap()):
         assert criterion.supports(make("tied")) is None
         for family in ("UNet2DModel", "dit"):
@@ -474,7 +474,7 @@ def test_magnitudes_of_units_are_what_the_student_lacks() -> None:
 
 def test_taylor_scores_a_head_by_its_own_rows_and_columns() -> None:
     backbone, criterion = make("tied"), Taylor(level="channel")
-    found = scored(criterion, backbone, [(0, 2), (2, 4)])
+    scores = scored(criterion, backbone, [(0, 2), (2, 4)])
     inputs = backbone.calibration_inputs(tiny_tokens(), 0)
     backbone.loss(inputs).backward()
     attention = backbone.network.model.layers[0].self_attn
@@ -483,4 +483,4 @@ def test_taylor_scores_a_head_by_its_own_rows_and_columns() -> None:
         for name, rows in {"q_proj": slice(0, 8), "k_proj": slice(0, 4), "v_proj": slice(0, 4)}.items()
     )
     expected += float((attention.o_proj.weight * attention.o_proj.weight.grad)[:, :8].detach().abs().sum())
-    np.testing.assert_allclose(found[0], expected, rtol=1e-4)  # sums in float32
+    np.testing.assert_allclose(scores[0], expected, rtol=1e-4)  # sums in float32

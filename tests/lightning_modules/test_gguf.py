@@ -16,7 +16,7 @@ from lightning_modules.backbones.files import list_weight_files
 from lightning_modules.backbones.language.load import load_language_model, read_network
 
 
-def test_a_gguf_file_that_is_damaged_is_named(tmp_path):
+def test_a_damaged_gguf_file_is_named(tmp_path):
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF\3\0\0\0")
     assert list_weight_files(str(tmp_path / "tiny.gguf")) == [tmp_path / "tiny.gguf"]
     for read in (load_language_model, load_tokenizer):
@@ -24,7 +24,7 @@ def test_a_gguf_file_that_is_damaged_is_named(tmp_path):
             read(str(tmp_path / "tiny.gguf"))
 
 
-def test_the_package_for_gguf_files_is_asked_for(tmp_path, monkeypatch):
+def test_a_missing_gguf_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     for read in (load_language_model, load_tokenizer):
@@ -105,7 +105,7 @@ def rope_factors(network: LlamaForCausalLM) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_scaled_rotary_embeddings_of_a_gguf_file_are_those_of_the_folder(scaled, tmp_path):
+def test_scaled_rotary_embeddings_equal_those_of_the_folder(scaled, tmp_path):
     network = read_network(write_gguf(scaled, tmp_path / "scaled.gguf", rope_factors(scaled)))
     assert network.config.rope_parameters == LLAMA3
     tokens = tiny_tokens(1, 60)["tokens"]
@@ -125,6 +125,6 @@ def test_scaled_rotary_embeddings_of_a_gguf_file_are_those_of_the_folder(scaled,
         ({"bias": True}, r"file\.gguf holds 5,360 weights, and a LlamaForCausalLM as transformers reads it has 5,296"),
     ],
 )
-def test_parts_of_a_gguf_file_that_would_be_left_out_are_refused(scaled, options, message, tmp_path):
+def test_parts_of_a_gguf_file_that_are_not_read_are_refused(scaled, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         read_network(write_gguf(scaled, tmp_path / "file.gguf", **{"factors": torch.ones(8)} | options))

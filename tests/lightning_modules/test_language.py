@@ -30,12 +30,10 @@ from criteria.scores.taylor import Taylor
 from criteria.scores.wanda import Wanda
 from criteria.selection.base import Pool
 from criteria.selection.in_order import Ranked
-from lightning_modules.backbones.language.backbone import LanguageBackbone, greedy
+from lightning_modules.backbones.language.backbone import LanguageBackbone, generate_greedily
 from lightning_modules.backbones.language.load import check_shorter
 from lightning_modules.export.export import export
 from lightning_modules.export.verify import ExportMismatch, verify
-from lightning_modules.modules.distillation import Distillation
-from lightning_modules.modules.lora import Lora
 
 LAYERS = [f"model.layers.{i}" for i in range(4)]
 INPUTS = {"sample": tiny_tokens()["tokens"]}
@@ -65,7 +63,7 @@ each_family = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
 
 
 @each_family
-def test_units_are_the_layers_and_what_they_free_is_what_a_student_lacks(make):
+def test_units_are_the_layers_and_free_what_a_student_lacks(make):
     backbone = make()
     units = backbone.units()
     assert [unit.name for unit in units] == [f"model.layers.{i}" for i in range(len(units))]
@@ -76,7 +74,7 @@ def test_units_are_the_layers_and_what_they_free_is_what_a_student_lacks(make):
 
 
 @pytest.mark.parametrize("level", ["operator", "width"])
-def test_a_level_that_is_not_there_is_an_error(level):
+def test_an_unknown_level_is_an_error(level):
     with pytest.raises(ValueError, match=f"criterion.level='{level}'"):
         tiny_language().units(level)
 
@@ -89,7 +87,7 @@ def shared() -> LanguageBackbone:
 @settings(max_examples=12, deadline=None)
 @given(st.sets(st.sampled_from(LAYERS), min_size=1, max_size=3))
 @torch.no_grad()
-def test_without_a_set_of_layers_is_the_pruned_network_bit_for_bit(names):
+def test_masking_layers_equals_removing_them_bit_for_bit(names):
     backbone = shared()
     before = copy.deepcopy(backbone.state_dict())
     with backbone.without(names):
@@ -123,14 +121,14 @@ def test_a_student_is_renumbered_and_reloads_as_the_stock_class(make, tmp_path):
     stock = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(stock) is type(backbone.network)
     assert torch.equal(stock(INPUTS["sample"]).logits, student.predict(INPUTS))
-    written = greedy(stock, INPUTS["sample"], 8)
-    assert torch.equal(written, greedy(student.network, INPUTS["sample"], 8))
+    written = generate_greedily(stock, INPUTS["sample"], 8)
+    assert torch.equal(written, generate_greedily(student.network, INPUTS["sample"], 8))
     for end in range(12, written.shape[1]):  # with the key-value cache as without
         logits = student.predict({"sample": written[:, :end]})[:, -1]
         assert torch.equal(logits.argmax(-1), written[:, end])
 
 
-def test_lists_of_one_entry_a_layer_go_along():
+def test_lists_with_an_entry_per_layer_are_shortened():
     backbone = sliding()
     assert backbone.network.config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 3
     student = backbone.pruned(bypasses(["model.layers.1", "model.layers.4"]))
@@ -138,7 +136,7 @@ def test_lists_of_one_entry_a_layer_go_along():
     assert backbone.network.config.num_hidden_layers == 5  # the teacher's own is as it was
 
 
-def test_networks_whose_layers_differ_by_their_places_are_refused_when_they_are_loaded():
+def test_networks_whose_layers_depend_on_their_index_are_refused():
     config = Qwen2MoeConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -157,7 +155,7 @@ def test_networks_whose_layers_differ_by_their_places_are_refused_when_they_are_
     check_shorter(sliding(), "/qwen2")
 
 
-def test_a_plan_that_leaves_nothing_or_does_something_else_is_an_error():
+def test_a_plan_of_all_layers_or_of_another_kind_is_an_error():
     with pytest.raises(ValueError, match="at least one stays"):
         shared().pruned(bypasses(LAYERS))
     with pytest.raises(ValueError, match=r"'model\.layers\.9' is not a unit"):
@@ -177,7 +175,7 @@ def test_losses_are_those_of_the_next_tokens():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_losses_of_a_large_vocabulary_are_as_exact_as_float32_allows(masked):
+def test_losses_of_a_large_vocabulary_are_exact(masked):
     rng = torch.Generator().manual_seed(0)
     logits, tokens = 3 * torch.randn(2, 4, 2**17, generator=rng), torch.randint(0, 2**17, (2, 4), generator=rng)
     inputs = {"sample": tokens} | ({"mask": torch.ones(2, 4, dtype=torch.bool)} if masked else {})
@@ -189,26 +187,26 @@ def test_losses_of_a_large_vocabulary_are_as_exact_as_float32_allows(masked):
 def test_tokens_outside_the_mask_are_no_targets():
     logits = torch.randn(4, 12, VOCABULARY, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(12) < torch.tensor([12, 7, 2, 1])[:, None]
-    found = shared().losses(logits, INPUTS | {"mask": mask})
+    losses = shared().losses(logits, INPUTS | {"mask": mask})
     for n, length in enumerate([12, 7, 2]):
         alone = shared().losses(logits[n : n + 1, :length], {"sample": INPUTS["sample"][n : n + 1, :length]})
-        torch.testing.assert_close(found[n : n + 1], alone, rtol=1e-6, atol=0)
-    assert found[3] == 0  # nothing to predict
+        torch.testing.assert_close(losses[n : n + 1], alone, rtol=1e-6, atol=0)
+    assert losses[3] == 0  # nothing to predict
 
 
 @torch.no_grad()
-def test_what_does_not_count_moves_no_output_at_all():
+def test_tokens_that_do_not_count_change_no_output():
     mask = torch.arange(12) < torch.tensor([12, 7, 2, 1])[:, None]
-    found = shared().predict(INPUTS | {"mask": mask})
+    outputs = shared().predict(INPUTS | {"mask": mask})
     other = shared().predict({"sample": torch.where(mask, INPUTS["sample"], 0), "mask": mask})
-    torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs, other, rtol=1e-5, atol=1e-5)
     dense = shared().predict(INPUTS)
     for n, length in enumerate([12, 7, 2, 1]):
-        assert torch.equal(found[n, : length - 1], dense[n, : length - 1]) and not found[n, length - 1 :].any()
+        assert torch.equal(outputs[n, : length - 1], dense[n, : length - 1]) and not outputs[n, length - 1 :].any()
 
 
 @torch.no_grad()
-def test_padding_behind_a_sample_moves_none_of_its_predictions():
+def test_padding_behind_a_sample_changes_no_prediction():
     tokens = INPUTS["sample"].clone()
     before = shared().predict({"sample": tokens})
     tokens[:, 8:] = 0
@@ -241,76 +239,78 @@ def scored(criterion, of=None):
 
 @torch.no_grad()
 def test_perplexity_is_that_of_the_network_without_the_layer():
-    found = scored(Perplexity())
+    scores = scored(Perplexity())
     for name in LAYERS:
         with shared().without([name]):
             losses = shared().losses(shared().predict(INPUTS), INPUTS).double()
-        np.testing.assert_allclose(found[name]["score"], np.exp(losses.mean()), rtol=1e-12)
+        np.testing.assert_allclose(scores[name]["score"], np.exp(losses.mean()), rtol=1e-12)
         error = np.exp(losses.mean()) * losses.std() / 2
-        np.testing.assert_allclose(found[name]["standard_error"], error, rtol=1e-6)
+        np.testing.assert_allclose(scores[name]["standard_error"], error, rtol=1e-6)
 
 
 def test_perplexity_orders_layers_as_the_task_loss_does():
-    found, other = scored(Perplexity()), scored(TaskLoss())
+    scores, other = scored(Perplexity()), scored(TaskLoss())
     dense = float(shared().losses(shared().predict(INPUTS), INPUTS).detach().double().mean())
     for name in LAYERS:
-        np.testing.assert_allclose(np.log(found[name]["score"]), other[name]["score"] + dense, rtol=1e-6)
+        np.testing.assert_allclose(np.log(scores[name]["score"]), other[name]["score"] + dense, rtol=1e-6)
 
 
 @pytest.mark.parametrize("make", [Perplexity, OutputLoss, BlockInfluence, TaskLoss, Taylor, Wanda, Flap])
-def test_padding_plays_no_part_in_a_score(make):
+def test_padding_changes_no_score(make):
     mask = torch.arange(12) < torch.tensor([12, 7, 3, 2])[:, None]
     units = shared().units("channel" if make in (Wanda, Flap) else "depth")
-    found = []
+    scores = []
     for fill in (0, 5):
         criterion = make()
         criterion.start(shared(), units, 0)
         with torch.no_grad():
             tokens = torch.where(mask, INPUTS["sample"], fill)
             criterion.update(tiny_tokens() | {"tokens": tokens, "mask": mask})
-        found.append([entry["score"] for entry in criterion.finish().values()])
-    np.testing.assert_allclose(*found, rtol=1e-3)
+        scores.append([entry["score"] for entry in criterion.finish().values()])
+    np.testing.assert_allclose(*scores, rtol=1e-3)
 
 
-def test_what_the_calibration_set_is_cut_into_does_not_matter():
-    whole = tiny_tokens()
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_do_not_depend_on_the_size_of_batches(masked):
+    mask = torch.arange(12) < torch.tensor([12, 7, 3, 2])[:, None]
+    whole = tiny_tokens() | ({"mask": mask} if masked else {})
     halves = [{key: value[i : i + 2] for key, value in whole.items()} for i in (0, 2)]
     for make in (Perplexity, OutputLoss, BlockInfluence):
-        close(scored(make()), scored(make(), halves), rtol=1e-5)
+        close(scored(make(), [whole]), scored(make(), halves), rtol=1e-5)
 
 
-def test_taylor_takes_the_absolute_value_after_the_sum_over_the_calibration_set():
+def test_taylor_sums_over_samples_before_the_absolute_value():
     whole = tiny_tokens()
     halves = [{key: value[i : i + 2] for key, value in whole.items()} for i in (0, 2)]
-    found = scored(Taylor(), halves)
+    scores = scored(Taylor(), halves)
     backbone = tiny_language()
     backbone.loss(INPUTS).backward()
     for name in LAYERS:
         layer = backbone.network.get_submodule(name)
         expected = sum(float((p.grad * p).detach().abs().sum()) for p in layer.parameters())
-        np.testing.assert_allclose(found[name]["score"], expected, rtol=1e-4)
+        np.testing.assert_allclose(scores[name]["score"], expected, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_block_influence_compares_hidden_states_token_by_token():
     states = shared().network(INPUTS["sample"], output_hidden_states=True).hidden_states
-    found = scored(BlockInfluence())
+    scores = scored(BlockInfluence())
     for i, name in enumerate(LAYERS[:-1]):  # the last state given there is behind the final norm
         cosine = F.cosine_similarity(states[i].double(), states[i + 1].double(), dim=-1)
-        np.testing.assert_allclose(found[name]["score"], 1 - float(cosine.mean()), rtol=1e-9)
+        np.testing.assert_allclose(scores[name]["score"], 1 - float(cosine.mean()), rtol=1e-9)
 
 
-def test_prefix_reuse_computes_what_comes_before_a_layer_once():
+def test_prefix_reuse_computes_earlier_layers_once():
     backbone, computed = tiny_language(layers=6), []
     for name, layer in backbone.layers().items():  # a hook of the layer itself also sees calls that are read back
         layer.self_attn.q_proj.register_forward_hook(lambda *_, name=name: computed.append(name))
     names = [unit.name for unit in backbone.units()]
     with torch.no_grad():
-        found = dict(backbone.predict_without_each(INPUTS, names))
+        outputs = dict(backbone.predict_without_each(INPUTS, names))
         assert len(computed) == 6 + sum(range(6))  # the plain loop computes 6 + 6 * 5
         for name in names:
             with backbone.without([name]):
-                assert torch.equal(found[name], backbone.predict(INPUTS))
+                assert torch.equal(outputs[name], backbone.predict(INPUTS))
 
 
 def test_the_plus_rule_keeps_the_first_four_and_the_last_two():
@@ -325,106 +325,10 @@ def test_the_plus_rule_keeps_the_first_four_and_the_last_two():
     assert Ranked(ratio=ratio, tolerance=0.01).select(pool, scores) == ["model.layers.0", "model.layers.1"]
 
 
-# Retraining
-
-
-def module_of(student, teacher, tmp_path, **options):
-    return Distillation(
-        student,
-        teacher,
-        optimizer=functools.partial(torch.optim.SGD, lr=0.1),
-        lr_scheduler=functools.partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0),
-        seed=0,
-        dump=tmp_path,
-        **options,
-    )
-
-
-LORA = Lora(["q_proj", "down_proj"], rank=2, alpha=4)
-
-
-def test_adapters_alone_are_trained_and_merged(tmp_path):
-    backbone = tiny_language()
-    student = backbone.pruned(bypasses(LAYERS[1:2]))
-    before = copy.deepcopy(student.network.state_dict())
-    module = module_of(student, backbone, tmp_path, w_out=0, w_feat=0, lora=LORA)
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    assert len(trained) == 3 * 2 * 2 and all("lora_" in name for name in trained)
-    optimizer = module.configure_optimizers()["optimizer"]
-    for _ in range(3):
-        module.losses(tiny_tokens())["loss"].backward()
-        optimizer.step()
-    student.network.eval()  # without dropout
-    with torch.no_grad():
-        expected = student.predict(INPUTS)
-        result = module.result()
-        torch.testing.assert_close(result.predict(INPUTS), expected, rtol=1e-4, atol=1e-4)
-    after = result.network.state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert list(after) == list(before)
-    assert changed == {f"model.layers.{i}.{p}.weight" for i in range(3) for p in ("self_attn.q_proj", "mlp.down_proj")}
-
-
-def test_the_same_seed_makes_the_same_adapters(tmp_path):
-    found = []
-    for _ in range(2):
-        student = tiny_language()
-        torch.rand(3)  # the global generator plays no part
-        module = module_of(student, tiny_language(), tmp_path, w_out=0, w_feat=0, lora=LORA)
-        found.append({name: p.detach() for name, p in module.named_parameters() if p.requires_grad})
-    assert same_tensors(*found)
-
-
-def test_adapters_for_layers_that_are_not_there_are_an_error(tmp_path):
-    for targets, message in {("q_proj", "queer"): "'queer' is no linear", ("lm_head",): "shares its weight"}.items():
-        with pytest.raises(ValueError, match=message):
-            Lora([*targets]).check(tiny_language().network)
-    with pytest.raises(ValueError, match=r"targets: 'query' is no linear layer .* nearest are"):
-        module_of(tiny_language(), tiny_language(), tmp_path, w_feat=0, lora=Lora(["query"]))
-
-
-def test_distillation_compares_each_layer_that_stays_with_its_own(tmp_path):
-    backbone = tiny_language()
-    student = backbone.pruned(bypasses(LAYERS[1:2]))
-    module = module_of(student, backbone, tmp_path)
-    assert module.levels == student.moved
-    losses = module.losses(tiny_tokens())
-    assert losses["feature/model.layers.0"] == 0  # nothing is missing before it
-    assert losses["feature/model.layers.2"] > 0
-    mask = torch.arange(12) < torch.tensor([12, 7, 3, 2])[:, None]
-    padded = [tiny_tokens() | {"tokens": torch.where(mask, INPUTS["sample"], fill), "mask": mask} for fill in (0, 5)]
-    first, second = (module.losses(batch) for batch in padded)
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=1e-5, atol=1e-6)
-    with torch.no_grad():
-        expected = student.distance(student.predict(INPUTS), backbone.predict(INPUTS), INPUTS)
-    torch.testing.assert_close(losses["output"].detach(), expected)
-
-
-@pytest.mark.parametrize("options", [{"normalization": name} for name in ("teacher_energy", "teacher_norm", "none")])
-def test_gradients_of_two_half_batches_average_to_those_of_the_whole(options, tmp_path):
-    backbone, mask = tiny_language(), torch.arange(12) < torch.tensor([12, 4, 0, 3])[:, None]
-    module = module_of(backbone.pruned(bypasses(LAYERS[1:2])), backbone, tmp_path, **options)
-    whole = tiny_tokens() | {"mask": mask}
-
-    def gradients(batch):
-        module.zero_grad()
-        losses = module.losses(batch)
-        losses["loss"].backward()
-        return losses, torch.cat([p.grad.flatten() for p in module.student.parameters()])
-
-    (losses, expected), *halves = (
-        gradients({key: value[part] for key, value in whole.items()}) for part in (slice(4), slice(2), slice(2, 4))
-    )
-    torch.testing.assert_close((halves[0][1] + halves[1][1]) / 2, expected, rtol=1e-4, atol=1e-5)
-    for name, value in losses.items():
-        torch.testing.assert_close((halves[0][0][name] + halves[1][0][name]) / 2, value, rtol=1e-5, atol=1e-6)
-
-
 # Exports
 
 
-def test_an_export_reloads_in_a_clean_process_and_writes_the_same_tokens(tmp_path):
+def test_an_export_reloads_elsewhere_and_writes_the_same_tokens(tmp_path):
     student = tiny_language().pruned(bypasses(LAYERS[2:3]))
     export(student, tmp_path, "card")
     assert verify(student, tmp_path) <= 1e-5

@@ -74,7 +74,7 @@ def outline(config: LlamaConfig | Qwen2Config) -> LanguageBackbone:
 
 
 @pytest.mark.parametrize("teacher", PUBLISHED)
-def test_a_teacher_has_the_published_parameters_and_its_file_says_so(teacher):
+def test_a_teacher_has_the_published_number_of_parameters(teacher):
     config, parameters = PUBLISHED[teacher]
     assert outline(config).params() == parameters
     file = ROOT / "conf" / "teacher" / f"{teacher}.yaml"
@@ -90,7 +90,7 @@ def test_a_teacher_has_the_published_parameters_and_its_file_says_so(teacher):
 
 
 @pytest.mark.parametrize(("size", "block"), SHORTENED)
-def test_removing_blocks_leaves_the_published_parameters(size, block):
+def test_removing_blocks_leaves_the_published_number_of_parameters(size, block):
     teacher = outline({7: LLAMA_7B, 13: LLAMA_13B}[size])
     units = teacher.units()
     assert {unit.params for unit in units} == {block} and {unit.kind for unit in units} == {"layer"}

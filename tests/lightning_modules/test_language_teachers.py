@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from datamodules.readers.base import MissingData
-from datamodules.texts.tokenizers import from_sentencepiece, load_tokenizer
-from datamodules.texts.tokens import found
+from datamodules.texts.tokenizers import convert_sentencepiece, load_tokenizer
+from datamodules.texts.tokens import find_text
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.files import find_model, list_weight_files
 from lightning_modules.backbones.language.load import load_language_model
@@ -83,7 +83,7 @@ def test_half_precision_is_read_as_float32(folder):
     assert same_tensors(network.state_dict(), {key: value.float() for key, value in saved.state_dict().items()})
 
 
-def test_the_tokenizer_beside_the_weights_is_found_and_can_be_another(folder, tmp_path):
+def test_the_tokenizer_beside_the_weights_can_be_replaced(folder, tmp_path):
     words(folder)
     for given in (None, str(folder)):
         backbone = load_language_model(str(folder), given, length=8)
@@ -99,11 +99,11 @@ def test_the_tokenizer_beside_the_weights_is_found_and_can_be_another(folder, tm
         load_tokenizer(str(tmp_path))
 
 
-def test_a_tokenizer_of_more_tokens_than_the_network_knows_is_refused(tmp_path):
+def test_a_tokenizer_with_more_tokens_than_the_network_is_refused(tmp_path):
     network = tiny_llama()
     network.resize_token_embeddings(VOCABULARY - 1)
     network.save_pretrained(words(tmp_path))
-    with pytest.raises(ValueError, match=r"teacher\.tokenizer='.*' has 64 tokens, .* knows 63"):
+    with pytest.raises(ValueError, match=r"teacher\.tokenizer='.*' has 64 tokens, .* has 63"):
         load_language_model(str(tmp_path), length=8)
 
 
@@ -187,7 +187,7 @@ def test_a_quantized_folder_is_refused(folder):
         load_language_model(str(folder))
 
 
-def test_a_diffusion_network_and_a_language_model_are_told_apart(folder, teacher_folder):
+def test_a_diffusion_network_is_not_taken_for_a_language_model(folder, teacher_folder):
     with pytest.raises(ValueError, match=r"not that of a causal language model: it describes a UNet2DModel"):
         load_language_model(str(teacher_folder))
     with pytest.raises(ValueError, match=r"is a LlamaForCausalLM: choose the configuration of a language model"):
@@ -197,7 +197,7 @@ def test_a_diffusion_network_and_a_language_model_are_told_apart(folder, teacher
 # The hub
 
 
-def test_a_model_on_the_hub_that_cannot_be_reached_says_how_to_get_it():
+def test_the_error_of_a_missing_hub_model_says_how_to_get_it():
     for read in (load_language_model, list_weight_files):
         wanted = r"run `hf download nobody/no-model --local-dir FOLDER`, then set teacher\.path to FOLDER"
         with pytest.raises(MissingData, match=wanted):
@@ -282,7 +282,7 @@ def write_llama2c(network: LlamaForCausalLM, file: Path) -> Path:
 
 @each_head
 @torch.no_grad()
-def test_a_checkpoint_of_llama2c_is_the_network_it_was_made_from(tie, tmp_path, monkeypatch):
+def test_a_checkpoint_of_llama2c_gives_the_original_network(tie, tmp_path, monkeypatch):
     network = tiny_llama(tie=tie)
     monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
     write_llama2c(network, tmp_path / "tiny.bin")
@@ -298,7 +298,7 @@ def test_a_checkpoint_of_llama2c_is_the_network_it_was_made_from(tie, tmp_path, 
     assert list_weight_files("tiny.bin", "words") == sorted([tmp_path / "tiny.bin", *(tmp_path / "words").iterdir()])
 
 
-def test_a_checkpoint_of_llama2c_that_is_damaged_or_none_is_refused(tmp_path):
+def test_a_damaged_checkpoint_of_llama2c_is_refused(tmp_path):
     whole = write_llama2c(tiny_llama(), tmp_path / "tiny.bin").read_bytes()
 
     def refusal(content: bytes) -> str:
@@ -307,8 +307,9 @@ def test_a_checkpoint_of_llama2c_that_is_damaged_or_none_is_refused(tmp_path):
             load_language_model(str(tmp_path / "tiny.bin"))
         return str(caught.value)
 
-    said = refusal(whole[:-8])
-    assert f"has {len(whole) - 8:,} bytes" in said and f"'vocab_size': 64, 'seq_len': 64}} makes {len(whole):,}" in said
+    message = refusal(whole[:-8])
+    assert f"has {len(whole) - 8:,} bytes" in message
+    assert f"'vocab_size': 64, 'seq_len': 64}} needs {len(whole):,}" in message
     assert "damaged?" in refusal(whole + b"\0" * 4)
     for content in (b"", whole[:20], b"ak42" + whole[4:], b"PK\x03\x04" * 100):
         assert "no checkpoint of llama2.c" in refusal(content)
@@ -340,17 +341,17 @@ ODD = ("", " ", " a", "  a  b ", "<s> hi </s> <unk>", "x\n", "\u2581a", "ﬁ é 
 
 def at_hand(name: str) -> str:
     try:
-        return str(found(name))
+        return str(find_text(name))
     except MissingData:
         pytest.skip(f"$SECATEUR_DATA has no {name}")
 
 
 @pytest.mark.data
-def test_the_tokenizer_of_llama_gives_the_ids_of_sentencepiece_also_where_it_is_reloaded(tmp_path):
+def test_the_converted_tokenizer_of_llama_gives_the_original_ids(tmp_path):
     from sentencepiece import SentencePieceProcessor
 
     file = at_hand("llama_tokenizer.model")
-    pieces, tokenizer = SentencePieceProcessor(model_file=file), from_sentencepiece(Path(file))
+    pieces, tokenizer = SentencePieceProcessor(model_file=file), convert_sentencepiece(Path(file))
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 32000)
     assert tokenizer.encode("hi")[0] == 1
     texts = [Path(at_hand("wikitext2_test.txt")).read_text()[:20_000], STORY, *ODD]
@@ -371,7 +372,7 @@ def test_the_tokenizer_of_llama_gives_the_ids_of_sentencepiece_also_where_it_is_
 
 @pytest.mark.data
 @torch.no_grad()
-def test_stories15m_goes_on_with_a_story_in_english():
+def test_stories15m_continues_a_story_in_english():
     backbone = load_language_model(at_hand("stories15M.bin"), at_hand("llama_tokenizer.model"))
     tokens = backbone.tokenizer(BEGINNING, return_tensors="pt")["input_ids"]
     assert backbone.losses(backbone.predict({"sample": tokens}), {"sample": tokens}).item() < 1.5
@@ -381,7 +382,7 @@ def test_stories15m_goes_on_with_a_story_in_english():
 
 @pytest.mark.data
 @torch.no_grad()
-def test_smollm2_has_its_perplexity_on_wikitext2_and_its_tokenizer_reloads(tmp_path):
+def test_smollm2_has_its_known_perplexity_on_wikitext2(tmp_path):
     """The first 4,096 tokens of the test text in eight windows of 512, without a token before the first of each."""
     backbone = load_language_model(at_hand("SmolLM2-135M-Instruct.Q4_1.gguf"))
     assert backbone.params() == 134_515_008 and {p.dtype for p in backbone.parameters()} == {torch.float32}

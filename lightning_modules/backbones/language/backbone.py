@@ -1,9 +1,9 @@
-"""Decoder-only language models of transformers as backbones: Llama, Qwen, Mistral, and what is built like them.
+"""Decoder-only language models of transformers as backbones, such as Llama, Qwen and Mistral.
 
-Their units of depth are whole decoder layers, and a student is the stock class with fewer of them, renumbered
-(Shortened LLaMA, arXiv 2402.02834).
+Units of depth are whole decoder layers, and a student is a network of the same class with fewer layers, which are
+renumbered (Shortened LLaMA, arXiv 2402.02834).
 
-Shapes: N samples, L tokens, V entries of the vocabulary.
+Shapes: N samples, L tokens, V tokens of the vocabulary.
 """
 
 import copy
@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from criteria.base import Batch, Level, Unit, parse_level
 from criteria.selection.base import check_names
@@ -25,23 +26,32 @@ from lightning_modules.backbones.diffusion.pruned_unet import put_modules
 from lightning_modules.backbones.language.width import DecoderChannels, listening
 
 LAYERS = "model.layers"
+"""Module path of the list of decoder layers."""
+
+DEFAULT_LENGTH = 128
+"""Tokens of a sample when costs are counted; the length of calibration samples in Shortened LLaMA."""
+DEFAULT_BLOCK = 8
+"""Greatest number of channels per unit of width; tensor cores compute with multiples of eight."""
 
 NO_TARGET = -100
 """Stands for a token that is not to be predicted, as in PyTorch's cross entropy."""
 
 
 class Skip(nn.Module):
-    """What stays of a removed decoder layer: the hidden states that go into it."""
+    """Stands in for a removed decoder layer: returns the hidden states that go into it."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
 
 class LanguageBackbone(NetworkBackbone):
-    """A causal language model whose layers are in `model.layers`, and the tokenizer that goes with it (or None).
+    """A causal language model whose decoder layers are in `model.layers`.
 
-    Options: `length`, the tokens of a sample when costs are counted and times are taken (128); `block`, the most
-    channels of a unit of width (8).
+    Args:
+        network: the network, of a class of transformers.
+        tokenizer: its tokenizer, of transformers; None where there is none.
+        options: `length`, the number of tokens of a sample when costs are counted and times are measured, and `block`,
+            the greatest number of channels per unit of width. The defaults are DEFAULT_LENGTH and DEFAULT_BLOCK.
     """
 
     library = "transformers"
@@ -57,21 +67,31 @@ class LanguageBackbone(NetworkBackbone):
 
     @property
     def length(self) -> int:
-        return self.options.get("length", 128)
+        """Number of tokens of a sample when costs are counted and times are measured."""
+        return self.options.get("length", DEFAULT_LENGTH)
 
     @property
     def longest(self) -> int:
-        """The most tokens that the network was made for; sys.maxsize where its configuration does not say it."""
+        """The greatest number of tokens that the network was made for; sys.maxsize where that is unknown."""
         return getattr(self.network.config, "max_position_embeddings", sys.maxsize)
 
     # Units and their removal
 
     def layers(self) -> dict[str, nn.Module]:
-        """Every decoder layer (or what stands for it) by module path, in the order of the forward pass."""
+        """Return every decoder layer, or its stand-in, by module path, in the order of the forward pass."""
         return {f"{LAYERS}.{i}": layer for i, layer in enumerate(self.network.get_submodule(LAYERS))}
 
+    @functools.cached_property
+    def required_layers(self) -> set[str]:
+        """Module paths of the layers that no plan removes; see find_required_layers."""
+        return {f"{LAYERS}.{index}" for index in find_required_layers(self.network.config)}
+
     def units(self, level: str = "depth") -> list[Unit]:
-        """Depth: the decoder layers. Channels: heads and blocks of channels. ValueError for operators."""
+        """Return the units of a level, in the order of the forward pass; raises ValueError for operators.
+
+        Units of depth are the decoder layers without those that have to stay. Units of channels are heads and blocks
+        of channels.
+        """
         if parse_level(level) == Level.CHANNEL:
             return self.channels.units()
         if level != Level.DEPTH:
@@ -82,20 +102,20 @@ class LanguageBackbone(NetworkBackbone):
         return [
             Unit(name, "layer", sum(p.numel() for p in layer.parameters()), macs.of(name))
             for name, layer in self.layers().items()
-            if not isinstance(layer, Skip)
+            if not isinstance(layer, Skip) and name not in self.required_layers
         ]
 
     @functools.cached_property
     def channels(self) -> DecoderChannels:
-        """The heads and blocks of channels."""
-        return DecoderChannels(self.network, self.meta_network(), self.length, self.options.get("block", 8))
+        """The units of width: heads and blocks of channels."""
+        return DecoderChannels(self.network, self.meta_network(), self.length, self.options.get("block", DEFAULT_BLOCK))
 
     def consumers(self, name: str) -> dict[str, Tensor]:
-        """{layer: which of its inputs are the channels of a unit}."""
+        """Return {layer: indices of its inputs that are the channels of a unit}."""
         return self.channels.consumers(name)
 
     def listening(self, listeners: Mapping[str, Callable[[Tensor], None]]) -> AbstractContextManager[None]:
-        """Each of some layers gives its input to a function in every forward pass inside."""
+        """Pass the inputs of some layers to functions while the context lasts; see `listening` in width.py."""
         return listening(self.network, listeners)
 
     def freed_weights(self, unit: Unit, tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -118,8 +138,11 @@ class LanguageBackbone(NetworkBackbone):
         return removed
 
     def pruned(self, changes: Sequence[Change]) -> Self:
-        """A stock network with the layers that stay, renumbered, so that its key-value cache has no gaps; or one with
-        the heads and channels that stay."""
+        """Return a student: a stock network with the layers that stay, or with the heads and channels that stay.
+
+        Layers are renumbered, so that the key-value cache has no gaps. Raises ValueError for a plan of other changes, a
+        plan of all layers, and unknown units.
+        """
         kinds = {change["kind"] for change in changes}
         if kinds == {"slice"}:
             return self.adopt(self.channels.sliced(change["unit"] for change in changes), changes)
@@ -129,55 +152,55 @@ class LanguageBackbone(NetworkBackbone):
                 f"{sorted(kinds)}"
             )
         check_names([change["unit"] for change in changes], self.units(), "plan.units")
-        moved, there = self.renumbered(changes), self.layers()
+        moved, layers = self.renumber_layers(changes), self.layers()
         if not moved:
             raise ValueError("plan.units: all layers would go; at least one stays")
-        everything = self.network.model.layers
-        try:  # a copy of what stays, without ever holding a second copy of what goes
-            self.network.model.layers = nn.ModuleList([there[name] for name in moved])
+        all_layers = self.network.model.layers
+        try:  # only the layers that stay are copied, so that less memory is needed
+            self.network.model.layers = nn.ModuleList([layers[name] for name in moved])
             student = copy.deepcopy(self.network)
         finally:
-            self.network.model.layers = everything
+            self.network.model.layers = all_layers
         for i, layer in enumerate(student.model.layers):
             for part in layer.modules():
                 if hasattr(part, "layer_idx"):
                     part.layer_idx = i
-        shorten(student.config, [list(there).index(name) for name in moved])
+        shorten(student.config, [list(layers).index(name) for name in moved])
         return self.adopt(student, changes)
 
-    def renumbered(self, changes: Sequence[Change]) -> dict[str, str]:
-        """{path of a layer that stays: its path in the student}."""
-        gone = {change["unit"] for change in changes if change["kind"] == "bypass"}
-        kept = [name for name in self.layers() if name not in gone]
+    def renumber_layers(self, changes: Sequence[Change]) -> dict[str, str]:
+        """Return {module path of a layer that stays: its module path in the student}."""
+        removed = {change["unit"] for change in changes if change["kind"] == "bypass"}
+        kept = [name for name in self.layers() if name not in removed]
         return {name: f"{LAYERS}.{i}" for i, name in enumerate(kept)}
 
     def adopt(self, network: nn.Module, changes: Sequence[Change] = ()) -> Self:
-        return self.student(network, self.renumbered(changes))
+        return self.student(network, self.renumber_layers(changes))
 
     def stages(self) -> dict[str, nn.Module]:
-        """The layers themselves."""
+        """Return the decoder layers, since each is a stage."""
         return self.layers()
 
-    # What the network takes and gives
+    # Inputs and outputs
 
     def check_data(self, data: Any) -> None:
-        """Data that are no tokens, tokens that the network does not know, and longer samples than it was made for."""
+        """Raise ValueError for data without tokens, unknown tokens, and samples that are too long for the network."""
         if not hasattr(data, "vocabulary"):
             raise ValueError(
-                f"{type(data).__name__} gives no tokens, and the teacher is a language model; choose a text, such as "
+                f"{type(data).__name__} has no tokens, and the teacher is a language model; choose a text, such as "
                 "data=wikitext2"
             )
         (length,), config = data.sample_shape(), self.network.config
         if data.vocabulary > config.vocab_size:
             raise ValueError(
-                f"data.tokenizer has {data.vocabulary} kinds of tokens, and the teacher knows {config.vocab_size}; "
+                f"data.tokenizer has {data.vocabulary} different tokens, and the teacher has {config.vocab_size}; "
                 "choose the teacher's own tokenizer"
             )
         if length > self.longest:
             raise ValueError(f"data.length={length} is more than the {self.longest} tokens the teacher was made for")
 
     def training_inputs(self, batch: Batch) -> Batch:
-        """{"sample": (N,L), "mask": (N,L) of the tokens that count as targets, where not all do}."""
+        """Return {"sample": token ids (N,L), "mask": bool (N,L) of the tokens that are targets, where not all are}."""
         return {"sample": batch["tokens"]} | ({"mask": batch["mask"]} if "mask" in batch else {})
 
     def calibration_inputs(self, batch: Batch, seed: int, purpose: str = "calibration") -> Batch:
@@ -185,12 +208,12 @@ class LanguageBackbone(NetworkBackbone):
 
     def example_inputs(self, batch: int, device: torch.device | str) -> Batch:
         inputs = {"sample": torch.zeros(batch, self.length, dtype=torch.long, device=device)}
-        if torch.device(device).type == "meta":  # transformers would look at values to see which mask it needs
+        if torch.device(device).type == "meta":  # without a mask, transformers reads values to choose one
             inputs["attention_mask"] = torch.zeros(batch, 1, self.length, self.length, device=device)
         return inputs
 
     def predict(self, inputs: Batch) -> Tensor:
-        """Logits (N,L,V); zeros where they predict a token that does not count, such as padding behind a sample."""
+        """Return logits (N,L,V); zeros where they predict a token that does not count, such as padding."""
         mask = inputs.get("attention_mask")
         logits = self.network(input_ids=inputs["sample"], attention_mask=mask, use_cache=False, return_dict=False)[0]
         if "mask" not in inputs:
@@ -199,7 +222,10 @@ class LanguageBackbone(NetworkBackbone):
         return logits.masked_fill(~counts_NL[..., None], 0)
 
     def losses(self, output: Tensor, inputs: Batch) -> Tensor:
-        """Mean negative log-likelihood of each sample's tokens after the first, as far as they count: (N,)."""
+        """Return the mean negative log-likelihood of each sample's targets, (N,).
+
+        Targets are the tokens after the first, as far as they are in the mask.
+        """
         tokens_NL = inputs["sample"]
         # Flat, so that each sum over the vocabulary runs along adjacent numbers: over (N,V,L) it is 1e-4 too low.
         targets_NL = F.pad(tokens_NL[:, 1:], (0, 1), value=NO_TARGET)
@@ -223,20 +249,20 @@ class LanguageBackbone(NetworkBackbone):
 
     @torch.no_grad()
     def write(self, prompts: Sequence[str], tokens: int, device: torch.device) -> list[str]:
-        """Each prompt's most likely continuation, `tokens` tokens long or up to the end of the text, token by token.
+        """Return a continuation of each prompt by the most likely tokens, of `tokens` tokens or to the end of the text.
 
-        One prompt at a time, so that none depends on the others.
+        Prompts are processed one at a time, so that none depends on the others.
         """
         assert self.tokenizer is not None
         network = self.network.to(device).eval()
-        texts = []
+        continuations = []
         for prompt in prompts:
-            given = self.tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
-            made = greedy(network, given, tokens)[0]
-            # New tokens alone would lose the space between them and the prompt in some tokenizers.
-            whole, begun = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (made, given[0]))
-            texts.append(whole.removeprefix(begun))
-        return texts
+            prompt_ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+            ids = generate_greedily(network, prompt_ids, tokens)[0]
+            # Some tokenizers lose the space after the prompt when the new tokens are decoded alone.
+            text, beginning = (self.tokenizer.decode(part, skip_special_tokens=True) for part in (ids, prompt_ids[0]))
+            continuations.append(text.removeprefix(beginning))
+        return continuations
 
     # Costs, files
 
@@ -250,7 +276,7 @@ class LanguageBackbone(NetworkBackbone):
     # Exports
 
     def save_export(self, folder: Path) -> None:
-        """Write a stock model of transformers, with its tokenizer where it has one."""
+        """Write a stock model of transformers, and its tokenizer where it has one."""
         self.save(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
@@ -264,9 +290,9 @@ class LanguageBackbone(NetworkBackbone):
         return {"input_ids": torch.randint(self.network.config.vocab_size, shape, generator=rng)}
 
     def expected_outputs(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
-        """Also: the tokens that it writes, and those that its tokenizer reads."""
+        """Return the logits, "tokens" that the network generates, and "text", the ids that its tokenizer gives."""
         outputs = super().expected_outputs(arguments)
-        outputs["tokens"] = greedy(self.network, arguments["input_ids"], 16)
+        outputs["tokens"] = generate_greedily(self.network, arguments["input_ids"], 16)
         if self.tokenizer is not None:
             outputs["text"] = torch.tensor(self.tokenizer(PROBE)["input_ids"])
         return outputs
@@ -289,11 +315,11 @@ def mean_of_targets(values_NL: Tensor, mask_NL: Tensor) -> Tensor:
 
 
 PROBE = "Once upon a time, 3 researchers pruned a model.\n"
-"""A text that an export's tokenizer has to read as the teacher's does."""
+"""A text for which the tokenizer of an export has to give the ids of the teacher's."""
 
 
-def greedy(network: Any, tokens: Tensor, new: int) -> Tensor:
-    """Token ids (N,L) and up to `new` more, the most likely ones, with a key-value cache."""
+def generate_greedily(network: Any, tokens: Tensor, new: int) -> Tensor:
+    """Return token ids (N,L) followed by up to `new` more, each the most likely one, with a key-value cache."""
     return network.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
@@ -306,9 +332,46 @@ def greedy(network: Any, tokens: Tensor, new: int) -> Tensor:
 
 
 def shorten(config: Any, kept: Sequence[int]) -> None:
-    """Make a configuration that of the same network with these of its layers; lists of one entry a layer go along."""
-    count = config.num_hidden_layers
-    for key, value in config.to_dict().items():
+    """Change a configuration to that of the network with the layers `kept` only, including its settings per layer."""
+    count, settings = config.num_hidden_layers, config.to_dict()
+    for key, value in settings.items():
         if "layer" in key and isinstance(value, list) and len(value) == count:
             setattr(config, key, [value[i] for i in kept])
     config.num_hidden_layers = len(kept)
+    if settings.get("per_layer_config"):  # {index: settings of one layer}, such as Gemma 4's
+        layers = {int(index): layer for index, layer in settings["per_layer_config"].items()}
+        config.per_layer_config = {index: layers[old] for index, old in enumerate(kept) if old in layers}
+
+
+def find_required_layers(config: Any) -> set[int]:
+    """Return the indices of the layers without which transformers cannot use a network of layers of several kinds.
+
+    In generation, tokens are counted by the key-value cache of an attention layer. A network that has other layers,
+    too, such as LFM2, keeps its first attention layer; that it is the first is our choice. Where the configuration
+    itself decides the kind of the last layer, as Gemma 4's does, the last layer is kept.
+    """
+    kinds = list(getattr(config, "layer_types", None) or ())
+    if len(set(kinds)) < 2:
+        return set()
+    counting = {kind for kind in set(kinds) if counts_tokens(copy_shortened(config, [kinds.index(kind)]))}
+    required = {min(kinds.index(kind) for kind in counting)} if counting and counting != set(kinds) else set()
+    without_last = copy_shortened(config, range(len(kinds) - 1))
+    if type(config).from_dict(without_last.to_dict()).layer_types != without_last.layer_types:
+        required.add(len(kinds) - 1)
+    return required
+
+
+def copy_shortened(config: Any, kept: Sequence[int]) -> Any:
+    """Return a copy of a configuration, with the layers `kept` only."""
+    copied = copy.deepcopy(config)
+    shorten(copied, kept)
+    return copied
+
+
+def counts_tokens(config: Any) -> bool:
+    """Return whether the key-value cache of a network can count the tokens it has seen."""
+    try:
+        DynamicCache(config=config).get_seq_length()
+    except ValueError:
+        return False
+    return True

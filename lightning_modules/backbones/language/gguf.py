@@ -1,4 +1,4 @@
-"""Language models from GGUF files, with the parts of a file that the reader of transformers passes over.
+"""Reading language models from GGUF files, including what the reader of transformers leaves out.
 
 The layout of a file is in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -14,27 +14,29 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from datamodules.texts.tokenizers import needs_gguf
+from datamodules.texts.tokenizers import require_gguf
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""Format characters of `struct` by the number of a type of values."""
+"""{number of a type of values in a GGUF file: format character of `struct`}."""
 STRING, ARRAY = 8, 9
 """Numbers of the other types of values."""
+DEFAULT_ALIGNMENT = 32
+"""Tensors begin at multiples of so many bytes, unless a file has another number."""
 
 ROPE_FACTORS = "rope_freqs.weight"
 """The tensor by which llama.cpp divides the frequencies of rotary embeddings."""
 
 LLAMA3_CONTEXTS = tuple(2**exponent for exponent in range(5, 21))
-"""Context lengths of training among which the one of a file is looked for, since the file does not say it."""
+"""Original context lengths that are tried, since a file does not contain the one by which it was scaled."""
 
 
 def read_gguf(file: Path) -> tuple[Any, dict[str, Any]]:
-    """Return the network in a GGUF file, its weights unpacked from their blocks, and what its loader says of them.
+    """Return the network in a GGUF file, with weights in float32, and its loader's lists of keys.
 
-    Raises ValueError for a file that cannot be read, and for one whose scaling of rotary embeddings or whose further
-    weights the network does not have.
+    Raises ValueError for a file that cannot be read, and for one with a scaling of rotary embeddings or with weights
+    that the network cannot have.
     """
-    needs_gguf(file)
+    require_gguf(file)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent,
@@ -59,16 +61,16 @@ def read_gguf(file: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def count_weights(network: nn.Module) -> int:
-    """Return the number of values that a network saves, each of a shared weight once."""
+    """Return the number of values that a network saves, with shared weights counted once."""
     saved = network.state_dict().keys()
     buffers = (buffer for name, buffer in network.named_buffers() if name in saved)
     return sum(tensor.numel() for tensor in (*network.parameters(), *buffers))
 
 
 def set_rope_scaling(network: Any, fields: dict[str, Any], factors: Tensor | None, file: Path) -> None:
-    """Scale the rotary embeddings of a network as its GGUF file says; raises ValueError for a scaling it cannot have.
+    """Scale the rotary embeddings of a network as its GGUF file does, unless transformers has read a scaling by itself.
 
-    Nothing is done where transformers has read a scaling by itself.
+    Raises ValueError for a scaling other than that of Llama 3.
 
     Args:
         network: the network as transformers has read it.
@@ -85,7 +87,7 @@ def set_rope_scaling(network: Any, fields: dict[str, Any], factors: Tensor | Non
     factors = None if factors is None or bool((factors == 1).all()) else factors
     if scaling == "none" and factors is None:
         return
-    if factors is not None and scaling == "none" and not per_kind and (config := scaled_like_llama3(network, factors)):
+    if factors is not None and scaling == "none" and not per_kind and (config := fit_llama3_scaling(network, factors)):
         network.config.rope_parameters = config.rope_parameters
         network.model.rotary_emb = type(network.model.rotary_emb)(config)
         return
@@ -95,8 +97,11 @@ def set_rope_scaling(network: Any, fields: dict[str, Any], factors: Tensor | Non
     )
 
 
-def scaled_like_llama3(network: Any, factors: Tensor) -> Any:
-    """Return a configuration whose frequencies are the network's divided by these factors; None where there is none."""
+def fit_llama3_scaling(network: Any, factors: Tensor) -> Any:
+    """Return a configuration with Llama 3's scaling that divides the network's frequencies by `factors`, or None.
+
+    The frequencies may differ by a relative 1e-5, since the factors are float32.
+    """
     for context in LLAMA3_CONTEXTS:
         config = copy.deepcopy(network.config)
         config.rope_parameters = config.rope_parameters | {
@@ -115,7 +120,8 @@ def scaled_like_llama3(network: Any, factors: Tensor) -> Any:
 def read_header(file: Path) -> tuple[dict[str, Any], dict[str, int], Tensor | None]:
     """Return the fields of a GGUF file, the number of values per tensor, and ROPE_FACTORS where it is in the file.
 
-    The sizes are without ROPE_FACTORS. The reader of the package gguf takes seconds for the words of a tokenizer.
+    ROPE_FACTORS is not among the numbers of values. The package gguf would read all this as well, but takes seconds for
+    the vocabulary of a tokenizer.
     """
     with open(file, "rb") as stream:
         _, _, tensors, count = unpack(stream, "<IIQQ")
@@ -129,7 +135,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], dict[str, int], Tensor | No
                 rope_offset = offset
         if rope_offset is None:
             return fields, sizes, None
-        alignment = fields.get("general.alignment", 32)  # the default of the format
+        alignment = fields.get("general.alignment", DEFAULT_ALIGNMENT)
         start = -(-stream.tell() // alignment) * alignment + rope_offset
     values = np.fromfile(file, "<f4", sizes.pop(ROPE_FACTORS), offset=start)
     return fields, sizes, torch.from_numpy(values)
@@ -141,12 +147,13 @@ def unpack(stream: BinaryIO, layout: str) -> tuple[Any, ...]:
 
 
 def read_string(stream: BinaryIO) -> str:
+    """Return the next string of a stream."""
     (length,) = unpack(stream, "<Q")
     return stream.read(length).decode(errors="replace")
 
 
 def read_value(stream: BinaryIO, kind: int) -> Any:
-    """Return the next value of a stream, of a type by its number; the elements of an array as a list."""
+    """Return the next value of a stream, of the type with the number `kind`; an array as a list."""
     if kind == STRING:
         return read_string(stream)
     if kind == ARRAY:
