@@ -45,7 +45,7 @@ class Distillation(DistillationModule):
         skip_emptied: leave out stages all of whose units were removed, since nothing in them can learn.
         lora: low-rank adapters, which alone are trained; `result` merges them into the weights. None trains all.
         feature_distance: distance (student's map, teacher's map) -> scalar; the maps are float32, of shape (N,C,H,W)
-            or (N,L,C), or (tokens,C) where padding is left out. None is the mean squared error.
+            or (N,L,C), or (tokens,C) of one sample where padding is left out. None is the mean squared error.
         optimizer: see TrainedModule.
         lr_scheduler: see TrainedModule.
         seed: see TrainedModule.
@@ -142,16 +142,29 @@ class Distillation(DistillationModule):
                 eps_t = self.teacher.predict(inputs).float()
             losses["output"] = self.student.distance(eps_s, eps_t, inputs)
             total = total + self.w_out * losses["output"]
-            counted = inputs.get("mask")  # of tokens: padding does not count
             for level, name in enumerate(self.levels):
-                f_s, f_t = maps_s[name].float(), maps_t[name].float()
-                if counted is not None:
-                    f_s, f_t = f_s[counted], f_t[counted]
-                raw = self.feature_distance(f_s, f_t)
-                weighted = self.weights(level, f_t) * raw
+                raw, weighted = self.feature_terms(
+                    level, maps_s[name].float(), maps_t[name].float(), inputs.get("mask")
+                )
                 losses[f"feature/{name}"], losses[f"weighted_feature/{name}"] = raw.detach(), weighted.detach()
                 total = total + self.w_feat * weighted
         return {"loss": total} | losses
+
+    def feature_terms(self, level: int, f_s: Tensor, f_t: Tensor, mask_NL: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the distance of a level's feature maps before and after its weight, two scalars.
+
+        Where a mask says which tokens count, both are means over samples, each with a weight of its own, so that they
+        do not depend on the number of tokens that happen to be in the same batch. Samples without tokens give 0.
+        """
+        if mask_NL is None:
+            raw = self.feature_distance(f_s, f_t)
+            return raw, self.weights(level, f_t) * raw
+        counts = mask_NL.sum(1).tolist()
+        samples = zip(f_s[mask_NL].split(counts), f_t[mask_NL].split(counts), strict=True)
+        pairs = [(sample_s, sample_t) for sample_s, sample_t in samples if len(sample_s)]
+        raw_N = torch.stack([self.feature_distance(*pair) for pair in pairs]) if pairs else f_s.new_zeros(0)
+        weights_N = self.weights.weigh_samples(level, [sample_t for _, sample_t in pairs])
+        return raw_N.sum() / len(counts), (weights_N * raw_N).sum() / len(counts)
 
 
 TAPS = "stages, units, a list of module paths, or a mapping {teacher's path: student's path}"

@@ -314,25 +314,6 @@ def test_a_checkpoint_of_llama2c_that_is_damaged_or_none_is_refused(tmp_path):
     assert "not finite: model.layers.0.input_layernorm.weight" in refusal(whole[:28] + values.tobytes())
 
 
-# GGUF
-
-
-def test_a_gguf_file_that_is_damaged_is_named(tmp_path):
-    (tmp_path / "tiny.gguf").write_bytes(b"GGUF\3\0\0\0")
-    assert weight_files(str(tmp_path / "tiny.gguf")) == [tmp_path / "tiny.gguf"]
-    for read in (load_language_model, load_tokenizer):
-        with pytest.raises(ValueError, match=r"tiny\.gguf cannot be read"):
-            read(str(tmp_path / "tiny.gguf"))
-
-
-def test_the_package_for_gguf_files_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
-    for read in (load_language_model, load_tokenizer):
-        with pytest.raises(MissingData, match=r"tiny\.gguf needs .*: pip install -e '\.\[language\]'"):
-            read(str(tmp_path / "tiny.gguf"))
-
-
 def test_files_of_other_kinds_are_refused(tmp_path):
     (tmp_path / "model.onnx").touch()
     with pytest.raises(ValueError, match=r"model\.onnx is no language model: choose a folder or one of: \.gguf, \.bin"):
