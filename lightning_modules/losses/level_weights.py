@@ -36,36 +36,34 @@ class LevelWeights(nn.Module):
         self.register_buffer("energy", torch.zeros(levels))
 
     def forward(self, level: int, teacher: Tensor) -> Tensor:
-        """Return the weight of a level, a scalar, for the teacher's feature map of a batch, of any shape (N,...)."""
+        """Return the weight of a level, a scalar, for the teacher's feature map of a batch (of all ranks)."""
         if self.normalization == "none":
             return torch.ones((), device=teacher.device)
-        size = mean_over_ranks({"size": self.size(teacher)})["size"]
-        return 1 / (self.update_running(level, size) if self.normalization == "running" else size)
+        if self.normalization == "teacher_norm":
+            return 1 / mean_over_ranks({"norm": teacher.flatten(1).norm(dim=1).mean()})["norm"]
+        energy = mean_over_ranks({"energy": teacher.square().mean()})["energy"]
+        return 1 / (self.smooth(level, energy) if self.normalization == "running" else energy)
 
-    def weigh_samples(self, level: int, teacher: Sequence[Tensor]) -> Tensor:
-        """Return the weights of a level, (N,), for the teacher's feature maps of N samples, each (tokens,C).
+    def for_samples(self, level: int, teacher: Sequence[Tensor]) -> Tensor:
+        """Return a weight per sample (N,) of the teacher's feature maps of N samples, (tokens,C) each.
 
-        Each sample has a weight of its own, whatever is in the same batch; with `running` all have the weight of the
-        averaged energy of samples.
+        With `running` all of them have the weight of the mean energy over the samples of all ranks.
         """
         if self.normalization == "none":
-            return self.energy.new_ones(len(teacher))
-        sizes_N = torch.stack([self.size(sample[None]) for sample in teacher]) if teacher else self.energy.new_zeros(0)
-        if self.normalization != "running":
-            return 1 / sizes_N
-        sums = {"sizes": sizes_N.sum(), "samples": sizes_N.new_tensor(len(sizes_N))}
-        means = mean_over_ranks(sums)  # their quotient is the mean over the samples of all ranks
-        energy = self.update_running(level, means["sizes"] / means["samples"].clamp_min(1e-9))
-        return (1 / energy).expand(len(sizes_N))
-
-    def size(self, teacher: Tensor) -> Tensor:
-        """Return what a weight is the inverse of: the mean norm of a sample with `teacher_norm`, else the energy."""
+            return torch.ones(len(teacher), device=self.energy.device)
         if self.normalization == "teacher_norm":
-            return teacher.flatten(1).norm(dim=1).mean()
-        return teacher.square().mean()
+            return torch.stack([1 / part.norm() for part in teacher]) if teacher else self.energy[:0]
+        energies = torch.stack([part.square().mean() for part in teacher]) if teacher else self.energy[:0]
+        if self.normalization == "teacher_energy":
+            return 1 / energies
+        count = torch.tensor(float(len(teacher)), device=energies.device)
+        means = mean_over_ranks({"energy": energies.sum(), "count": count})
+        if not means["count"]:
+            return energies
+        return (1 / self.smooth(level, means["energy"] / means["count"])).expand(len(teacher))
 
-    def update_running(self, level: int, energy: Tensor) -> Tensor:
-        """Return the running energy of a level after a batch of the given energy, and keep it."""
+    def smooth(self, level: int, energy: Tensor) -> Tensor:
+        """Return the average of a level's energy over the batches so far, this one included."""
         before = self.energy[level]
         energy = torch.where(before == 0, energy, self.momentum * before + (1 - self.momentum) * energy)
         self.energy[level] = energy.detach()

@@ -162,8 +162,10 @@ class Distillation(DistillationModule):
         counts = mask_NL.sum(1).tolist()
         samples = zip(f_s[mask_NL].split(counts), f_t[mask_NL].split(counts), strict=True)
         pairs = [(sample_s, sample_t) for sample_s, sample_t in samples if len(sample_s)]
-        raw_N = torch.stack([self.feature_distance(*pair) for pair in pairs]) if pairs else f_s.new_zeros(0)
-        weights_N = self.weights.weigh_samples(level, [sample_t for _, sample_t in pairs])
+        weights_N = self.weights.for_samples(level, [sample_t for _, sample_t in pairs])
+        if not pairs:
+            return (nothing := 0 * f_s.sum()), nothing
+        raw_N = torch.stack([self.feature_distance(*pair) for pair in pairs])
         return raw_N.sum() / len(counts), (weights_N * raw_N).sum() / len(counts)
 
 
