@@ -37,6 +37,8 @@ class Autoencoder(TrainedModule):
         dump: Path,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed, dump)
+        if kl_weight < 0:
+            raise ValueError(f"pretrain.kl_weight={kl_weight} is out of range; choose 0 or more")
         self.vae, self.kl_weight = vae.train(), kl_weight
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:

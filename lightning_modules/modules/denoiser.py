@@ -38,6 +38,8 @@ class Denoiser(TrainedModule):
         dump: Path,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed, dump)
+        if not 0 <= drop_text <= 1:
+            raise ValueError(f"pretrain.drop_text={drop_text} is out of range; choose a probability, 0 to 1")
         self.backbone, self.drop_text, self.captions = backbone.train(), drop_text, captions
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -32,6 +32,13 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"distillation.lora.rank={self.rank} is out of range; choose a whole number of 1 or more")
+        if self.alpha < 1:
+            raise ValueError(
+                f"distillation.lora.alpha={self.alpha}: the adapters would change nothing; choose a whole number of 1 "
+                "or more"
+            )
+        if not self.targets:
+            raise ValueError("distillation.lora.targets=[] names no layers; choose endings of module paths, as q_proj")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"distillation.lora.dropout={self.dropout} is out of range; choose 0 <= dropout < 1")
 

@@ -1,6 +1,7 @@
 """Modules, losses, callbacks, loggers and Trainer options of a user's own: what is accepted, and what is refused."""
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from conf.schema import PROJECT_ARGUMENTS, ConfigError
 from experiments.engine.identity import effective
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.losses.cosine import CosineDistance
+from lightning_modules.modules.autoencoder import Autoencoder
 from lightning_modules.modules.base import FILLED, check_module
+from lightning_modules.modules.denoiser import Denoiser
+from lightning_modules.modules.lora import Lora
 from lightning_modules.training.trainer import fit, make_trainer
 
 MODULES = '''
@@ -158,6 +162,23 @@ def test_a_module_may_check_its_own_settings(configure, overrides, own, narrower
     width = ["criterion=magnitude", "criterion.level=channel", "selection=threshold"] if narrower else []
     with pytest.raises(ValueError, match=rf"^scale=2\.0, narrower={narrower}, 5 stages$"):
         run_pipeline(configure(*overrides, "distillation=own", *width))
+
+
+NOTHING: dict[str, Any] = {"optimizer": None, "lr_scheduler": None, "seed": 0, "dump": Path("/nowhere")}
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: Lora(["to_q"], alpha=0), "distillation.lora.alpha=0"),
+        (lambda: Lora([]), "distillation.lora.targets=[]"),
+        (lambda: Denoiser(None, drop_text=1.5, captions=None, **NOTHING), "pretrain.drop_text=1.5"),
+        (lambda: Autoencoder(None, kl_weight=-1.0, **NOTHING), "pretrain.kl_weight=-1.0"),
+    ],
+)
+def test_an_option_of_a_trained_module_out_of_range_is_refused_by_name(make, field):
+    with pytest.raises(ValueError, match=re.escape(field)):
+        make()
 
 
 # Distances of feature maps
