@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torchmetrics import SumMetric
 
-from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, sum_over_ranks
+from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, new_mean_metric
+
+RANGE = 2
+"""Largest minus smallest value of an image: they lie in [-1, 1]."""
 
 
 class Autoencoder(TrainedModule):
@@ -40,6 +44,8 @@ class Autoencoder(TrainedModule):
         if kl_weight < 0:
             raise ValueError(f"pretrain.kl_weight={kl_weight} is out of range; choose 0 or more")
         self.vae, self.kl_weight = vae.train(), kl_weight
+        self.square_error, self.latent, self.latent_square = new_mean_metric(), new_mean_metric(), new_mean_metric()
+        self.test_images = SumMetric()
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         image = batch["image"]
@@ -50,24 +56,28 @@ class Autoencoder(TrainedModule):
         return {"loss": error + self.kl_weight * divergence, "l1": error, "kl": divergence}
 
     def on_test_start(self) -> None:
-        # Over samples: squared error, mean latent, mean squared latent, and their number.
-        self.sums = torch.zeros(4, dtype=torch.float64)
+        for metric in (self.square_error, self.latent, self.latent_square, self.test_images):
+            metric.reset()
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if batch_idx % self.trainer.world_size != self.global_rank:
             return
         image = batch["image"]
         latents = self.vae.encode(image).latent_dist.mean
-        error = (self.vae.decode(latents).sample.clamp(-1, 1) - image).double().square().flatten(1).mean(1)
-        moments = (error.sum(), latents.double().mean((1, 2, 3)).sum(), latents.double().square().mean((1, 2, 3)).sum())
-        self.sums += torch.tensor([*map(float, moments), len(image)], dtype=torch.float64)
+        decoded = self.vae.decode(latents).sample.clamp(-1, 1)
+        self.square_error.update((decoded - image).double().square().flatten(1).mean(1))
+        self.latent.update(latents.double().mean((1, 2, 3)))
+        self.latent_square.update(latents.double().square().mean((1, 2, 3)))
+        self.test_images.update(len(image))
 
     def on_test_epoch_end(self) -> None:
-        error, mean, square, count = sum_over_ranks(self, self.sums).tolist()
-        deviation = math.sqrt(square / count - (mean / count) ** 2)
+        metrics = (self.square_error, self.latent, self.latent_square)
+        square_error, mean, mean_square = (float(metric.compute()) for metric in metrics)
+        deviation = math.sqrt(mean_square - mean**2)
         self.vae.register_to_config(scaling_factor=1 / deviation)  # latents of unit variance (arXiv 2112.10752)
-        psnr = 10 * math.log10(4 / (error / count))  # values lie in [-1, 1]
-        self.metrics = {"test_psnr_db": psnr, "latent_std": deviation, "test_images": int(count)}
+        psnr = 10 * math.log10(RANGE**2 / square_error)
+        images = int(self.test_images.compute())
+        self.metrics = {"test_psnr_db": psnr, "latent_std": deviation, "test_images": images}
 
     def save(self, folder: Path) -> None:
         """Write config.json with the scaling factor, and half-precision safetensors, as diffusers does."""

@@ -1,24 +1,20 @@
-"""Base classes of the modules that are trained, and the contract that the pipeline checks before it trains one.
+"""Base classes of the modules that are trained.
 
 The noise of a training step is a function of its position, and no step is taken on a loss that is not finite.
 """
 
 import contextlib
-import inspect
 import json
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import hydra.utils
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
-from conf.schema import ConfigError
 from datamodules.seeding import derive
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.nested import tensors_by_path
@@ -27,66 +23,11 @@ from lightning_modules.training.ranks import DrawsForGlobalBatch, mean_over_rank
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Schedule = Callable[[torch.optim.Optimizer], Any]
 
-FILLED = {
-    "distillation": ("student", "teacher", "optimizer", "lr_scheduler", "seed", "dump"),
-    "pretrain": ("optimizer", "lr_scheduler", "seed", "dump"),
-}
-"""Constructor arguments of a trained module that the pipeline passes by keyword, by the group that names the module."""
 
-METHODS = {"distillation": ("result",), "pretrain": ("save",)}
-"""Methods that the pipeline calls, beside those of a LightningModule."""
-
-CONTRACT = {
-    "distillation": "a LightningModule, such as a subclass of DistillationModule, whose constructor takes the keyword "
-    "arguments student, teacher, optimizer, lr_scheduler, seed and dump, and whose result() returns the trained "
-    "NetworkBackbone",
-    "pretrain": "a LightningModule, such as a subclass of TrainedModule, whose constructor takes the keyword arguments "
-    "optimizer, lr_scheduler, seed and dump, whose save(folder) writes the weights, and whose test loop sets "
-    "`metrics`, a dictionary",
-}
-"""What the pipeline requires of a module, by the group that names it."""
-
-
-def check_module(node: DictConfig, group: str) -> None:
-    """Raise ConfigError, with the contract in its message, where the pipeline could not train the module of a node.
-
-    Nothing is constructed. `_target_` may be a function that returns a module: its annotated return type is checked.
-
-    Args:
-        node: the part of the configuration with the module's `_target_`.
-        group: "distillation" or "pretrain".
-    """
-    for name in FILLED[group]:
-        if name in node:
-            raise ConfigError(f"{group}.{name}={node[name]}: the pipeline passes {name} itself; remove the key")
-    target: Any = hydra.utils.get_object(node._target_)
-    parameters = inspect.signature(target).parameters.values()
-    names = [parameter.name for parameter in parameters]
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    refused = [] if takes_any else [name for name in FILLED[group] if name not in names]
-    kind: Any = target if inspect.isclass(target) else typing.get_type_hints(target).get("return")
-    is_known = inspect.isclass(kind)  # a function may have no annotation
-    lacking = [name for name in METHODS[group] if is_known and not hasattr(kind, name)]
-    if not node.get("_partial_"):
-        fault = "`_partial_: true` is missing beside it"
-    elif is_known and not issubclass(kind, pl.LightningModule):
-        fault = f"{kind.__name__} is no LightningModule"
-    elif refused:
-        fault = f"it does not take the argument {', '.join(refused)}"
-    elif lacking:
-        fault = f"it has no method {', '.join(lacking)}"
-    else:
-        return
-    raise ConfigError(f"{group}._target_={node._target_!r} cannot be trained: {fault}. It has to be {CONTRACT[group]}")
-
-
-def sum_over_ranks(module: pl.LightningModule, value: Tensor) -> Tensor:
-    """Return the sum of a tensor over all ranks, on the CPU."""
-    if module.trainer.world_size == 1:
-        return value
-    total = value.to(module.device, copy=True)
-    torch.distributed.all_reduce(total)
-    return total.cpu()
+def new_mean_metric() -> MeanMetric:
+    """Return a mean over samples and ranks that sums in float64, and in which NaN stays NaN."""
+    metric: MeanMetric = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+    return metric
 
 
 def advise_on_non_finite(step: int, precision: str, rate_field: str, precision_field: str, otherwise: str) -> str:

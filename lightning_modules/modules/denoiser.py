@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import SumMetric
 
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.new import new_backbone
 from lightning_modules.backbones.diffusion.pipeline_parts import TEXT_FOLDER, move
 from lightning_modules.backbones.diffusion.text_states import store_texts
-from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, sum_over_ranks
+from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, new_mean_metric
 
 
 class Denoiser(TrainedModule):
@@ -41,6 +42,7 @@ class Denoiser(TrainedModule):
         if not 0 <= drop_text <= 1:
             raise ValueError(f"pretrain.drop_text={drop_text} is out of range; choose a probability, 0 to 1")
         self.backbone, self.drop_text, self.captions = backbone.train(), drop_text, captions
+        self.test_loss, self.test_images = new_mean_metric(), SumMetric()
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         inputs = self.network_inputs = self.backbone.training_inputs(batch)
@@ -56,18 +58,20 @@ class Denoiser(TrainedModule):
         return replace_chosen(conditions, move(empty, self.device), chosen.to(self.device))
 
     def on_test_start(self) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64)  # losses over samples, and the number of samples
+        self.test_loss.reset()
+        self.test_images.reset()
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if batch_idx % self.trainer.world_size == self.global_rank:
             inputs = self.backbone.calibration_inputs(batch, seed=0)
-            self.sums += len(inputs["sample"]) * torch.tensor(
-                [float(self.backbone.loss(inputs)), 1.0], dtype=torch.float64
-            )
+            self.test_loss.update(self.backbone.loss(inputs), weight=len(inputs["sample"]))
+            self.test_images.update(len(inputs["sample"]))
 
     def on_test_epoch_end(self) -> None:
-        total = sum_over_ranks(self, self.sums)
-        self.metrics = {"test_task_loss": float(total[0] / total[1]), "test_images": int(total[1])}
+        self.metrics = {
+            "test_task_loss": float(self.test_loss.compute()),
+            "test_images": int(self.test_images.compute()),
+        }
 
     def save(self, folder: Path) -> None:
         """Write what `teacher.path` loads, in half precision: the pipeline, or the network and its noise schedule."""

@@ -72,7 +72,7 @@ class Distillation(DistillationModule):
     ) -> None:
         super().__init__(student, teacher, optimizer, lr_scheduler, seed, dump)
         self.w_task, self.w_out, self.w_feat = w_task, w_out, w_feat
-        self.levels = tap_pairs(student, teacher, taps, skip_emptied) if w_feat else {}
+        self.levels = pair_taps(student, teacher, taps, skip_emptied) if w_feat else {}
         if not (w_task or w_out or self.levels):
             raise ValueError(
                 f"distillation.w_feat={w_feat} is the only weight above 0, and the student has none of the "
@@ -111,7 +111,7 @@ class Distillation(DistillationModule):
         taps = settings.get("taps", "stages")
         if taps or "w_feat" in weights:
             check_taps(taps)
-            tap_names(teacher, taps)
+            find_teacher_taps(teacher, taps)
         if teacher.predicts_variance and "w_out" not in weights:
             log.warning(
                 "distillation.w_out=%s: the student's predicted variance is not trained, as only the teacher's output "
@@ -186,7 +186,7 @@ def check_taps(taps: Any) -> None:
         )
 
 
-def tap_names(teacher: NetworkBackbone, taps: Any) -> list[str]:
+def find_teacher_taps(teacher: NetworkBackbone, taps: Any) -> list[str]:
     """Return the module paths of the teacher whose outputs are compared; raises ValueError for an unknown path."""
     stages = list(teacher.stages())
     if isinstance(taps, str):
@@ -206,13 +206,13 @@ def tap_names(teacher: NetworkBackbone, taps: Any) -> list[str]:
     return list(taps)
 
 
-def tap_pairs(student: NetworkBackbone, teacher: NetworkBackbone, taps: Any, skip_emptied: bool) -> dict[str, str]:
+def pair_taps(student: NetworkBackbone, teacher: NetworkBackbone, taps: Any, skip_emptied: bool) -> dict[str, str]:
     """Return {module path of the teacher: module path of the student} for the taps that the student has.
 
     Raises ValueError for a path that the student does not have, and for a list or `units` where the student's modules
     have other paths than the teacher's, so that it is not known which of them correspond.
     """
-    names, units, kept = tap_names(teacher, taps), teacher.survivors(), student.kept()
+    names, units, kept = find_teacher_taps(teacher, taps), teacher.survivors(), student.kept()
     renamed = any(old != new for old, new in student.moved.items())
     if renamed and not isinstance(taps, str | Mapping):
         raise ValueError(

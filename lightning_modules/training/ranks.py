@@ -14,6 +14,18 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def sum_over_ranks(value: Tensor, device: torch.device) -> Tensor:
+    """Return the sum of a tensor over all ranks, on the CPU; all ranks have to call it.
+
+    `device` is the one that the ranks communicate from: NCCL needs a GPU.
+    """
+    if world_size() == 1:
+        return value
+    total = value.to(device, copy=True)
+    torch.distributed.all_reduce(total)
+    return total.cpu()
+
+
 def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the means of some scalars over all ranks, without gradients; all ranks have to call it."""
     if world_size() == 1:

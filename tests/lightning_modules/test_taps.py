@@ -16,7 +16,7 @@ from support.networks import TRANSFORMERS, bypasses, tiny_backbone, tiny_batch
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.diffusion.pruned_unet import removable
 from lightning_modules.losses.level_weights import features
-from lightning_modules.modules.distillation import WEIGHTS, Distillation, tap_names
+from lightning_modules.modules.distillation import WEIGHTS, Distillation, find_teacher_taps
 
 UNITS = list(removable(tiny_backbone("UNet2DModel").network))
 
@@ -96,7 +96,7 @@ def test_a_student_without_any_tap_is_refused_if_features_are_all_it_would_learn
 
 def test_units_of_a_network_that_has_none_of_depth_are_no_taps():
     with pytest.raises(ValueError, match=r"distillation\.taps='units': this network has no units of depth"):
-        tap_names(tiny_classifier(), "units")
+        find_teacher_taps(tiny_classifier(), "units")
 
 
 def test_a_mapping_gives_the_students_module_for_each_of_the_teachers():

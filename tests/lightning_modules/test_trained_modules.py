@@ -21,7 +21,7 @@ from experiments.engine.identity import effective
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.losses.cosine import CosineDistance
 from lightning_modules.modules.autoencoder import Autoencoder
-from lightning_modules.modules.base import FILLED, check_module
+from lightning_modules.modules.contract import PIPELINE_ARGUMENTS, check_module
 from lightning_modules.modules.denoiser import Denoiser
 from lightning_modules.modules.lora import Lora
 from lightning_modules.training.trainer import fit, make_trainer
@@ -143,11 +143,13 @@ def test_a_module_that_cannot_be_trained_is_refused_with_the_contract_and_leaves
     message = str(caught.value)
     assert f"cannot be trained: {fault}. It has to be a LightningModule" in message
     assert "result() returns the trained NetworkBackbone" in message
-    assert all(name in message for name in FILLED["distillation"])
+    assert all(name in message for name in PIPELINE_ARGUMENTS["distillation"])
     assert not list((tmp_path / "runs").glob("debug/*"))
 
 
-@pytest.mark.parametrize(("group", "name"), [(group, name) for group in FILLED for name in FILLED[group]])
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group, names in PIPELINE_ARGUMENTS.items() for name in names]
+)
 def test_what_the_pipeline_passes_itself_is_refused_in_the_configuration(configure, group, name):
     node = configure(*["experiment=pretrain_cifar10"] * (group == "pretrain"))[group].copy()
     check_module(node, group)

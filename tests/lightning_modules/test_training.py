@@ -24,7 +24,7 @@ from conf import schema
 from lightning_modules.training.checkpoints import (
     AtomicCheckpoints,
     NoRoomForCheckpoint,
-    newest_checkpoint,
+    find_newest_checkpoint,
     partial_path,
     remove_partial_checkpoints,
 )
@@ -42,7 +42,7 @@ def test_a_checkpoint_is_written_without_the_temporary_folder(tmp_path, monkeypa
     path = tmp_path / "step=0000003.ckpt"
     AtomicCheckpoints().save_checkpoint(CONTENT, path)
     assert files(tmp_path) == {path.name}
-    assert newest_checkpoint(tmp_path) == (path, 3)
+    assert find_newest_checkpoint(tmp_path) == (path, 3)
     assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["weight"], torch.arange(6.0))
 
 
