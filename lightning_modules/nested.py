@@ -1,4 +1,4 @@
-"""Nested dictionaries and lists of tensors."""
+"""Functions of nested dictionaries and lists of tensors."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from torch.utils._pytree import tree_flatten_with_path
 
 
 def tensors_by_path(content: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors of nested dictionaries and lists as {"key/key/index": tensor}; what is no tensor is left out.
+    """Return the tensors in nested dictionaries and lists as {"key/key/index": tensor}, without all other values.
 
-    A `prefix` becomes the first part of all paths.
+    A `prefix` becomes the first part of every path.
     """
     leaves, _ = tree_flatten_with_path(content)
     parts = {tuple(getattr(key, "key", getattr(key, "idx", None)) for key in keys): leaf for keys, leaf in leaves}

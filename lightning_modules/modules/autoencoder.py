@@ -1,4 +1,4 @@
-"""Training of a variational autoencoder, which encodes pictures (or mel pictures) as latents of a diffusion model."""
+"""Training of a variational autoencoder, which encodes images (or mel spectrograms) as latents of a diffusion model."""
 
 import math
 from pathlib import Path
@@ -17,10 +17,11 @@ RANGE = 2
 
 
 class Autoencoder(TrainedModule):
-    """Mean absolute error of the reconstruction, plus `kl_weight` times the divergence per latent from N(0, 1).
+    """Trains on the mean absolute error of the reconstruction plus `kl_weight` times the KL divergence per latent.
 
-    The loss of Rombach et al. 2022 (arXiv 2112.10752, appendix G) without its perceptual and adversarial terms, which
-    need networks of their own, so that reconstructions are softer. The weight is ours.
+    The divergence is that of the posterior from N(0, 1). The loss is that of Rombach et al. 2022 (arXiv 2112.10752,
+    appendix G) without its perceptual and adversarial terms, which need further networks; reconstructions are blurrier
+    without them. The weight is ours.
 
     Args:
         vae: an AutoencoderKL of diffusers.
@@ -80,7 +81,7 @@ class Autoencoder(TrainedModule):
         self.metrics = {"test_psnr_db": psnr, "latent_std": deviation, "test_images": images}
 
     def save(self, folder: Path) -> None:
-        """Write config.json with the scaling factor, and half-precision safetensors, as diffusers does."""
+        """Write config.json with the scaling factor, and weights in half precision, as diffusers does."""
         assert hasattr(self, "metrics"), "the test loop, which measures the scaling factor, has to run before save"
         self.vae.half().save_pretrained(folder, safe_serialization=True)
 
@@ -88,7 +89,7 @@ class Autoencoder(TrainedModule):
 def new_autoencoder(
     vae: dict[str, Any], kl_weight: float, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path
 ) -> Autoencoder:
-    """Return an Autoencoder with new weights.
+    """Return an Autoencoder with random weights.
 
     Args:
         vae: configuration of diffusers' AutoencoderKL.

@@ -1,4 +1,4 @@
-"""Training of a classifier: a teacher to prune, or the features of `frechet_resnet20` and `frechet_digits`."""
+"""Training of an image classifier: a teacher to prune, or the feature network of a Frechet distance."""
 
 import copy
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, n
 
 
 class Classifier(TrainedModule):
-    """A classifier trained on the cross-entropy; its test loop measures the accuracy on the held-out images.
+    """Trains a classifier on the cross-entropy; the test loop measures the accuracy on the held-out images.
 
     Args:
         network: the classifier.
@@ -57,7 +57,7 @@ class Classifier(TrainedModule):
         }
 
     def save(self, folder: Path) -> None:
-        """Write config.json and model.safetensors in half precision, which load as a teacher."""
+        """Write config.json and model.safetensors in half precision, which can be loaded as a teacher."""
         save(copy.deepcopy(self.network).half(), folder)
 
 
@@ -72,7 +72,7 @@ def new_classifier(
     std: Sequence[float] | None = None,
     image_size: int | None = None,
 ) -> Classifier:
-    """Return a Classifier with new weights.
+    """Return a Classifier with random weights.
 
     Args:
         architecture: name, such as resnet56; see conf/pretrain/classifier.yaml.
@@ -80,10 +80,10 @@ def new_classifier(
         lr_scheduler: see TrainedModule.
         seed: seed of the weights, and of training.
         dump: see TrainedModule.
-        classes: number of classes; None is the architecture's usual one.
-        mean: mean of the images per channel, in [0, 1]; None is the architecture's usual one.
-        std: standard deviation of the images per channel; None is the architecture's usual one.
-        image_size: edge of the images in pixels; None is the architecture's usual one.
+        classes: number of classes; None is the architecture's default.
+        mean: mean of the images per channel, in [0, 1]; None is the architecture's default.
+        std: standard deviation of the images per channel; None is the architecture's default.
+        image_size: edge length of the images in pixels; None is the architecture's default.
     """
     torch.manual_seed(seed)
     network = build(named(architecture, classes=classes, mean=mean, std=std, image_size=image_size))

@@ -1,4 +1,4 @@
-"""Training of a diffusion model from nothing, on the task loss alone. The embedded teachers are made with it."""
+"""Training of a diffusion model from random weights on the task loss. The embedded teachers were made with it."""
 
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, n
 
 
 class Denoiser(TrainedModule):
-    """A network trained on the mean squared error to the added noise (Ho et al. 2020, arXiv 2006.11239, equation 14).
+    """Trains a network on the mean squared error of the predicted noise (Ho et al. 2020, arXiv 2006.11239, eq. 14).
 
     Args:
-        backbone: the network with its noise schedule, and its VAE and text encoder where it has them.
+        backbone: the network with its noise schedule and, if it has them, its VAE and text encoder.
         drop_text: probability that a sample's caption is replaced by the empty one, for classifier-free guidance (Ho &
-            Salimans 2022, arXiv 2207.12598); without effect where the network takes no text.
+            Salimans 2022, arXiv 2207.12598). It has no effect on networks that take no text.
         captions: captions whose text states are saved instead of the text encoder; None saves the encoder.
         optimizer: see TrainedModule.
         lr_scheduler: see TrainedModule.
@@ -51,7 +51,7 @@ class Denoiser(TrainedModule):
         return {"loss": self.backbone.loss(inputs)}
 
     def drop_captions(self, conditions: dict[str, Any], batch: dict[str, Any], count: int) -> dict[str, Any]:
-        """Return the conditions of `count` samples, each with probability `drop_text` those of the empty caption."""
+        """Return the conditions of `count` samples; each is that of the empty caption with probability `drop_text`."""
         assert self.backbone.surroundings is not None
         empty = batch.get("empty_text") or self.backbone.surroundings.empty_text(1, self.device)
         chosen = torch.rand(count) < self.drop_text  # drawn on the CPU: the same on every device
@@ -74,7 +74,7 @@ class Denoiser(TrainedModule):
         }
 
     def save(self, folder: Path) -> None:
-        """Write what `teacher.path` loads, in half precision: the pipeline, or the network and its noise schedule."""
+        """Write a folder for `teacher.path` in half precision: the pipeline, or the network and its noise schedule."""
         backbone = self.backbone.half()
         surroundings = backbone.surroundings
         if surroundings is None:
@@ -90,7 +90,7 @@ class Denoiser(TrainedModule):
 
 
 def replace_chosen(conditions: dict[str, Any], empty: dict[str, Any], chosen_N: Tensor) -> dict[str, Any]:
-    """Return nested conditions in which the chosen samples have the values of `empty`, where it has some."""
+    """Return nested conditions in which the chosen samples have the values of `empty`, as far as it has values."""
     replaced: dict[str, Any] = {}
     for key, value in conditions.items():
         if isinstance(value, dict):
@@ -115,7 +115,7 @@ def new_denoiser(
     captions: list[str] | None = None,
     drop_text: float = 0.1,
 ) -> Denoiser:
-    """Return a Denoiser around a network with new weights.
+    """Return a Denoiser of a network with random weights.
 
     Args:
         network: configuration of the network; see `new_backbone`.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from criteria.scores.bottleneck import Bottleneck
 from lightning_modules.backbones.prefix_reuse import part_of
-from lightning_modules.modules.base import NonFiniteLoss, advise_on_non_finite
+from lightning_modules.modules.non_finite import NonFiniteLoss, advise_on_non_finite
 from lightning_modules.training.ranks import sum_over_ranks
 
 

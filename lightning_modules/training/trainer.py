@@ -115,13 +115,13 @@ def fit(
     """
     checkpoints = folder / "checkpoints" / stage
     checkpoints.mkdir(parents=True, exist_ok=True)
-    resume = find_newest_checkpoint(checkpoints)
-    if resume is None and conf.resume == "required":
+    checkpoint, steps_taken = find_newest_checkpoint(checkpoints) or (None, 0)
+    if checkpoint is None and conf.resume == "required":
         raise ValueError(
             f"trainer.resume='required', but there is no checkpoint in {checkpoints}; choose trainer.resume=auto"
         )
     history = History(folder / "history" / f"{stage}.csv")
-    history.rewind(resume[1] if resume else 0)
+    history.rewind(steps_taken)
     saver = ModelCheckpoint(
         dirpath=checkpoints,
         filename="{step:07d}",
@@ -152,25 +152,27 @@ def fit(
     )
     if trainer.world_size > 1 and any(isinstance(part, _BatchNorm) for part in module.modules()):
         warnings.warn(
-            f"{stage}: batch norms take the statistics of each rank's own samples, so that the result depends on "
+            f"{stage}: batch norms use the statistics of each rank's own samples, so the result depends on "
             "trainer.devices",
             stacklevel=2,
         )
     if trainer.is_global_zero:
         remove_partial_checkpoints(checkpoints)
-    if resume and resume[1] >= conf.steps:  # the process was killed after the last step, before the result was saved
-        module.load_state_dict(torch.load(resume[0], map_location="cpu", weights_only=True)["state_dict"])
+    if (
+        checkpoint and steps_taken >= conf.steps
+    ):  # the process was killed after the last step, before the result was saved
+        module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
         return
-    if resume:
-        print(f"{stage}: resuming from step {resume[1]} of {conf.steps} ({resume[0].name})", flush=True)
-    trainer.fit(module, datamodule=data, ckpt_path=resume[0] if resume else None, weights_only=True)
+    if checkpoint:
+        print(f"{stage}: resuming from step {steps_taken} of {conf.steps} ({checkpoint.name})", flush=True)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:  # a resumed Trainer does not know the checkpoints of earlier processes
         for old in sorted(checkpoints.glob("step=*.ckpt"))[:-2]:
             old.unlink()
     if stopper.received or stopper.stopped:
         if not trainer.is_global_zero:
-            # Lightning kills rank 0, which still closes logs and dashboards, where a rank that it has started ends with
-            # an error.
+            # If a rank that Lightning has started ended with an error, Lightning would kill rank 0, which still has to
+            # close logs and dashboards.
             raise SystemExit(0)
         print(f"{stage}: stopped by SIGTERM after step {trainer.global_step}; the same command goes on from there")
         raise SystemExit(SIGTERM_EXIT_CODE)

@@ -23,8 +23,8 @@ from conf.schema import ROOT
 from experiments.engine.artefacts import read_json
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.losses.level_weights import NORMALIZATIONS, LevelWeights
-from lightning_modules.modules.base import NonFiniteLoss, advise_on_non_finite
 from lightning_modules.modules.distillation import Distillation
+from lightning_modules.modules.non_finite import NonFiniteLoss, advise_on_non_finite
 from lightning_modules.training.ema import WarmedUpEMA
 from lightning_modules.training.trainer import fit
 
@@ -301,7 +301,7 @@ def test_samples_that_are_not_finite_are_named_before_any_other_cause():
     teacher = tiny_backbone("UNet2DModel")
     module = distillation(teacher.pruned(bypasses([])), teacher)
     advice = module.advise({"image": torch.tensor([1.0, float("inf")]), "index": torch.tensor([3])})
-    assert advice.startswith("Not finite before any network saw them: image; look at these samples")
+    assert advice.startswith("The samples themselves are not finite (image): look at them")
 
 
 # Choices

@@ -15,8 +15,8 @@ from support.networks import TRANSFORMERS, bypasses, tiny_backbone, tiny_batch
 
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.diffusion.pruned_unet import removable
-from lightning_modules.losses.level_weights import features
-from lightning_modules.modules.distillation import WEIGHTS, Distillation, find_teacher_taps
+from lightning_modules.modules.distillation import WEIGHTS, Distillation
+from lightning_modules.modules.taps import find_teacher_taps, record_features
 
 UNITS = list(removable(tiny_backbone("UNet2DModel").network))
 
@@ -187,7 +187,7 @@ def test_features_are_taken_from_the_first_of_several_outputs_and_hooks_are_gone
     backbone = tiny_backbone("UNet2DConditionModel")
     inputs = backbone.calibration_inputs(tiny_batch(backbone), 0)
     modules = {name: backbone.network.get_submodule(name) for name in ("down_blocks.1.attentions.0", "down_blocks.0")}
-    with pytest.raises(ZeroDivisionError), features(modules) as found:
+    with pytest.raises(ZeroDivisionError), record_features(modules) as found:
         backbone.predict(inputs)
         assert found["down_blocks.0"].shape == (4, 8, 4, 4)  # the map that goes on, not the skip connections
         assert found["down_blocks.1.attentions.0"].shape == (4, 16, 4, 4)
