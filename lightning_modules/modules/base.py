@@ -28,7 +28,8 @@ Schedule = Callable[[torch.optim.Optimizer], Any]
 
 def new_mean_metric() -> MeanMetric:
     """Return a mean over samples and ranks that sums in float64, and in which NaN stays NaN."""
-    metric: MeanMetric = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+    metric = MeanMetric(nan_strategy="disable")
+    metric.set_dtype(torch.float64)
     return metric
 
 

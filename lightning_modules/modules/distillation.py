@@ -133,29 +133,26 @@ class Distillation(DistillationModule):
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = self.network_inputs = self.student.training_inputs(batch)
-        with record_features(
-            {name: self.student.network.get_submodule(path) for name, path in self.levels.items()}
-        ) as maps_s:
+        modules_s = {name: self.student.network.get_submodule(path) for name, path in self.levels.items()}
+        with record_features(modules_s) as maps_s:
             eps_s = self.student.predict(inputs).float()
         losses = {"task": self.student.losses(eps_s, inputs).mean()}
         total = self.w_task * losses["task"]
         if self.needs_teacher:
-            with (
-                torch.no_grad(),
-                record_features({name: self.teacher.network.get_submodule(name) for name in self.levels}) as maps_t,
-            ):
+            modules_t = {name: self.teacher.network.get_submodule(name) for name in self.levels}
+            with torch.no_grad(), record_features(modules_t) as maps_t:
                 eps_t = self.teacher.predict(inputs).float()
             losses["output"] = self.student.distance(eps_s, eps_t, inputs)
             total = total + self.w_out * losses["output"]
             for level, name in enumerate(self.levels):
-                raw, weighted = self.feature_terms(
+                raw, weighted = self.compare_features(
                     level, maps_s[name].float(), maps_t[name].float(), inputs.get("mask")
                 )
                 losses[f"feature/{name}"], losses[f"weighted_feature/{name}"] = raw.detach(), weighted.detach()
                 total = total + self.w_feat * weighted
         return {"loss": total} | losses
 
-    def feature_terms(self, level: int, f_s: Tensor, f_t: Tensor, mask_NL: Tensor | None) -> tuple[Tensor, Tensor]:
+    def compare_features(self, level: int, f_s: Tensor, f_t: Tensor, mask_NL: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the distance between a level's feature maps, without and with its weight: two scalars.
 
         If a mask says which tokens count, both are means over samples, and each sample has its own weight. The terms of

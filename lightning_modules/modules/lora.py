@@ -63,7 +63,7 @@ class Lora:
                 raise ValueError(f"distillation.lora.targets: {target!r} shares its weight with another layer")
 
     def insert(self, network: Any, seed: int) -> Callable[[], Any]:
-        """Add adapters to a network, freeze all other weights, and return a function that merges the adapters into them.
+        """Add adapters to a network, freeze its weights, and return a function that merges the adapters into them.
 
         Raises the errors of `check`.
         """
