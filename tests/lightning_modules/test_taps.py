@@ -61,7 +61,7 @@ def test_an_unknown_tap_is_named_with_the_choices():
     [
         (
             dict.fromkeys(WEIGHTS, 0.0),
-            "distillation: w_task=0.0, w_out=0.0, w_feat=0.0, so that there is no loss to train",
+            "distillation: w_task=0.0, w_out=0.0, w_feat=0.0, so there is no loss to train on",
         ),
         ({"taps": []}, "distillation.taps=[] names no feature maps to compare; choose stages, units, a list"),
         ({"taps": {}}, "distillation.taps={} names no feature maps to compare; choose stages, units, a list"),
