@@ -427,7 +427,7 @@ def test_a_run_whose_export_does_not_match_is_not_finished(configure, overrides,
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_scores_and_the_training_of_one(configure, overrides, data_folder, tmp_path, unverified):
+def test_two_processes_score_and_train_like_one(configure, overrides, data_folder, tmp_path, unverified):
     job = [override for override in overrides if not override.startswith(("paths.runs=", "trainer="))]
     job += ["calibration.samples=6", "calibration.batch_size=2"]
     run_pipeline(configure(*job, "trainer=cpu", f"paths.runs={tmp_path}/one"))

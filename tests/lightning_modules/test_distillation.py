@@ -36,7 +36,7 @@ from lightning_modules.training.trainer import fit
     ("family", "normalization"),
     [*product(UNETS, NORMALIZATIONS), *((family, "teacher_energy") for family in FAMILIES if family not in UNETS)],
 )
-def test_a_student_that_is_the_teacher_has_output_and_feature_losses_of_zero(family, normalization, taps):
+def test_an_unpruned_student_has_output_and_feature_losses_of_zero(family, normalization, taps):
     """Exactly, but for pipelines: projections without bias are multiplied in another order where they learn."""
     teacher = tiny_backbone(family)
     module = distillation(teacher.pruned(bypasses([])), teacher, normalization=normalization, taps=taps)
@@ -50,7 +50,7 @@ def test_a_student_that_is_the_teacher_has_output_and_feature_losses_of_zero(fam
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in TRANSFORMERS])
-def test_every_term_is_what_its_formula_says(family):
+def test_every_loss_term_equals_its_formula(family):
     teacher = tiny_backbone(family)
     student, batch = teacher.pruned(bypasses(REMOVED)), tiny_batch(teacher)
     module = distillation(student, teacher, w_task=0.5, w_out=2.0, w_feat=0.25, skip_emptied=False)
@@ -70,7 +70,7 @@ def test_every_term_is_what_its_formula_says(family):
     }
 
 
-def test_each_term_reaches_the_student_and_a_term_of_weight_zero_costs_no_pass_of_the_teacher():
+def test_a_term_trains_the_student_and_costs_nothing_at_weight_zero():
     teacher = tiny_backbone("UNet2DModel")
     calls = []
     teacher.network.register_forward_hook(lambda *_: calls.append(1))
@@ -91,7 +91,7 @@ def maps(seed: int = 0) -> Tensor:
     return torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(seed)) * 2**seed
 
 
-def test_teacher_energy_is_a_relative_error_whatever_the_scale_of_the_feature_map():
+def test_teacher_energy_makes_a_term_a_relative_error_at_any_scale():
     weights = LevelWeights("teacher_energy", 1)
     f_s, f_t = maps(0), maps(1)
     term = weights(0, f_t) * F.mse_loss(f_s, f_t)
@@ -99,17 +99,17 @@ def test_teacher_energy_is_a_relative_error_whatever_the_scale_of_the_feature_ma
     assert torch.equal(weights(0, 64 * f_t) * F.mse_loss(64 * f_s, 64 * f_t), term)  # a power of two: no rounding
 
 
-def test_none_leaves_the_terms_as_they_are():
+def test_normalization_none_does_not_change_the_terms():
     assert torch.equal(LevelWeights("none", 1)(0, maps()), torch.ones(()))
 
 
-def test_teacher_norm_is_the_inverse_of_the_mean_norm_of_a_sample():
+def test_teacher_norm_is_the_inverse_of_the_mean_norm_per_sample():
     f_t = maps(2)
     norms = [float(sample.flatten().double().square().sum().sqrt()) for sample in f_t]
     assert float(LevelWeights("teacher_norm", 1)(0, f_t)) == pytest.approx(4 / sum(norms), rel=1e-6)
 
 
-def test_running_starts_as_teacher_energy_and_then_averages_by_level():
+def test_running_starts_like_teacher_energy_and_averages_per_level():
     running, energy = LevelWeights("running", 2, momentum=0.75), LevelWeights("teacher_energy", 2)
     assert torch.equal(running(0, maps(0)), energy(0, maps(0)))
     assert torch.equal(running(1, maps(3)), energy(1, maps(3)))  # levels do not mix
@@ -156,7 +156,7 @@ def checkpoint(run: Path, step: int) -> dict[str, Any]:
     return torch.load(run / "checkpoints" / "distil" / f"step={step:07d}.ckpt", weights_only=True)
 
 
-def test_training_leaves_the_teacher_alone_and_out_of_the_checkpoint(train_tiny, tmp_path):
+def test_training_neither_changes_nor_saves_the_teacher(train_tiny, tmp_path):
     recorder = Recorder()
     module = train_tiny(Distillation, [recorder, WarmedUpEMA(0.999)], taps="units", normalization="running")
     teacher = tiny_backbone("UNet2DModel")
@@ -176,7 +176,7 @@ def test_training_leaves_the_teacher_alone_and_out_of_the_checkpoint(train_tiny,
 
 
 @pytest.mark.usefixtures("quick_end")
-def test_of_a_pipeline_the_student_alone_is_in_the_checkpoint_and_in_what_is_saved(configure, text_job, tmp_path):
+def test_only_the_student_of_a_pipeline_is_saved(configure, text_job, tmp_path):
     run_pipeline(configure(*text_job, "criterion=magnitude"))
     run = the_run(tmp_path / "runs")
     weights = "diffusion_pytorch_model.pruned.safetensors"
@@ -193,7 +193,7 @@ def test_of_a_pipeline_the_student_alone_is_in_the_checkpoint_and_in_what_is_sav
     assert all(size == 1 for name, size in sizes.items() if not name.startswith(networks))
 
 
-def test_every_term_is_logged_by_level_before_and_after_its_weight(train_tiny, tmp_path):
+def test_every_term_is_logged_per_level_with_and_without_its_weight(train_tiny, tmp_path):
     train_tiny(Distillation)
     history = pd.read_csv(tmp_path / "history" / "distil.csv")
     kept = [stage for stage in STAGES if stage != "down_blocks.0"]
@@ -224,7 +224,7 @@ def test_the_moving_average_warms_up(train_tiny, tmp_path, decay):
     assert same_tensors(average, recorder.weights[-1]) == (decay == 0)
 
 
-def test_without_a_moving_average_the_last_weights_are_handed_on(train_tiny):
+def test_without_a_moving_average_the_result_has_the_last_weights(train_tiny):
     recorder = Recorder()
     assert same_tensors(train_tiny(Distillation, [recorder]).student.state_dict(), recorder.weights[-1])
 
@@ -247,7 +247,7 @@ class GradientBreaks(Distillation):
 @pytest.mark.parametrize(
     ("cls", "what"), [(LossBreaks, "loss"), (GradientBreaks, "gradient of student.network.conv_in.bias")]
 )
-def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_optimiser_steps(train_tiny, tmp_path, cls, what):
+def test_no_step_is_taken_with_a_non_finite_loss_or_gradient(train_tiny, tmp_path, cls, what):
     recorder = Recorder()
     with pytest.raises(NonFiniteLoss) as caught:
         train_tiny(cls, [recorder])
@@ -268,7 +268,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_optimiser_steps(
     assert torch.isnan(saved["losses/loss"]) == (cls is LossBreaks) and torch.isfinite(saved["losses/task"])
 
 
-def test_what_broke_is_saved_also_where_the_data_have_captions(tmp_path, monkeypatch):
+def test_captions_are_saved_with_a_batch_whose_loss_is_not_finite(tmp_path, monkeypatch):
     teacher = tiny_backbone("sd")
     module, batch = distillation(teacher.pruned(bypasses([])), teacher, dump=tmp_path), tiny_batch(teacher)
     module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -291,13 +291,13 @@ WIDER = "trainer.precision=32-true"
     ("step", "precision", "advised"),
     [(0, "32-true", []), (0, "bf16-mixed", [WIDER]), (3, "32-true", [RATE]), (3, "bf16-mixed", [RATE, WIDER])],
 )
-def test_the_advice_on_a_loss_that_is_not_finite_fits_the_step_and_the_precision(step, precision, advised):
+def test_advice_on_a_non_finite_loss_fits_step_and_precision(step, precision, advised):
     advice = advise_on_non_finite(step, precision, "optimizer.lr", "trainer.precision", "something else")
     assert [part for part in (RATE, WIDER) if part in advice] == advised
     assert ("No step was taken before" in advice) == ("something else" in advice) == (step == 0)
 
 
-def test_samples_that_are_not_finite_are_named_before_any_other_cause():
+def test_non_finite_samples_are_named_as_the_cause():
     teacher = tiny_backbone("UNet2DModel")
     module = distillation(teacher.pruned(bypasses([])), teacher)
     advice = module.advise({"image": torch.tensor([1.0, float("inf")]), "index": torch.tensor([3])})
@@ -313,7 +313,7 @@ FURTHER = {"lora": ["distillation.lora.targets=[to_q,to_v]"]}  # layers of langu
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "distillation").glob("*.yaml")))
 @pytest.mark.usefixtures("quick_end")
-def test_every_choice_of_distillation_makes_a_job(configure, overrides, text_job, tmp_path, name):
+def test_every_distillation_config_runs(configure, overrides, text_job, tmp_path, name):
     job = [*text_job, *FIXED[name]] if name in FIXED else overrides
     cfg = configure(*job, f"distillation={name}", *FURTHER.get(name, []))
     assert cfg.distillation.name == name

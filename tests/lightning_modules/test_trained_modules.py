@@ -114,7 +114,7 @@ def distils(target: str, **fields: Any) -> str:
 
 
 @pytest.mark.usefixtures("quick_end")
-def test_a_module_outside_the_repository_is_a_class_and_a_file(configure, overrides, own, tmp_path):
+def test_a_module_from_outside_the_repository_needs_a_class_and_a_file(configure, overrides, own, tmp_path):
     own("distillation/own.yaml", distils("own_modules.Outputs", scale=2.0))
     run_pipeline(configure(*overrides, "distillation=own"))
     lines = (the_run(tmp_path / "runs") / "history" / "distil.csv").read_text().splitlines()
@@ -133,7 +133,7 @@ def test_a_module_outside_the_repository_is_a_class_and_a_file(configure, overri
         ("NoModule", {}, "NoModule is no LightningModule"),
     ],
 )
-def test_a_module_that_cannot_be_trained_is_refused_with_the_contract_and_leaves_no_folder(
+def test_a_module_that_breaks_the_contract_is_refused_with_its_text(
     configure, overrides, own, tmp_path, target, fields, fault
 ):
     own("distillation/own.yaml", distils(f"own_modules.{target}", **fields))
@@ -150,7 +150,7 @@ def test_a_module_that_cannot_be_trained_is_refused_with_the_contract_and_leaves
 @pytest.mark.parametrize(
     ("group", "name"), [(group, name) for group, names in PIPELINE_ARGUMENTS.items() for name in names]
 )
-def test_what_the_pipeline_passes_itself_is_refused_in_the_configuration(configure, group, name):
+def test_an_argument_that_the_pipeline_passes_is_refused_as_a_key(configure, group, name):
     node = configure(*["experiment=pretrain_cifar10"] * (group == "pretrain"))[group].copy()
     check_module(node, group)
     OmegaConf.update(node, name, 3, force_add=True)
@@ -178,7 +178,7 @@ NOTHING: dict[str, Any] = {"optimizer": None, "lr_scheduler": None, "seed": 0, "
         (lambda: Autoencoder(None, kl_weight=-1.0, **NOTHING), "pretrain.kl_weight=-1.0"),
     ],
 )
-def test_an_option_of_a_trained_module_out_of_range_is_refused_by_name(make, field):
+def test_an_option_of_a_module_out_of_range_is_refused_by_name(make, field):
     with pytest.raises(ValueError, match=re.escape(field)):
         make()
 
@@ -186,7 +186,7 @@ def test_an_option_of_a_trained_module_out_of_range_is_refused_by_name(make, fie
 # Distances of feature maps
 
 
-def test_another_distance_of_feature_maps_takes_the_place_of_the_squared_error():
+def test_feature_distance_replaces_the_squared_error():
     teacher = tiny_backbone("UNet2DModel")
     student, batch = teacher.pruned(bypasses(REMOVED)), tiny_batch(teacher)
     options: dict[str, Any] = {"normalization": "none", "skip_emptied": False}
@@ -200,7 +200,7 @@ def test_another_distance_of_feature_maps_takes_the_place_of_the_squared_error()
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((2, 3, 4, 5), 1), ((2, 4, 3), 2), ((7, 3), 1)])
-def test_the_cosine_distance_compares_vectors_of_channels_and_ignores_their_size(shape, axis):
+def test_the_cosine_distance_ignores_the_norm_of_channel_vectors(shape, axis):
     one, other = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     dots = (one * other).sum(axis) / (one.square().sum(axis) * other.square().sum(axis)).sqrt()
     distance = CosineDistance()
@@ -211,7 +211,7 @@ def test_the_cosine_distance_compares_vectors_of_channels_and_ignores_their_size
 
 
 @pytest.mark.usefixtures("quick_end")
-def test_a_distance_outside_the_repository_is_a_class_and_a_line(configure, overrides, own, tmp_path):
+def test_a_distance_from_outside_the_repository_needs_a_class_and_a_line(configure, overrides, own, tmp_path):
     runs = {}
     for name, distance in {"plain": "null", "own": "{_target_: own_modules.Doubled}"}.items():
         own(f"distillation/{name}.yaml", f"defaults: [normalized]\nname: {name}\nfeature_distance: {distance}\n")
@@ -224,7 +224,7 @@ def test_a_distance_outside_the_repository_is_a_class_and_a_line(configure, over
 
 
 @pytest.mark.parametrize("value", ["cosine", "{a: 1}", "{_target_: own_modules.Steps}"])
-def test_what_is_no_distance_is_refused_before_scoring(configure, overrides, own, tmp_path, value):
+def test_a_feature_distance_of_another_type_is_refused_before_scoring(configure, overrides, own, tmp_path, value):
     own("distillation/own.yaml", f"defaults: [normalized]\nname: own\nfeature_distance: {value}\n")
     with pytest.raises(ValueError, match=r"^distillation\.feature_distance=.* is no distance; choose null") as caught:
         run_pipeline(configure(*overrides, "distillation=own"))
@@ -253,7 +253,7 @@ def arguments_of(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]) -> di
     return given
 
 
-def test_options_reach_the_trainer_of_a_training_and_no_other(configure, overrides, tmp_path, monkeypatch):
+def test_trainer_options_apply_to_training_only(configure, overrides, tmp_path, monkeypatch):
     cfg = configure(*overrides, "+trainer.options={detect_anomaly: true, benchmark: false}")
     trained = arguments_of(
         monkeypatch, lambda: fit(pl.LightningModule(), pl.LightningDataModule(), cfg.trainer, tmp_path, "distil")
@@ -265,13 +265,13 @@ def test_options_reach_the_trainer_of_a_training_and_no_other(configure, overrid
 
 
 @pytest.mark.parametrize("name", PROJECT_ARGUMENTS)
-def test_an_option_that_the_project_sets_itself_is_refused_by_name(configure, name):
+def test_a_trainer_option_that_the_project_sets_is_refused(configure, name):
     assert name in inspect.signature(pl.Trainer).parameters
     with pytest.raises(ConfigError, match=rf"^trainer\.options\.{name}=1: this project sets it"):
         configure(f"+trainer.options.{name}=1")
 
 
-def test_an_unknown_option_is_refused_with_the_list_of_lightning(configure):
+def test_an_unknown_trainer_option_is_refused_with_the_choices(configure):
     with pytest.raises(ConfigError, match=r"^trainer\.options\.detect_anomly is unknown; did you mean") as caught:
         configure("+trainer.options.detect_anomly=true")
     assert "'detect_anomaly'" in str(caught.value)
@@ -280,7 +280,7 @@ def test_an_unknown_option_is_refused_with_the_list_of_lightning(configure):
         configure("+trainer.options.detect_anomaly=often")
 
 
-def test_an_option_that_lightning_refuses_is_refused_before_scoring(configure, overrides, tmp_path):
+def test_an_invalid_trainer_option_is_refused_before_scoring(configure, overrides, tmp_path):
     with pytest.raises(ConfigError, match=r"^trainer cannot be made as configured: .*enable_progress_bar"):
         run_pipeline(configure(*overrides, "+trainer.options.enable_progress_bar=false"))
     assert not list((tmp_path / "runs").glob("debug/*"))
@@ -290,7 +290,7 @@ def test_an_option_that_lightning_refuses_is_refused_before_scoring(configure, o
 
 
 @pytest.mark.usefixtures("quick_end")
-def test_callbacks_and_loggers_of_files_see_the_training(configure, overrides, own, tmp_path):
+def test_configured_callbacks_and_loggers_are_used_in_training(configure, overrides, own, tmp_path):
     own("callbacks/steps.yaml", "steps: {_target_: own_modules.Steps}\n")
     own(
         "logger/tables.yaml",
@@ -310,13 +310,13 @@ def test_callbacks_and_loggers_of_files_see_the_training(configure, overrides, o
     assert len(list(tables[0].glob("events.out.tfevents.*"))) == 1
 
 
-def test_several_loggers_go_with_the_dashboard(configure):
+def test_other_loggers_can_be_combined_with_the_dashboard(configure):
     assert configure("logger=[wandb,tensorboard]").logger.wandb
     for logger in ("csv", "tensorboard"):
         assert not configure(f"logger={logger}").logger.wandb
 
 
-def test_callbacks_and_loggers_are_no_part_of_the_identity_and_options_are(configure):
+def test_options_change_the_run_identity_and_callbacks_do_not(configure):
     plain = effective(configure())
     assert effective(configure("callbacks=learning_rate", "logger=tensorboard")) == plain
     changed = effective(configure("+trainer.options.gradient_clip_algorithm=value"))
@@ -332,7 +332,7 @@ def test_callbacks_and_loggers_are_no_part_of_the_identity_and_options_are(confi
         ("callbacks=learning", "learning"),
     ],
 )
-def test_what_is_no_callback_or_logger_is_refused_when_composing(configure, override, message):
+def test_a_callback_or_logger_of_another_type_is_refused(configure, override, message):
     with pytest.raises((ConfigError, ConfigCompositionException, Exception), match=message):
         configure(override)
 
