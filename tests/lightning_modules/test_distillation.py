@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support.distillation import REMOVED, STAGES, distillation, losses_of, outputs_of
 from support.networks import FAMILIES, TRANSFORMERS, UNETS, bypasses, same_tensors, tiny_backbone, tiny_batch
-from support.results import leaves, the_run
+from support.results import the_run
 from torch import Tensor
 
 from conf import schema
@@ -25,6 +25,7 @@ from experiments.engine.pipeline import run_pipeline
 from lightning_modules.losses.level_weights import NORMALIZATIONS, LevelWeights
 from lightning_modules.modules.distillation import Distillation
 from lightning_modules.modules.non_finite import NonFiniteLoss, advise_on_non_finite
+from lightning_modules.nested import tensors_by_path
 from lightning_modules.training.ema import WarmedUpEMA
 from lightning_modules.training.trainer import fit
 
@@ -185,11 +186,11 @@ def test_only_the_student_of_a_pipeline_is_saved(configure, text_job, tmp_path):
     student, saved = load_file(run / "networks" / "pruned" / weights), checkpoint(run, 4)
     expected = {f"student.network.{name}" for name in student} | {"weights.energy"}
     assert set(saved["state_dict"]) == set(saved["current_model_state"]) == expected
-    sizes = {name: value.numel() for name, value in leaves(saved).items() if isinstance(value, Tensor)}
-    optimizer = [size for name, size in sizes.items() if name.startswith("/optimizer_states/")]
+    sizes = {name: value.numel() for name, value in tensors_by_path(saved).items()}
+    optimizer = [size for name, size in sizes.items() if name.startswith("optimizer_states/")]
     learnt = [tensor.numel() for tensor in student.values()]
     assert sorted(optimizer) == sorted([*learnt, *learnt, *(1 for _ in learnt)])  # two moments, and a count of steps
-    networks = ("/state_dict/", "/current_model_state/", "/optimizer_states/")
+    networks = ("state_dict/", "current_model_state/", "optimizer_states/")
     assert all(size == 1 for name, size in sizes.items() if not name.startswith(networks))
 
 

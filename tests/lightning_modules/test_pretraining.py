@@ -111,7 +111,7 @@ def trained(job, configure, tmp_path: Path, tmp_path_factory: pytest.TempPathFac
 # Autoencoders
 
 
-def test_the_scaling_factor_gives_latents_unit_variance(job, trained, configure):
+def test_latents_of_a_new_autoencoder_have_unit_variance_by_the_factor_in_its_configuration(job, trained, configure):
     run = trained("cifar10_vae")
     vae = AutoencoderKL.from_pretrained(run / "weights", torch_dtype=torch.float32)
     metrics = json.loads((run / "metrics.json").read_text())
@@ -131,7 +131,7 @@ def test_the_scaling_factor_gives_latents_unit_variance(job, trained, configure)
 
 
 @pytest.mark.parametrize("recipe", NETWORKS)
-def test_a_new_model_generates_the_same_as_stock_pipeline_and_as_teacher(trained, recipe):
+def test_a_new_model_is_a_stock_pipeline_and_a_teacher_that_generates_the_same(trained, recipe):
     run = trained(recipe)
     metrics = json.loads((run / "metrics.json").read_text())
     assert np.isfinite(metrics["test_task_loss"]) and metrics["test_images"] == 16
@@ -159,7 +159,7 @@ def test_a_new_model_generates_the_same_as_stock_pipeline_and_as_teacher(trained
 
 
 @pytest.mark.parametrize("recipe", ["cifar10_vae", "cifar10_t2i"])
-def test_pretraining_resumes_with_the_same_bits(job, trained, configure, capsys, recipe):
+def test_training_from_nothing_resumes_in_the_same_bits(job, trained, configure, capsys, recipe):
     run = trained(recipe)
     last = run / "checkpoints" / "train" / "step=0000004.ckpt"
     whole = {file.name: file.read_bytes() for file in (run / "weights").rglob("*.safetensors")}
@@ -183,7 +183,7 @@ def test_a_finished_run_is_not_trained_again(job, trained, configure, capsys, mo
 # Text
 
 
-def test_stored_captions_replace_the_text_encoder(trained, parts):
+def test_stored_captions_stand_in_for_the_text_encoder(trained, parts):
     weights = trained("cifar10_t2i") / "weights"
     assert not (weights / "text_encoder").exists() and not (weights / "tokenizer").exists()
     network = json.loads((weights / "unet" / "config.json").read_text())
@@ -214,7 +214,7 @@ def text_denoiser(parts: dict[str, str], drop_text: float) -> Denoiser:
     return new_denoiser(network, SCHEDULE, seed=0, **options, **parts, text_tokens=TOKENS, drop_text=drop_text)
 
 
-def test_the_given_share_of_captions_is_replaced_by_the_empty_one(parts):
+def test_captions_are_dropped_for_a_share_of_the_samples_and_replaced_by_the_empty_one(parts):
     denoiser = text_denoiser(parts, drop_text=0.3)
     surroundings, cpu = denoiser.backbone.surroundings, torch.device("cpu")
     own, empty = surroundings.text([CAPTIONS[i % 3] for i in range(200)], cpu), surroundings.empty_text(1, cpu)
@@ -232,7 +232,7 @@ def test_the_given_share_of_captions_is_replaced_by_the_empty_one(parts):
 
 
 @pytest.mark.parametrize(("drop_text", "seen"), [(0.0, CAPTIONS), (1.0, [""] * 3)])
-def test_the_loss_is_computed_with_the_captions_after_dropping(parts, drop_text, seen):
+def test_the_loss_is_that_under_the_captions_that_are_left(parts, drop_text, seen):
     denoiser = text_denoiser(parts, drop_text)
     batch = {"image": torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), "caption": CAPTIONS}
     torch.manual_seed(1)
@@ -250,7 +250,7 @@ def test_the_loss_is_computed_with_the_captions_after_dropping(parts, drop_text,
 # What a network needs
 
 
-def test_initial_weights_depend_on_the_seed_only(parts):
+def test_the_seed_alone_decides_the_fresh_weights(parts):
     def made(seed: int) -> dict[str, torch.Tensor]:
         options: dict[str, Any] = dict.fromkeys(("optimizer", "lr_scheduler", "dump"))
         network = NETWORKS["cifar10_dit"] | {"_class_name": "DiTTransformer2DModel", "in_channels": 4}
@@ -273,7 +273,7 @@ def test_initial_weights_depend_on_the_seed_only(parts):
         ("PixArtTransformer2DModel", {}, ValueError, r"training from nothing is for UNet2DModel, UNet2DConditionModel"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused_by_field(parts, name, changed, error, message):
+def test_what_cannot_be_put_together_is_refused_by_the_field(parts, name, changed, error, message):
     transformers = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 4, "caption_channels": 8}
     network = UNET | {"_class_name": name} | ({} if "UNet" in name else transformers)
     if "UNet" in name:
