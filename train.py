@@ -18,7 +18,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import hydra
 from omegaconf import DictConfig
 
-from conf import schema, search_path
+from conf import checks, schema, search_path
 from experiments.engine.sweep import run_job, run_postponed_jobs
 
 schema.register()
@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> float | None:
     """Run one job; returns its first measure, for sweepers that search."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is open (a W&B run, a lock) is closed
     search_path.check_shadowed_files()
-    schema.check(cfg)
+    checks.check_config(cfg)
     return run_job(cfg)
 
 

@@ -1,4 +1,4 @@
-"""Which fields of a configuration come from environment variables."""
+"""Records which environment variables a configuration reads."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ _names_read: list[str] = []
 
 
 def read_environment(name: str, *default: Any) -> str | None:
-    """Return an environment variable, or the default: the resolver `oc.env` of OmegaConf, which notes the name."""
+    """Return the value of an environment variable, or the default, as OmegaConf's `oc.env` does; note the name."""
     _names_read.append(name)
     return oc.env(name, *default)
 

@@ -27,7 +27,10 @@ def register_own_files_first() -> None:
 
 
 def check_shadowed_files() -> None:
-    """Raise ConfigError where a folder of `hydra.searchpath` has a file that conf/ has, too: Hydra takes conf/'s."""
+    """Raise ConfigError where a folder of `hydra.searchpath` has a file of the same name as one of conf/.
+
+    Hydra would use the file of conf/ without a word.
+    """
     for source in HydraConfig.get().runtime.config_sources:
         if source.provider.startswith("hydra.searchpath") and source.schema == "file":
             for name in list_shadowed(Path(source.path)):

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 from support.networks import TINY
 
-from conf import schema
+from conf import checks, schema
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.diffusion.unet import UNetBackbone
 
@@ -100,7 +100,7 @@ def configure(data_folder: Path):
         schema.register()
         with initialize_config_module("conf", version_base="1.3"):
             cfg = compose("train", [f"hydra.searchpath=[file://{data_folder}]", *given])
-        schema.check(cfg)
+        checks.check_config(cfg)
         return cfg
 
     return make

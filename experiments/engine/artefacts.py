@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, and how a later process tells that they have not changed since."""
+"""Files and folders that are complete or absent, and the hashes by which a later process sees whether they changed."""
 
 import contextlib
 import errno
@@ -61,7 +61,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def staged(path: Path) -> Iterator[Path]:
+def write_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends without an error; raises DiskFull."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with explain_full_disk(path):
@@ -76,7 +76,7 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def list_partials(path: Path) -> list[Path]:
-    """Return the temporary files and folders that processes left which were killed while they wrote `path`."""
+    """Return the temporary files and folders of processes that were killed while they wrote `path`."""
     return sorted(path.parent.glob(f".{path.name}.{TEMPORARY}"))
 
 
@@ -128,19 +128,26 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_fresh(path: Path, what: str, stored: str, wanted: str) -> None:
-    """Raise StaleArtefact where a file was made from something else (`what`) than what this run has."""
+def check_fresh(path: Path, origin: str, stored: str, wanted: str) -> None:
+    """Raise StaleArtefact where the id of a file's origin ("teacher", "scores") is another one than this run's.
+
+    Args:
+        path: the file.
+        origin: the name of what the file was made from.
+        stored: the id of that in the file.
+        wanted: its id in this run.
+    """
     if stored == wanted:
         return
     length = next((length for length in SHOWN_LENGTHS if stored[:length] != wanted[:length]), None)
     raise StaleArtefact(
-        f"{path} belongs to {what} {stored[:length]}, this run has {wanted[:length]}; delete it (what was made from it "
-        "goes, too), or run with force=true"
+        f"{path} belongs to {origin} {stored[:length]}, this run has {wanted[:length]}; delete it (what was made "
+        "from it goes, too), or run with force=true"
     )
 
 
 SHOWN_LENGTHS = (16, 64)
-"""Numbers of characters of two ids that a message shows: the first one at which they differ."""
+"""How many characters of two ids a message shows: the first of these numbers at which the ids differ."""
 
 
 @contextlib.contextmanager

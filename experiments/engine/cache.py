@@ -17,17 +17,17 @@ from experiments.engine.artefacts import (
     list_partials,
     make_folder,
     remove,
-    staged,
+    write_folder,
     write_json,
 )
 from experiments.engine.locks import hold_lock
-from experiments.engine.ranks import agreed, is_rank_zero
+from experiments.engine.ranks import ask_rank_zero, is_rank_zero
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def lock_entry(path: Path) -> Iterator[None]:
     """Let one process at a time make what is shared at `path`. The ranks of one job enter together with rank 0."""
     if not is_rank_zero():
         yield
@@ -42,9 +42,9 @@ def locked(path: Path) -> Iterator[None]:
 def cached(folder: Path, key: Any, compute: Callable[[], Any]) -> Any:
     """Return a JSON result that is kept under the hash of `key`, computed where it is not there or damaged."""
     path = folder / f"{digest(key)}.json"
-    with locked(path):
+    with lock_entry(path):
         result = read_result(path, key)
-        if agreed(result is not None):  # a rank that came before rank 0 had the lock may have seen nothing
+        if ask_rank_zero(result is not None):  # another rank may have looked before rank 0 had the lock
             return read_result(path, key) if result is None else result
         result = compute()
         if is_rank_zero():
@@ -77,17 +77,17 @@ def read_result(path: Path, key: Any) -> Any:
     return None
 
 
-def hashes_of(path: Path) -> Path:
+def locate_hashes(path: Path) -> Path:
     """Return the file with the hashes of a shared file or folder, which lies beside it."""
     return path.with_name(f"{path.name}.sha256")
 
 
 @contextlib.contextmanager
-def shared_folder(path: Path) -> Iterator[Path]:
+def write_shared_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` at the end of the block; its hashes are kept beside it."""
-    with staged(path) as partial:
+    with write_folder(path) as partial:
         yield partial
-        write_json(hashes_of(path), hash_files(partial))
+        write_json(locate_hashes(path), hash_files(partial))
 
 
 def write_shared_file(path: Path, save: Callable[[Path], None]) -> None:
@@ -97,7 +97,7 @@ def write_shared_file(path: Path, save: Callable[[Path], None]) -> None:
     try:
         with explain_full_disk(path):
             save(partial)
-            write_json(hashes_of(path), hash_files(partial))
+            write_json(locate_hashes(path), hash_files(partial))
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -111,12 +111,12 @@ def is_intact(path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        hashes = json.loads(hashes_of(path).read_text())
+        hashes = json.loads(locate_hashes(path).read_text())
         changed = find_changed_files(path, hashes)
     except FileNotFoundError:
         return True
     except (ValueError, AttributeError):
-        changed = [hashes_of(path).name]
+        changed = [locate_hashes(path).name]
     if changed:
         names = ", ".join(name or path.name for name in changed)
         log.warning("%s is not what was written there (%s): it is made again", path, names)

@@ -1,4 +1,4 @@
-"""How long the parts of a job take, and what to do when one runs out of memory."""
+"""Times the parts of a job, and explains what to change when one runs out of memory."""
 
 import contextlib
 import logging
@@ -18,14 +18,14 @@ class OutOfMemory(RuntimeError):
 
 
 class Clock:
-    """`with clock("distil"): ...` adds the time of the block to `seconds["distil"]`.
+    """Adds up the seconds of each part of a job: `with clock("distil"): ...` adds to `seconds["distil"]`.
 
-    A block that ends with an error is not counted, nor is one whose process is killed.
+    A block that ends with an error, or whose process is killed, does not count.
 
     Args:
         cfg: the job's configuration, for the advice on memory.
         device: the device whose peak memory the advice names.
-        seconds: times of the processes that worked on the run before, by part.
+        seconds: {part: seconds} of earlier processes that worked on the same run.
         save: called with `seconds` after each block.
     """
 
@@ -42,7 +42,7 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Time a block. Raises OutOfMemory in the place of an error that says so."""
+        """Time a block; raises OutOfMemory in place of an error of Python or torch that says that memory is full."""
         log.debug("%s: begins", name)
         start = time.monotonic()
         try:
@@ -57,12 +57,13 @@ class Clock:
         self.save(self.seconds)
 
     def advise(self, name: str) -> str:
+        """Return the message for a part that ran out of memory: the peak so far, and which fields lower it."""
         cfg = self.cfg
         return (
             f"out of memory in stage {name!r} (peak so far {peak_memory(self.device) / 2**30:.1f} GiB; "
             f"data.batch_size={cfg.data.batch_size}, calibration.batch_size={cfg.calibration.batch_size}, "
             f"evaluation.batch_size={cfg.evaluation.batch_size}). Lower the batch size of that stage; "
-            "trainer.accumulate_grad_batches keeps the effective batch, trainer.precision=bf16-mixed halves "
+            "trainer.accumulate_grad_batches keeps the effective batch size, trainer.precision=bf16-mixed halves "
             "activations"
         )
 

@@ -1,4 +1,4 @@
-"""What makes two runs the same: the resolved configuration and the contents of the files that it names."""
+"""The identity of a run: a hash of the resolved configuration and of the contents of the files that it names."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from experiments.engine.artefacts import digest
 from experiments.engine.cache import read_result, write_result
 
 RESULT_VERSION = 1
-"""Goes up when the same configuration would give another result."""
+"""Part of every run's id: it is raised when the same configuration would give another result."""
 
 NO_EFFECT = {
     "": ("name", "label", "force", "logger", "callbacks", "paths", "precompute"),
@@ -26,21 +26,24 @@ NO_EFFECT = {
     "evaluation": ("latency_batch", "latency_repeats"),
     "export": ("push_to_hub",),
 }
-"""What is not part of a run's identity: it cannot change a result, or (devices) only within noise."""
+"""{group: fields} that are no part of a run's identity: they cannot change a result, or (devices) only by rounding."""
 
 PACKAGES = ("conf", "criteria", "datamodules", "experiments", "lightning_modules")
 """This project's own packages."""
 
-WORDS = ("architecture", "classes", "data", "prompts")
-"""Keys whose values are labels and texts, which name no file even where there is one of that name."""
+WORD_KEYS = ("architecture", "classes", "data", "prompts")
+"""Keys whose values are labels and texts: they name no file even where there is one of that name."""
+
+FOLDER_FILES = ("*.safetensors", "*.json", "*.txt", "*.yaml", "*.jsonl")
+"""Patterns of the files that stand for a folder in a run's identity: weights, their descriptions and texts."""
 
 
-def portable(content: Any) -> Any:
-    """A configuration without the place where this repository lies, and with 4e5 and 400000 the same."""
+def make_portable(content: Any) -> Any:
+    """Return a configuration in which paths do not depend on where this repository lies, and 4e5 is 400000."""
     if isinstance(content, dict):
-        return {key: portable(value) for key, value in content.items()}
+        return {key: make_portable(value) for key, value in content.items()}
     if isinstance(content, list):
-        return [portable(value) for value in content]
+        return [make_portable(value) for value in content]
     if isinstance(content, float) and content.is_integer():
         return int(content)
     if isinstance(content, str) and (content == str(ROOT) or content.startswith(f"{ROOT}{os.sep}")):
@@ -48,36 +51,37 @@ def portable(content: Any) -> Any:
     return content
 
 
-def without_modules(content: Any) -> Any:
-    """A configuration in which this project's own classes are named by package and class, without their modules.
+def drop_modules(content: Any) -> Any:
+    """Return a configuration in which this project's own classes are named by package and class, without the module.
 
-    A class that moves to another module of its package is the same class: runs and scores that name it stay valid.
+    Runs and scores that name a class stay valid when it moves to another module of its package.
     """
     if isinstance(content, list):
-        return [without_modules(value) for value in content]
+        return [drop_modules(value) for value in content]
     if not isinstance(content, dict):
         return content
-    named = {key: without_modules(value) for key, value in content.items()}
-    package, _, rest = str(named.get("_target_", "")).partition(".")
+    result = {key: drop_modules(value) for key, value in content.items()}
+    package, _, rest = str(result.get("_target_", "")).partition(".")
     if package in PACKAGES:
-        named["_target_"] = f"{package}.{rest.rpartition('.')[2]}"
-    return named
+        result["_target_"] = f"{package}.{rest.rpartition('.')[2]}"
+    return result
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a run, from its config.yaml, as plain values.
+    """Return the configuration of a run, from its config.yaml, as plain values.
 
-    Interpolations stand resolved in it. Any that are left came with a file of somebody else's, and stay as they are
-    written: `${oc.env:HF_TOKEN}` in a folder from elsewhere must not read this machine's token.
+    Interpolations that it contains stay as they are written: `${oc.env:HF_TOKEN}` in the folder of a run from
+    elsewhere must not read this machine's token.
     """
     content: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False)
     return content
 
 
-def as_written(cfg: DictConfig) -> Any:
-    """Return the plain values of a configuration in which what comes from the environment stays as it was written.
+def get_written_settings(cfg: DictConfig) -> Any:
+    """Return the resolved configuration, except for values that come from environment variables.
 
-    `${oc.env:HF_TOKEN}`, and what refers to it, would else stand in config.yaml, reports and dashboards.
+    `${oc.env:HF_TOKEN}`, and every value that refers to it, stays as it was written, so that no secret gets into
+    config.yaml, reports and dashboards.
     """
 
     def resolve(node: Any, written: Any) -> Any:
@@ -98,28 +102,28 @@ def as_written(cfg: DictConfig) -> Any:
     return resolve(cfg, OmegaConf.to_container(cfg, resolve=False))
 
 
-def effective(cfg: DictConfig) -> dict[str, Any]:
+def get_effective_settings(cfg: DictConfig) -> dict[str, Any]:
     """Return the resolved configuration without what cannot change a result."""
-    return without_no_effect(with_latents_id(cfg, OmegaConf.to_container(cfg, resolve=True)))
+    return drop_settings_without_effect(replace_latents_path(cfg, OmegaConf.to_container(cfg, resolve=True)))
 
 
-def displayed(cfg: DictConfig) -> dict[str, Any]:
-    """Return the configuration for dashboards: as `effective`, with nothing of the environment in it."""
-    return without_no_effect(with_latents_id(cfg, as_written(cfg)))
+def get_displayed_settings(cfg: DictConfig) -> dict[str, Any]:
+    """Return the configuration for dashboards: the effective settings without values from environment variables."""
+    return drop_settings_without_effect(replace_latents_path(cfg, get_written_settings(cfg)))
 
 
-def with_latents_id(cfg: DictConfig, content: Any) -> Any:
-    """Return plain values of a configuration in which stored latents are named by what they are, not where."""
+def replace_latents_path(cfg: DictConfig, content: Any) -> Any:
+    """Return plain values of a configuration in which stored latents are named by their id instead of their path."""
     return content if cfg.latents is None else content | {"latents": read_manifest(cfg.latents)["id"]}
 
 
-def without_no_effect(config: Any) -> dict[str, Any]:
-    """Plain values of a configuration without what cannot change a result."""
-    content: dict[str, Any] = without_modules(portable(config))
-    content["evaluation"].pop("images", None)  # it stands in the measures that it has an effect on
+def drop_settings_without_effect(config: Any) -> dict[str, Any]:
+    """Return plain values of a configuration without what cannot change a result."""
+    content: dict[str, Any] = drop_modules(make_portable(config))
+    content["evaluation"].pop("images", None)  # the measures that use it contain its value
     for group, names in NO_EFFECT.items():
         if group == "evaluation" and (content["selection"] or {}).get("budget") == "latency":
-            continue  # what is measured decides the plan
+            continue  # latencies decide the plan, so their settings have an effect
         for name in names:
             ((content[group] or {}) if group else content).pop(name, None)
     for name in NO_EFFECT["data"]:
@@ -128,7 +132,10 @@ def without_no_effect(config: Any) -> dict[str, Any]:
 
 
 def fingerprint(files: list[Path], cache: Path) -> str:
-    """sha256 over the contents of some files; each file's own is remembered by (path, size, mtime)."""
+    """Return a sha256 of the names and contents of some files.
+
+    The hash of each file is cached by (path, size, time of the last change), so that weights are not read every time.
+    """
     total = hashlib.sha256()
     for file in sorted(files, key=lambda file: (file.name, file)):
         target = file.resolve()
@@ -137,32 +144,32 @@ def fingerprint(files: list[Path], cache: Path) -> str:
             continue
         stat = file.stat()
         key = [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
-        note = cache / "fingerprints" / f"{digest(key)}.json"
-        sha256 = read_result(note, key)
+        entry = cache / "fingerprints" / f"{digest(key)}.json"
+        sha256 = read_result(entry, key)
         if sha256 is None:
             with open(file, "rb") as stream:
                 sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-            write_result(note, key, sha256)
+            write_result(entry, key, sha256)
         total.update(f"{file.name}:{sha256}\n".encode())
     return total.hexdigest()
 
 
-def named_files(content: Any) -> list[Path]:
-    """The files that part of a configuration names, also below $SECATEUR_DATA; of folders weights, notes and texts.
+def list_named_files(content: Any) -> list[Path]:
+    """Return the files that part of a configuration names, also relative to $SECATEUR_DATA.
 
-    WORDS name none, nor does the `text` of a measure whose data are on the hub: it is a split of them.
+    Of a folder these are the FOLDER_FILES. Values of WORD_KEYS name no file, nor does the `text` of a measure whose
+    data are on the hub, where it is the name of a split.
     """
     if isinstance(content, dict):
-        words = (*WORDS, "text") if content.get("hub") else WORDS
+        words = (*WORD_KEYS, "text") if content.get("hub") else WORD_KEYS
         content = [part for key, part in content.items() if isinstance(part, dict) or key not in words]
     if isinstance(content, list):
-        return [file for part in content for file in named_files(part)]
+        return [file for part in content for file in list_named_files(part)]
     if not isinstance(content, str) or not content:
         return []
-    for place in (Path(os.path.expanduser(content)), data_root() / content, data_root() / "shared" / "text" / content):
-        if os.path.isfile(place):  # a Path says no of a name that is too long, such as a prompt's, by an error
-            return [place]
-        if os.path.isdir(place):
-            endings = ("*.safetensors", "*.json", "*.txt", "*.yaml", "*.jsonl")
-            return sorted(file for ending in endings for file in place.rglob(ending))
+    for path in (Path(os.path.expanduser(content)), data_root() / content, data_root() / "shared" / "text" / content):
+        if os.path.isfile(path):  # Path.is_file raises an error for a name that is too long, such as a prompt
+            return [path]
+        if os.path.isdir(path):
+            return sorted(file for pattern in FOLDER_FILES for file in path.rglob(pattern))
     return []

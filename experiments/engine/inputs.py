@@ -1,4 +1,4 @@
-"""Teacher, data and calibration batches as configured, for stages and for programs that score units."""
+"""Builds teacher, data and batches from a configuration, for stages and for programs that score units."""
 
 import inspect
 from typing import Any
@@ -13,8 +13,11 @@ from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.modules.sampling import seed_batches
 
 
-def teacher_of(cfg: DictConfig) -> NetworkBackbone:
-    """Return the teacher, under the noise schedule of its own pipeline unless the configuration gives another."""
+def build_teacher(cfg: DictConfig) -> NetworkBackbone:
+    """Return the teacher; its noise schedule is its own pipeline's unless the configuration gives another.
+
+    Raises ConfigError where the configuration gives a noise schedule to a teacher that has none.
+    """
     parameters = inspect.signature(hydra.utils.get_object(cfg.teacher._target_)).parameters
     if "_target_" in cfg.noise_scheduler and "noise_scheduler" not in parameters:
         raise ConfigError(
@@ -24,8 +27,11 @@ def teacher_of(cfg: DictConfig) -> NetworkBackbone:
     return build(cfg.teacher, **schedule)
 
 
-def data_of(cfg: DictConfig) -> Any:
-    """Return the data module; its samples are stored latents where `latents` names some."""
+def build_data(cfg: DictConfig) -> Any:
+    """Return the data module, which reads stored latents where `cfg.latents` names a folder of them.
+
+    Raises ConfigError for latents of a data module that cannot read any.
+    """
     data = build(cfg.data)
     if cfg.latents is not None:
         if not hasattr(data, "use_latents"):
@@ -34,16 +40,20 @@ def data_of(cfg: DictConfig) -> Any:
     return data
 
 
-def calibration_data(cfg: DictConfig, data: Any) -> Any:
+def build_calibration_data(cfg: DictConfig, data: Any) -> Any:
     """Return the data module of calibration samples: `data`, unless the configuration names another."""
     return data if cfg.calibration.data is None else build(cfg.calibration.data)
 
 
-def calibration_batches(cfg: DictConfig, data: Any, criterion: Criterion, network: NetworkBackbone) -> DataLoader:
+def make_calibration_batches(cfg: DictConfig, data: Any, criterion: Criterion, network: NetworkBackbone) -> DataLoader:
     """Return the batches of calibration samples.
 
-    They are spread evenly over the samples where a part of the batches has to speak for all: timesteps of diffusion
-    networks go with the samples' numbers.
+    Args:
+        cfg: the configuration of the stage.
+        data: the data module of calibration samples.
+        criterion: the criterion; some stop after part of the batches or weigh each batch alone. For these every batch
+            is spread evenly over the samples, because the timesteps of diffusion networks follow the samples' numbers.
+        network: the network that is scored.
     """
     calibration = cfg.calibration
     return data.subset(
@@ -57,17 +67,25 @@ def calibration_batches(cfg: DictConfig, data: Any, criterion: Criterion, networ
     )
 
 
-def batches_for(
+def make_criterion_batches(
     criterion: Criterion, cfg: DictConfig, teacher: NetworkBackbone, data: Any, calibration: DataLoader | None
 ) -> DataLoader | None:
-    """Return the calibration batches, or those of seeds, with training captions where the teacher takes text."""
+    """Return the batches that a criterion looks at: calibration samples, or seeds to generate samples from.
+
+    Args:
+        criterion: the criterion.
+        cfg: the configuration of the stage.
+        teacher: the network that is scored; one that takes text gets training captions with the seeds.
+        data: the data module of calibration samples.
+        calibration: the batches of calibration samples; None for a criterion that needs none.
+    """
     if criterion.needs != "seeds":
         return calibration
     captions = data.captions("train", criterion.seeds) if teacher.takes_text else None
     return seed_batches(cfg.calibration.seed, criterion.seeds, cfg.calibration.batch_size, captions)
 
 
-def held_out(cfg: DictConfig, data: Any) -> DataLoader:
+def make_held_out_batches(cfg: DictConfig, data: Any) -> DataLoader:
     """Return the held-out samples on which losses are measured."""
     count, seed, batch = (cfg.evaluation[key] for key in ("loss_samples", "seed", "batch_size"))
     return data.subset("holdout", count, seed, batch, field="evaluation.loss_samples")

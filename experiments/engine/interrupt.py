@@ -1,4 +1,4 @@
-"""What a job says when its user stops it."""
+"""The message of a job that its user stops with Ctrl-C."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ INTERRUPTED = 130
 
 
 @contextlib.contextmanager
-def explained_interrupt(job: Job, stage: str) -> Iterator[None]:
+def explain_interrupt(job: Job, stage: str) -> Iterator[None]:
     """Say where the same command goes on, and end with code 130, where Ctrl-C ends the block.
 
     Inside a Trainer, Lightning turns KeyboardInterrupt into SystemExit(1).
@@ -22,13 +22,13 @@ def explained_interrupt(job: Job, stage: str) -> Iterator[None]:
         if not isinstance(error if isinstance(error, KeyboardInterrupt) else error.__context__, KeyboardInterrupt):
             raise
         if is_rank_zero():
-            step = newest_step(job, stage)
-            place = f"stage {stage}" if step is None else f"step {step} of stage {stage}"
-            print(f"\nstopped: the same command goes on from {place} ({job.run.folder})", flush=True)
+            step = find_newest_step(job, stage)
+            position = f"stage {stage}" if step is None else f"step {step} of stage {stage}"
+            print(f"\nstopped: the same command goes on from {position} ({job.run.folder})", flush=True)
         raise SystemExit(INTERRUPTED) from error
 
 
-def newest_step(job: Job, stage: str) -> int | None:
+def find_newest_step(job: Job, stage: str) -> int | None:
     """Return the optimiser step of the newest checkpoint of a stage; None where there is none."""
     steps = [int(path.stem.removeprefix("step=")) for path in (job.run / "checkpoints" / stage).glob("step=*.ckpt")]
     return max(steps, default=None)

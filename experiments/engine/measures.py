@@ -1,9 +1,9 @@
-"""The measures of an evaluation: made and checked before anything runs, taken of one network's samples at a time."""
+"""The measures of an evaluation: built and checked before anything runs, and taken of one network at a time."""
 
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,132 +18,170 @@ from datamodules.readers.base import MissingData
 from experiments.engine.artefacts import digest
 from experiments.engine.cache import is_intact, write_shared_file
 from experiments.engine.identity import RESULT_VERSION
-from experiments.engine.ranks import agreed, barrier, is_rank_zero
+from experiments.engine.ranks import ask_rank_zero, barrier, is_rank_zero
 from lightning_modules.metrics.features import Features, resized
 from lightning_modules.metrics.protocol import Labels, Measure, NetworkMeasure, Samples, in_parts, origin
 from lightning_modules.metrics.statistics import Statistics
 
 Measures = dict[str, Measure | NetworkMeasure]
 
+HASHED_IMAGES = 256
+"""Number of training images, evenly spaced, by whose content data sets of the same name are told apart."""
+
+SHOWN_DIGITS = 8
+"""Number of digits of a fingerprint that a protocol in words shows."""
+
 
 def build_measures(cfg: DictConfig) -> Measures:
-    """Those of `cfg.evaluation.metrics`.
+    """Return the measures of `cfg.evaluation.metrics` by name.
 
-    Raises MissingData naming the one whose weights are not on this machine, ValueError one that cannot be made.
+    Raises MissingData naming a measure whose weights are not on this machine, ValueError one that cannot be made.
     """
-    made = {}
+    measures = {}
     for name, node in cfg.evaluation.metrics.items():
         try:
-            made[str(name)] = build(node)
+            measures[str(name)] = build(node)
         except InstantiationException as error:
             kind = MissingData if isinstance(error.__cause__, MissingData) else ValueError
             raise kind(f"evaluation.metrics.{name}: {error.__cause__ or error}") from error
-    return made
+    return measures
 
 
 class TrainingImages:
-    """The training images as a reference: statistics of all, features of some; kept under a hash of what they are of.
+    """The training images as a reference: the statistics of all their features, and the features of some of them.
 
-    `limit` images, spread evenly over the set, are those whose features are kept. Images are resized as samples are.
+    Both are computed once and stored in the cache of all runs, under a hash of the images and of the network that
+    computes the features.
+
+    Args:
+        data: the data module.
+        cache: the folder that all runs share.
+        device: the device on which features are computed.
+        limit: maximum number of images whose features are stored; they are spread evenly over the set.
+        size: edge in pixels to which images are resized, as samples are; None leaves them as they are.
     """
 
     def __init__(self, data: Any, cache: Path, device: torch.device, limit: int, size: int | None) -> None:
         self.data, self.cache, self.device, self.limit, self.size = data, cache, device, limit, size
-        self.known: dict[tuple[str, ...], Any] = {}
+        self.loaded: dict[tuple[str, ...], Any] = {}
 
     @functools.cached_property
     def count(self) -> int:
+        """The number of training images."""
         return len(self.data.source("train"))
 
     @functools.cached_property
     def content(self) -> str:
-        """Tells data apart that stand under the same name: by 256 of them, spread evenly."""
-        some = self.images(np.linspace(0, self.count - 1, min(self.count, 256)).astype(int))
-        return hashlib.sha256(some.tobytes()).hexdigest()
+        """The sha256 of HASHED_IMAGES of the images."""
+        images = self.read_images(np.linspace(0, self.count - 1, min(self.count, HASHED_IMAGES)).astype(int))
+        return hashlib.sha256(images.tobytes()).hexdigest()
 
-    def images(self, indices: np.ndarray) -> np.ndarray:
-        found = self.data.take("train", indices)["image"]
-        return found if self.size is None else resized(found, self.size)
+    def read_images(self, indices: np.ndarray) -> np.ndarray:
+        """Return the images of these indices, uint8 (N,H,W,C)."""
+        images = self.data.take("train", indices)["image"]
+        return images if self.size is None else resized(images, self.size)
 
-    def path(self, folder: str, features: Features, **further: Any) -> Path:
+    def locate(self, folder: str, features: Features, **more: Any) -> Path:
+        """Return the file in the cache for what is computed by `features`; `more` is added to what the name hashes."""
         key = {"content": self.content, "size": self.count, "name": features.name, **origin(features)}
         key["version"] = RESULT_VERSION
-        return self.cache / folder / f"{digest(key | further)[:16]}.safetensors"
+        return self.cache / folder / f"{digest(key | more)[:16]}.safetensors"
 
     def statistics(self, features: Features) -> Statistics:
-        """The data set's own file, else computed once and kept."""
+        """Return the statistics of the features of all images: from the data set's own file if it has one."""
         key = ("statistics", features.name, *origin(features).values())
-        if key not in self.known:
-            self.known[key] = self.own(features) or self.computed(features)
-        return self.known[key]
+        if key not in self.loaded:
+            self.loaded[key] = self.load_published(features) or self.load_or_compute(features)
+        return self.loaded[key]
 
-    def own(self, features: Features) -> Statistics | None:
+    def load_published(self, features: Features) -> Statistics | None:
+        """Return the statistics that came with the data set; None where it has none, or images are resized."""
         if self.size is not None or features.name not in self.data.statistics:
             return None
         return Statistics.load(self.data.statistics[features.name], **origin(features))
 
-    def computed(self, features: Features) -> Statistics:
-        path = self.path("statistics", features)
-        if not agreed(is_intact(path)):
-            what = f"{features.name} of {self.count} training images"
-            found = Statistics.of_parts(
-                in_parts(self.count, lambda part: features(self.images(part), self.device), what),
-                "reference images",
-            )
-            write(path, lambda partial: found.save(partial, **origin(features)))
+    def load_or_compute(self, features: Features) -> Statistics:
+        """Return the statistics from the cache, where they are written first if need be."""
+        path = self.locate("statistics", features)
+        if not ask_rank_zero(is_intact(path)):
+            title = f"{features.name} of {self.count} training images"
+            parts = in_parts(self.count, lambda part: features(self.read_images(part), self.device), title)
+            statistics = Statistics.of_parts(parts, "reference images")
+            write_on_rank_zero(path, lambda partial: statistics.save(partial, **origin(features)))
         return Statistics.load(path, **origin(features))
 
     def features(self, features: Features) -> np.ndarray:
+        """Return the features (N,D) of at most `limit` images, from the cache, where they are written if need be."""
         key = ("features", features.name, *origin(features).values())
-        if key not in self.known:
+        if key not in self.loaded:
             count = min(self.limit, self.count)
-            path = self.path("features", features, limit=count)
-            if not agreed(is_intact(path)):
-                chosen = np.linspace(0, self.count - 1, count).astype(int)
-                what = f"{features.name} of {count} training images"
-                parts = in_parts(count, lambda part: features(self.images(chosen[part]), self.device), what)
-                found = np.concatenate(list(parts))
-                write(path, lambda partial: save_file({"features": found}, partial))
-            self.known[key] = load_file(path)["features"]
-        return self.known[key]
+            path = self.locate("features", features, limit=count)
+            if not ask_rank_zero(is_intact(path)):
+                indices = np.linspace(0, self.count - 1, count).astype(int)
+                title = f"{features.name} of {count} training images"
+                parts = in_parts(count, lambda part: features(self.read_images(indices[part]), self.device), title)
+                features_ND = np.concatenate(list(parts))
+                write_on_rank_zero(path, lambda partial: save_file({"features": features_ND}, partial))
+            self.loaded[key] = load_file(path)["features"]
+        return self.loaded[key]
 
 
-def write(path: Path, save: Any) -> None:
-    """Have rank 0 write a file that all runs share."""
+def write_on_rank_zero(path: Path, save: Callable[[Path], None]) -> None:
+    """Write a file of the cache by `save` on rank 0, while the other ranks wait."""
     if is_rank_zero():
         write_shared_file(path, save)
     barrier()
 
 
-def measured(measures: dict[str, Measure], samples: Samples, reference: TrainingImages) -> dict[str, float]:
-    """{network/measure: value} of one network's samples. Raises FloatingPointError for a value that is not finite."""
-    found = {f"{samples.name}/{name}": measure(samples, reference) for name, measure in measures.items()}
-    return finite(found, "the samples or the features are broken")
+def measure_samples(measures: dict[str, Measure], samples: Samples, reference: TrainingImages) -> dict[str, float]:
+    """Return {network/measure: value} of one network's samples; FloatingPointError for a value that is not finite."""
+    values = {f"{samples.name}/{name}": measure(samples, reference) for name, measure in measures.items()}
+    return check_finite(values, "the samples or the features are broken")
 
 
-def finite(found: dict[str, float], reason: str) -> dict[str, float]:
-    for name, value in found.items():
+def measure_network(measure: NetworkMeasure, name: str, network: Any, device: torch.device) -> dict[str, float]:
+    """Return {measure: value} of a network.
+
+    A measure with parts has a value for each of them, {measure_part: value}, and their plain mean as its own.
+    """
+    values = measure(network, device)
+    if not isinstance(values, dict):
+        return {name: float(values)}
+    assert list(values) == list(measure.parts)
+    return {name: float(np.mean(list(values.values())))} | {f"{name}_{part}": value for part, value in values.items()}
+
+
+def check_finite(values: dict[str, float], reason: str) -> dict[str, float]:
+    """Return the values; raises FloatingPointError naming one that is not finite, with what that means."""
+    for name, value in values.items():
         if not np.isfinite(value):
             raise FloatingPointError(f"{name} is {value}: {reason}")
-    return found
+    return values
 
 
 def check_measures(
     measures: dict[str, Measure], shape: tuple[int, int, int], captions: Sequence[str] | None, labels: Labels
 ) -> None:
-    """Raise ValueError naming the measure that cannot be taken of such samples."""
+    """Raise ValueError naming a measure that cannot be taken of such samples.
+
+    Args:
+        measures: the measures by name.
+        shape: (channels, height, width) of a sample.
+        captions: the caption of each sample; None where there are none.
+        labels: the class of each sample; None where there are none.
+    """
     for name, measure in measures.items():
-        with naming(name):
+        with name_measure(name):
             measure.check(shape, captions, labels)
 
 
 def check_network_measures(measures: dict[str, NetworkMeasure], taken: Sequence[str], network: Any, data: Any) -> None:
-    """Raise ValueError naming the measure that cannot be taken of a network, or has a part of a name that is `taken`.
+    """Raise ValueError naming a measure that cannot be taken of a network, or has a part of a name that is `taken`.
 
-    MissingData where what it needs is not on this machine.
+    Raises MissingData where what a measure needs is not on this machine.
     """
     for name, measure in measures.items():
-        with naming(name):
+        with name_measure(name):
             for part in getattr(measure, "parts", ()):
                 if f"{name}_{part}" in (*taken, *RESERVED):
                     raise ValueError(f"its part {part} would be {name}_{part}, which is taken; choose another name")
@@ -151,8 +189,8 @@ def check_network_measures(measures: dict[str, NetworkMeasure], taken: Sequence[
 
 
 @contextlib.contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Name the measure that an error is about."""
+def name_measure(name: str) -> Iterator[None]:
+    """Put the field of a measure before the message of an error that ends the block."""
     try:
         yield
     except (MissingData, ValueError) as error:
@@ -160,48 +198,37 @@ def naming(name: str) -> Iterator[None]:
         raise kind(f"evaluation.metrics.{name}: {error}") from error
 
 
-def of_samples(measures: Measures) -> dict[str, Measure]:
-    """Those that are taken of what a network generates."""
-    return {name: each for name, each in measures.items() if not of_network(each)}  # type: ignore[misc]
+def select_sample_measures(measures: Measures) -> dict[str, Measure]:
+    """Return the measures of what a network generates."""
+    return {name: measure for name, measure in measures.items() if not is_network_measure(measure)}  # type: ignore[misc]
 
 
-def of_networks(measures: Measures) -> dict[str, NetworkMeasure]:
-    """Those that are taken of a network itself."""
-    return {name: each for name, each in measures.items() if of_network(each)}  # type: ignore[misc]
+def select_network_measures(measures: Measures) -> dict[str, NetworkMeasure]:
+    """Return the measures of a network itself."""
+    return {name: measure for name, measure in measures.items() if is_network_measure(measure)}  # type: ignore[misc]
 
 
-def of_network(measure: Measure | NetworkMeasure) -> bool:
+def is_network_measure(measure: Measure | NetworkMeasure) -> bool:
+    """Tell whether a measure is of a network itself, not of its samples."""
     return getattr(measure, "of", "samples") == "network"
 
 
-def columns(measures: dict[str, Any]) -> list[str]:
-    """What measures of such protocols are called in metrics.json, each followed by its parts."""
-    return [column for name, part in measures.items() for column in (name, *parts_of(name, part))]
+def list_columns(protocols: dict[str, Any]) -> list[str]:
+    """Return the names of the values in metrics.json of measures with these protocols, parts after their measure."""
+    return [column for name, protocol in protocols.items() for column in (name, *list_parts(name, protocol))]
 
 
-def parts_of(name: str, protocol: dict[str, Any]) -> list[str]:
-    """The names of a measure's parts; none where its protocol lists none."""
+def list_parts(name: str, protocol: dict[str, Any]) -> list[str]:
+    """Return the names of the values of a measure's parts; none where its protocol lists none."""
     return [f"{name}_{part}" for part in protocol.get("parts", ())]
 
 
-def taken_of_network(measure: NetworkMeasure, name: str, network: Any, device: torch.device) -> dict[str, float]:
-    """{measure: value} and that of each part, as {measure_part: value}; the value is then their plain mean."""
-    found = measure(network, device)
-    if not isinstance(found, dict):
-        return {name: float(found)}
-    assert list(found) == list(measure.parts)
-    return {name: float(np.mean(list(found.values())))} | {f"{name}_{part}": value for part, value in found.items()}
+def describe_protocol(protocol: dict[str, Any], only: str | None = None) -> str:
+    """Return a protocol in words: what all measures share, then what each measure (or `only` one) adds."""
 
-
-def described(protocol: dict[str, Any], only: str | None = None) -> str:
-    """A protocol in words: what all measures share, then each measure's own (or `only` one's).
-
-    Of fingerprints the first digits are shown.
-    """
-
-    def words(content: dict[str, Any]) -> str:
-        shown = {key: value[:8] if key == "features" else value for key, value in content.items()}
+    def write(content: dict[str, Any]) -> str:
+        shown = {key: value[:SHOWN_DIGITS] if key == "features" else value for key, value in content.items()}
         return ", ".join(f"{key} {value}" for key, value in shown.items() if key not in ("measures", "parts"))
 
-    own = {name: part for name, part in protocol.get("measures", {}).items() if only in (None, name)}
-    return "; ".join([words(protocol), *(f"{name}: {words(part)}" for name, part in own.items())])
+    measures = {name: part for name, part in protocol.get("measures", {}).items() if only in (None, name)}
+    return "; ".join([write(protocol), *(f"{name}: {write(part)}" for name, part in measures.items())])

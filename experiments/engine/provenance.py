@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, commit and command."""
+"""Provenance of a result: versions, commit and command."""
 
 import platform
 import shlex
@@ -13,21 +13,21 @@ from conf.schema import ROOT
 LIBRARIES = ("torch", "diffusers", "transformers", "pytorch-lightning", "hydra-core", "numpy")
 
 
-def provenance() -> dict[str, Any]:
+def collect_provenance() -> dict[str, Any]:
     """Return the versions of this project, of Python and of the libraries that decide results, and the command.
 
     `commit` is None where the project is not a git checkout; `dirty` tells whether files differ from that commit.
     """
     return {
         "secateur": __version__,
-        **commit(),
+        **read_commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
         "command": shlex.join(sys.argv),
     }
 
 
-def commit() -> dict[str, Any]:
+def read_commit() -> dict[str, Any]:
     """Return the commit of this checkout and whether tracked files were changed since; None for both without git."""
     try:
         head, status = (

@@ -1,4 +1,4 @@
-"""The processes of one job: which one writes, and how they wait for each other."""
+"""The processes (ranks) of one job: which of them writes, and how they wait for each other."""
 
 import logging
 import os
@@ -16,12 +16,12 @@ log = logging.getLogger(__name__)
 PATIENCE = 60.0
 """seconds that a rank waits for another one before it says so"""
 
-PARENT = os.getppid()
-"""The process that has started this one, which may be gone by the time that one asks."""
+PARENT_PID = os.getppid()
+"""id of the process that has started this one, taken at the start as that process may end meanwhile"""
 
 
 def is_rank_zero() -> bool:
-    """Is this the process that writes? Lightning reads the rank from torchrun, Slurm or its own launcher."""
+    """Tell whether this is the process that writes; Lightning reads its rank from torchrun, Slurm or its launcher."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
@@ -51,11 +51,11 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
-def meet(trainer: Trainer) -> None:
-    """Wait for the other ranks where torchrun or Slurm has started them, so that all of them agree from here on.
+def join_ranks(trainer: Trainer) -> None:
+    """Wait until all ranks that torchrun or Slurm has started are here.
 
-    Those that Lightning itself starts come with its first Trainer, when all that is made before it is there; in later
-    jobs of a sweep they meet here, too.
+    Ranks that Lightning itself starts begin with its first training or test, when the files made before are there; in
+    later jobs of a sweep they wait here as well.
     """
     strategy = trainer.strategy
     if isinstance(strategy, ParallelStrategy) and not isinstance(strategy.cluster_environment, LightningEnvironment):
@@ -65,23 +65,24 @@ def meet(trainer: Trainer) -> None:
 
 
 def wait_for(path: Path) -> None:
-    """Wait until rank 0 has written a file or a folder; raises RuntimeError where what has started this rank is gone.
+    """Wait until rank 0 has written a file or a folder.
 
-    That is rank 0 itself, where Lightning has started the ranks; torchrun and Slurm end those that are left.
+    Raises RuntimeError where the process that has started this rank is gone: that is rank 0, where Lightning has
+    started the ranks. torchrun and Slurm end the remaining ranks themselves.
     """
-    started, said = time.monotonic(), False
+    started, announced = time.monotonic(), False
     while not path.exists():
-        if os.getppid() != PARENT:
+        if os.getppid() != PARENT_PID:
             raise RuntimeError(f"the process that was to write {path} has ended; what it printed says why")
-        if not said and time.monotonic() - started > PATIENCE:
+        if not announced and time.monotonic() - started > PATIENCE:
             log.warning("this rank waits for rank 0, which is to write %s", path)
-            said = True
+            announced = True
         time.sleep(0.2)
 
 
-def agreed(value: bool) -> bool:
-    """What rank 0 says, on all ranks."""
-    said = [value]
+def ask_rank_zero(value: bool) -> bool:
+    """Return rank 0's value on all ranks, which all call this."""
+    values = [value]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(said)
-    return said[0]
+        torch.distributed.broadcast_object_list(values)
+    return values[0]

@@ -1,4 +1,4 @@
-"""A run: its folder, its lock, and what in the folder is its own."""
+"""The folder of a run: its name, its lock, which files in it belong to the run, and whether they have changed."""
 
 import contextlib
 import hashlib
@@ -28,7 +28,14 @@ from experiments.engine.artefacts import (
     write_json,
     write_text,
 )
-from experiments.engine.identity import RESULT_VERSION, as_written, effective, fingerprint, named_files, portable
+from experiments.engine.identity import (
+    RESULT_VERSION,
+    fingerprint,
+    get_effective_settings,
+    get_written_settings,
+    list_named_files,
+    make_portable,
+)
 from experiments.engine.locks import describe_this_process, has_ended, read_holder
 from experiments.engine.ranks import barrier, is_rank_zero
 
@@ -40,34 +47,34 @@ class RunBusy(RuntimeError):
 
 
 class ForeignFolder(ValueError):
-    """Files that no run has made stand where a run would write."""
+    """The folder of a run leads elsewhere, or contains files that no run has made under the names of its own."""
 
 
 ENTRIES = (
     *("config.yaml", "run.log", "measured.json", "finished.json", "report.html", "figures", "sounds"),
     *("wandb", "logs"),
 )
-"""What a run writes directly below its own folder, beside the artefacts of its stages."""
+"""Names of what a run writes into its folder, beside the artefacts of its stages."""
 
 MANIFEST = ".manifest.json"
 """The file that says which paths below a run's folder belong to the run, and what their contents were."""
 
 
 class Run:
-    """The directory `paths.runs/name/label-id8`, a function of the configuration and of the weights it names."""
+    """A run in the folder `paths.runs/<name>/<label>-<first 8 characters of its id>`.
+
+    The id is a hash of the effective settings and of the contents of the files that they name.
+
+    Args:
+        cfg: the configuration of the job.
+        teacher: fingerprint of the teacher's files.
+    """
 
     def __init__(self, cfg: DictConfig, teacher: str) -> None:
         self.cfg = cfg
         self.cache = Path(cfg.paths.cache)
-        content = OmegaConf.to_container(cfg, resolve=True)
-        assert isinstance(content, dict)
-        named = [{key: content["evaluation"][key] for key in ("metrics", "prompts")}, content["pretrain"]]
-        named.append((content["data"] or {}).get("statistics"))
-        for data in (content["data"], content["calibration"].get("data")):
-            if data and "tokenizer" in data and not data.get("hub"):  # texts are small
-                named.append([data["tokenizer"], *(data.get(name) for name in ("train", "holdout", "path"))])
-        key = {"config": effective(cfg), "teacher": teacher, "version": RESULT_VERSION}
-        if files := named_files(named):
+        key = {"config": get_effective_settings(cfg), "teacher": teacher, "version": RESULT_VERSION}
+        if files := list_named_files(select_parts_with_files(cfg)):
             key["files"] = fingerprint(files, self.cache)
         self.id = digest(key)[:16]
         self.measured: dict[str, Any] = {}
@@ -78,48 +85,48 @@ class Run:
         return self.folder / name
 
     def write(self, name: str, content: Any) -> None:
-        """Write one of the run's JSON artefacts, once for all ranks, which all call this."""
+        """Write a JSON artefact on rank 0, while the other ranks wait; all ranks call this."""
         if is_rank_zero():
-            self.write_alone(name, content)
+            self.write_on_rank_zero(name, content)
         barrier()
 
-    def write_alone(self, name: str, content: Any) -> None:
-        """Write one of the run's JSON artefacts; rank 0 alone calls this."""
+    def write_on_rank_zero(self, name: str, content: Any) -> None:
+        """Write a JSON artefact; only rank 0 calls this."""
         text = format_json(content)
         self.note_hashes(name, {"": hashlib.sha256(text.encode()).hexdigest()})
         write_text(self / name, text)
 
     @contextlib.contextmanager
-    def staged(self, name: str) -> Iterator[Path]:
-        """Yield a temporary folder that becomes the artefact `name` at the end of the block; for rank 0 alone."""
-        with artefacts.staged(self / name) as partial:
+    def write_folder(self, name: str) -> Iterator[Path]:
+        """Yield a temporary folder that becomes the artefact `name` at the end of the block; only on rank 0."""
+        with artefacts.write_folder(self / name) as partial:
             yield partial
             self.note_hashes(name, hash_files(partial))
 
     def note_hashes(self, name: str, hashes: dict[str, str]) -> None:
-        """Add the hashes of an artefact to the manifest. That comes first: then an artefact never lacks its hash."""
+        """Add the hashes of an artefact to the manifest, before the artefact itself, so that it never lacks them."""
         manifest = self.read_manifest()
         manifest.setdefault("sha256", {})[name] = hashes
         write_json(self / MANIFEST, manifest)
 
     def read_manifest(self) -> dict[str, Any]:
-        """Return {"run": id, "entries": paths of the run, "sha256": {artefact: {file: hash}}}.
+        """Return {"run": id, "entries": paths of the run, "sha256": {artefact: {file: hash}}}; {} without a manifest.
 
-        What earlier versions made has no hashes; without a manifest there are none at all.
+        Artefacts of earlier versions have no hashes.
         """
         manifest: dict[str, Any] = read_json(self / MANIFEST) if (self / MANIFEST).exists() else {}
         return manifest
 
     def list_changes(self) -> dict[str, list[str]]:
-        """Return {artefact: files that have changed since the run wrote them}, of artefacts that are there."""
+        """Return {artefact: its files that have changed since the run wrote them} of existing artefacts."""
         hashes: dict[str, dict[str, str]] = self.read_manifest().get("sha256", {})
-        there = {name: files for name, files in hashes.items() if os.path.lexists(self / name)}
-        changes = {name: find_changed_files(self / name, files) for name, files in there.items()}
+        existing = [name for name in hashes if os.path.lexists(self / name)]
+        changes = {name: find_changed_files(self / name, hashes[name]) for name in existing}
         return {name: files for name, files in changes.items() if files}
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end, and what it says of itself is what it wrote."""
+        """Whether the run is finished, and its metrics and summary are still those that it wrote."""
         if not (self / "finished.json").exists():
             return False
         hashes = self.read_manifest().get("sha256", {})
@@ -130,14 +137,14 @@ class Run:
         )
 
     @contextlib.contextmanager
-    def opened(self, artefacts: Sequence[str] = ()) -> Iterator[None]:
-        """Make the folder, hold its lock, and write the log of what happens inside into it.
+    def open(self, paths: Sequence[str] = ()) -> Iterator[None]:
+        """Make the folder, hold its lock during the block, and write what is logged there to run.log.
 
-        `artefacts` are the paths of what the stages make. Raises RunBusy naming the process that has the lock, and
-        ForeignFolder where the folder is a link, lies outside paths.runs, or holds files under a run's names that no
-        run has made.
+        `paths` are those of the artefacts of all stages. Raises RunBusy naming the process that holds the lock, and
+        ForeignFolder where the folder is a link, lies outside paths.runs, or contains files that no run has made under
+        the names of a run's files.
         """
-        self.check_place()
+        self.check_folder()
         make_folder(self.folder)
         if not is_rank_zero():
             yield
@@ -160,19 +167,19 @@ class Run:
                 f"{self.folder} cannot be written to ({error.strerror}); choose another folder with paths.runs=..."
             ) from error
         with lock, explain_full_disk(self.folder):
-            lock.release()  # `with` took it a second time
-            self.claim([*ENTRIES, *artefacts])
+            lock.release()  # `with` has acquired it a second time
+            self.claim([*ENTRIES, *paths])
             write_json(self / ".holder.json", describe_this_process())
             self.clean()
-            config = OmegaConf.create(portable(as_written(self.cfg)))
+            config = OmegaConf.create(make_portable(get_written_settings(self.cfg)))
             text = f"# run {self.id}; ROOT is the folder of secateur\n{OmegaConf.to_yaml(config)}"
             write_text(self / "config.yaml", text)
-            with logged(self / "run.log"):
+            with log_to(self / "run.log"):
                 self.discard_changed()
                 self.measured = read_json(self / "measured.json") if (self / "measured.json").exists() else {}
                 yield
 
-    def check_place(self) -> None:
+    def check_folder(self) -> None:
         """Raise ForeignFolder where the run's folder is a link, or a link on the way leads out of paths.runs."""
         inside = Path(self.cfg.paths.runs).resolve() / self.cfg.name / self.folder.name
         if self.folder.is_symlink():
@@ -187,10 +194,10 @@ class Run:
             )
 
     def claim(self, entries: Sequence[str]) -> None:
-        """Write the manifest: the paths below the folder that belong to the run.
+        """Write the manifest, the paths below the folder that belong to the run.
 
-        It is written before anything else, and only where none of these paths is taken, so that what has such a name
-        later was made by a run. Raises ForeignFolder naming the first one that is taken.
+        It is written before anything else, and only where none of these paths exists, so that whatever has one of these
+        names later was made by a run. Raises ForeignFolder naming the first path that exists.
         """
         if (self / MANIFEST).exists():
             return
@@ -208,7 +215,7 @@ class Run:
         return entries
 
     def clean(self) -> None:
-        """Remove what a killed process was writing; with `force=true`, all that runs have made (not cached scores)."""
+        """Remove what a killed process was writing, and with `force=true` everything that runs have made here."""
         if self.cfg.force:
             self.clear(self.entries())
         for name in self.entries():
@@ -218,9 +225,9 @@ class Run:
             remove(partial)
 
     def discard_changed(self) -> None:
-        """Take away, with a warning, artefacts that have changed since the run wrote them, so that they are made again.
+        """Remove artefacts that have changed since the run wrote them, with a warning, so that they are made again.
 
-        A file may have been edited on purpose: it is kept under another name.
+        A changed file may have been edited on purpose, so it is renamed instead.
         """
         for name, files in self.list_changes().items():
             path = self / name
@@ -236,23 +243,25 @@ class Run:
             log.warning("%s is not what this run has written: %s%s", path, outcome, advice)
 
     def clear(self, paths: Sequence[str]) -> None:
-        """Remove some of what runs have made; the run is not finished from then on."""
-        remove(self / "finished.json")  # first: a run that is cut off here is not finished
+        """Remove some of the files and folders of the run, which is not finished from then on."""
+        remove(self / "finished.json")  # first, as a run that is interrupted here is not finished
         for path in paths:
             remove(self / path)
 
     @contextlib.contextmanager
-    def discarded_on_error(self) -> Iterator[None]:
-        """Remove the folder again where the block refuses the configuration of a run that has made nothing yet.
+    def discard_on_error(self) -> Iterator[None]:
+        """Remove the run's files and folder where an error ends the block and the run has no artefact yet.
 
-        Somebody's own files in it stay.
+        Files that no run has made stay.
         """
-        made = [name for name in self.entries() if name not in ("config.yaml", "run.log")] if is_rank_zero() else [""]
-        new = not any(os.path.lexists(self / name) for name in made)
+        artefacts = (
+            [name for name in self.entries() if name not in ("config.yaml", "run.log")] if is_rank_zero() else []
+        )
+        is_new = is_rank_zero() and not any(os.path.lexists(self / name) for name in artefacts)
         try:
             yield
         except BaseException:
-            if new:
+            if is_new:
                 self.clear(self.entries())
                 for name in (MANIFEST, ".holder.json", ".lock"):
                     remove(self / name)
@@ -262,9 +271,23 @@ class Run:
             raise
 
 
+def select_parts_with_files(cfg: DictConfig) -> list[Any]:
+    """Return the parts of a configuration whose files are part of a run's identity by their contents.
+
+    They are measures, prompts, statistics, the module of a pretraining, and texts (which are small), not pictures.
+    """
+    content: Any = OmegaConf.to_container(cfg, resolve=True)
+    parts = [{key: content["evaluation"][key] for key in ("metrics", "prompts")}, content["pretrain"]]
+    parts.append((content["data"] or {}).get("statistics"))
+    for data in (content["data"], content["calibration"].get("data")):
+        if data and "tokenizer" in data and not data.get("hub"):
+            parts.append([data["tokenizer"], *(data.get(name) for name in ("train", "holdout", "path"))])
+    return parts
+
+
 @contextlib.contextmanager
-def logged(path: Path) -> Iterator[None]:
-    """Append what is logged inside to a file, and the traceback of an error that ends the block."""
+def log_to(path: Path) -> Iterator[None]:
+    """Append what is logged during the block to a file, and the traceback of an error that ends it."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()

@@ -1,4 +1,4 @@
-"""What diffusion networks draw for an evaluation, from the same seeds for all of them, and the measures of that."""
+"""Samples of diffusion networks for an evaluation, from the same seeds for all of them, and the measures of samples."""
 
 import contextlib
 import functools
@@ -12,20 +12,23 @@ import numpy as np
 import torch
 
 from conf.schema import build
-from experiments.engine.artefacts import digest, staged
-from experiments.engine.cache import is_intact, locked, shared_folder
-from experiments.engine.identity import RESULT_VERSION, effective
+from experiments.engine.artefacts import digest, write_folder
+from experiments.engine.cache import is_intact, lock_entry, write_shared_folder
+from experiments.engine.identity import RESULT_VERSION, get_effective_settings
 from experiments.engine.job import TEACHER, Job
-from experiments.engine.measures import TrainingImages, check_measures, measured
-from experiments.engine.ranks import agreed, barrier, is_rank_zero
+from experiments.engine.measures import TrainingImages, check_measures, measure_samples
+from experiments.engine.ranks import ask_rank_zero, barrier, is_rank_zero
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.metrics.protocol import Labels, Measure, Samples
 from lightning_modules.modules.sampling import Generation, seed_batches
 from lightning_modules.training.trainer import make_trainer, precision_of
 
 
-class Drawn:
-    """Samples of networks as `cfg.evaluation` says; raises ValueError naming a measure that cannot be taken of them."""
+class SampleEvaluation:
+    """Generates the samples of networks as `cfg.evaluation` says, and measures them.
+
+    Raises ValueError naming a measure that cannot be taken of such samples.
+    """
 
     def __init__(self, job: Job, measures: dict[str, Measure]) -> None:
         self.job, self.cfg, self.data, self.measures = job, job.cfg, job.data, measures
@@ -34,16 +37,16 @@ class Drawn:
         self.reference = TrainingImages(
             job.data, job.run.cache, job.device, evaluation.reference_images, evaluation.resize
         )
-        check_measures(measures, self.shape(), self.asked_captions(), self.labels())
+        check_measures(measures, self.get_shape(), self.list_captions(), self.list_labels())
 
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the samples, as they are kept."""
+    def get_shape(self) -> tuple[int, int, int]:
+        """Return (channels, height, width) of the samples as they are stored."""
         shape, size = self.teacher.image_shape(), self.cfg.evaluation.resize
         return shape if size is None else (shape[0], size, size)
 
     @functools.cached_property
     def prompts(self) -> list[str] | None:
-        """The captions that samples are asked for by, one after another, for networks that take text."""
+        """The different captions that samples are generated from; None for networks that take no text."""
         if not self.teacher.takes_text:
             return None
         evaluation = self.cfg.evaluation
@@ -51,55 +54,65 @@ class Drawn:
             return build(evaluation.prompts)[: evaluation.samples]
         return self.data.captions("holdout", evaluation.samples)
 
-    def asked_captions(self) -> list[str] | None:
-        """The caption of each sample: where there are fewer, they go round, as in `seed_batches`."""
+    def list_captions(self) -> list[str] | None:
+        """Return the caption of each sample; prompts repeat where there are fewer, as in `seed_batches`."""
         if self.prompts is None:
             return None
         return [self.prompts[k % len(self.prompts)] for k in range(self.cfg.evaluation.samples)]
 
-    def labels(self) -> Labels:
-        """The class of each sample, for class-conditional networks: that which they take for its seed."""
+    def list_labels(self) -> Labels:
+        """Return the class that a class-conditional network gives each sample, by its seed; None for other networks."""
         if self.teacher.takes_text:
             return None
         evaluation = self.cfg.evaluation
-        numbers = next(iter(seed_batches(evaluation.seed, evaluation.samples, evaluation.samples, None)))
-        found = self.teacher.conditions(numbers, torch.device("cpu")).get("class_labels")
-        return None if found is None else found.numpy()
+        batch = next(iter(seed_batches(evaluation.seed, evaluation.samples, evaluation.samples, None)))
+        labels = self.teacher.conditions(batch, torch.device("cpu")).get("class_labels")
+        return None if labels is None else labels.numpy()
 
-    def samples(self, name: str, network: DiffusionBackbone) -> np.ndarray:
-        """Images of one network from the evaluation's seeds, uint8 (N,H,W,C); the teacher's are shared by all runs."""
-        cfg, evaluation = self.cfg, self.cfg.evaluation
-        protocol = {key: effective(cfg)[key] for key in ("sampler", "noise_scheduler")}
-        precision = precision_of(evaluation.precision, self.job.device.type)
-        protocol |= {"samples": evaluation.samples, "seed": evaluation.seed, "precision": precision}
-        protocol["batch_size"] = evaluation.batch_size  # can move the last bit
-        protocol["prompts"] = digest(self.prompts)
-        protocol["size"] = [self.teacher.data_shape(), self.shape()]
-        shown = self.job.run / "samples" / name
-        if name == TEACHER:  # shared by all runs, so made once, under a lock
-            key = digest({"teacher": self.job.teacher_id, "version": RESULT_VERSION, **protocol})[:16]
-            folder = self.job.run.cache / "samples" / key
-            with locked(folder):
+    def load_samples(self, name: str, network: DiffusionBackbone) -> np.ndarray:
+        """Return the samples of one network, uint8 (N,H,W,C), generated if need be; all runs share the teacher's."""
+        run_folder = folder = self.job.run / "samples" / name
+        if name == TEACHER:  # one job at a time generates them
+            folder = self.job.run.cache / "samples" / self.hash_protocol()
+            with lock_entry(folder):
                 self.generate(name, network, folder)
         else:
-            folder = shown
             self.generate(name, network, folder)
-        if is_rank_zero() and not shown.exists():
-            with staged(shown) as partial:
-                link(folder / "images.npy", partial / "images.npy")
+        if is_rank_zero() and not run_folder.exists():
+            with write_folder(run_folder) as partial:
+                link_or_copy(folder / "images.npy", partial / "images.npy")
         return np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+
+    def hash_protocol(self) -> str:
+        """Return a hash of all that the teacher's samples depend on, the name of their shared folder."""
+        cfg, evaluation = self.cfg, self.cfg.evaluation
+        settings = get_effective_settings(cfg)
+        key = {
+            "teacher": self.job.teacher_id,
+            "version": RESULT_VERSION,
+            **{name: settings[name] for name in ("sampler", "noise_scheduler")},
+            "samples": evaluation.samples,
+            "seed": evaluation.seed,
+            "precision": precision_of(evaluation.precision, self.job.device.type),
+            "batch_size": evaluation.batch_size,  # can change the last bit
+            "prompts": digest(self.prompts),
+            "size": [self.teacher.data_shape(), self.get_shape()],
+        }
+        return digest(key)[:16]
 
     def generate(self, name: str, network: DiffusionBackbone, folder: Path) -> None:
         """Write images.npy into `folder`, unless it is there."""
         cfg, evaluation = self.cfg, self.cfg.evaluation
-        if agreed((folder / "images.npy").exists() and is_intact(folder)):
+        if ask_rank_zero((folder / "images.npy").exists() and is_intact(folder)):
             return
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.job.clock("generate"))
             partial = None
             if is_rank_zero():
-                staged = shared_folder(folder) if name == TEACHER else self.job.run.staged(f"samples/{name}")
-                partial = stack.enter_context(staged)
+                shared = name == TEACHER
+                partial = stack.enter_context(
+                    write_shared_folder(folder) if shared else self.job.run.write_folder(f"samples/{name}")
+                )
             batches = seed_batches(evaluation.seed, evaluation.samples, evaluation.batch_size, self.prompts)
             module = Generation(
                 network,
@@ -113,22 +126,25 @@ class Drawn:
             trainer.test(module, batches, verbose=False)
         barrier()
 
-    def values(self, networks: Mapping[str, Any]) -> dict[str, float]:
-        """Every measure of each network's samples, {network/measure: value}."""
-        images = {name: self.samples(name, network) for name, network in networks.items()}
-        found: dict[str, float] = {}
+    def measure(self, networks: Mapping[str, Any]) -> dict[str, float]:
+        """Return {network/measure: value} of the samples of each network."""
+        images = {name: self.load_samples(name, network) for name, network in networks.items()}
+        values: dict[str, float] = {}
         with self.job.clock("measure samples"):
-            for name, each in images.items():
-                samples = Samples(each, name, self.asked_captions(), self.labels(), self.job.device)
-                found |= measured(self.measures, samples, self.reference)
-        return found
+            for name, images_NHWC in images.items():
+                samples = Samples(images_NHWC, name, self.list_captions(), self.list_labels(), self.job.device)
+                values |= measure_samples(self.measures, samples, self.reference)
+        return values
 
-    def protocol(self) -> dict[str, Any]:
-        """How samples are drawn: what has to agree for values of any measure to be comparable."""
+    def describe(self) -> dict[str, Any]:
+        """Return how samples are generated, the part of the protocol that all measures of samples share.
+
+        Values of any measure can only be compared where it agrees.
+        """
         sampler = self.cfg.sampler
         return {
             "samples": self.cfg.evaluation.samples,
-            "size": list(self.shape()),
+            "size": list(self.get_shape()),
             "resized": self.cfg.evaluation.resize is not None,
             "sampler": sampler.name,
             "steps": sampler.steps,
@@ -137,9 +153,9 @@ class Drawn:
         }
 
 
-def link(path: Path, other: Path) -> None:
-    """One file under two names, or a copy where the file system has no such thing."""
+def link_or_copy(path: Path, new_path: Path) -> None:
+    """Give a file a second name by a hard link, or copy it where the file system has none."""
     try:
-        os.link(path, other)
+        os.link(path, new_path)
     except OSError:
-        shutil.copyfile(path, other)
+        shutil.copyfile(path, new_path)

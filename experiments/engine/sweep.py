@@ -43,14 +43,14 @@ def run_postponed_jobs() -> None:
 
 def run_when_free(cfg: DictConfig) -> float | None:
     """Run a job as soon as no other process works on it; one that is finished by then is not run again."""
-    said = False
+    announced = False
     while True:
         try:
             return run_pipeline(cfg)
         except RunBusy as busy:
-            if not said:
+            if not announced:
                 print(f"waiting: {busy}", flush=True)
-                said = True
+                announced = True
             time.sleep(POLL)
 
 

@@ -1,4 +1,4 @@
-"""What language models write for an evaluation: the same prompts for all of them, side by side."""
+"""Texts that language models write for an evaluation: continuations of the same prompts by all of them."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,15 @@ from conf.schema import build
 from experiments.engine.artefacts import read_json
 from experiments.engine.cache import cached
 from experiments.engine.identity import RESULT_VERSION
-from experiments.engine.job import Job
-from experiments.engine.ranks import agreed, barrier
+from experiments.engine.job import TEACHER, Job
+from experiments.engine.ranks import ask_rank_zero, barrier
 from lightning_modules.training.trainer import autocast, precision_of
 
 
 class Texts:
-    """Continuations of `evaluation.prompts`, no more than `evaluation.samples`, `evaluation.tokens` tokens each.
+    """Writes continuations of the first `evaluation.samples` of `evaluation.prompts`, `evaluation.tokens` tokens each.
 
-    They are to be looked at, and are no measure.
+    They are for readers of the report; nothing is measured on them.
     """
 
     def __init__(self, job: Job, teacher_key: dict[str, Any]) -> None:
@@ -25,27 +25,31 @@ class Texts:
         self.prompts: list[str] = build(self.cfg.evaluation.prompts)[: self.cfg.evaluation.samples]
 
     def write(self, name: str, network: Any) -> None:
-        """Write samples/<name>/texts.json, unless it is there; the teacher's are shared by all runs."""
+        """Write the continuations of one network to samples/<name>/texts.json, unless it is there.
+
+        The teacher's are cached for all runs.
+        """
         path, evaluation = self.job.run / "samples" / name / "texts.json", self.cfg.evaluation
 
-        def written() -> dict[str, Any]:
+        def generate() -> dict[str, Any]:
             with self.job.clock("write texts"), autocast(evaluation.precision, self.job.device):
                 texts = network.write(self.prompts, evaluation.tokens, self.job.device)
             return {"prompts": self.prompts, "tokens": evaluation.tokens, "texts": texts}
 
-        if not agreed(path.exists()):
+        if not ask_rank_zero(path.exists()):
             precision = precision_of(evaluation.precision, self.job.device.type)
             protocol = {"prompts": self.prompts, "tokens": evaluation.tokens, "precision": precision}
             key = {**self.teacher_key, **protocol, "version": RESULT_VERSION}
-            found = cached(self.job.run.cache / "texts", key, written) if name == "teacher" else written()
-            self.job.run.write(f"samples/{name}/texts.json", found)
+            content = cached(self.job.run.cache / "texts", key, generate) if name == TEACHER else generate()
+            self.job.run.write(f"samples/{name}/texts.json", content)
         barrier()
 
 
-def texts_of(folder: Path, networks: Any) -> dict[str, Any]:
-    """{"prompts": list, "texts": {network: list}} of what some networks of a run wrote; nothing where none did."""
+def read_texts(folder: Path, networks: Any) -> dict[str, Any]:
+    """Return {"prompts": list, "texts": {network: list}} of some networks of a run; {} where there are no texts."""
     paths = {name: folder / "samples" / name / "texts.json" for name in networks}
-    found = {name: read_json(path) for name, path in paths.items() if path.exists()}
-    if not found:
+    contents = {name: read_json(path) for name, path in paths.items() if path.exists()}
+    if not contents:
         return {}
-    return {"prompts": next(iter(found.values()))["prompts"], "texts": {name: f["texts"] for name, f in found.items()}}
+    prompts = next(iter(contents.values()))["prompts"]
+    return {"prompts": prompts, "texts": {name: content["texts"] for name, content in contents.items()}}

@@ -1,4 +1,4 @@
-"""Training as every stage does it: a module is made from the configuration, fitted, and resumed."""
+"""Training in a stage: the module is built from the configuration, trained, and resumed where it was interrupted."""
 
 from typing import Any
 
@@ -12,7 +12,14 @@ from lightning_modules.training.trainer import fit, make_callbacks
 
 
 def train(job: Job, node: DictConfig, stage: str, **networks: Any) -> Any:
-    """Build the module that `node` names around `networks`, train it under the name of a stage, and return it."""
+    """Build a module, train it, and return it.
+
+    Args:
+        job: the job.
+        node: the configuration of the module, with a `_target_`.
+        stage: name of the stage, under which checkpoints and history are stored.
+        networks: the networks that the module takes, by the names of its parameters.
+    """
     cfg, run = job.cfg, job.run
     optimizer, schedule = build(cfg.optimizer), build(cfg.lr_scheduler)
     dump = run / "failure" / stage

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from conf.schema import ROOT
 from criteria.base import ChangeKind
 from criteria.selection.base import group
-from experiments.engine.measures import described
+from experiments.engine.measures import describe_protocol
 from lightning_modules.backbones.base import NetworkBackbone
 
 HUB_LIBRARIES = {"torch": "pytorch"}
@@ -97,7 +97,7 @@ def describe(
         f"| {key} | {value} |" for key, value in sorted(metrics.items()) if isinstance(value, int | float | str)
     )
     changes = "\n".join(change_lines(plan["changes"], scores, network))
-    protocol = described(metrics["protocol"]) if "protocol" in metrics else None
+    protocol = describe_protocol(metrics["protocol"]) if "protocol" in metrics else None
     return f"""# {name}, pruned
 
 Made by secateur from {source}. The teacher's licence ({licence}) holds for these weights, too.

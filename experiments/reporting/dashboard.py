@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 
 from conf.nested import flatten_dict
 from conf.schema import ConfigError, build
-from experiments.engine.identity import displayed
+from experiments.engine.identity import get_displayed_settings
 from experiments.engine.ranks import is_rank_zero
 from experiments.engine.run import Run
 from experiments.reporting.sounds import load_wandb_sounds
@@ -51,7 +51,7 @@ class Dashboard:
                 name=self.run.folder.name,
                 group=self.cfg.name,
                 dir=self.run.folder,
-                config=flatten_dict(displayed(self.cfg)),
+                config=flatten_dict(get_displayed_settings(self.cfg)),
                 mode=mode,
                 resume="allow" if mode == "online" else None,
                 settings=wandb.Settings(console="off", silent=mode == "offline"),

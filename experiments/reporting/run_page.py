@@ -11,8 +11,8 @@ import yaml
 
 from experiments.engine.artefacts import read_json
 from experiments.engine.identity import read_config
-from experiments.engine.measures import described
-from experiments.engine.texts import texts_of
+from experiments.engine.measures import describe_protocol
+from experiments.engine.texts import read_texts
 from experiments.reporting import figures
 from experiments.reporting.pages import data_address, write_page
 from experiments.reporting.run_files import (
@@ -54,10 +54,10 @@ def report_run(folder: Path) -> str:
         networks=networks,
         samples=None if sample_figure is None else data_address(sample_figure),
         sounds=embed_sounds(folder, config, networks),
-        texts=texts_of(folder, networks),
+        texts=read_texts(folder, networks),
         quality=tabulate_quality(metrics, networks),
         better={name: protocol["better"] for name, protocol in get_measures(metrics).items()},
-        protocol=described(metrics["protocol"]) if "protocol" in metrics else None,
+        protocol=describe_protocol(metrics["protocol"]) if "protocol" in metrics else None,
         losses={stage: data_address(path) for stage, path in loss_figures.items()},
         scorings=[
             {

@@ -15,8 +15,8 @@ import pandas as pd
 
 from conf.nested import flatten_dict
 from experiments.engine.artefacts import UnwritableDirectory, make_folder, read_json, remove, write_json
-from experiments.engine.identity import read_config, without_no_effect
-from experiments.engine.measures import columns, described
+from experiments.engine.identity import drop_settings_without_effect, read_config
+from experiments.engine.measures import describe_protocol, list_columns
 from experiments.reporting import figures
 from experiments.reporting.pages import data_address, write_page
 from experiments.reporting.run_files import get_achieved_ratio, get_measures, list_networks
@@ -149,14 +149,14 @@ def make_row(
         "output_loss": metrics["eval/output_loss"],
         "metric": metric,
         "better": measures[metric]["better"] if metric else "lower",
-        "protocol": described(metrics.get("protocol", {}), metric),
+        "protocol": describe_protocol(metrics.get("protocol", {}), metric),
     }
     if row["ratio"] is None:  # units that were given: the ratio that they come to
         row["ratio"] = round(row["achieved"], 4)
     qualities = {"quality_pruned": ("pruned", pruned), "quality": ("eval", "eval"), "quality_teacher": ("teacher",) * 2}
     for quality, (prefix, network) in qualities.items():
         row[quality] = metrics.get(f"{network}/{metric}") if metric else None
-        row |= {f"{prefix}/{name}": metrics.get(f"{network}/{name}") for name in columns(measures)[1:]}
+        row |= {f"{prefix}/{name}": metrics.get(f"{network}/{name}") for name in list_columns(measures)[1:]}
     return row
 
 
@@ -178,7 +178,7 @@ def get_setting(cfg: dict[str, Any], device: str) -> dict[str, Any]:
     Stored latents are identified by their path, since they may have been deleted meanwhile. The device is a field where
     it decided the plan.
     """
-    fields = flatten_dict(without_no_effect(cfg | {"latents": None})) | {"latents": cfg["latents"]}
+    fields = flatten_dict(drop_settings_without_effect(cfg | {"latents": None})) | {"latents": cfg["latents"]}
     if cfg["selection"].get("budget") == "latency":
         fields["device"] = device
     return {key: value for key, value in fields.items() if key not in SEEDS and not key.endswith("_target_")}

@@ -21,15 +21,15 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from conf import schema
+from conf import checks, schema
 from conf.schema import ConfigError, build
 from datamodules.bad_samples import LEAST, Skipped
 from datamodules.images import ImageSet
 from datamodules.latents import FLIPPED, POSTERIOR
 from datamodules.readers.base import BadSample, MissingData
 from experiments.engine.artefacts import digest, read_json, write_json
-from experiments.engine.identity import effective
-from experiments.engine.inputs import teacher_of
+from experiments.engine.identity import get_effective_settings
+from experiments.engine.inputs import build_teacher
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.pipeline_parts import Surroundings
 from lightning_modules.backbones.diffusion.text_states import store_texts
@@ -58,7 +58,7 @@ NO_EFFECT = (
 def load_backbone(cfg: DictConfig) -> Any:
     """Return the network whose VAE and text encoders are used: the teacher, or the one that `cfg.pretrain` trains."""
     if cfg.pretrain is None:
-        teacher = teacher_of(cfg)
+        teacher = build_teacher(cfg)
         if not teacher.generates:
             raise ConfigError(f"teacher={cfg.teacher.get('name', '?')} has no latents; choose a diffusion model")
         return teacher
@@ -88,7 +88,7 @@ def identify_latents(cfg: DictConfig, backbone: DiffusionBackbone, content: str)
     surroundings = backbone.surroundings
     if surroundings is None or not surroundings.encodes:
         raise ValueError("latents=... is for models with a VAE; this one works on images. Leave it out")
-    data = {key: value for key, value in effective(cfg)["data"].items() if key not in NO_EFFECT}
+    data = {key: value for key, value in get_effective_settings(cfg)["data"].items() if key not in NO_EFFECT}
     encoders = [module for module in surroundings.modules() if module is not surroundings.vae]
     return {
         "vae": digest_of_weights(surroundings.vae),
@@ -273,7 +273,7 @@ def take_rows(value: Any, rows: np.ndarray) -> Any:
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="train")
 def main(cfg: DictConfig) -> None:
-    schema.check(cfg)
+    checks.check_config(cfg)
     if cfg.latents is None:
         raise schema.ConfigError("latents=null: choose the folder to write the latents to, with latents=...")
     precompute(cfg)

@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,16 +104,24 @@ def checkpoint_bytes(checkpoint: dict[str, Any]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def read_step(path: Path) -> int:
+    """Return the optimiser step of a checkpoint; raise an error if the file cannot be read or has changed."""
+    with zipfile.ZipFile(path) as archive:  # torch writes a checksum of every tensor, and does not compare it
+        if (changed := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {changed} does not match")
+    return int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
+
+
 def find_newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
     """Return the path of the newest readable checkpoint and its optimiser step; None if there is no checkpoint.
 
-    Unreadable checkpoints (truncated, empty) are skipped with a warning. Raises CorruptCheckpoint if there are
-    checkpoints and none can be read.
+    Unreadable checkpoints (truncated, empty, with a changed bit) are skipped with a warning. Raises CorruptCheckpoint
+    if there are checkpoints and none can be read.
     """
     paths = sorted(folder.glob("step=*.ckpt"), reverse=True)
     for path in paths:
         try:
-            return path, int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
+            return path, read_step(path)
         except Exception as error:
             warnings.warn(
                 f"checkpoint {path} cannot be read ({type(error).__name__}: {error}); trying the one before",

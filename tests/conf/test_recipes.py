@@ -137,7 +137,7 @@ def test_a_recipe_for_the_embedded_model_runs_on_a_tiny_one(recipe, overrides, c
 
 
 @pytest.mark.parametrize("recipe", LATENT_IMAGES)
-def test_a_recipe_for_unconditional_latents_runs_on_data_as_published(
+def test_a_recipe_for_unconditional_latents_runs_on_published_data(
     recipe, configure, tmp_path, unverified, monkeypatch
 ):
     monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
@@ -168,7 +168,7 @@ def test_a_recipe_for_unconditional_latents_runs_on_data_as_published(
     assert np.isfinite([metrics["pruned/output_loss"], metrics["distilled/output_loss"]]).all()
 
 
-def test_every_recipe_of_the_papers_is_tested_here():
+def test_every_recipe_of_a_paper_is_tested_here():
     there = {path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")}
     tested = {*RECIPES, *UNCONDITIONAL, *STUDIES, *LATENT_IMAGES, *CLASSES, *LANGUAGE}
     tested |= {f"autobot_{name}" for name in CLASSIFIERS}
@@ -183,20 +183,18 @@ def test_every_recipe_of_the_papers_is_tested_here():
         ("ld_pruner_sd14", "shards"),
     ],
 )
-def test_a_recipe_takes_other_captioned_data(recipe, choice, configure):
+def test_a_recipe_runs_on_other_captioned_data(recipe, choice, configure):
     cfg = configure(f"experiment={recipe}", f"data={choice}", "data.path=/elsewhere")
     assert (cfg.data.name, cfg.data.path, cfg.data.flip) == (choice, "/elsewhere", recipe.startswith("bk_sdm"))
 
 
-def test_without_the_papers_data_a_recipe_says_how_to_get_them(shrunk, configure, monkeypatch, tmp_path):
+def test_a_recipe_without_its_data_says_how_to_get_them(shrunk, configure, monkeypatch, tmp_path):
     monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
     with pytest.raises(MissingData, match=r"preprocessed_212k/train does not exist: fetch and unpack BK-SDM's"):
         run_pipeline(configure(*shrunk("bk_sdm_tiny")))
 
 
-def test_conditions_of_a_text_model_reach_the_teacher_in_scoring_and_distillation(
-    shrunk, configure, monkeypatch, quick_end
-):
+def test_conditions_of_a_text_model_reach_the_teacher(shrunk, configure, monkeypatch, quick_end):
     """Another caption, other scores: the text is not ignored."""
     found = []
     monkeypatch.setattr(Select, "run", lambda self, job: found.append(self.score.scores) or 1 / 0)

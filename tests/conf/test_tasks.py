@@ -12,7 +12,7 @@ from hydra.errors import ConfigCompositionException
 from support.process import train
 
 from conf.schema import ROOT, build
-from experiments.engine.inputs import data_of, teacher_of
+from experiments.engine.inputs import build_data, build_teacher
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -29,10 +29,10 @@ def test_a_task_sets_teacher_data_and_evaluation(configure, task, teacher, data,
     cfg = configure(f"task={task}")
     assert (cfg.task.name, cfg.teacher.name, cfg.data.name) == (task, teacher, data)
     assert list(cfg.evaluation.metrics) == measures and cfg.sampler.guidance == guidance
-    assert data_of(cfg).image_shape() == teacher_of(cfg).image_shape()
+    assert build_data(cfg).image_shape() == build_teacher(cfg).image_shape()
 
 
-def test_what_is_said_wins_over_what_a_task_sets(configure):
+def test_explicit_overrides_win_over_a_task(configure):
     cfg = configure("task=t2i", "teacher=sd15", "data=shards", "data.path=/shards", "evaluation=none", "sampler=ddim")
     assert (cfg.teacher.name, cfg.data.name, cfg.evaluation.name) == ("sd15", "shards", "none")
     assert cfg.sampler.name == "ddim"
@@ -41,8 +41,8 @@ def test_what_is_said_wins_over_what_a_task_sets(configure):
         configure("task=t2x")
 
 
-def test_the_embedded_text_model_knows_its_captions_and_names_them_where_one_is_unknown(configure):
-    teacher = teacher_of(configure("task=t2i"))
+def test_the_embedded_text_model_names_its_captions_for_an_unknown_one(configure):
+    teacher = build_teacher(configure("task=t2i"))
     captions = [f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in NAMES]
     states = teacher.surroundings.text(captions, torch.device("cpu"))["encoder_hidden_states"]
     empty = teacher.surroundings.empty_text(1, torch.device("cpu"))["encoder_hidden_states"]
@@ -53,7 +53,7 @@ def test_the_embedded_text_model_knows_its_captions_and_names_them_where_one_is_
 
 
 def test_the_embedded_text_model_is_a_stock_pipeline(configure):
-    teacher = teacher_of(configure("task=t2i"))
+    teacher = build_teacher(configure("task=t2i"))
     stock = DiffusionPipeline.from_pretrained(ROOT / "assets" / "cifar10_t2i", text_encoder=None, tokenizer=None)
     assert type(stock) is StableDiffusionPipeline
     stock.set_progress_bar_config(disable=True)
@@ -65,11 +65,11 @@ def test_the_embedded_text_model_is_a_stock_pipeline(configure):
     assert found.shape == (1, 32, 32, 3) and found.std() > 0.05
 
 
-def test_the_embedded_audio_model_is_a_stock_pipeline_and_its_samples_are_sounds(configure):
+def test_the_embedded_audio_model_is_a_stock_pipeline(configure):
     stock = LDMPipeline.from_pretrained(ROOT / "assets" / "digits_ldm")
     assert stock.unet.config.sample_size == 12 and stock.vqvae.config.in_channels == 1
     cfg = configure("task=uag", "sampler.steps=4")
-    teacher, mel = teacher_of(cfg), data_of(cfg).mel
+    teacher, mel = build_teacher(cfg), build_data(cfg).mel
     with torch.no_grad():
         latents = teacher.generate({"seed": torch.arange(2)}, build(cfg.sampler.scheduler), 4)
         pictures = teacher.decode(latents).numpy()

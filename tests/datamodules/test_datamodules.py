@@ -17,7 +17,7 @@ from datamodules.images import Images, ImageSet
 from datamodules.readers.arrays import Arrays
 from datamodules.seeding import derive, numpy_rng, torch_rng
 from experiments.engine.pipeline import run_pipeline
-from experiments.engine.stages.score import content_hash
+from experiments.engine.stages.score import hash_batches
 
 quickly = settings(derandomize=True, database=None, deadline=None, max_examples=60)
 
@@ -200,8 +200,8 @@ def test_the_content_of_up_to_64_batches_stands_for_all_in_the_key_of_scores(mon
     loads = []
     load = type(batches.dataset).__getitems__
     monkeypatch.setattr(type(batches.dataset), "__getitems__", lambda self, n: loads.append(n) or load(self, n))
-    assert content_hash(batches) == expected.hexdigest() and len(loads) == looked_at
-    assert content_hash(images(train=300).subset("train", 300, 1, batch_size)) != expected.hexdigest()
+    assert hash_batches(batches) == expected.hexdigest() and len(loads) == looked_at
+    assert hash_batches(images(train=300).subset("train", 300, 1, batch_size)) != expected.hexdigest()
 
 
 # Data that cannot be used

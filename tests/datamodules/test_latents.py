@@ -14,7 +14,7 @@ from conf.schema import ConfigError
 from datamodules.latents import TextTable, read_manifest
 from datamodules.readers import folder as folders
 from datamodules.readers.base import MissingData
-from experiments.engine.inputs import data_of, teacher_of
+from experiments.engine.inputs import build_data, build_teacher
 from experiments.engine.pipeline import run_pipeline
 from experiments.tools.precompute import check_latents, identify_latents, precompute
 from lightning_modules.backbones.diffusion.pipeline_parts import Surroundings
@@ -41,7 +41,7 @@ def stored(text_job: list[str], configure, tmp_path: Path) -> tuple[list[str], P
 
 
 def batches(cfg, count: int):
-    loader = iter(data_of(cfg).train_dataloader())
+    loader = iter(build_data(cfg).train_dataloader())
     return [next(loader) for _ in range(count)]
 
 
@@ -54,7 +54,7 @@ def equal(one: dict, other: dict) -> None:
 def test_training_from_stored_latents_is_training_from_pictures(stored, configure):
     job, _ = stored
     cfg, raw = configure(*job), configure(*job, "latents=null")
-    teacher = teacher_of(cfg)
+    teacher = build_teacher(cfg)
     for with_latents, with_pictures in zip(batches(cfg, 9), batches(raw, 9), strict=True):  # more than two epochs
         assert "image" not in with_latents and with_latents["caption"] == with_pictures["caption"]
         found = []
@@ -67,9 +67,9 @@ def test_training_from_stored_latents_is_training_from_pictures(stored, configur
 @pytest.mark.parametrize("split", ["train", "holdout"])
 def test_calibration_from_stored_latents_is_that_from_pictures(stored, configure, split):
     job, _ = stored
-    teacher, found = teacher_of(configure(*job)), []
+    teacher, found = build_teacher(configure(*job)), []
     for extra in ((), ("latents=null",)):
-        batch = next(iter(data_of(configure(*job, *extra)).subset(split, 4, 3, 4)))
+        batch = next(iter(build_data(configure(*job, *extra)).subset(split, 4, 3, 4)))
         found.append(teacher.calibration_inputs(batch, seed=5))
     equal(*found)
 
@@ -78,7 +78,7 @@ def test_sizes_and_crops_go_along_for_sdxl(text_job, sdxl, configure, tmp_path):
     job = [*text_job, f"teacher.path={sdxl}", f"latents={tmp_path}/latents", "precompute.dtype=float32"]
     job += ["precompute.batch_size=4"]
     precompute(configure(*job))
-    teacher, found = teacher_of(configure(*job)), []
+    teacher, found = build_teacher(configure(*job)), []
     for extra in ((), ("latents=null",)):
         torch.manual_seed(0)
         found.append(teacher.training_inputs(batches(configure(*job, *extra), 1)[0]))
@@ -88,7 +88,7 @@ def test_sizes_and_crops_go_along_for_sdxl(text_job, sdxl, configure, tmp_path):
 
 def test_draws_of_the_posterior_differ_between_epochs_and_not_between_calls(stored, configure):
     job, _ = stored
-    teacher, drawn = teacher_of(configure(*job)), []
+    teacher, drawn = build_teacher(configure(*job)), []
     for _ in range(2):
         found = {}
         for batch in batches(configure(*job, "data.flip=false"), 8):  # 16 samples in batches of 4: two epochs
@@ -117,12 +117,12 @@ def test_a_job_on_stored_latents_runs_neither_vae_nor_text_encoder(stored, confi
 
 
 def test_a_run_is_told_apart_by_its_latents_not_by_where_they_lie(stored, configure, tmp_path):
-    from experiments.engine.identity import effective
+    from experiments.engine.identity import get_effective_settings
 
     job, folder = stored
     shutil.copytree(folder, tmp_path / "elsewhere")
     here, there, none = (configure(*job, f"latents={at}") for at in (folder, tmp_path / "elsewhere", "null"))
-    assert effective(here) == effective(there) != effective(none)
+    assert get_effective_settings(here) == get_effective_settings(there) != get_effective_settings(none)
 
 
 def test_what_was_stopped_goes_on(stored, configure):
@@ -131,7 +131,7 @@ def test_what_was_stopped_goes_on(stored, configure):
     for name in ("train-00001.json", "train-00001.safetensors", "manifest.json"):
         (folder / name).unlink()
     with pytest.raises(MissingData, match=r"manifest\.json"):
-        data_of(configure(*job))
+        build_data(configure(*job))
     precompute(configure(*job))
     for path in folder.glob("*.safetensors"):
         content, time = before[path.name]
@@ -173,7 +173,7 @@ def test_latents_of_something_else_are_refused(
         job = [*job, f"teacher.path={other}"]
     cfg = configure(*job)
     with pytest.raises(ValueError, match=message):
-        check_latents(cfg, data_of(cfg), teacher_of(cfg))
+        check_latents(cfg, build_data(cfg), build_teacher(cfg))
     with pytest.raises(ValueError, match="was begun with another"):
         precompute(cfg)
 
@@ -206,7 +206,7 @@ def test_latents_of_pictures_that_are_gone_can_still_be_used(stored, configure, 
     precompute(configure(*job))
     shutil.rmtree(folder)
     cfg = configure(*job)
-    check_latents(cfg, data_of(cfg), teacher_of(cfg))
+    check_latents(cfg, build_data(cfg), build_teacher(cfg))
     assert len(batches(cfg, 2)) == 2
 
 
@@ -220,7 +220,7 @@ def test_what_is_held_out_is_stored_without_mirrored_twins(stored):
 def test_sounds_of_another_mel_are_other_data(configure):
     job = ["task=uag", "data=sound_folder", "data.path=/sounds"]
     cfg = [configure(*job, f"data.mel.hop={hop}") for hop in (128, 64)]
-    teacher = teacher_of(cfg[0])
+    teacher = build_teacher(cfg[0])
     one, other = (identify_latents(c, teacher, "the same") for c in cfg)
     assert one["data"] != other["data"] and one["vae"] == other["vae"]
 
@@ -229,9 +229,9 @@ def test_mirrored_pictures_have_to_be_stored(text_job, configure, tmp_path):
     job = [*text_job, f"latents={tmp_path}/latents"]
     precompute(configure(*job))
     with pytest.raises(ValueError, match=r"data\.flip=true, but .* has no mirrored pictures"):
-        data_of(configure(*job, "data.flip=true"))
+        build_data(configure(*job, "data.flip=true"))
     with pytest.raises(ValueError, match=r"data\.crop=2"):
-        data_of(configure(*job, "++data.crop=2"))
+        build_data(configure(*job, "++data.crop=2"))
     with pytest.raises(ConfigError, match=r"precompute\.dtype='int8'.*float16, float32"):
         configure(*job, "precompute.dtype=int8")
 
@@ -259,7 +259,7 @@ def test_text_states_are_stored_once_a_caption(text_job, captioned, configure, t
     job = [*text_job, f"data.path={folder}", f"latents={tmp_path}/latents"]
     table = TextTable(precompute(configure(*job)))
     assert sorted(table) == ["", "cat 0, cut", "cat 1, cut"]
-    states = teacher_of(configure(*job)).surroundings.text(["cat 1, cut"], torch.device("cpu"))
+    states = build_teacher(configure(*job)).surroundings.text(["cat 1, cut"], torch.device("cpu"))
     found = table.find(["cat 1, cut"])["encoder_hidden_states"]
     assert torch.equal(found, states["encoder_hidden_states"].half().float())
     with pytest.raises(ValueError, match="no stored text for the caption 'dog'"):

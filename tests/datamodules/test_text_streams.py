@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from support.process import ROOT
 
-from conf.schema import build, check_target
+from conf.checks import check_target
+from conf.schema import build
 from datamodules.bad_samples import TooManyBadSamples
 from datamodules.base import Samples
 from datamodules.readers.base import BadSample, MissingData

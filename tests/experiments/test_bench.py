@@ -13,7 +13,7 @@ from experiments.benchmarks.networks import __main__ as bench
 pytest.importorskip("lmdb")
 
 
-def test_it_writes_a_rate_for_every_way_of_reading(tmp_path, monkeypatch, capsys):
+def test_the_benchmark_writes_a_rate_for_every_way_of_reading(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SECATEUR_DATA", str(tmp_path / "elsewhere"))
     monkeypatch.setattr(bench, "LAYERS", {"hidden_size": 384, "num_hidden_layers": 1, "num_attention_heads": 2})
     words = ["--samples", "8", "--batch", "4", "--repeats", "1", "--pixels", "16", "--out", str(tmp_path / "out")]

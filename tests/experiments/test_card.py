@@ -1,4 +1,4 @@
-"""What a model card claims: of whose weights, under which licence, and no more than was measured."""
+"""Model cards name the teacher and its licence, and claim no more than was measured."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -40,20 +40,20 @@ def test_the_metadata_of_a_card_has_the_measured_figures(configure):
     assert plain.data.eval_results is None and plain.data.base_model is None
 
 
-def test_a_card_claims_no_licence_for_other_weights_under_a_teachers_name(configure, tmp_path):
+def test_a_card_names_no_licence_for_other_weights(configure, tmp_path):
     for path in (str(tmp_path / "mine"), "someone/model"):
         card = compose_model_card(configure(f"teacher.path={path}"), PLAN, SCORES, {}, BARE)
         assert "license: unknown" in card and "apache" not in card and "ddpm_cifar10" not in card
         assert str(tmp_path) not in card
 
 
-def test_a_card_of_a_plan_without_scores_speaks_of_no_criterion(configure):
+def test_a_card_without_scores_names_no_criterion(configure):
     plan = {**PLAN, "predicted_harm": 0.0, "changes": [{"kind": "restage", "variant": "tiny"}]}
     card = compose_model_card(configure("selection=bk_sdm", "selection.variant=tiny"), plan, {}, {}, BARE)
     assert "restage: `tiny`" in card and "Criterion" not in card
 
 
-def test_a_card_of_a_pipeline_without_a_text_encoder_says_how_to_ask_it(configure):
+def test_a_card_without_a_text_encoder_shows_how_to_call_the_network(configure):
     parts, captions = ["text_encoder", "tokenizer"], ["", "a photo of a ship"]
     around = SimpleNamespace(missing=lambda: parts, table=captions)
     network = tiny_backbone("UNet2DModel")

@@ -10,8 +10,15 @@ from typing import Any
 import pytest
 from support.results import differences, files, results, the_run
 
-from experiments.engine.artefacts import DiskFull, digest, read_json, staged, write_text
-from experiments.engine.cache import cached, is_intact, read_result, shared_folder, write_result, write_shared_file
+from experiments.engine.artefacts import DiskFull, digest, read_json, write_folder, write_text
+from experiments.engine.cache import (
+    cached,
+    is_intact,
+    read_result,
+    write_result,
+    write_shared_file,
+    write_shared_folder,
+)
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.modules.sampling import create_images
 
@@ -50,7 +57,7 @@ def edit(path: Path, *keys: str | int, value: Any) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def test_flipped_bits_and_edited_figures_are_named_and_made_again(finished, caplog):
+def test_damaged_artefacts_are_named_and_made_again(finished, caplog):
     cfg, run, before = finished
     weights = [next((run / "networks" / name).glob("*.safetensors")) for name in ("pruned", "distilled")]
     for path in weights:
@@ -66,7 +73,7 @@ def test_flipped_bits_and_edited_figures_are_named_and_made_again(finished, capl
     assert (run / "finished.json").exists()
 
 
-def test_an_edited_plan_is_kept_beside_and_the_message_says_how_to_give_one(finished, caplog):
+def test_an_edited_plan_is_kept_and_the_message_names_selection_given(finished, caplog):
     cfg, run, before = finished
     changes = read_json(run / "plan.json")["changes"]
     edit(run / "plan.json", "changes", value=changes[1:])
@@ -76,7 +83,7 @@ def test_an_edited_plan_is_kept_beside_and_the_message_says_how_to_give_one(fini
     assert read_json(run / "plan.json.changed")["changes"] == changes[1:]
 
 
-def test_an_edited_score_in_the_cache_is_named_and_computed_again(finished, caplog):
+def test_an_edited_score_in_the_cache_is_computed_again(finished, caplog):
     cfg, run, before = finished
     (run / "scores.json").unlink()
     (entry,) = run.parent.parent.glob(".cache/scores/*.json")
@@ -88,7 +95,7 @@ def test_an_edited_score_in_the_cache_is_named_and_computed_again(finished, capl
     assert entry.read_bytes() == stored
 
 
-def test_an_edited_figure_of_a_finished_run_is_not_printed_as_its_result(finished, capsys):
+def test_a_finished_run_with_an_edited_figure_is_not_finished(finished, capsys):
     cfg, run, before = finished
     run_pipeline(cfg)
     edit(run / "metrics.json", "eval/output_loss", value=0.125)
@@ -108,7 +115,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_cached_result_that_was_edited_is_not_used(tmp_path, caplog, damage):
+def test_an_edited_cache_entry_is_not_used(tmp_path, caplog, damage):
     path = tmp_path / f"{digest(KEY)}.json"
     write_result(path, KEY, 42)
     assert read_result(path, KEY) == 42
@@ -118,21 +125,21 @@ def test_a_cached_result_that_was_edited_is_not_used(tmp_path, caplog, damage):
     assert read_result(path, KEY) == 42
 
 
-def test_a_cached_result_of_an_earlier_version_has_no_hash_and_is_used(tmp_path):
+def test_a_cache_entry_without_a_hash_is_used(tmp_path):
     path = tmp_path / f"{digest(KEY)}.json"
     path.write_text(json.dumps({"key": KEY, "result": 42}))
     assert cached(tmp_path, KEY, lambda: pytest.fail("it is there")) == 42
 
 
-def test_what_a_killed_process_was_writing_into_the_cache_is_removed(tmp_path):
+def test_partial_files_of_a_killed_process_in_the_cache_are_removed(tmp_path):
     half = tmp_path / f".{digest(KEY)}.json.ab12cd_3"
     half.write_text("half")
     cached(tmp_path, KEY, lambda: 42)
     assert not half.exists()
 
 
-def test_a_shared_file_or_folder_with_a_flipped_bit_is_not_used(tmp_path, caplog):
-    with shared_folder(tmp_path / "samples") as partial:
+def test_a_damaged_shared_file_or_folder_is_not_used(tmp_path, caplog):
+    with write_shared_folder(tmp_path / "samples") as partial:
         (partial / "images.npy").write_bytes(b"images")
     write_shared_file(tmp_path / "statistics.safetensors", lambda partial: partial.write_bytes(b"statistics"))
     for name, damaged in (("samples", "samples/images.npy"), ("statistics.safetensors",) * 2):
@@ -150,22 +157,22 @@ NO_SPACE = {"python": OSError(28, "No space left on device"), "safetensors": Run
 
 
 @pytest.mark.parametrize("error", NO_SPACE)
-def test_a_full_disk_is_told_with_the_path_and_leaves_no_temporary_folder(tmp_path, error):
+def test_a_full_disk_is_named_and_leaves_no_temporary_folder(tmp_path, error):
     message = rf"no space is left on the disk for {tmp_path}/networks/pruned \([\d,]+ bytes"
-    with pytest.raises(DiskFull, match=message), staged(tmp_path / "networks" / "pruned") as partial:
+    with pytest.raises(DiskFull, match=message), write_folder(tmp_path / "networks" / "pruned") as partial:
         (partial / "half").touch()
         raise NO_SPACE[error]
     assert files(tmp_path) == set()
 
 
-def test_a_full_disk_while_a_text_is_written_names_it_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_temporary_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "chmod", lambda *_: (_ for _ in ()).throw(NO_SPACE["python"]))
     with pytest.raises(DiskFull, match=rf"{tmp_path}/plan.json"):
         write_text(tmp_path / "plan.json", "{}")
     assert files(tmp_path) == set()
 
 
-def test_room_for_all_samples_is_taken_at_once_and_a_full_disk_names_file_and_size(tmp_path, monkeypatch):
+def test_space_for_all_samples_is_taken_at_once(tmp_path, monkeypatch):
     images = create_images(tmp_path / "images.npy", (3, 100, 100, 3))
     images[:] = 7
     size = (tmp_path / "images.npy").stat()

@@ -1,4 +1,4 @@
-"""What measures share: samples and their features on any number of ranks, references, prompts, choices, reports."""
+"""Parts that measures share: samples, features on any number of ranks, references, prompts, choices and reports."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from datamodules.images import Images
 from datamodules.readers.arrays import Arrays
 from datamodules.readers.base import BadSample, MissingData
 from datamodules.texts.prompts import read_prompts
-from experiments.engine.measures import TrainingImages, build_measures, described
+from experiments.engine.measures import TrainingImages, build_measures, describe_protocol
 from experiments.reporting import figures
 from experiments.reporting.run_page import report_run
 from experiments.reporting.set_page import report_set
@@ -62,7 +62,7 @@ def drawn_and_measured(rank: int, folder, devices: int) -> None:
     assert sum(features.asked) == (10 if devices == 1 else (6, 4)[rank])
 
 
-def test_two_ranks_draw_the_same_samples_and_take_the_same_features_as_one(tmp_path, monkeypatch):
+def test_two_ranks_give_the_samples_and_features_of_one(tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "PART", 4)
     drawn_and_measured(0, tmp_path, 1)
     with two_ranks(drawn_and_measured, tmp_path, 2):
@@ -75,7 +75,7 @@ def test_two_ranks_draw_the_same_samples_and_take_the_same_features_as_one(tmp_p
     assert all(np.array_equal(one, other) for other in both)
 
 
-def test_a_class_conditional_network_is_asked_for_its_seeds_class():
+def test_a_class_conditional_network_gets_the_class_of_the_seed():
     backbone = tiny_backbone("dit")
     batch = tiny_seeds(backbone, 4)
     labels = backbone.conditions({"seed": batch["seed"]}, torch.device("cpu"))["class_labels"]
@@ -99,7 +99,7 @@ class Some(Arrays):
         return super().take(indices)
 
 
-def data_of(source, statistics=None) -> Images:
+def build_data(source, statistics=None) -> Images:
     return Images(train=lambda: source, holdout=lambda: source, batch_size=2, statistics=statistics)
 
 
@@ -107,9 +107,9 @@ def reference(data: Images, folder, limit: int = 100, size: int | None = None) -
     return TrainingImages(data, folder, torch.device("cpu"), limit, size)
 
 
-def test_reference_statistics_and_features_are_kept_under_what_they_are_of(tmp_path, monkeypatch):
+def test_reference_statistics_are_cached_by_content(tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "PART", 16)
-    data, features = data_of(Some(small(50))), Flat()
+    data, features = build_data(Some(small(50))), Flat()
     found = reference(data, tmp_path).statistics(features)
     expected = Statistics.of(small(50).reshape(50, 4).astype(float))
     assert np.allclose(found.mean, expected.mean) and np.allclose(found.covariance, expected.covariance)
@@ -120,7 +120,7 @@ def test_reference_statistics_and_features_are_kept_under_what_they_are_of(tmp_p
     again = reference(data, tmp_path, limit=10)
     assert (again.statistics(features).mean == found.mean).all() and (again.features(features) == kept).all()
     assert len(features.asked) == asked
-    for other in (data_of(Some(small(50, seed=1))), data_of(Some(small(49)))):
+    for other in (build_data(Some(small(50, seed=1))), build_data(Some(small(49)))):
         reference(other, tmp_path).statistics(features)
     reference(data, tmp_path).statistics(Flat(2.0))
     reference(data, tmp_path, size=1).statistics(features)
@@ -128,22 +128,22 @@ def test_reference_statistics_and_features_are_kept_under_what_they_are_of(tmp_p
     assert reference(data, tmp_path, limit=20).features(features).shape == (20, 4)
 
 
-def test_a_reference_image_that_cannot_be_used_is_replaced_by_another(tmp_path):
-    images, source = reference(data_of(Some(small(20), bad=[3, 19])), tmp_path), small(20).reshape(20, 4)
+def test_an_unreadable_reference_image_is_replaced_by_another(tmp_path):
+    images, source = reference(build_data(Some(small(20), bad=[3, 19])), tmp_path), small(20).reshape(20, 4)
     found = images.features(Flat())
     assert np.array_equal(np.delete(found, [3, 19], 0), np.delete(source, [3, 19], 0))
     others = {row.tobytes() for row in np.delete(source, [3, 19], 0).astype(float)}
     assert {found[3].tobytes(), found[19].tobytes()} <= others
 
 
-def test_statistics_that_a_data_set_names_are_for_images_of_its_own_size(tmp_path):
+def test_published_statistics_are_not_used_for_resized_images(tmp_path):
     Statistics.of(drawn(30)).save(tmp_path / "own.safetensors", features="1.0", transform="none")
-    data = data_of(Some(small(20)), {"flat": str(tmp_path / "own.safetensors")})
+    data = build_data(Some(small(20)), {"flat": str(tmp_path / "own.safetensors")})
     assert reference(data, tmp_path).statistics(Flat()).count == 30
     assert reference(data, tmp_path, size=1).statistics(Flat()).count == 20
 
 
-def test_statistics_of_parts_are_those_of_the_whole():
+def test_statistics_of_parts_equal_those_of_the_whole():
     features = drawn(97) * [1, 10, 0.1, 3] + 5
     found, expected = Statistics.of_parts(np.array_split(features, 5), "some"), Statistics.of(features)
     assert found.count == 97
@@ -152,7 +152,7 @@ def test_statistics_of_parts_are_those_of_the_whole():
         Statistics.of_parts([features[:1], features[1:3]], "some")
 
 
-def test_a_frechet_distance_is_from_the_file_it_names(tmp_path, monkeypatch):
+def test_a_frechet_distance_reads_the_statistics_file_that_it_names(tmp_path, monkeypatch):
     """pytorch-fid's arrays; a relative path is one in $SECATEUR_DATA."""
     monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
     expected = Statistics.of(drawn(30))
@@ -173,7 +173,7 @@ def test_a_frechet_distance_is_from_the_file_it_names(tmp_path, monkeypatch):
 # Prompts
 
 
-def test_prompts_are_the_lines_of_a_text_or_a_column_of_a_table(tmp_path, monkeypatch):
+def test_prompts_are_read_from_lines_or_from_a_table_column(tmp_path, monkeypatch):
     monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
     (tmp_path / "some.txt").write_text("a cat\n\n  a dog \n")
     (tmp_path / "some.csv").write_text('file_name,text\n1.jpg,"a cat, asleep"\n2.jpg,NA\n')
@@ -191,7 +191,7 @@ def test_prompts_are_the_lines_of_a_text_or_a_column_of_a_table(tmp_path, monkey
 # Configuration
 
 
-def test_choices_of_measures_add_up_in_their_order(configure):
+def test_several_choices_of_measures_are_joined_in_order(configure):
     metrics = configure("evaluation=[precision_recall,frechet_resnet20,class_accuracy]").evaluation.metrics
     assert list(metrics) == ["precision", "recall", "frechet_resnet20", "class_accuracy"]
     assert configure("evaluation=none").evaluation.metrics == {}
@@ -205,18 +205,18 @@ def test_choices_of_measures_add_up_in_their_order(configure):
         ("evaluation.resize=0", r"evaluation\.resize=0 is out of range"),
     ],
 )
-def test_what_is_no_measure_is_refused(configure, given, message):
+def test_a_class_that_is_no_measure_is_refused(configure, given, message):
     with pytest.raises(ConfigError, match=message):
         configure(given)
 
 
-def test_a_measure_that_cannot_be_made_is_named(configure):
+def test_a_measure_that_cannot_be_built_is_named(configure):
     cfg = configure("evaluation=class_accuracy", "evaluation.metrics.class_accuracy.classes=[cat]")
     with pytest.raises(ValueError, match=r"evaluation\.metrics\.class_accuracy: classes=\['cat'\]"):
         build_measures(cfg)
 
 
-def test_cocos_protocol_is_bk_sdms_whatever_the_teachers_sampler(configure):
+def test_the_coco_protocol_sets_the_sampler_of_bk_sdm(configure):
     for experiment in ("bk_sdm_base", "laptop_diff_sd15_50"):
         cfg = configure(f"experiment={experiment}", "evaluation=coco_30k")
         assert (cfg.sampler.name, cfg.sampler.steps, cfg.sampler.guidance) == ("pndm", 25, 7.5)
@@ -261,7 +261,7 @@ def finished(folder, name: str, ratio: float, values: dict[str, float]) -> None:
     OmegaConf.save(OmegaConf.create(config), run / "config.yaml")
 
 
-def test_a_report_of_several_measures_draws_the_first_and_says_which_way_is_better(tmp_path, monkeypatch):
+def test_a_report_of_several_measures_draws_the_first(tmp_path, monkeypatch):
     labels = []
 
     def noted(table, columns, axes, path, *_: object, **options: object) -> Path:
@@ -291,16 +291,16 @@ def test_a_report_of_several_measures_draws_the_first_and_says_which_way_is_bett
     assert "clip_score: better higher, features ffffffff, transform none; kid: better lower, features eeeeeeee" in shown
 
 
-def test_a_protocol_in_words_has_what_is_shared_and_one_or_all_measures():
+def test_a_protocol_in_words_has_shared_and_own_parts():
     measures = {"a": {"better": "lower", "features": "0123456789abcdef"}, "b": {"better": "higher", "k": 3}}
     content = {"samples": 8, "measures": measures}
-    assert described(content) == "samples 8; a: better lower, features 01234567; b: better higher, k 3"
-    assert described(content, "b") == "samples 8; b: better higher, k 3"
-    assert described({}) == ""
+    assert describe_protocol(content) == "samples 8; a: better lower, features 01234567; b: better higher, k 3"
+    assert describe_protocol(content, "b") == "samples 8; b: better higher, k 3"
+    assert describe_protocol({}) == ""
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
-def test_auto_is_the_same_precision_with_and_without_a_trainer(monkeypatch):
+def test_precision_auto_is_the_same_with_and_without_a_trainer(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert precision_of("auto", "cuda") == "bf16-mixed" and precision_of("auto", "cpu") == "32-true"
     assert autocast("auto", torch.device("cuda")).fast_dtype == torch.bfloat16

@@ -42,7 +42,7 @@ def dino(tmp_path_factory) -> Path:
     return folder
 
 
-def test_dinos_features_are_the_class_token_of_resized_normalised_images(dino):
+def test_dino_features_are_the_class_token(dino):
     features, images = Dino(str(dino), size=42), pictures(35, 10)
     found = features(images)
     assert (found.shape, found.dtype, features.dimension) == ((35, 8), np.float64, 8)
@@ -61,7 +61,7 @@ def test_dinos_features_are_the_class_token_of_resized_normalised_images(dino):
 
 
 def cosines(clip: str, images: np.ndarray) -> torch.Tensor:
-    """Of transformers' CLIP, one pair at a time."""
+    """Return the cosines by transformers' CLIP, one pair at a time."""
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
     found = []
     for image, caption in zip(images, CAPTIONS, strict=True):
@@ -72,7 +72,7 @@ def cosines(clip: str, images: np.ndarray) -> torch.Tensor:
     return torch.cat(found).double()
 
 
-def test_the_clip_score_is_100_times_the_mean_cosine_in_batches_of_any_size(clip, monkeypatch):
+def test_the_clip_score_is_100_times_the_mean_cosine(clip, monkeypatch):
     images, measure = pictures(5, 10), ClipScore(clip)
     expected = 100 * cosines(clip, images)
     samples = Samples(images, captions=CAPTIONS)
@@ -84,7 +84,7 @@ def test_the_clip_score_is_100_times_the_mean_cosine_in_batches_of_any_size(clip
         assert torch.allclose(measure.scores(images, CAPTIONS, CPU), expected, atol=1e-3)
 
 
-def test_pick_score_is_the_cosine_times_the_models_own_scale(clip, tmp_path):
+def test_pick_score_is_the_cosine_times_the_scale_of_the_model(clip, tmp_path):
     images = pictures(5, 10)
     model = CLIPModel.from_pretrained(clip)
     model.logit_scale.data.fill_(np.log(7.0))
@@ -93,7 +93,7 @@ def test_pick_score_is_the_cosine_times_the_models_own_scale(clip, tmp_path):
     assert torch.allclose(found, 7 * cosines(clip, images), atol=1e-4)
 
 
-def test_a_measure_of_captions_needs_some(clip):
+def test_a_measure_of_captions_is_refused_without_captions(clip):
     measure = ClipScore(clip)
     measure.check((3, 8, 8), CAPTIONS, None)
     with pytest.raises(ValueError, match="it needs captions"):
@@ -119,7 +119,7 @@ def open_clip_checkpoint(tmp_path) -> Path:
     return tmp_path / "w.pt"
 
 
-def test_the_score_of_an_open_clip_model_is_100_times_the_cosine_with_the_weights_of_its_file(open_clip_checkpoint):
+def test_an_open_clip_score_is_100_times_the_mean_cosine(open_clip_checkpoint):
     import open_clip
 
     images = pictures(5, 16)
@@ -137,7 +137,7 @@ def test_the_score_of_an_open_clip_model_is_100_times_the_cosine_with_the_weight
     assert torch.allclose(found, expected, atol=1e-3) and expected.std() > 0.1
 
 
-def test_an_unknown_model_of_open_clip_is_refused_and_so_is_code_in_a_checkpoint(open_clip_checkpoint):
+def test_unknown_open_clip_models_and_pickled_code_are_refused(open_clip_checkpoint):
     with pytest.raises(ValueError, match=r"model='ViT-Z' is unknown to open_clip; it has: .*ViT-H-14"):
         OpenClipScore("ViT-Z", str(open_clip_checkpoint))
 
@@ -202,7 +202,7 @@ def reward(tmp_path):
     return make
 
 
-def test_a_reward_depends_on_image_and_caption_and_not_on_the_batch(reward):
+def test_a_reward_does_not_depend_on_the_batch(reward):
     measure, images = reward(published_reward()), pictures(5, 16)
     with torch.no_grad():
         found = measure.scores(images, CAPTIONS, CPU)
@@ -213,7 +213,7 @@ def test_a_reward_depends_on_image_and_caption_and_not_on_the_batch(reward):
         assert not torch.allclose(measure.scores(images[1:2], CAPTIONS[:1], CPU), found[:1], atol=1e-4)
 
 
-def test_the_head_of_a_reward_is_linear_on_the_first_token_and_normalised(reward):
+def test_a_reward_is_linear_in_the_first_token(reward):
     """With first-token states h and layers W_k h + b_k one after another, without activations."""
     state = published_reward()
     measure = reward(state)
@@ -229,7 +229,7 @@ def test_the_head_of_a_reward_is_linear_on_the_first_token_and_normalised(reward
     assert (vision.config.image_size, vision.config.patch_size, text.config.encoder_hidden_size) == (16, 8, 64)
 
 
-def test_weights_that_are_missing_from_a_reward_are_named():
+def test_missing_weights_of_a_reward_model_are_named():
     state = published_reward()
     vision, text = (
         {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
@@ -253,16 +253,14 @@ def test_weights_that_are_missing_from_a_reward_are_named():
         (lambda: OpenClipScore("ViT-H-14", "xswu/HPSv2/a.pt"), "hf download xswu/HPSv2 a.pt"),
     ],
 )
-def test_published_weights_that_are_not_here_are_named_with_the_command_that_downloads_them(
-    make, command, tmp_path, monkeypatch
-):
+def test_missing_published_weights_are_named_with_the_download_command(make, command, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
     with pytest.raises(MissingData, match=re.escape(f"run `{command}`")):
         make()
 
 
-def test_pickled_weights_in_a_folder_are_none_and_a_file_is_looked_for_in_the_data_folder(tmp_path, monkeypatch):
+def test_pickled_weights_are_ignored_and_files_found_in_the_data_folder(tmp_path, monkeypatch):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(MissingData, match=r"has no \*\.safetensors"):
         local_folder(str(tmp_path))
@@ -270,16 +268,14 @@ def test_pickled_weights_in_a_folder_are_none_and_a_file_is_looked_for_in_the_da
     assert local_file("pytorch_model.bin") == tmp_path / "pytorch_model.bin"
 
 
-def test_a_job_whose_measure_has_no_weights_stops_before_it_starts(configure, text_job, tmp_path, monkeypatch):
+def test_a_job_without_weights_of_a_measure_is_refused_at_once(configure, text_job, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(MissingData, match=r"evaluation\.metrics\.clip_score: path='openai/clip-vit-large-patch14'"):
         run_pipeline(configure(*[o for o in text_job if not o.startswith("evaluation=")], "evaluation=clip_score"))
     assert not list(tmp_path.rglob("scores.json"))
 
 
-def test_a_job_measures_how_its_samples_fit_their_prompts_at_another_size(
-    configure, text_job, clip, tmp_path, quick_end
-):
+def test_a_job_measures_resized_samples_against_their_prompts(configure, text_job, clip, tmp_path, quick_end):
     """Text to image, prompts of a file that go round, samples kept at half their size."""
     (tmp_path / "prompts.txt").write_text("a cat\na dog\nthe sea\n")
     given = [override for override in text_job if not override.startswith("evaluation=")]

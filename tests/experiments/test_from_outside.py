@@ -168,7 +168,7 @@ def scores_of(run: Path) -> dict[str, float]:
     return {name: entry["score"] for name, entry in read_json(run / "scores.json")["scores"].items()}
 
 
-def test_a_criterion(job, tmp_path):
+def test_a_criterion_from_outside_the_repository(job, tmp_path):
     scores = scores_of(job("criterion=increase", "distillation=none"))
     (tmp_path / "runs").rename(tmp_path / "first")
     ours = scores_of(job("criterion=task_loss", "distillation=none"))
@@ -176,30 +176,30 @@ def test_a_criterion(job, tmp_path):
     assert scores == pytest.approx({name: samples * value for name, value in ours.items()}, rel=1e-3, abs=1e-5)
 
 
-def test_a_trained_criterion(job):
+def test_a_trained_criterion_from_outside_the_repository(job):
     scores = scores_of(job("criterion=scales", "distillation=none"))
     places = range(len(scores))
     assert list(scores.values()) == pytest.approx([place + (1 - place) * 0.5**2 for place in places])  # two batches
 
 
-def test_a_distance_of_feature_maps(job):
+def test_a_distance_of_feature_maps_from_outside_the_repository(job):
     history = (job("distillation=absolute") / "history" / "distil.csv").read_text()
     assert "train/feature/" in history
 
 
-def test_a_way_to_distil(job):
+def test_a_distillation_module_from_outside_the_repository(job):
     run = job("distillation=late")
     assert read_json(run / "metrics.json")["networks"] == ["teacher", "pruned", "distilled"]
     assert "train/loss" in (run / "history" / "distil.csv").read_text()
 
 
-def test_a_backbone(job, overrides):
+def test_a_backbone_from_outside_the_repository(job, overrides):
     path = next(override for override in overrides if override.startswith("teacher.path="))
     scores = scores_of(job("teacher=only_resnets", path, "distillation=none", "selection.ratio=0.3"))
     assert len(scores) == 8 and all("resnets" in name for name in scores)
 
 
-def test_a_stage(job):
+def test_a_stage_from_outside_the_repository(job):
     run = job("pipeline=counted", "distillation=none")
     metrics = read_json(run / "metrics.json")
     assert read_json(run / "counts.json") == {name: metrics[f"{name}/params"] for name in ("teacher", "pruned")}
@@ -213,7 +213,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_module_that_misses_the_contract_is_refused_with_the_contract_before_scoring(
+def test_a_module_that_breaks_the_contract_is_refused_at_once(
     package, configure, overrides, data_folder, tmp_path, name
 ):
     line, fault = WRONG[name]
@@ -228,13 +228,13 @@ def test_a_module_that_misses_the_contract_is_refused_with_the_contract_before_s
 
 
 @pytest.mark.parametrize("key", ["student", "teacher", "optimizer", "lr_scheduler", "seed", "dump"])
-def test_what_the_pipeline_itself_gives_cannot_be_configured(configure, overrides, tmp_path, key):
+def test_arguments_that_the_pipeline_passes_cannot_be_configured(configure, overrides, tmp_path, key):
     with pytest.raises(ConfigError, match=rf"distillation\.{key}=.: the pipeline passes {key} itself; remove the key"):
         run_pipeline(configure(*overrides, f"+distillation.{key}={1 if key == 'seed' else 'x'}"))
     assert not (tmp_path / "runs").exists()
 
 
-def test_options_of_the_trainer_and_callbacks_reach_the_training_alone(job, monkeypatch):
+def test_trainer_options_and_callbacks_apply_to_training_only(job, monkeypatch):
     seen = []
     from pytorch_lightning import Trainer
 
@@ -257,25 +257,25 @@ def test_options_of_the_trainer_and_callbacks_reach_the_training_alone(job, monk
 @pytest.mark.parametrize(
     ("option", "reason"), [("max_steps=3", "=3: this project sets it"), ("speed=3", " is unknown")]
 )
-def test_options_of_the_trainer_that_cannot_be_given_are_refused(configure, overrides, option, reason):
+def test_reserved_and_unknown_trainer_options_are_refused(configure, overrides, option, reason):
     name = option.partition("=")[0]
     with pytest.raises(ConfigError, match=rf"trainer\.options\.{name}{reason}"):
         run_pipeline(configure(*overrides, f"+trainer.options.{option}"))
 
 
-def test_several_loggers_write_into_the_runs_folder(job):
+def test_further_loggers_write_into_the_folder_of_the_run(job):
     run = job("logger=tensorboard")
     assert any(path.name.startswith("events.out.tfevents") for path in (run / "logs").rglob("*"))
 
 
-def test_the_first_measure_is_returned_also_of_a_finished_run(configure, sampling, tmp_path):
+def test_a_finished_run_returns_its_first_measure_too(configure, sampling, tmp_path):
     cfg = configure(*sampling)
     first, again = run_pipeline(cfg), run_pipeline(cfg)
     metrics = read_json(the_run(tmp_path / "runs") / "metrics.json")
     assert first == again == metrics["eval/frechet_channels"]
 
 
-def test_a_failure_leaves_its_traceback_and_a_finished_run_its_provenance(configure, overrides, tmp_path, monkeypatch):
+def test_a_failure_leaves_a_traceback_and_a_success_its_provenance(configure, overrides, tmp_path, monkeypatch):
     cfg = configure(*overrides)
 
     def broken(*_: object) -> None:

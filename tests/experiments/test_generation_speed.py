@@ -31,7 +31,7 @@ def clock(monkeypatch) -> Callable[[float], Callable[[], None]]:
     return make
 
 
-def test_models_take_turns_and_the_warm_up_is_not_counted(clock):
+def test_models_take_turns_and_the_warm_up_does_not_count(clock):
     order = []
     slow, fast = clock(2.0), clock(1.0)
     calls = {"slow": lambda: (order.append("slow"), slow()), "fast": lambda: (order.append("fast"), fast())}
@@ -49,7 +49,7 @@ def test_rows_have_means_over_runs_and_ratios_to_the_first_model():
     assert (second["throughput"], second["latency_std"], second["latency_ratio"]) == (24, 0, 1 / 3)
 
 
-def test_every_prompt_gets_exactly_the_length_that_was_asked_for_whatever_the_end_token():
+def test_every_prompt_gets_exactly_the_requested_length():
     model = tiny_language()
     model.network.config.eos_token_id = model.network.generation_config.eos_token_id = list(range(60))
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def test_a_tiny_run_leaves_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
     assert "latency_ratio" in capsys.readouterr().out
 
 
-def test_more_tokens_than_a_model_is_made_for_and_no_runs_are_refused(capsys):
+def test_too_many_tokens_and_missing_runs_are_refused(capsys):
     model = tiny_language()
     room = 64 - speed.encode_prompt(model).shape[1]
     speed.check_lengths({"tiny": model}, [1, room])

@@ -26,7 +26,7 @@ def press_ctrl_c(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_in_a_training_ends_with_130_and_says_from_which_step_it_goes_on(
+def test_ctrl_c_in_training_names_the_step_to_go_on_from(
     configure, overrides, tmp_path, monkeypatch, capsys, quick_end
 ):
     cfg, update = configure(*overrides), StageBar.on_train_batch_end
@@ -72,7 +72,7 @@ def refuse(*_: object, **__: object) -> None:
 REFUSALS = {
     "a check of the whole": (pipeline, "check_parts", refuse, ConfigError),
     "a dashboard that cannot be reached": (dashboard.wandb, "init", refuse, ConfigError),
-    "Ctrl-C before the first stage": (pipeline, "teacher_of", press_ctrl_c, KeyboardInterrupt),
+    "Ctrl-C before the first stage": (pipeline, "build_teacher", press_ctrl_c, KeyboardInterrupt),
 }
 
 
@@ -86,21 +86,21 @@ def test_a_refused_job_leaves_no_folder(configure, overrides, tmp_path, monkeypa
     assert not (tmp_path / "runs" / "a").exists()
 
 
-def test_loggers_are_opened_when_nothing_can_be_refused_any_more(configure, overrides, monkeypatch):
+def test_a_refused_job_opens_no_logger(configure, overrides, monkeypatch):
     monkeypatch.setattr(Dashboard, "open_loggers", lambda _: pytest.fail("a logger was opened for a refused job"))
     monkeypatch.setattr(pipeline, "check_parts", refuse)
     with pytest.raises(ConfigError, match="refused"):
         run_pipeline(configure(*overrides))
 
 
-def test_an_id_of_the_hub_is_checked_also_where_the_run_is_finished(configure, overrides, monkeypatch, quick_end):
+def test_the_hub_is_checked_for_a_finished_run_too(configure, overrides, monkeypatch, quick_end):
     run_pipeline(configure(*overrides, "criterion=magnitude", "distillation=none"))
     monkeypatch.setattr(pipeline, "push", lambda *_: pytest.fail("pushed without a check"))
     with pytest.raises(ValueError, match=r"export\.push_to_hub='nobody' is no id of a model on the hub"):
         run_pipeline(configure(*overrides, "criterion=magnitude", "distillation=none", "export.push_to_hub=nobody"))
 
 
-def test_a_push_without_an_export_is_refused_before_anything_is_read(configure, overrides, tmp_path):
+def test_a_push_without_an_export_is_refused_at_once(configure, overrides, tmp_path):
     with pytest.raises(ConfigError, match=r"export\.push_to_hub='a/b': no stage of this pipeline makes an export"):
         run_pipeline(configure(*overrides, "pipeline.stages.export=null", "export.push_to_hub=a/b"))
     assert not (tmp_path / "runs").exists()

@@ -20,7 +20,7 @@ from experiments.engine.artefacts import write_json
 from experiments.engine.clock import Clock
 from experiments.engine.evaluation import Evaluator
 from experiments.engine.job import Job
-from experiments.engine.measures import check_network_measures, columns
+from experiments.engine.measures import check_network_measures, list_columns
 from experiments.engine.run import Run
 from experiments.reporting.figures import spans_more_than
 from experiments.reporting.run_page import format_value, report_run
@@ -70,7 +70,7 @@ IDS = [3 + LETTERS.index(letter) for letter in TEXT]
         ("none", [IDS[k : k + 16] for k in range(0, 80, 16)], 15),
     ],
 )
-def test_perplexity_is_the_sum_by_hand_without_what_fills_no_segment(text, bos, rows, predicted):
+def test_perplexity_equals_the_sum_by_hand_over_full_segments(text, bos, rows, predicted):
     assert 80 < len(IDS) < 95
     backbone = reader()
     assert [len(row) - 1 for row in rows] == [predicted] * 5
@@ -79,14 +79,14 @@ def test_perplexity_is_the_sum_by_hand_without_what_fills_no_segment(text, bos, 
     assert found == pytest.approx([by_hand(backbone, rows)] * 4, rel=1e-6)
 
 
-def test_the_first_tokens_of_a_text_are_a_text(text):
+def test_the_first_tokens_of_a_text_can_be_measured_alone(text):
     (text / "short.txt").write_text(TEXT[:40])
     backbone = reader()
     assert Perplexity("some.txt", 8, tokens=40)(backbone, CPU) == Perplexity("short.txt", 8)(backbone, CPU)
 
 
 @pytest.mark.parametrize("bos", ["start", "each", "none"])
-def test_a_full_segment_is_what_the_network_was_made_for(text, bos):
+def test_the_full_segment_length_is_that_of_the_network(text, bos):
     segments = Perplexity("some.txt", None, bos).segments(reader())
     assert segments.shape == (1, 64)
     assert segments[0, 0] == (IDS[0] if bos == "none" else 0)
@@ -100,7 +100,7 @@ def test_files_and_parts_of_files_are_joined_by_an_empty_line(text):
     assert Perplexity("more", 2, separator="\n").text == "a\n\nb c\n\nd"
 
 
-def test_penn_treebank_from_its_file_is_that_of_the_hub(text, configure, tmp_path, monkeypatch):
+def test_penn_treebank_from_its_file_equals_that_of_the_hub(text, configure, tmp_path, monkeypatch):
     sentences = ["a cat sat", "on a mat"]
     (text / "ptb.valid.txt").write_text("".join(f" {sentence} \n" for sentence in sentences))
     given = ["evaluation.metrics.ptb.hub=null", "evaluation.metrics.ptb.text=ptb.valid.txt"]
@@ -128,7 +128,7 @@ def test_options_out_of_range_are_refused(text, options, message):
         Perplexity("some.txt", **options)
 
 
-def test_what_cannot_be_measured_is_said_before(text):
+def test_texts_that_cannot_be_measured_are_refused_at_once(text):
     cases = [
         (LanguageBackbone(tiny_llama()), {}, "choose a teacher that has one"),
         (reader(), {"length": 65}, "segments of 65 tokens are more than the 64"),
@@ -151,7 +151,7 @@ def corpus(train: str = "train.txt", holdout: str = "some.txt") -> Corpus:
     return Corpus(train, holdout, encoder, length=12, batch_size=2)
 
 
-def test_a_text_that_is_trained_on_is_no_measure(text):
+def test_measuring_on_a_training_text_is_refused(text):
     Perplexity("some.txt", 16).check(reader(), corpus())
     (text / "copy.txt").write_bytes((text / "train.txt").read_bytes())
     for name in ("train.txt", "copy.txt"):
@@ -209,7 +209,7 @@ def answered(backbone: LanguageBackbone, each: dict, normalised: bool) -> bool:
     return scores.index(max(scores)) == each["answer"]
 
 
-def test_tasks_of_ones_own_are_answered_offline_as_by_hand(tasks):
+def test_own_tasks_are_scored_offline_as_by_hand(tasks):
     backbone = reader()
     found = {}
     state = torch.random.get_rng_state()
@@ -300,18 +300,20 @@ def measured_run(job, *given: str) -> tuple[dict, Run]:
     metrics = {
         **{"run_id": run.id, "networks": list(networks), "plan/requested_ratio": None, "plan/budget": "params"},
         **{"plan/removed_units": 1, "plan/achieved_ratio": 0.1},
-        **evaluator.metrics(networks),
+        **evaluator.measure(networks),
     }
     write_json(run / "metrics.json", metrics)
     write_json(run / "plan.json", plan | {"teacher": "aaaa", "protected": [f"model.layers.{i}" for i in (0, 2, 3, 4)]})
     units = {unit.name: {"score": 1.0} for unit in evaluator.teacher.units()}
     write_json(run / "scores.json", {"scores": units, "criterion": "perplexity"})
-    write_json(run / "measured.json", evaluator.measured(pruned, None) | {"peak_memory_bytes": 1, "seconds": {}})
+    write_json(
+        run / "measured.json", evaluator.measure_latencies(pruned, None) | {"peak_memory_bytes": 1, "seconds": {}}
+    )
     write_json(run / "finished.json", {})
     return metrics, run
 
 
-def test_networks_are_measured_alike_and_the_teacher_once_for_all_runs(job):
+def test_the_teacher_is_measured_once_for_all_runs(job):
     Counted.calls = 0
     metrics, run = measured_run(job)
     teacher = reader()
@@ -328,7 +330,7 @@ def test_networks_are_measured_alike_and_the_teacher_once_for_all_runs(job):
         **{"better": "higher", "of": "network", "unit": "layers"},
         "parts": ["left", "right"],
     }
-    assert columns(protocol["measures"]) == ["perplexity", "counted", "counted_left", "counted_right"]
+    assert list_columns(protocol["measures"]) == ["perplexity", "counted", "counted_left", "counted_right"]
     assert Counted.calls == 2
     other, second = measured_run(job, "seed=1")
     assert second.folder != run.folder and Counted.calls == 3  # the teacher's values come from the first run
@@ -342,7 +344,7 @@ def test_networks_are_measured_alike_and_the_teacher_once_for_all_runs(job):
 
 
 @torch.no_grad()
-def test_the_held_out_losses_are_the_networks_own(job):
+def test_held_out_losses_are_those_of_the_network(job):
     metrics, _ = measured_run(job)
     tokens = torch.from_numpy(corpus().source("holdout").blocks)
     assert len(tokens) >= 4
@@ -357,7 +359,7 @@ def test_the_held_out_losses_are_the_networks_own(job):
     assert metrics["pruned/output_loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_squared_errors_are_summed_in_parts_and_leave_the_outputs_alone(monkeypatch):
+def test_squared_errors_are_summed_in_parts_without_changing_outputs(monkeypatch):
     outputs = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     before = outputs.clone()
     expected = float((outputs[0] - outputs[1]).square().mean()) * 5
@@ -368,7 +370,7 @@ def test_squared_errors_are_summed_in_parts_and_leave_the_outputs_alone(monkeypa
     assert torch.equal(outputs, before)
 
 
-def test_continuations_stand_side_by_side_and_are_the_same_again(job):
+def test_continuations_are_shown_side_by_side_and_repeatable(job):
     (_, run), (_, second) = measured_run(job), measured_run(job, "seed=1")
     teacher = json.loads((run / "samples" / "teacher" / "texts.json").read_text())
     assert teacher["prompts"] == ["Once upon", "A cat"] and teacher["tokens"] == 5
@@ -380,11 +382,11 @@ def test_continuations_stand_side_by_side_and_are_the_same_again(job):
     page = (run / "report.html").read_text()
     assert "Continuations of the same prompts" in page and "<td>Once upon</td>" in page
     evaluator, without = job("seed=2", "evaluation.prompts=null")
-    evaluator.metrics({"teacher": evaluator.teacher, "pruned": evaluator.teacher})
+    evaluator.measure({"teacher": evaluator.teacher, "pruned": evaluator.teacher})
     assert not (without / "samples").exists()
 
 
-def test_a_report_says_how_perplexity_was_taken_and_what_was_protected(job, tmp_path):
+def test_a_report_shows_the_protocol_and_the_protected_units(job, tmp_path):
     metrics, run = measured_run(job)
     summary = report_run(run.folder)
     value = format_value(metrics["pruned/perplexity"])
@@ -411,11 +413,11 @@ def test_a_report_says_how_perplexity_was_taken_and_what_was_protected(job, tmp_
     ("values", "answer"),
     [([1, 21, None], True), ([1, 20], False), ([0, 50], False), ([float("nan"), 1, 30], True), ([None], False)],
 )
-def test_an_axis_is_logarithmic_where_values_differ_by_more_than_a_factor(values, answer):
+def test_an_axis_with_values_of_several_magnitudes_is_logarithmic(values, answer):
     assert spans_more_than(values, 20) is answer
 
 
-def test_measures_that_cannot_be_taken_or_named_are_refused(job, configure):
+def test_measures_that_cannot_be_taken_are_refused(job, configure):
     frechet = "evaluation=frechet_resnet20"
     with pytest.raises(ValueError, match=r"evaluation\.metrics\.frechet_resnet20 measures generated samples, and this"):
         job(frechet)
@@ -428,7 +430,7 @@ def test_measures_that_cannot_be_taken_or_named_are_refused(job, configure):
             check_network_measures({name: measure}, taken, None, None)
 
 
-def test_the_choices_for_language_models_add_up(configure):
+def test_choices_of_measures_for_language_models_are_joined(configure):
     cfg = configure("evaluation=[perplexity,perplexity_full,ptb,zero_shot]")
     assert list(cfg.evaluation.metrics) == ["perplexity", "perplexity_full", "ptb", "zero_shot"]
     assert len(cfg.evaluation.metrics.zero_shot.tasks) == 7 and len(cfg.evaluation.prompts) == 4

@@ -58,7 +58,7 @@ def words(overrides: list[str], language_teacher: Path, tmp_path: Path) -> list[
     ]
 
 
-def test_a_job_ends_in_a_stock_network_with_its_tokenizer(configure, words):
+def test_a_job_exports_a_stock_network_with_its_tokenizer(configure, words):
     cfg = configure(*words, 'selection.protected=[":1"]')
     run_pipeline(cfg)
     run = the_run(Path(cfg.paths.runs))
@@ -85,7 +85,7 @@ def test_a_job_ends_in_a_stock_network_with_its_tokenizer(configure, words):
 
 
 @pytest.mark.usefixtures("unverified")
-def test_adapters_resume_at_the_same_bits(configure, words, capsys):
+def test_adapters_resume_in_the_same_bits(configure, words, capsys):
     cfg = configure(*words, "trainer.steps=4", "trainer.checkpoint_every=2", "distillation.lora.dropout=0.3")
     run_pipeline(cfg)
     run = the_run(Path(cfg.paths.runs))
@@ -118,7 +118,7 @@ def test_all_weights_are_retrained_and_distilled(configure, words, distillation)
 
 @pytest.mark.usefixtures("quick_end")
 @pytest.mark.parametrize("criterion", ["taylor criterion.level=channel", "wanda", "flap"])
-def test_width_is_cut_to_the_same_budget_and_distilled_layer_by_layer(configure, words, criterion):
+def test_narrower_layers_are_distilled_layer_by_layer(configure, words, criterion):
     given = [word for word in words if "lora" not in word]
     cfg = configure(
         *given, *f"criterion={criterion}".split(), "selection=uniform", "distillation=language", "selection.ratio=0.17"
@@ -132,7 +132,7 @@ def test_width_is_cut_to_the_same_budget_and_distilled_layer_by_layer(configure,
 
 
 @pytest.mark.usefixtures("quick_end")
-def test_calibration_can_be_on_another_text(configure, words, tmp_path):
+def test_calibration_can_use_another_text(configure, words, tmp_path):
     (tmp_path / "other.txt").write_text("zebras and xylophones: quite puzzling! " * 20)
     cfgs = [
         configure(*(w for w in words if "lora" not in w), "distillation=none", *more)
@@ -173,7 +173,7 @@ def test_a_recipe_runs_on_a_tiny_network_and_texts(configure, words, tmp_path, r
 
 
 @pytest.mark.usefixtures("unverified")
-def test_the_papers_recipe_calibrates_on_books_and_trains_on_instructions(configure, words, tmp_path):
+def test_the_paper_recipe_calibrates_on_books_trains_on_instructions(configure, words, tmp_path):
     rows = [{"instruction": f"say {i}", "input": "" if i % 2 else "now", "output": f"a cat, {i}"} for i in range(30)]
     (tmp_path / "alpaca.json").write_text(json.dumps(rows))
     for name in ("books", "other"):
@@ -199,7 +199,7 @@ def test_the_papers_recipe_calibrates_on_books_and_trains_on_instructions(config
     assert metrics["distilled/task_loss"] != metrics["pruned/task_loss"]
 
 
-def test_a_text_that_scores_were_made_on_is_no_measure(configure, words, tmp_path):
+def test_measuring_on_a_calibration_text_is_refused(configure, words, tmp_path):
     given = ["+data@calibration.data=wikitext2", "calibration.data.length=12"]
     given += [f"calibration.data.train={tmp_path}/holdout.txt", f"calibration.data.holdout={tmp_path}/train.txt"]
     with pytest.raises(ValueError, match=r"evaluation\.metrics\.perplexity_stories: .*is trained or calibrated on"):
@@ -262,7 +262,7 @@ def test_the_study_tells_its_runs_apart(configure, words, tmp_path):
         (["criterion.level=operator", "criterion=magnitude"], "choose criterion.level=depth or channel"),
     ],
 )
-def test_what_does_not_go_with_a_language_model_is_said_before_it_is_scored(configure, words, given, message):
+def test_settings_unfit_for_a_language_model_are_refused_before_scoring(configure, words, given, message):
     group = given[0].partition("=")[0] if given[0].startswith(("data=", "evaluation=")) else None
     kept = [word for word in words if not word.startswith(f"{group}.")]
     cfg = configure(*kept, *given)

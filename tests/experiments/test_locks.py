@@ -58,7 +58,7 @@ def test_the_lock_of_a_process_that_has_ended_is_taken_over(entry, caplog):
 
 
 @pytest.mark.parametrize("host", ["elsewhere", "?"])
-def test_of_processes_on_other_machines_nothing_is_assumed(host):
+def test_a_process_on_another_machine_never_counts_as_ended(host):
     assert not locks.has_ended({"pid": 1, "host": host})
 
 
@@ -86,7 +86,7 @@ def job(name: str, devices: int = 1):
     return SimpleNamespace(name=name, trainer=SimpleNamespace(devices=devices, num_nodes=1))
 
 
-def test_a_job_of_another_process_is_looked_at_again_after_the_others(shared_sweep, monkeypatch, capsys):
+def test_a_job_of_another_process_is_postponed_in_a_sweep(shared_sweep, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "runs_jobs_in_turn", lambda: True)
     assert [sweep.run_job(job(name)) for name in "abc"] == [1.0, None, 1.0]
     sweep.run_postponed_jobs()
@@ -96,12 +96,12 @@ def test_a_job_of_another_process_is_looked_at_again_after_the_others(shared_swe
     assert "waiting: run b is being made by process 1" in printed
 
 
-def test_a_sweeper_that_needs_the_measure_waits_for_it(shared_sweep, monkeypatch):
+def test_a_searching_sweeper_waits_for_the_other_process(shared_sweep, monkeypatch):
     monkeypatch.setattr(sweep, "runs_jobs_in_turn", lambda: False)
     assert sweep.run_job(job("b")) == 1.0
 
 
-def test_a_single_job_and_one_on_several_devices_are_refused(shared_sweep, monkeypatch):
+def test_busy_runs_of_single_jobs_and_several_devices_are_refused(shared_sweep, monkeypatch):
     with pytest.raises(RunBusy):
         sweep.run_job(job("b", devices=2))
     monkeypatch.setattr(sweep, "is_in_sweep", lambda: False)

@@ -32,7 +32,7 @@ def folder_of(cfg: Any) -> Path:
 
 
 @pytest.mark.parametrize("force", ["false", "true"])
-def test_a_link_at_a_runs_place_is_refused_and_what_it_points_to_is_not_touched(configure, overrides, precious, force):
+def test_a_link_in_place_of_a_run_is_refused(configure, overrides, precious, force):
     cfg = configure(*overrides, f"force={force}")
     folder = folder_of(cfg)
     folder.parent.mkdir(parents=True)
@@ -43,7 +43,7 @@ def test_a_link_at_a_runs_place_is_refused_and_what_it_points_to_is_not_touched(
     assert {name: (precious / name).read_text() for name in files(precious)} == before
 
 
-def test_a_link_above_a_runs_folder_that_leads_out_of_paths_runs_is_refused(configure, overrides, precious):
+def test_a_link_that_leads_out_of_paths_runs_is_refused(configure, overrides, precious):
     cfg = configure(*overrides)
     study = folder_of(cfg).parent
     study.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def test_paths_runs_itself_may_be_a_link(configure, overrides, tmp_path, quick_e
     assert (the_run(tmp_path / "disk") / "finished.json").exists()
 
 
-def test_files_that_no_run_has_made_stay_when_a_run_starts_plans_anew_and_is_forced(configure, overrides, quick_end):
+def test_foreign_files_in_the_folder_of_a_run_are_kept(configure, overrides, quick_end):
     cfg = configure(*overrides)
     folder = folder_of(cfg)
     mine = [folder / name for name in ("note.txt", ".git/HEAD", ".nfs000000000001", ".plan.json.swp", "data/x.png")]
@@ -75,19 +75,8 @@ def test_files_that_no_run_has_made_stay_when_a_run_starts_plans_anew_and_is_for
     assert [path.read_text() for path in mine] == ["mine"] * len(mine)
 
 
-def test_what_a_killed_process_was_writing_is_removed(configure, overrides, quick_end):
-    cfg = configure(*overrides)
-    run_pipeline(cfg)
-    folder = folder_of(cfg)
-    (folder / "finished.json").unlink()
-    (folder / ".metrics.json.ab12cd_3").write_text("half")
-    (folder / ".export.ab12cd_3").mkdir()
-    run_pipeline(cfg)
-    assert not [name for name in files(folder) if "ab12cd_3" in name] and not (folder / ".export.ab12cd_3").exists()
-
-
 @pytest.mark.parametrize("name", ["plan.json", "samples"])
-def test_a_file_of_a_runs_name_that_no_run_has_made_is_refused(configure, overrides, name):
+def test_a_foreign_file_with_the_name_of_an_artefact_is_refused(configure, overrides, name):
     cfg = configure(*overrides)
     path = folder_of(cfg) / name
     path.parent.mkdir(parents=True)
@@ -97,7 +86,7 @@ def test_a_file_of_a_runs_name_that_no_run_has_made_is_refused(configure, overri
     assert path.read_text() == "mine"
 
 
-def test_a_linked_export_is_replaced_by_force_and_its_target_stays(configure, overrides, tmp_path, quick_end):
+def test_force_replaces_a_linked_export_and_keeps_its_target(configure, overrides, tmp_path, quick_end):
     run_pipeline(configure(*overrides))
     export = the_run(tmp_path / "runs") / "export"
     export.rename(tmp_path / "moved")
@@ -138,7 +127,7 @@ def change(run: Path, old: str, new: str) -> None:
     (run / "config.yaml").write_text(text.replace(old, new))
 
 
-def test_a_configuration_from_elsewhere_reads_nothing_of_this_machine(study, monkeypatch):
+def test_a_foreign_configuration_reads_no_environment_variable(study, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     change(the_run(study), "name: knapsack", "name: ${oc.env:HF_TOKEN}")
     assert read_config(the_run(study))["selection"]["name"] == "${oc.env:HF_TOKEN}"
@@ -157,7 +146,7 @@ def test_no_cell_of_a_table_is_a_formula(study, name):
     assert float(row["output_loss"]) > 0  # numbers stay numbers
 
 
-def test_dollars_in_names_are_drawn_as_they_are(study):
+def test_dollar_signs_in_names_are_drawn_literally(study):
     change(the_run(study), "name: knapsack", "name: $\\frac{$")
     change(the_run(study), "name: output_loss", "name: $x^")
     assert report_set(study).exists()
@@ -171,7 +160,7 @@ def test_a_report_can_be_written_elsewhere(study, tmp_path):
     assert (page.parent / link).resolve() == the_run(study) / "report.html"
 
 
-def test_a_report_removes_its_own_old_pictures_only(study):
+def test_a_report_removes_only_its_own_old_pictures(study):
     folder = report_set(study).parent
     (folder / "mine.png").write_bytes(b"mine")
     drawn = read_json(folder / ".manifest.json")["pictures"]

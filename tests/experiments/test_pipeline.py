@@ -73,9 +73,7 @@ def identity(cfg: Any) -> Run:
 # What a job leaves behind
 
 
-def test_a_finished_run_is_exactly_these_files_also_below_a_folder_with_spaces_and_unicode(
-    configure, sampling, teacher_folder, tmp_path, capsys
-):
+def test_a_finished_run_consists_of_exactly_these_files(configure, sampling, teacher_folder, tmp_path, capsys):
     runs, teacher = tmp_path / "läufe mit leerzeichen ✂" / "runs", tmp_path / "der lehrer ü"
     shutil.copytree(teacher_folder, teacher)
     job = [override for override in sampling if not override.startswith(("paths.runs=", "teacher.path="))]
@@ -109,7 +107,7 @@ def test_a_finished_run_is_exactly_these_files_also_below_a_folder_with_spaces_a
     assert str(run / "export") in summary and "asked for 0.5" in summary and "frechet_channels" in summary
 
 
-def test_a_finished_job_is_not_run_again_and_reads_no_weights(finished, monkeypatch, capsys):
+def test_a_finished_job_does_not_run_again(finished, monkeypatch, capsys):
     cfg, run = finished
     before = stamps(run)
 
@@ -145,7 +143,7 @@ def test_force_runs_a_finished_job_again_from_nothing(configure, overrides, fini
         assert (run / name).stat().st_mtime_ns > before[name], name
 
 
-def test_a_forced_job_that_is_stopped_while_it_clears_up_is_not_finished(configure, overrides, finished, monkeypatch):
+def test_a_forced_job_stopped_while_clearing_is_not_finished(configure, overrides, finished, monkeypatch):
     _, run = finished
     monkeypatch.setattr(
         "experiments.engine.artefacts.shutil.rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
@@ -179,7 +177,7 @@ def test_the_table_of_a_report_names_no_column_twice(finished):
     assert len(set(heads)) == len(heads)
 
 
-def test_a_folder_without_a_finished_run_is_said_to_be_one(tmp_path):
+def test_a_report_of_no_finished_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))} has no finished run below it"):
         collect_runs(tmp_path)
 
@@ -197,7 +195,7 @@ with FileLock(sys.argv[1] + "/.lock"):
 """
 
 
-def test_a_run_that_another_process_works_on_is_refused_until_that_process_is_gone(configure, overrides, unverified):
+def test_a_run_is_refused_while_another_process_works_on_it(configure, overrides, unverified):
     cfg = configure(*overrides)
     folder = identity(cfg).folder
     folder.mkdir(parents=True)
@@ -233,7 +231,7 @@ assert cached(folder, {"question": 1}, compute) == {"answer": list(range(5000))}
 """
 
 
-def test_processes_that_ask_for_one_result_at_once_all_get_it_and_one_computes(tmp_path):
+def test_one_of_several_processes_computes_a_cached_result(tmp_path):
     folder, log = tmp_path / "cache", tmp_path / "log"
     command = [sys.executable, "-c", ASK, str(folder), str(log)]
     processes = [
@@ -251,7 +249,7 @@ def test_processes_that_ask_for_one_result_at_once_all_get_it_and_one_computes(t
 # Failures
 
 
-def test_a_folder_that_cannot_be_made_is_named(configure, overrides, tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(configure, overrides, tmp_path):
     (tmp_path / "file").write_text("a file, not a folder")
     job = [override for override in overrides if not override.startswith("paths.runs=")]
     with pytest.raises(UnwritableDirectory) as caught:
@@ -259,7 +257,7 @@ def test_a_folder_that_cannot_be_made_is_named(configure, overrides, tmp_path):
     assert str(tmp_path / "file") in str(caught.value) and "paths.runs" in str(caught.value)
 
 
-def test_a_cache_that_cannot_be_made_is_named_by_its_own_field(configure, overrides, tmp_path):
+def test_a_cache_folder_that_cannot_be_created_names_paths_cache(configure, overrides, tmp_path):
     (tmp_path / "file").write_text("a file, not a folder")
     with pytest.raises(UnwritableDirectory, match=rf"{tmp_path}/file.* with paths\.cache=\.\.\."):
         run_pipeline(configure(*overrides, f"paths.cache={tmp_path}/file/cache"))
@@ -268,7 +266,7 @@ def test_a_cache_that_cannot_be_made_is_named_by_its_own_field(configure, overri
 @pytest.mark.parametrize(
     ("artefact", "field"), [("plan.json", "teacher"), ("plan.json", "scores"), ("scores.json", "key")]
 )
-def test_an_artefact_of_another_teacher_or_of_other_scores_is_refused_with_both_ids(finished, artefact, field):
+def test_a_stale_artefact_is_refused_with_both_ids(finished, artefact, field):
     cfg, run = finished
     (run / "finished.json").unlink()
     forget_hashes(run)
@@ -281,13 +279,13 @@ def test_an_artefact_of_another_teacher_or_of_other_scores_is_refused_with_both_
         assert part in str(caught.value)
 
 
-def test_ids_that_begin_alike_are_shown_where_they_differ():
+def test_ids_are_shown_as_far_as_they_differ():
     one, other = "0" * 63 + "1", "0" * 63 + "2"
     with pytest.raises(StaleArtefact, match=f"belongs to teacher {one}, this run has {other};"):
         check_fresh(Path("plan.json"), "teacher", one, other)
 
 
-def test_a_plan_made_anew_takes_what_was_made_from_the_one_before_with_it(finished):
+def test_a_new_plan_removes_what_the_old_one_made(finished):
     cfg, run = finished
     before = read_json(run / "plan.json")
     (cache,) = run.parent.parent.glob(".cache/scores/*.json")
@@ -325,7 +323,7 @@ def test_a_plan_with_an_unknown_unit_is_refused(finished):
 
 
 @pytest.mark.parametrize("artefact", ["scores.json", "plan.json", "metrics.json", "finished.json"])
-def test_a_cut_off_artefact_without_a_hash_is_named(finished, artefact):
+def test_a_truncated_artefact_without_a_hash_is_named(finished, artefact):
     cfg, run = finished
     forget_hashes(run)
     damaged = run / artefact
@@ -336,7 +334,7 @@ def test_a_cut_off_artefact_without_a_hash_is_named(finished, artefact):
         run_pipeline(cfg)
 
 
-def test_an_edited_weight_file_makes_another_teacher(configure, overrides, teacher_folder, tmp_path):
+def test_an_edited_weight_file_is_another_teacher(configure, overrides, teacher_folder, tmp_path):
     teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
     job = [override for override in overrides if not override.startswith("teacher.path=")]
     cfg = configure(*job, f"teacher.path={teacher}")
@@ -361,9 +359,7 @@ def test_an_edited_weight_file_makes_another_teacher(configure, overrides, teach
     ],
     ids=["cuda", "python", "cpu", "another_error"],
 )
-def test_running_out_of_memory_says_in_which_stage_and_what_lowers_it(
-    configure, overrides, monkeypatch, error, explained
-):
+def test_running_out_of_memory_names_stage_and_settings(configure, overrides, monkeypatch, error, explained):
     def score(*_: Any, **__: Any) -> None:
         raise error
 
@@ -404,7 +400,7 @@ def remove_the_class(folder: Path) -> None:
     ],
     ids=["edited", "incomplete"],
 )
-def test_an_export_that_was_tampered_with_is_found_out(teacher, tmp_path, tamper, found):
+def test_a_changed_export_fails_its_verification(teacher, tmp_path, tamper, found):
     student = teacher.pruned(bypasses(["mid_block.resnets.0", "up_blocks.0.attentions.1"]))
     export(student, tmp_path)
     tamper(tmp_path)

@@ -24,7 +24,7 @@ from experiments.engine.clock import Clock
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.ranks import ignore_ranks_of_the_shell, is_rank_zero
 from experiments.engine.run import Run
-from experiments.engine.samples import Drawn
+from experiments.engine.samples import SampleEvaluation
 from experiments.engine.stages import score as score_stage
 from experiments.engine.texts import Texts
 
@@ -55,23 +55,23 @@ def pruned(rank: int, cfg: DictConfig) -> None:
 
 
 def test_a_rank_waits_for_the_student_that_rank_0_writes(configure, job, tmp_path, monkeypatch, quick_end):
-    late(monkeypatch, Run, "staged")
+    late(monkeypatch, Run, "write_folder")
     with two_ranks(pruned, configure(*job, *ON_TWO)):
         pass
     assert (the_run(tmp_path / "runs") / "finished.json").exists()
 
 
-def test_a_rank_of_a_forced_job_reads_nothing_of_the_run_before(configure, job, tmp_path, monkeypatch, quick_end):
+def test_a_rank_of_a_forced_job_reads_nothing_of_the_old_run(configure, job, tmp_path, monkeypatch, quick_end):
     run_pipeline(configure(*job))
     run = the_run(tmp_path / "runs")
     before = read_json(run / "scores.json")
     write_json(run / "scores.json", before | {"key": "of another teacher"})
-    meet, clean = pipeline.meet, Run.clean
+    join_ranks, clean = pipeline.join_ranks, Run.clean
 
     def noted(trainer: Any) -> None:
         if not is_rank_zero():
             (tmp_path / "rank 1 goes").touch()
-        meet(trainer)
+        join_ranks(trainer)
 
     def delayed(folder: Run) -> None:
         """Clean a second after rank 1 could begin to read."""
@@ -81,16 +81,14 @@ def test_a_rank_of_a_forced_job_reads_nothing_of_the_run_before(configure, job, 
         time.sleep(is_rank_zero())
         clean(folder)
 
-    monkeypatch.setattr(pipeline, "meet", noted)
+    monkeypatch.setattr(pipeline, "join_ranks", noted)
     monkeypatch.setattr(Run, "clean", delayed)
     with two_ranks(pruned, configure(*job, *ON_TWO, "force=true")):
         pass
     assert read_json(run / "scores.json") == before
 
 
-def test_ranks_agree_on_scores_that_another_job_has_made_in_the_meantime(
-    configure, overrides, tmp_path, monkeypatch, quick_end
-):
+def test_ranks_agree_on_scores_that_another_job_has_just_made(configure, overrides, tmp_path, monkeypatch, quick_end):
     """Rank 0 waits for that job; before that, rank 1 sees no scores."""
     job = [*overrides, "distillation=none", "evaluation.loss_samples=4"]
     run_pipeline(configure(*job))
@@ -116,7 +114,7 @@ def test_ranks_agree_on_scores_that_another_job_has_made_in_the_meantime(
     assert len(list(tmp_path.glob("runs/debug/*/finished.json"))) == 2
 
 
-def test_a_rank_left_in_the_shell_plays_no_part_on_one_device(configure, job, tmp_path, monkeypatch, caplog, quick_end):
+def test_a_leftover_rank_is_ignored_on_one_device(configure, job, tmp_path, monkeypatch, caplog, quick_end):
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning's import would have found it
@@ -125,7 +123,7 @@ def test_a_rank_left_in_the_shell_plays_no_part_on_one_device(configure, job, tm
     assert "RANK, LOCAL_RANK of the environment is ignored, as trainer.devices=1" in caplog.text
 
 
-def test_a_task_of_a_slurm_job_runs_a_job_of_its_own(monkeypatch):
+def test_each_task_of_a_slurm_job_can_run_a_job_of_its_own(monkeypatch):
     for name, value in (("SLURM_PROCID", "3"), ("SLURM_LOCALID", "3"), ("SLURM_NTASKS", "4"), ("SLURM_JOB_ID", "7")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(rank_zero_only, "rank", 3)
@@ -135,10 +133,10 @@ def test_a_task_of_a_slurm_job_runs_a_job_of_its_own(monkeypatch):
     assert is_rank_zero() and not SLURMEnvironment.detect() and os.environ["SLURM_JOB_ID"] == "7"
 
 
-def test_a_rank_that_waits_says_for_what(tmp_path, monkeypatch, caplog):
+def test_a_waiting_rank_names_the_file(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(ranks, "PATIENCE", 0.0)
     monkeypatch.setattr(ranks.time, "sleep", lambda _: (tmp_path / "plan.json").touch())
-    monkeypatch.setattr(ranks, "PARENT", os.getppid())
+    monkeypatch.setattr(ranks, "PARENT_PID", os.getppid())
     ranks.wait_for(tmp_path / "plan.json")
     assert f"this rank waits for rank 0, which is to write {tmp_path}/plan.json" in caplog.text
 
@@ -146,12 +144,12 @@ def test_a_rank_that_waits_says_for_what(tmp_path, monkeypatch, caplog):
 def generated(rank: int, folder: Path) -> None:
     """Ask for samples where only rank 0 sees some."""
     torch.distributed.init_process_group("gloo")
-    sampling = object.__new__(Drawn)
+    sampling = object.__new__(SampleEvaluation)
     sampling.cfg = OmegaConf.create({"evaluation": {}})
     sampling.generate("teacher", None, folder / str(rank))  # type: ignore[arg-type]
 
 
-def test_ranks_agree_on_samples_that_only_rank_0_sees(tmp_path):
+def test_ranks_agree_on_samples_that_only_rank_0_can_see(tmp_path):
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "images.npy").touch()
     with two_ranks(generated, tmp_path):
@@ -170,7 +168,7 @@ def wrote(rank: int, run: Run) -> None:
         texts.write("teacher", SimpleNamespace(write=lambda prompts, *_: [f"{prompts[0]} two"]))
 
 
-def test_two_ranks_share_what_a_language_model_writes(configure, job, tmp_path):
+def test_two_ranks_share_the_texts_of_a_language_model(configure, job, tmp_path):
     run = Run(configure(*job), "teacher")
     run.folder.mkdir(parents=True)
     with two_ranks(wrote, run):
@@ -192,7 +190,7 @@ wait_for(folder / "plan.json")
 
 
 @pytest.mark.parametrize("when", ["late", "early"])
-def test_a_rank_does_not_wait_for_a_process_that_has_ended(tmp_path, when):
+def test_a_rank_stops_waiting_for_a_process_that_has_ended(tmp_path, when):
     started = tmp_path / "started"
     rank = f"'{sys.executable}' -c '{WAIT}' '{tmp_path}' {when}"
     script = f"{rank} & while [ ! -e '{started}' ]; do sleep 0.1; done; sleep 0.5"

@@ -78,7 +78,7 @@ def test_copies_of_a_run_count_once(another, study, caplog):
     assert note in page and note in caplog.text
 
 
-def test_latencies_of_several_batches_and_devices_are_neither_averaged_nor_compared(another, study, caplog):
+def test_latencies_of_other_batches_or_devices_are_not_compared(another, study, caplog):
     another("one", "1" * 16, latency_ratio=0.8, latency_batch=16, device="cpu")
     another("two", "2" * 16, {"seed": 1}, latency_ratio=0.6, latency_batch=16, device="cpu")
     page = report_set(study)
@@ -103,14 +103,14 @@ def test_latencies_of_several_batches_and_devices_are_neither_averaged_nor_compa
     assert dict(latencies.to_numpy())["batch 1, gpu"] == 0.2
 
 
-def test_only_seeds_that_were_timed_differently_leave_no_picture_of_latencies(another, study):
+def test_seeds_timed_on_other_devices_give_no_latency_figure(another, study):
     for seed, device in enumerate(("cpu", "gpu")):
         another(device, str(seed), {"seed": seed}, device=device)
     assert not (report_set(study).parent / LATENCIES).exists()
     assert list(rows_of(study)["latency"]) == [""]
 
 
-def test_plans_for_a_latency_budget_of_other_devices_are_no_seeds_of_one_setting(another, study):
+def test_latency_plans_of_other_devices_are_separate_rows(another, study):
     for seed, device in ((0, "cpu"), (1, "cpu"), (1, "gpu")):  # what it was timed on is not in a run's id
         another(f"{seed} {device}", str(seed), {"seed": seed, "selection.budget": "latency"}, device=device)
     table = average_over_seeds(collect_runs(study))
@@ -120,7 +120,7 @@ def test_plans_for_a_latency_budget_of_other_devices_are_no_seeds_of_one_setting
     ]
 
 
-def test_runs_of_other_weights_of_the_teacher_are_no_seeds_of_one_setting(another, study):
+def test_runs_of_other_teacher_weights_are_separate_rows(another, study):
     one = another("one", "1" * 16)
     another("two", "2" * 16, {"seed": 1})
     table = average_over_seeds(collect_runs(study))
@@ -149,7 +149,7 @@ def test_a_report_needs_no_stored_latents(another, study, latents, monkeypatch, 
     }
 
 
-def test_rows_that_differ_in_another_field_are_told_apart_in_the_table(another, study):
+def test_rows_that_differ_in_another_field_show_it(another, study):
     another("one", "1" * 16)
     report_set(study)
     assert list(rows_of(study)["criterion"]) == ["output_loss"]
@@ -161,13 +161,13 @@ def test_rows_that_differ_in_another_field_are_told_apart_in_the_table(another, 
     assert all(f"<td>{name}</td>" in page for name in names)
 
 
-def test_rows_that_differ_in_an_optional_group_are_told_apart(another, study):
+def test_rows_that_differ_in_an_optional_group_show_it(another, study):
     another("one", "1" * 16)
     another("two", "2" * 16, {"calibration.data": {"name": "other", "path": "/other"}})
     assert average_over_seeds(collect_runs(study))["method"].nunique() == 2
 
 
-def test_runs_of_several_ratios_are_curves_whatever_their_methods(another, study):
+def test_runs_of_several_ratios_are_drawn_as_curves(another, study):
     another("one", "1" * 16)
     plan = {"selection.name": "greedy", "selection.ratio": 0.7}
     run = another("two", "2" * 16, plan)

@@ -49,7 +49,7 @@ def kill_when(condition: Callable[[], bool], command: list[str], log: Path, seco
     return log.read_text()
 
 
-def test_a_job_killed_while_scoring_training_and_evaluating_ends_in_the_bits_of_an_undisturbed_one(
+def test_a_job_killed_three_times_ends_in_the_same_bits(
     configure,
     sampling,
     data_folder,
@@ -91,7 +91,7 @@ def test_a_job_killed_while_scoring_training_and_evaluating_ends_in_the_bits_of_
     assert not history.duplicated(["step", "name"]).any()
 
 
-def test_what_a_killed_process_was_writing_is_removed(configure, overrides, tmp_path):
+def test_partial_files_of_a_killed_process_are_removed(configure, overrides, tmp_path):
     cfg = configure(*overrides)
     run_pipeline(cfg)
     run = the_run(tmp_path / "runs")
@@ -222,19 +222,32 @@ def test_a_text_to_image_job_resumes_in_the_same_bits(configure, text_job, tmp_p
     assert differences(results(the_run(tmp_path / "text")), results(run)) == []
 
 
-@pytest.mark.parametrize("kept", [0, 0.5, 0.99])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(configure, tmp_path, trained, capsys, kept):
+def flip_a_bit(content: bytes) -> bytes:
+    """Change one bit in the middle, which lies in a tensor."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "half of it": lambda content: content[: len(content) // 2],
+    "without its end": lambda content: content[: int(0.99 * len(content))],
+    "a bit": flip_a_bit,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_named_and_skipped(configure, tmp_path, trained, capsys, damage):
     job, run = trained()
     damaged = interrupted(run, tmp_path / "damaged", [2, 3]) / "step=0000003.ckpt"
-    content = damaged.read_bytes()
-    damaged.write_bytes(content[: int(kept * len(content))])
+    damaged.write_bytes(DAMAGES[damage](damaged.read_bytes()))
     with pytest.warns(UserWarning, match=re.escape(f"checkpoint {damaged} cannot be read")):
         run_pipeline(configure(*moved(job, tmp_path / "damaged")))
     assert "resuming from step 2 of 5 (step=0000002.ckpt)" in capsys.readouterr().out
     assert differences(results(the_run(tmp_path / "damaged")), results(run)) == []
 
 
-def test_checkpoints_of_which_none_can_be_read_are_an_error_naming_them(configure, tmp_path, trained):
+def test_checkpoints_that_all_are_damaged_are_named(configure, tmp_path, trained):
     job, run = trained()
     folder = interrupted(run, tmp_path / "damaged", [2, 3])
     for path in folder.iterdir():
@@ -247,7 +260,7 @@ def test_checkpoints_of_which_none_can_be_read_are_an_error_naming_them(configur
     assert files(folder) == {"step=0000002.ckpt", "step=0000003.ckpt"}  # nothing was thrown away
 
 
-def test_resume_required_fails_without_a_checkpoint_and_goes_on_with_one(configure, overrides, tmp_path, trained):
+def test_resume_required_fails_without_a_checkpoint(configure, overrides, tmp_path, trained):
     job, run = trained()
     required = moved([*job, "trainer.resume=required"], tmp_path / "required")
     with pytest.raises(ValueError, match=r"trainer\.resume='required', but there is no checkpoint in ") as caught:
@@ -263,7 +276,7 @@ def test_resume_required_fails_without_a_checkpoint_and_goes_on_with_one(configu
 MEASURES = ("frechet_channels", "brightness")
 
 
-def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(configure, sampling, tmp_path):
+def test_metrics_are_a_function_of_the_seed(configure, sampling, tmp_path):
     found = {}
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         torch.rand(5)  # the global generator plays no part
@@ -290,7 +303,7 @@ def test_only_the_last_two_checkpoints_are_kept(configure, overrides, tmp_path):
     assert files(the_run(tmp_path / "runs") / "checkpoints" / "distil") == {"step=0000005.ckpt", "step=0000006.ckpt"}
 
 
-def test_only_the_last_two_checkpoints_are_kept_by_a_resumed_run_too(configure, tmp_path, trained):
+def test_a_resumed_run_keeps_only_the_last_two_checkpoints(configure, tmp_path, trained):
     job, run = trained()
     folder = interrupted(run, tmp_path / "resumed", [1, 2])
     run_pipeline(configure(*moved(job, tmp_path / "resumed")))

@@ -74,16 +74,16 @@ def identity(cfg, teacher: str = "teacher") -> str:
 
 
 @pytest.mark.parametrize("override", NO_EFFECT)
-def test_what_cannot_change_a_result_does_not_change_the_run_id(configure, override):
+def test_settings_without_effect_do_not_change_the_run_id(configure, override):
     assert identity(configure(override)) == identity(configure())
 
 
-def test_whatever_changes_a_result_changes_the_run_id(configure):
+def test_settings_with_an_effect_change_the_run_id(configure):
     ids = [identity(configure(*change)) for change in ([], *([override] for override in EFFECT))]
     assert len({*ids, identity(configure(), "another teacher")}) == len(EFFECT) + 2
 
 
-def test_the_run_id_does_not_depend_on_how_the_same_values_were_given(configure, configure_with):
+def test_the_run_id_does_not_depend_on_where_values_come_from(configure, configure_with):
     by_file = configure_with(*recipe("selection: {ratio: 0.3}\nseed: 1"), "experiment=mine")
     assert identity(by_file) == identity(configure("selection.ratio=0.3", "seed=1"))
     assert identity(by_file) == identity(configure("seed=1", "selection.ratio=0.3"))
@@ -101,7 +101,7 @@ def test_the_run_id_is_the_same_wherever_the_repository_lies(configure, monkeypa
 
 
 @pytest.mark.parametrize("place", ["ROOT-latents", "ROOT/latents"])
-def test_latents_are_read_where_they_lie_also_beside_and_inside_the_repository(configure, monkeypatch, tmp_path, place):
+def test_latents_beside_and_inside_the_repository_are_read(configure, monkeypatch, tmp_path, place):
     root = tmp_path / "sec"
     root.mkdir()
     folder = tmp_path / place.replace("ROOT", "sec")
@@ -112,31 +112,31 @@ def test_latents_are_read_where_they_lie_also_beside_and_inside_the_repository(c
     monkeypatch.setattr(
         run_module, "read_manifest", lambda path: json.loads((Path(path) / "manifest.json").read_text())
     )
-    assert run_module.effective(cfg)["latents"] == "x"
+    assert run_module.get_effective_settings(cfg)["latents"] == "x"
 
 
 def test_only_paths_below_the_repository_are_written_as_below_root(monkeypatch):
     monkeypatch.setattr(run_module, "ROOT", Path("/data/sec"))
     values = ["/data/sec", "/data/sec/a b", "/data/sec-latents", "/data/secret/x", "see /data/sec", "/data"]
-    assert run_module.portable(values) == ["ROOT", "ROOT/a b", *values[2:]]
+    assert run_module.make_portable(values) == ["ROOT", "ROOT/a b", *values[2:]]
 
 
-def test_a_class_of_this_project_is_the_same_in_another_module_and_another_class_is_not(configure):
+def test_a_class_keeps_its_identity_in_another_module(configure):
     cfg = configure()
-    before = run_module.effective(cfg)
+    before = run_module.get_effective_settings(cfg)
     assert before["criterion"]["_target_"] == "criteria.OutputLoss"
     cfg.criterion._target_ = "criteria.elsewhere.deeper.OutputLoss"
-    assert run_module.effective(cfg) == before
+    assert run_module.get_effective_settings(cfg) == before
     for other in ("criteria.elsewhere.TaskLoss", "mine.OutputLoss", "mine.criteria.OutputLoss"):
         cfg.criterion._target_ = other
-        assert run_module.effective(cfg) != before
+        assert run_module.get_effective_settings(cfg) != before
 
 
-def test_no_two_classes_of_one_package_that_configurations_name_have_one_name():
+def test_class_names_in_configurations_are_unique_per_package():
     """Else two configurations that mean different classes would be one run."""
     targets = re.findall(r"_target_: *([\w.]+)", "".join(path.read_text() for path in (ROOT / "conf").rglob("*.yaml")))
     own = {target for target in targets if target.partition(".")[0] in run_module.PACKAGES}
-    assert len({run_module.without_modules({"_target_": target})["_target_"] for target in own}) == len(own) > 50
+    assert len({run_module.drop_modules({"_target_": target})["_target_"] for target in own}) == len(own) > 50
 
 
 def test_other_weights_of_a_measure_under_the_same_path_are_another_run(configure, monkeypatch, tmp_path):
@@ -158,7 +158,7 @@ LABELS = [
 
 
 @pytest.mark.parametrize("words", LABELS)
-def test_labels_and_texts_are_no_files_where_a_folder_has_their_name(configure, monkeypatch, tmp_path, words):
+def test_labels_and_texts_are_never_taken_for_files(configure, monkeypatch, tmp_path, words):
     monkeypatch.setenv("SECATEUR_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     before = identity(configure(*words))
@@ -188,34 +188,34 @@ def test_the_readme_shows_the_run_id_of_the_default_job(tmp_path):
 # What comes from the environment
 
 
-def test_without_the_environment_a_configuration_is_written_as_it_is_resolved(configure):
+def test_a_configuration_is_written_with_resolved_values(configure):
     cfg = configure("task=classification")
-    assert run_module.as_written(cfg) == OmegaConf.to_container(cfg, resolve=True)
+    assert run_module.get_written_settings(cfg) == OmegaConf.to_container(cfg, resolve=True)
 
 
-def test_what_comes_from_the_environment_is_written_as_it_was_given(configure, overrides, monkeypatch):
-    monkeypatch.setenv("MY_FOLDER", "/data/secret")
+def test_environment_variables_are_not_written_with_their_values(configure, overrides, monkeypatch):
+    monkeypatch.setenv("MY_FOLDER", "secret-folder")
     monkeypatch.setenv("MY_SEED", "7")
     given = ["data.name=${oc.env:MY_FOLDER}", "label=x-${data.name}", "seed='${oc.decode:${oc.env:MY_SEED}}'"]
     cfg = configure(*overrides, *given, "selection.protected=[a,'${oc.env:MY_FOLDER}']", "calibration.seed=${seed}")
     run = Run(cfg, "teacher")
-    with run.opened():
+    with run.open():
         written = (run / "config.yaml").read_text()
-    shown = run_module.displayed(cfg)
-    for content in (OmegaConf.to_container(OmegaConf.create(written)), run_module.as_written(cfg)):
+    shown = run_module.get_displayed_settings(cfg)
+    for content in (OmegaConf.to_container(OmegaConf.create(written)), run_module.get_written_settings(cfg)):
         assert content["data"]["name"] == "${oc.env:MY_FOLDER}" and content["label"] == "x-${data.name}"
         assert content["seed"] == "${oc.decode:${oc.env:MY_SEED}}" and content["calibration"]["seed"] == "${seed}"
         assert content["selection"]["protected"] == ["a", "${oc.env:MY_FOLDER}"]
     assert "secret" not in written and "secret" not in str(shown) and shown["selection"]["ratio"] == 0.5
-    assert "/data/secret" in str(run_module.effective(cfg))
+    assert "secret-folder" in str(run_module.get_effective_settings(cfg))
     monkeypatch.setenv("MY_SEED", "8")
     assert Run(configure(*overrides, *given), "teacher").id != run.id
 
 
-def test_the_number_of_measured_images_is_part_of_a_run_where_it_plays_a_part(configure):
+def test_the_number_of_measured_images_changes_only_classifier_runs(configure):
     classifier = ("task=classification", "teacher.path=/elsewhere")
     for job in ((), classifier):
-        assert "images" not in run_module.effective(configure(*job))["evaluation"]
+        assert "images" not in run_module.get_effective_settings(configure(*job))["evaluation"]
     assert identity(configure("evaluation.images=9")) == identity(configure())
     assert identity(configure(*classifier, "evaluation.images=9")) != identity(configure(*classifier))
 
@@ -236,7 +236,7 @@ def test_a_digest_does_not_depend_on_the_order_of_keys(content, random):
     assert digest(content | {keys[0]: [content[keys[0]]]}) != digest(content)
 
 
-def test_a_job_runs_in_a_folder_with_spaces_and_accents_under_the_same_name(configure, overrides, tmp_path):
+def test_a_job_runs_in_a_folder_with_spaces_and_accents(configure, overrides, tmp_path):
     cfg = configure(*overrides, f"paths.runs='{tmp_path}/my runs é'")
     run_pipeline(cfg)
     (folder,) = (tmp_path / "my runs é" / "debug").iterdir()

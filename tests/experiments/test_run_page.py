@@ -39,7 +39,7 @@ def plan_of(scores: dict[str, Any], *removed: str, **more: Any) -> dict[str, Any
     return {"scores": digest(scores["scores"]), "teacher": "t", "changes": changes, **more}
 
 
-def test_networks_are_those_of_the_run_in_its_order_or_the_usual_ones_that_were_measured():
+def test_networks_are_listed_in_the_order_of_the_run():
     assert list_networks(ROUNDS) == ["teacher", "small", "trained", "smaller"]
     old = {"run_id": "a", "distilled/output_loss": 1, "teacher/task_loss": 2, "pruned/output_loss": 3, "eval/x": 4}
     assert list_networks(old) == ["teacher", "pruned", "distilled"]
@@ -47,13 +47,13 @@ def test_networks_are_those_of_the_run_in_its_order_or_the_usual_ones_that_were_
     assert list_networks(old) == ["teacher", "pruned"]
 
 
-def test_costs_are_listed_for_every_network_that_costs_something_else_than_the_one_before():
+def test_costs_are_listed_where_they_change():
     assert dict(list_costs(ROUNDS)) == {"parameters": "4,000 -> 3,000 -> 1,500"}
     two = {"networks": ["teacher", "pruned"], "plan/budget": "params", "teacher/params": 4000, "pruned/params": 4000}
     assert dict(list_costs(two)) == {"parameters": "4,000 -> 4,000"}
 
 
-def test_qualities_are_listed_for_every_network_without_costs():
+def test_the_table_of_qualities_contains_no_costs():
     metrics = ROUNDS | {
         "small/loss": 1.0,
         "smaller/loss": 2.0,
@@ -65,7 +65,7 @@ def test_qualities_are_listed_for_every_network_without_costs():
     assert tabulate_quality(metrics, ROUNDS["networks"]) == expected
 
 
-def test_scores_of_several_stages_go_with_the_plans_made_from_them(tmp_path):
+def test_scores_of_several_stages_are_matched_with_their_plans(tmp_path):
     first, second = scores_of("a", "b", "c", level="depth"), scores_of("a", "c", level="depth")
     plans = {"plan": plan_of(first, "b", protected=["a"]), "plan_again": plan_of(second, "c", protected=["a"])}
     write(tmp_path, scores=first, scores_again=second, **plans)
@@ -84,13 +84,13 @@ def test_scores_of_several_stages_go_with_the_plans_made_from_them(tmp_path):
         (("a:0", "b"), "depth", False),
     ],
 )
-def test_units_are_channels_by_their_level(tmp_path, names, level, expected):
+def test_channel_units_are_recognised_by_their_level(tmp_path, names, level, expected):
     scores = scores_of(*names, **({} if level is None else {"level": level}))
     write(tmp_path, scores=scores)
     assert [scoring.has_channels for scoring in read_scorings(tmp_path, [])] == [expected]
 
 
-def test_losses_are_those_of_each_training_stage_or_of_an_old_runs_single_file(tmp_path):
+def test_losses_of_each_training_stage_are_drawn(tmp_path):
     assert list_histories(tmp_path) == {}
     (tmp_path / "metrics.csv").write_text("step,name,value\n")
     assert list_histories(tmp_path) == {"distil": tmp_path / "metrics.csv"}
@@ -126,7 +126,7 @@ def rounds(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_report_of_rounds_shows_all_networks_scores_and_trainings(rounds):
+def test_a_report_of_several_rounds_shows_all_of_them(rounds):
     summary = report_run(rounds)
     assert "4,000 -> 3,000 -> 1,500" in summary
     assert "0.50000 small -> 0.50000 trained -> 0.50000 smaller" in summary

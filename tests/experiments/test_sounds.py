@@ -44,7 +44,7 @@ def test_a_run_gets_wav_files_that_can_be_played(run):
     assert peak(wave) == pytest.approx(900, abs=16)
 
 
-def test_the_page_of_a_run_plays_the_first_sounds_of_each_network(run):
+def test_the_page_of_a_run_plays_sounds_of_each_network(run):
     sounds = embed_sounds(run, configured("data=digits_sample"), NETWORKS, count=1)
     assert [(name, len(found)) for name, found in sounds.items()] == [("teacher", 1), ("pruned", 1)]
     head, content = sounds["pruned"][0].split(",")
@@ -62,11 +62,11 @@ def test_the_page_of_a_run_plays_the_first_sounds_of_each_network(run):
     assert page.count("<audio controls") == 2 and f'src="{sounds["teacher"][0]}"' in page
 
 
-def test_a_run_on_pictures_plays_nothing(run):
+def test_a_run_on_pictures_has_no_sounds(run):
     assert embed_sounds(run, configured("data=cifar10_sample"), NETWORKS) == {} and not (run / "sounds").exists()
 
 
-def test_the_dashboard_gets_the_sounds_that_were_written(run):
+def test_the_dashboard_gets_the_written_sounds(run):
     assert load_wandb_sounds(run) == {}
     write_sounds(run, MEL, count=2)
     logged = load_wandb_sounds(run)
@@ -74,7 +74,7 @@ def test_the_dashboard_gets_the_sounds_that_were_written(run):
     assert [type(audio).__name__ for found in logged.values() for audio in found] == ["Audio"] * 4
 
 
-def test_samples_that_were_resized_are_no_sounds(tmp_path):
+def test_resized_samples_are_not_written_as_sounds(tmp_path):
     (tmp_path / "samples" / "teacher").mkdir(parents=True)
     np.save(tmp_path / "samples" / "teacher" / "images.npy", np.zeros((2, 64, 64, 1), np.uint8))
     assert write_sounds(tmp_path, MEL) == {} and not (tmp_path / "sounds").exists()

@@ -64,7 +64,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_a_list_killed_between_any_two_stages_ends_in_the_same_bits(
+def test_a_pipeline_stopped_between_stages_ends_in_the_same_bits(
     configure, sampling, lists, tmp_path, monkeypatch, name
 ):
     job = [override for override in sampling if not override.startswith("paths.runs=")]
@@ -93,7 +93,7 @@ def test_a_list_killed_between_any_two_stages_ends_in_the_same_bits(
     assert differences(results(the_run(tmp_path / "killed")), expected) == []
 
 
-def test_every_network_of_a_list_has_a_name_and_is_measured_in_order(configure, sampling, lists, tmp_path):
+def test_every_network_of_a_pipeline_is_measured_in_order(configure, sampling, lists, tmp_path):
     run_pipeline(configure(*sampling, "pipeline=rounds"))
     run = the_run(tmp_path / "runs")
     metrics, measured = read_json(run / "metrics.json"), read_json(run / "measured.json")
@@ -115,7 +115,7 @@ def test_every_network_of_a_list_has_a_name_and_is_measured_in_order(configure, 
     ) - {change["unit"] for change in first["changes"]}
 
 
-def test_settings_hold_for_one_stage_alone(configure, overrides, lists, tmp_path):
+def test_settings_of_a_stage_apply_to_that_stage_only(configure, overrides, lists, tmp_path):
     run_pipeline(configure(*overrides, "pipeline=twice"))
     run = the_run(tmp_path / "runs")
     steps = {path.name: max(path.iterdir()).name for path in (run / "checkpoints").iterdir()}
@@ -138,7 +138,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_list_that_cannot_be_run_is_refused_before_anything_is_read(configure, overrides, tmp_path, wrong):
+def test_a_wrong_list_of_stages_is_refused_at_once(configure, overrides, tmp_path, wrong):
     override, message = WRONG[wrong]
     with pytest.raises(ConfigError, match=message):
         run_pipeline(configure(*overrides, override, "teacher.path=/nowhere"))

@@ -14,7 +14,7 @@ from experiments.studies.additivity import __main__ as additivity
 from lightning_modules.backbones.diffusion.unet import UNetBackbone
 
 
-def test_additivity_compares_summed_scores_with_measured_joint_losses(overrides, data_folder, tmp_path, monkeypatch):
+def test_additivity_compares_summed_scores_with_joint_losses(overrides, data_folder, tmp_path, monkeypatch):
     words = ["additivity", "--subsets", "3", "--ratios", "0.1", "0.6", "--criteria", "output_loss", "magnitude"]
     given = [o for o in overrides if not o.startswith("selection")]
     monkeypatch.setattr(

@@ -30,9 +30,7 @@ def sweep(config_dir: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
 
 
-def test_a_sweep_shares_scores_survives_a_failing_job_and_is_not_run_twice(
-    configure, sampling, data_folder, tmp_path, unverified
-):
+def test_a_sweep_shares_scores_and_survives_a_failing_job(configure, sampling, data_folder, tmp_path, unverified):
     job = [*sampling, "distillation=none"]
     first = sweep(data_folder, *job, *SWEEP)
     assert first.returncode != 0
@@ -112,7 +110,7 @@ def wandb_records(file: Path) -> Iterator[Any]:
             record = b""
 
 
-def test_each_job_is_one_offline_wandb_run_that_is_finished_also_when_the_job_fails(overrides, data_folder, tmp_path):
+def test_each_job_is_one_finished_wandb_run_even_when_it_fails(overrides, data_folder, tmp_path):
     job = [*overrides, "logger.wandb=true", "logger.mode=offline", "distillation=task_only"]
     broken, works = 1e30, 1e-4  # the loss of the first is not finite after a step
     assert sweep(data_folder, *job, "optimizer.lr=1e30,1e-4", "trainer.gradient_clip_val=null").returncode != 0

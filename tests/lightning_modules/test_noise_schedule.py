@@ -68,8 +68,8 @@ def saved_with(teacher_folder: Path, tmp_path: Path):
 
 
 @pytest.fixture
-def teacher_of(configure, overrides, monkeypatch):
-    """teacher_of(path, *more) -> the teacher that a job loads."""
+def build_teacher(configure, overrides, monkeypatch):
+    """build_teacher(path, *more) -> the teacher that a job loads."""
 
     def load(path: str, *more: str) -> DiffusionBackbone:
         teachers = []
@@ -96,16 +96,16 @@ def close(values: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(values, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_schedule_and_the_prediction_are_those_saved_with_the_teacher(saved_with, teacher_of):
+def test_the_schedule_and_the_prediction_are_those_saved_with_the_teacher(saved_with, build_teacher):
     schedule = DDPMScheduler(**V)
-    backbone = teacher_of(saved_with(schedule))
+    backbone = build_teacher(saved_with(schedule))
     assert torch.equal(backbone.noise_scheduler.alphas_cumprod, schedule.alphas_cumprod)
     target, noise, velocity = terms(backbone, schedule)
     assert close(target, velocity) and not close(target, noise)
 
 
-def test_a_schedule_of_the_configuration_wins_over_the_teachers(saved_with, teacher_of):
-    backbone = teacher_of(saved_with(DDPMScheduler(**V)), "noise_scheduler=linear")
+def test_a_schedule_of_the_configuration_wins_over_the_teachers(saved_with, build_teacher):
+    backbone = build_teacher(saved_with(DDPMScheduler(**V)), "noise_scheduler=linear")
     schedule = DDPMScheduler()
     assert torch.equal(backbone.noise_scheduler.alphas_cumprod, schedule.alphas_cumprod)
     target, noise, velocity = terms(backbone, schedule)
@@ -136,8 +136,8 @@ def test_a_network_without_a_schedule_is_refused_before_scoring(configure, overr
     assert not list(tmp_path.rglob("scores.json"))
 
 
-def test_the_configuration_gives_a_bare_network_its_schedule(saved_with, teacher_of):
-    backbone = teacher_of(saved_with(None), "noise_scheduler=linear", "noise_scheduler.beta_end=0.01")
+def test_the_configuration_gives_a_bare_network_its_schedule(saved_with, build_teacher):
+    backbone = build_teacher(saved_with(None), "noise_scheduler=linear", "noise_scheduler.beta_end=0.01")
     assert torch.equal(backbone.noise_scheduler.alphas_cumprod, DDPMScheduler(beta_end=0.01).alphas_cumprod)
 
 

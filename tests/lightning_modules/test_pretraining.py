@@ -16,7 +16,7 @@ from support.results import differences, the_run, trained_state
 
 from datamodules.readers.base import MissingData
 from datamodules.seeding import torch_rng
-from experiments.engine.inputs import data_of
+from experiments.engine.inputs import build_data
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.diffusion.new import new_backbone
@@ -116,7 +116,7 @@ def test_latents_of_a_new_autoencoder_have_unit_variance_by_the_factor_in_its_co
     vae = AutoencoderKL.from_pretrained(run / "weights", torch_dtype=torch.float32)
     metrics = json.loads((run / "metrics.json").read_text())
     assert vae.config.scaling_factor == 1 / metrics["latent_std"] and metrics["test_images"] == 16
-    images = torch.cat([b["image"] for b in data_of(configure(*job("cifar10_vae"))).subset("holdout", 16, 0, 16)])
+    images = torch.cat([b["image"] for b in build_data(configure(*job("cifar10_vae"))).subset("holdout", 16, 0, 16)])
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.mean
         decoded = vae.decode(latents).sample.clamp(-1, 1)

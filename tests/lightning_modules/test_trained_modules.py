@@ -17,7 +17,7 @@ from support.networks import bypasses, tiny_backbone, tiny_batch
 from support.results import the_run
 
 from conf.schema import PROJECT_ARGUMENTS, ConfigError
-from experiments.engine.identity import effective
+from experiments.engine.identity import get_effective_settings
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.losses.cosine import CosineDistance
 from lightning_modules.modules.autoencoder import Autoencoder
@@ -317,9 +317,9 @@ def test_other_loggers_can_be_combined_with_the_dashboard(configure):
 
 
 def test_options_change_the_run_identity_and_callbacks_do_not(configure):
-    plain = effective(configure())
-    assert effective(configure("callbacks=learning_rate", "logger=tensorboard")) == plain
-    changed = effective(configure("+trainer.options.gradient_clip_algorithm=value"))
+    plain = get_effective_settings(configure())
+    assert get_effective_settings(configure("callbacks=learning_rate", "logger=tensorboard")) == plain
+    changed = get_effective_settings(configure("+trainer.options.gradient_clip_algorithm=value"))
     assert changed["trainer"].pop("options") == {"gradient_clip_algorithm": "value"}
     assert plain["trainer"].pop("options") == {} and changed == plain
 

@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
-from conf import schema
+from conf import checks, schema
 
 GLOBAL = "# @package _global_\n"
 
@@ -28,7 +28,7 @@ def configure_with(tmp_path: Path) -> Callable[..., DictConfig]:
         path.parent.mkdir(parents=True)
         path.write_text(text)
         cfg = composed(*overrides, folder=tmp_path / "my configs")
-        schema.check(cfg)
+        checks.check_config(cfg)
         return cfg
 
     return make

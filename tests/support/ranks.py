@@ -25,7 +25,7 @@ def two_ranks(function: Callable[..., Any], *arguments: Any, seconds: float = 30
         names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
         os.environ.update({name: str(value) for name, value in names.items()})
         rank_zero_only.rank = rank  # this and the next line are what an import in this process would have found
-        ranks.PARENT = os.getppid()
+        ranks.PARENT_PID = os.getppid()
         try:
             function(rank, *arguments)
         except BaseException:

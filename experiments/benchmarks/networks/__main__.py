@@ -29,14 +29,14 @@ from omegaconf import DictConfig
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from conf import schema
+from conf import checks, schema
 from datamodules.readers.base import Source
 from datamodules.readers.folder import Folder
 from datamodules.readers.lsun import Lmdb
 from datamodules.readers.shards import Shards
 from datamodules.seeding import numpy_rng
 from experiments.benchmarks.scoring_speed.__main__ import time_in_turns
-from experiments.engine.inputs import data_of
+from experiments.engine.inputs import build_data
 from experiments.reporting.figures import save_figure
 from experiments.tools.precompute import precompute
 from lightning_modules.metrics.cost import device_name
@@ -88,7 +88,7 @@ def time_training(cfg: DictConfig, latents: Path, batches: int, repeats: int, de
     stepper = denoiser.configure_optimizers()["optimizer"]
     stored = cfg.copy()
     stored.latents = str(latents)
-    loaders = {"pictures": iterate_batches(data_of(cfg)), "latents": iterate_batches(data_of(stored))}
+    loaders = {"pictures": iterate_batches(build_data(cfg)), "latents": iterate_batches(build_data(stored))}
 
     def make_round(name: str, train: bool) -> Callable[[], dict]:
         def run_round() -> dict:
@@ -221,7 +221,7 @@ def main() -> None:
                     *("precompute.dtype=float16", f"precompute.batch_size={options.batch}"),
                 ],
             )
-        schema.check(cfg)
+        checks.check_config(cfg)
         to_store = cfg.copy()
         to_store.latents = str(folder / "latents")
         start = perf_counter()
@@ -232,7 +232,7 @@ def main() -> None:
         for part in ("inputs", "training"):
             times = {key.split(", ")[1]: value for key, value in seconds.items() if key.startswith(part)}
             rows += make_rows(part, times, batches * options.batch, "pictures")
-        pictures = encode_jpegs(data_of(cfg).source("train"), options.samples, options.pixels)
+        pictures = encode_jpegs(build_data(cfg).source("train"), options.samples, options.pixels)
         times = time_reading(write_sources(pictures, folder, options.pixels), options.batch, options.repeats)
         rows += make_rows(f"sources, JPEGs of {options.pixels} pixels", times, options.samples, "folder")
 

@@ -5,15 +5,15 @@ from typing import Any
 
 from conf.schema import ConfigError
 from experiments.engine.job import Job
-from experiments.engine.stage import Stage, latest
+from experiments.engine.stage import Stage, find_latest
 from experiments.engine.stages.select import Select
 
 
 class Build(Stage):
-    """Applies the plan of the select stage before it.
+    """Applies the plan of the last select stage.
 
     Args:
-        makes: the name of the pruned network.
+        makes: name of the pruned network.
         settings: see Stage.
     """
 
@@ -24,7 +24,7 @@ class Build(Stage):
         self.makes: str = makes
 
     def link(self, before: Sequence[Stage]) -> None:
-        select = latest(before, Select)
+        select = find_latest(before, Select)
         if select is None:
             raise ConfigError(f"pipeline.stages.{self.name}: there is no stage before it that plans (Select)")
         self.select = select

@@ -1,4 +1,4 @@
-"""The stage `distil`: the student is trained, by its task and by the teacher."""
+"""The stage `distil`: trains the student on its task and on the teacher's outputs and features."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import hydra.utils
 from omegaconf import DictConfig
 
 from experiments.engine.job import TEACHER, Job
-from experiments.engine.stage import Stage, latest, latest_network
+from experiments.engine.stage import Stage, find_latest, find_latest_network
 from experiments.engine.stages.score import check_data
 from experiments.engine.stages.select import Select
 from experiments.engine.training import train
@@ -15,12 +15,12 @@ from lightning_modules.modules.contract import check_module
 
 
 class Distil(Stage):
-    """Trains a copy of the network that was made last, as `cfg.distillation` says. Without a `_target_`, nothing.
+    """Trains a copy of the last network as `cfg.distillation` says; does nothing where that has no `_target_`.
 
-    The result's weights are those of the moving average where that is on.
+    The result has the weights of the moving average where that is on.
 
     Args:
-        makes: the name of the trained network.
+        makes: name of the trained network.
         settings: see Stage.
     """
 
@@ -36,20 +36,20 @@ class Distil(Stage):
             check_module(cfg.distillation, "distillation")
 
     def link(self, before: Sequence[Stage]) -> None:
-        self.source, self.select = latest_network(before), latest(before, Select)
+        self.source, self.select = find_latest_network(before), find_latest(before, Select)
 
     def artefacts(self) -> list[str]:
-        return [f"networks/{self.makes}", *training_artefacts(self)] if self.makes else []
+        return [f"networks/{self.makes}", *list_training_artefacts(self)] if self.makes else []
 
     def check(self, job: Job) -> None:
         if self.makes is None:
             return
         cfg, teacher = job.cfg, job.teacher
-        if self.select is None:  # else it is checked where units are scored
+        if self.select is None:  # the score stage checks it otherwise
             check_data(teacher, "data", cfg.data.get("name"), job.data)
         narrower = self.select is not None and "slice" in self.select.kinds(job) and teacher.width_changes_stages
         module: Any = hydra.utils.get_object(cfg.distillation._target_)
-        if hasattr(module, "check_settings"):  # a module of somebody's own may have none
+        if hasattr(module, "check_settings"):  # a module from outside the repository may have none
             module.check_settings(cfg.distillation, teacher, narrower)
         job.data.train_dataloader()
 
@@ -65,6 +65,6 @@ class Distil(Stage):
         job.networks[self.makes], job.origins[self.makes] = job.load(self.makes, base, changes), (base, changes)
 
 
-def training_artefacts(stage: Stage) -> list[str]:
-    """Return what the training of a stage leaves behind, beside its result."""
+def list_training_artefacts(stage: Stage) -> list[str]:
+    """Return the paths that the training of a stage writes, beside its result."""
     return [f"checkpoints/{stage.name}", f"history/{stage.name}.csv", f"failure/{stage.name}"]

@@ -1,4 +1,4 @@
-"""The stage `export`: a folder that opens without this project, and the proof that it does."""
+"""The stage `export`: writes a folder that can be loaded without this project, and verifies that it can."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from lightning_modules.export.verify import verify
 
 
 class Export(Stage):
-    """Exports the network that was made last, with a model card, and reloads it in a clean process."""
+    """Exports the last network with a model card, and reloads it in a process of its own without this project."""
 
     usual_name = "export"
 
@@ -37,7 +37,7 @@ class Export(Stage):
 
     def run(self, job: Job) -> None:
         if is_rank_zero():
-            with job.clock("export"), job.run.staged(self.artefact("export")) as partial:
+            with job.clock("export"), job.run.write_folder(self.artefact("export")) as partial:
                 export(job.student, partial, self.card(job))
                 job.record(export_max_difference=verify(job.student, partial))
                 if job.cfg.export.dense_twin:

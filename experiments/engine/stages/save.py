@@ -1,25 +1,25 @@
-"""The stage `save`: what was trained from nothing is written as a teacher that others can load."""
+"""The stage `save`: writes a network that was trained from random weights, so that it can be loaded as a teacher."""
 
 from collections.abc import Sequence
 
 from conf.schema import ConfigError
 from experiments.engine.job import Job
 from experiments.engine.ranks import barrier, is_rank_zero
-from experiments.engine.stage import Stage, latest
+from experiments.engine.stage import Stage, find_latest
 from experiments.engine.stages.train import Train
 
 
 class Save(Stage):
-    """Writes the weights of the module that the train stage before it has trained, in half precision.
+    """Writes the weights of the last train stage's module in half precision.
 
-    It comes after the test: a module may turn its own weights into half precision to save them.
+    It comes after the test stage, because a module may convert its own weights to half precision to save them.
     """
 
     usual_name = "save"
     needs_teacher = False
 
     def link(self, before: Sequence[Stage]) -> None:
-        train = latest(before, Train)
+        train = find_latest(before, Train)
         if train is None:
             raise ConfigError(f"pipeline.stages.{self.name}: there is no stage before it that trains (Train)")
         self.train = train
@@ -29,6 +29,6 @@ class Save(Stage):
 
     def run(self, job: Job) -> None:
         if is_rank_zero() and not (job.run / self.artefact("weights")).exists():
-            with job.run.staged(self.artefact("weights")) as folder:
+            with job.run.write_folder(self.artefact("weights")) as folder:
                 self.train.module.save(folder)
         barrier()

@@ -1,4 +1,4 @@
-"""The stage `score`: a number per unit, how much harm its removal does."""
+"""The stage `score`: a score per unit, the harm that its removal does."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,23 +12,23 @@ from conf.schema import build
 from criteria.base import SCORING_VERSION, Unit, check_scores
 from experiments.engine.artefacts import check_fresh, digest, read_json
 from experiments.engine.cache import cached
-from experiments.engine.identity import effective, fingerprint
-from experiments.engine.inputs import batches_for, calibration_batches, calibration_data
+from experiments.engine.identity import fingerprint, get_effective_settings
+from experiments.engine.inputs import build_calibration_data, make_calibration_batches, make_criterion_batches
 from experiments.engine.job import Job
-from experiments.engine.ranks import agreed
-from experiments.engine.stage import Stage, latest_network
+from experiments.engine.ranks import ask_rank_zero
+from experiments.engine.stage import Stage, find_latest_network
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.modules.scoring import score
 from lightning_modules.training.trainer import make_trainer, precision_of
 
 Scores = dict[str, dict[str, float]]
-"""{unit: {"score": harm, ...}}"""
+"""{name of a unit: {"score": harm, and "standard_error" where it is known}}"""
 
 
 class Score(Stage):
-    """Scores all units of the network that was made last by `cfg.criterion`, on `cfg.calibration`.
+    """Scores all units of the last network by `cfg.criterion`, on the samples of `cfg.calibration`.
 
-    Scores are kept in the cache of all runs: they depend on neither ratio nor training seed.
+    Scores are cached for all runs, as they depend neither on the ratio nor on the training seed.
     """
 
     usual_name = "score"
@@ -36,7 +36,7 @@ class Score(Stage):
     def __init__(self, settings: dict[str, Any] | None = None) -> None:
         super().__init__(settings)
         self.needed = False
-        """a selection after this stage uses the scores"""
+        """whether a selection after this stage uses the scores"""
         self.scores: Scores = {}
         self._data: Any = None
 
@@ -44,7 +44,7 @@ class Score(Stage):
         self.criterion = build(cfg.criterion)
 
     def link(self, before: Sequence[Stage]) -> None:
-        self.source = latest_network(before)
+        self.source = find_latest_network(before)
 
     def artefacts(self) -> list[str]:
         return [self.artefact("scores.json")]
@@ -70,18 +70,18 @@ class Score(Stage):
     def data(self, job: Job) -> Any:
         """Return the data module that calibration samples come from."""
         if self._data is None:
-            self._data = calibration_data(job.cfg, job.data)
+            self._data = build_calibration_data(job.cfg, job.data)
         return self._data
 
-    def calibration_batches(self, job: Job) -> DataLoader:
-        return calibration_batches(job.cfg, self.data(job), self.criterion, job.networks[self.source])
+    def make_calibration_batches(self, job: Job) -> DataLoader:
+        return make_calibration_batches(job.cfg, self.data(job), self.criterion, job.networks[self.source])
 
     def batches(self, job: Job) -> DataLoader | None:
-        """Return the batches that the criterion looks at: calibration samples or seeds; None where it needs none."""
+        """Return the batches that the criterion looks at; None where it looks at none."""
         if self.criterion.needs == "nothing":
             return None
-        calibration = self.calibration_batches(job) if self.criterion.needs == "data" else None
-        return batches_for(self.criterion, job.cfg, job.networks[self.source], self.data(job), calibration)
+        calibration = self.make_calibration_batches(job) if self.criterion.needs == "data" else None
+        return make_criterion_batches(self.criterion, job.cfg, job.networks[self.source], self.data(job), calibration)
 
     def run(self, job: Job) -> None:
         if not self.needed:
@@ -92,7 +92,7 @@ class Score(Stage):
         network.compiled = {} if calibration.compile else None
         key = self.key(job, batches)
         path = job.run / self.artefact("scores.json")
-        if agreed(path.exists()):
+        if ask_rank_zero(path.exists()):
             stored = read_json(path)
             check_fresh(path, "scores", stored["key"], digest(key))
             check_scores(stored["scores"], units)
@@ -120,8 +120,8 @@ class Score(Stage):
         )
 
     def key(self, job: Job, batches: DataLoader | None) -> dict[str, Any]:
-        """Return all that the scores depend on."""
-        cfg, fields = job.cfg, effective(job.cfg)
+        """Return everything that the scores depend on: the key under which they are cached."""
+        cfg, fields = job.cfg, get_effective_settings(job.cfg)
         precision = precision_of(cfg.calibration.precision, job.device.type)
         return {
             "teacher": job.identify(self.source),
@@ -130,7 +130,7 @@ class Score(Stage):
             "files": fingerprint(self.criterion.files(), job.run.cache),
             "units": [unit.name for unit in self.units(job)],
             "calibration": {k: v for k, v in fields["calibration"].items() if k != "data"} | {"precision": precision},
-            "data": None if batches is None else content_hash(batches),  # whatever its name
+            "data": None if batches is None else hash_batches(batches),  # the name of the data set has no effect
             "noise_scheduler": fields["noise_scheduler"],
             "ranks": cfg.trainer.devices * cfg.trainer.num_nodes if fields["criterion"].get("stable_for") else None,
             "version": SCORING_VERSION,
@@ -145,14 +145,14 @@ def check_data(network: NetworkBackbone, field: str, name: str | None, data: Any
         raise ValueError(f"{field}={name}: {error}") from error
 
 
-HASHED = 64
-"""batches, evenly spaced, that stand for all calibration batches in the key of their scores"""
+HASHED_BATCHES = 64
+"""Maximum number of calibration batches, evenly spaced, whose content is part of the key of scores."""
 
 
-def content_hash(batches: DataLoader) -> str:
-    """Return the sha256 of images, labels, captions and seeds, of all batches or of HASHED evenly spaced ones."""
-    several = list(batches.batch_sampler)  # type: ignore[arg-type]
-    chosen = several[:: -(-len(several) // HASHED)]
+def hash_batches(batches: DataLoader) -> str:
+    """Return the sha256 of all values (images, labels, captions, seeds) of at most HASHED_BATCHES batches."""
+    indices = list(batches.batch_sampler)  # type: ignore[arg-type]
+    chosen = indices[:: -(-len(indices) // HASHED_BATCHES)]
     total = hashlib.sha256()
     for batch in DataLoader(
         batches.dataset, batch_sampler=chosen, num_workers=batches.num_workers, collate_fn=batches.collate_fn

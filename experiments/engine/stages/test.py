@@ -1,24 +1,24 @@
-"""The stage `test`: what was trained from nothing is measured on the held-out samples."""
+"""The stage `test`: measures a network that was trained from random weights on the held-out samples."""
 
 from collections.abc import Sequence
 
 from conf.schema import ConfigError
 from experiments.engine.artefacts import read_json
-from experiments.engine.inputs import held_out
+from experiments.engine.inputs import make_held_out_batches
 from experiments.engine.job import Job
-from experiments.engine.stage import Stage, latest
+from experiments.engine.stage import Stage, find_latest
 from experiments.engine.stages.train import Train
 from lightning_modules.training.trainer import make_trainer
 
 
 class Test(Stage):
-    """Runs the test loop of the module that the train stage before it has trained; writes metrics.json."""
+    """Runs the test loop of the last train stage's module and writes metrics.json."""
 
     usual_name = "test"
     needs_teacher = False
 
     def link(self, before: Sequence[Stage]) -> None:
-        train = latest(before, Train)
+        train = find_latest(before, Train)
         if train is None:
             raise ConfigError(f"pipeline.stages.{self.name}: there is no stage before it that trains (Train)")
         self.train = train
@@ -27,7 +27,7 @@ class Test(Stage):
         return [self.artefact("metrics.json")]
 
     def check(self, job: Job) -> None:
-        held_out(job.cfg, job.data)
+        make_held_out_batches(job.cfg, job.data)
 
     def run(self, job: Job) -> None:
         path = job.run / self.artefact("metrics.json")
@@ -37,6 +37,6 @@ class Test(Stage):
         module = self.train.module
         with job.clock(self.name):
             trainer = make_trainer(job.cfg.trainer, "test", job.cfg.evaluation.precision)
-            trainer.test(module, held_out(job.cfg, job.data), verbose=False)
+            trainer.test(module, make_held_out_batches(job.cfg, job.data), verbose=False)
         job.metrics = {"run_id": job.run.id, **module.metrics}
         job.run.write(path.name, job.metrics)

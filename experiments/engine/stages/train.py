@@ -1,4 +1,4 @@
-"""The stage `train`: a network is trained from nothing (conf/experiment/pretrain_*.yaml)."""
+"""The stage `train`: trains a network from random weights (conf/experiment/pretrain_*.yaml)."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from conf.schema import ConfigError
 from experiments.engine.job import Job
 from experiments.engine.stage import Stage
-from experiments.engine.stages.distil import training_artefacts
+from experiments.engine.stages.distil import list_training_artefacts
 from experiments.engine.training import train
 from experiments.tools.precompute import check_latents, load_backbone
 from lightning_modules.modules.contract import check_module
@@ -25,7 +25,7 @@ class Train(Stage):
         check_module(cfg.pretrain, "pretrain")
 
     def artefacts(self) -> list[str]:
-        return training_artefacts(self)
+        return list_training_artefacts(self)
 
     def check(self, job: Job) -> None:
         if job.cfg.latents is not None:

@@ -21,9 +21,9 @@ from omegaconf import DictConfig
 from scipy.stats import pearsonr, spearmanr
 from tqdm import tqdm
 
-from conf import schema
+from conf import checks, schema
 from datamodules.seeding import numpy_rng
-from experiments.engine.inputs import batches_for, teacher_of
+from experiments.engine.inputs import build_teacher, make_criterion_batches
 from experiments.reporting.figures import save_figure
 from experiments.reporting.tables import format_markdown
 from lightning_modules.modules.joint_loss import JointMeasure
@@ -61,9 +61,9 @@ def main() -> None:
             for words in options.criteria
         }
     for cfg in configs.values():
-        schema.check(cfg)
+        checks.check_config(cfg)
     cfg = next(iter(configs.values()))
-    teacher, data = teacher_of(cfg), schema.build(cfg.data)
+    teacher, data = build_teacher(cfg), schema.build(cfg.data)
     count, seed, batch = (cfg.calibration[key] for key in ("samples", "seed", "batch_size"))
     calibration = data.subset("train", count, seed, batch, field="calibration.samples")
     scores = {name: score_units(each, teacher, data, calibration) for name, each in configs.items()}
@@ -82,7 +82,7 @@ def main() -> None:
 def score_units(cfg: DictConfig, teacher: Any, data: Any, calibration: Any) -> dict[str, float]:
     """Return {unit: score} by the criterion of a configuration."""
     criterion = schema.build(cfg.criterion)
-    batches = batches_for(criterion, cfg, teacher, data, calibration)
+    batches = make_criterion_batches(criterion, cfg, teacher, data, calibration)
     trainer = make_trainer(
         cfg.trainer, cfg.criterion.name, cfg.calibration.precision, inference_mode=not criterion.needs_grad
     )

@@ -1,0 +1,227 @@
+"""Checks of a configuration: a typo, a wrong type or an impossible value fails before a model loads.
+
+Hydra itself checks the fields of the dataclasses in schema.py. A node with a `_target_` is checked here against the
+signature of the class or function that it names, so that a class outside the repository needs no registration.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import hydra.utils
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.schema import NOTES, PRECISIONS, RESERVED, ConfigError
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Raise ConfigError for what Hydra does not check: parameters of a `_target_` and their types, ranges, choices."""
+    try:
+        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error)) from error
+    check_keys("", cfg)
+    check_names(cfg)
+    for group in ("criterion", "selection", "distillation", "data", "teacher", "noise_scheduler"):
+        if isinstance(cfg[group], DictConfig) and "_target_" not in cfg[group]:
+            refuse_unknown_keys(group, [key for key in cfg[group] if key != "name"], ["name"])
+    if cfg.calibration.data is not None and not isinstance(cfg.calibration.data, DictConfig):
+        name = cfg.calibration.data
+        raise ConfigError(f"calibration.data={name!r} is no data set; choose one with +data@calibration.data={name}")
+    for path, kind in (("evaluation.metrics", "measure"), ("callbacks", "callback"), ("logger.loggers", "logger")):
+        for name, node in OmegaConf.select(cfg, path).items():
+            if not isinstance(node, DictConfig) or "_target_" not in node:
+                raise ConfigError(f"{path}.{name}={node} is no {kind}: choose a class as its _target_")
+    for name in cfg.evaluation.metrics:
+        if name in RESERVED:
+            raise ConfigError(f"evaluation.metrics.{name}: that name is taken; choose none of: {', '.join(RESERVED)}")
+    for path, node in iterate_targets(cfg):
+        check_target(path, node)
+    check_trainer_options(cfg.trainer.options)
+    check_ranges(cfg)
+    choices = {
+        "trainer.accelerator": ("auto", "cpu", "gpu"),
+        "trainer.resume": ("auto", "required"),
+        "trainer.precision": PRECISIONS,
+        "calibration.precision": PRECISIONS,
+        "evaluation.precision": PRECISIONS,
+        "logger.mode": ("auto", "online", "offline"),
+        "precompute.dtype": ("float16", "float32"),
+    }
+    for path, valid in choices.items():
+        if (value := OmegaConf.select(cfg, path)) not in valid:
+            raise ConfigError(f"{path}={value!r} is unknown; choose one of: {', '.join(valid)}")
+
+
+RANGES: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(
+        (
+            *("trainer.steps", "trainer.accumulate_grad_batches", "trainer.checkpoint_every", "trainer.devices"),
+            *("trainer.num_nodes", "trainer.log_every_n_steps", "calibration.samples", "calibration.batch_size"),
+            *("evaluation.batch_size", "evaluation.loss_samples", "evaluation.latency_batch", "data.batch_size"),
+            *("evaluation.resize", "evaluation.reference_images", "evaluation.tokens", "evaluation.images"),
+            *("evaluation.latency_repeats", "sampler.steps"),
+            *("precompute.batch_size", "precompute.samples_per_shard"),
+        ),
+        (1, math.inf, "a whole number of 1 or more"),
+    ),
+    "calibration.memory_gib": (math.nextafter(0, 1), math.inf, "more than 0, or null for no bound"),
+    "sampler.guidance": (0, math.inf, "0 or more"),
+    "evaluation.samples": (2, math.inf, "a whole number of 2 or more"),
+    "data.num_workers": (0, math.inf, "0 or more"),
+    "ema_decay": (0, math.nextafter(1, 0), "0 <= ema_decay < 1, or null for none"),
+    "trainer.gradient_clip_val": (0, math.inf, "0 or more, or null"),
+    "optimizer.lr": (0, math.inf, "0 or more"),
+    "lr_scheduler.num_warmup_steps": (0, math.inf, "a whole number from 0 to trainer.steps"),
+    "distillation.w_task": (0, math.inf, "0 or more"),
+    "distillation.w_out": (0, math.inf, "0 or more"),
+    "distillation.w_feat": (0, math.inf, "0 or more"),
+}
+"""{field: (lowest value, highest value, the range in words)}"""
+
+
+LONGEST_NAME = 200
+"""Maximum number of bytes in the name of a folder: file systems allow 255, and the run's id needs nine of them."""
+
+
+def check_names(cfg: DictConfig) -> None:
+    """Raise ConfigError for a `name` or `label`, the parts of a run's folder, that would lead out of paths.runs."""
+    for key, separators, parts in (("name", "\\", cfg.name.split("/")), ("label", "/\\", [cfg.label])):
+        wrong = any(part.startswith(".") or not part.strip() for part in parts) or any(
+            letter in separators or not letter.isprintable() for letter in getattr(cfg, key)
+        )
+        if wrong:
+            raise ConfigError(
+                f"{key}={getattr(cfg, key)!r} is no name of a folder below paths.runs; choose one of letters, digits, "
+                f"spaces and - _ + = , . that begins with no dot{' (several, joined by /)' if key == 'name' else ''}"
+            )
+        if any(len(part.encode()) > LONGEST_NAME for part in parts):
+            raise ConfigError(f"{key} has {len(getattr(cfg, key))} characters; choose at most {LONGEST_NAME}")
+
+
+def check_ranges(cfg: DictConfig) -> None:
+    """Raise ConfigError for a value outside of RANGES, and for a warm-up that is longer than the training."""
+    for path, (low, high, valid) in RANGES.items():
+        value = OmegaConf.select(cfg, path)
+        if value is not None and not (low <= value <= high and value < math.inf):
+            raise ConfigError(f"{path}={value} is out of range; choose {valid}")
+    warm_up, steps = OmegaConf.select(cfg, "lr_scheduler.num_warmup_steps"), cfg.trainer.steps
+    if warm_up is not None and warm_up > steps:
+        raise ConfigError(
+            f"lr_scheduler.num_warmup_steps={warm_up} is longer than the training, trainer.steps={steps}: the learning "
+            f"rate would never reach optimizer.lr; choose lr_scheduler.num_warmup_steps of {steps} or less"
+        )
+
+
+def check_keys(path: str, node: DictConfig) -> None:
+    """Raise ConfigError for keys of dataclass nodes that are not fields; a `+` on the command line can add some."""
+    kind = OmegaConf.get_type(node)
+    if not dataclasses.is_dataclass(kind):
+        return
+    names = [field.name for field in dataclasses.fields(kind)]
+    refuse_unknown_keys(path, [key for key in node if key not in names], names)
+    for name in names:
+        if isinstance(node[name], DictConfig):
+            check_keys(f"{path}.{name}" if path else name, node[name])
+
+
+def refuse_unknown_keys(path: str, unknown: list[Any], valid: Iterable[str]) -> None:
+    """Raise ConfigError for the first of the unknown keys of the node at `path`, if any, with the nearest valid key."""
+    for key in unknown:
+        close = difflib.get_close_matches(str(key), list(valid), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigError(f"{f'{path}.' if path else ''}{key} is unknown; {hint}there are: {', '.join(valid)}")
+
+
+def iterate_targets(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path, node) of every node below `node` that has a `_target_`."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield path, node
+        for key in node:
+            yield from iterate_targets(node[key], f"{path}.{key!s}" if path else str(key))
+    elif isinstance(node, ListConfig):
+        for index, item in enumerate(node):
+            yield from iterate_targets(item, f"{path}.{index}")
+
+
+def check_target(path: str, node: Any) -> None:
+    """Raise ConfigError unless the keys of a node are parameters of its `_target_`, with values of their types."""
+    try:
+        target = hydra.utils.get_object(node._target_)
+        parameters = dict(inspect.signature(target).parameters)
+    except Exception as error:
+        raise ConfigError(f"{path}._target_={node._target_!r} cannot be imported: {error}") from error
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    given = {str(key): value for key, value in node.items() if key not in NOTES and not str(key).startswith("_")}
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if open_ended and inspect.isclass(getattr(target, "__self__", None)):  # Scheduler.from_config(config, **fields)
+        parameters |= inspect.signature(target.__self__).parameters
+        open_ended = False
+    if path == "criterion" and "level" in given and not open_ended and "level" not in parameters:
+        raise ConfigError(
+            f"criterion={node.name} takes no criterion.level={given['level']!r}, as its units are of one kind; choose "
+            "one that does, such as: bottleneck, magnitude, taylor, random"
+        )
+    if not open_ended:
+        refuse_unknown_keys(path, [key for key in given if key not in parameters], parameters)
+    for key, value in given.items():
+        hint = hints.get(key, Any)
+        if not fits_annotation(value, hint):
+            name = hint.__name__ if inspect.isclass(hint) else str(hint)
+            raise ConfigError(f"{path}.{key}={value!r} is of the wrong type: {node._target_} takes {name}")
+
+
+PROJECT_ARGUMENTS = (
+    *("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic", "plugins", "callbacks"),
+    *("logger", "enable_model_summary", "enable_checkpointing", "use_distributed_sampler", "default_root_dir"),
+    *(
+        "max_epochs",
+        "max_steps",
+        "limit_train_batches",
+        "limit_val_batches",
+        "accumulate_grad_batches",
+        "gradient_clip_val",
+    ),
+    *("log_every_n_steps", "num_sanity_val_steps"),
+)
+"""Arguments of Lightning's Trainer that this project itself sets for a training, some of them from other fields."""
+
+
+def check_trainer_options(options: DictConfig) -> None:
+    """Raise ConfigError for an argument that Lightning's Trainer does not have, or that this project sets itself."""
+    for name, value in options.items():
+        if name in PROJECT_ARGUMENTS:
+            raise ConfigError(
+                f"trainer.options.{name}={value}: this project sets it from another field or on its own; choose none "
+                f"of: {', '.join(PROJECT_ARGUMENTS)}"
+            )
+    if options:  # without options, Lightning need not be imported yet
+        check_target("trainer.options", OmegaConf.create({"_target_": "pytorch_lightning.Trainer", **options}))
+
+
+def fits_annotation(value: Any, hint: Any) -> bool:
+    """Tell whether a value from YAML can be an argument with this annotation; types that YAML lacks always fit."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits_annotation(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin in (list, tuple):
+        if not isinstance(value, list | ListConfig) or (
+            origin is tuple and ... not in arguments and len(value) != len(arguments)
+        ):
+            return False
+        each = arguments * len(value) if origin is list else [a for a in arguments if a is not ...] * len(value)
+        return all(fits_annotation(item, kind) for item, kind in zip(value, each, strict=False))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    if hint in (bool, str, type(None)):
+        return isinstance(value, hint)
+    return not (inspect.isclass(hint) and hint.__name__ == "Tensor")
