@@ -24,14 +24,14 @@ from lightning_modules.training.progress import StageBar
 from lightning_modules.training.sigterm import SIGTERM_EXIT_CODE, CheckpointOnSigterm, EndOnSigterm
 
 
-def accelerator_of(name: str) -> str:
+def resolve_accelerator(name: str) -> str:
     """Return "cuda" or "cpu" for `trainer.accelerator`; raise ValueError if it is "gpu" and no GPU is visible."""
     if name == "gpu" and not torch.cuda.is_available():
         raise ValueError("trainer.accelerator='gpu', but no CUDA device is visible; choose trainer=cpu or trainer=auto")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def precision_of(name: str, device: str) -> str:
+def resolve_precision(name: str, device: str) -> str:
     """Return Lightning's name of a precision on "cuda" or "cpu".
 
     `auto` is bf16 mixed precision on a GPU that supports it in hardware, else float32.
@@ -44,7 +44,7 @@ def precision_of(name: str, device: str) -> str:
 def autocast(name: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Return a context that computes in the precision that `make_trainer` would use, for code without a Trainer."""
     dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    dtype = dtypes.get(precision_of(name, device.type))
+    dtype = dtypes.get(resolve_precision(name, device.type))
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
@@ -53,7 +53,7 @@ def make_trainer(conf: Any, stage: str, precision: str, **arguments: Any) -> pl.
 
     `arguments` are further arguments of Lightning's Trainer. `conf.options` has an effect in `fit` only.
     """
-    device = accelerator_of(conf.accelerator)
+    device = resolve_accelerator(conf.accelerator)
     torch.backends.cuda.matmul.allow_tf32 = False  # so that scores and metrics on a GPU equal those on a CPU
     torch.backends.cudnn.allow_tf32 = False
     callbacks = [StageBar(stage), EndOnSigterm(), *arguments.pop("callbacks", [])]
@@ -62,7 +62,7 @@ def make_trainer(conf: Any, stage: str, precision: str, **arguments: Any) -> pl.
         devices=conf.devices,
         num_nodes=conf.num_nodes,
         strategy=conf.strategy,
-        precision=precision_of(precision, device),  # type: ignore[arg-type]
+        precision=resolve_precision(precision, device),  # type: ignore[arg-type]
         deterministic="warn",
         plugins=[AtomicCheckpoints()],
         callbacks=callbacks,
