@@ -1,4 +1,4 @@
-"""Distillation: its terms as identities, what it leaves alone, the moving average, and where it stops."""
+"""Distillation: the terms of its loss, the teacher, the moving average, and losses that are not finite."""
 
 import json
 from itertools import product
@@ -38,7 +38,7 @@ from lightning_modules.training.trainer import fit
     [*product(UNETS, NORMALIZATIONS), *((family, "teacher_energy") for family in FAMILIES if family not in UNETS)],
 )
 def test_an_unpruned_student_has_output_and_feature_losses_of_zero(family, normalization, taps):
-    """Exactly, but for pipelines: projections without bias are multiplied in another order where they learn."""
+    """The zeros of pipelines are not exact: trained projections without bias are multiplied in another order."""
     teacher = tiny_backbone(family)
     module = distillation(teacher.pruned(bypasses([])), teacher, normalization=normalization, taps=taps)
     losses = losses_of(module, tiny_batch(teacher))
@@ -116,7 +116,7 @@ def test_running_starts_like_teacher_energy_and_averages_per_level():
     assert torch.equal(running(1, maps(3)), energy(1, maps(3)))  # levels do not mix
     e0, e1 = (float(maps(seed).square().mean()) for seed in (0, 1))
     assert float(running(0, maps(1))) == pytest.approx(1 / (0.75 * e0 + 0.25 * e1), rel=1e-6)
-    assert list(running.state_dict()) == ["energy"]  # so that a resumed run goes on with it
+    assert list(running.state_dict()) == ["energy"]  # so that a resumed run continues with it
 
 
 def test_an_unknown_normalization_lists_the_choices():
@@ -129,7 +129,7 @@ def test_an_unknown_normalization_lists_the_choices():
 
 
 class Recorder(Callback):
-    """The student's weights after each optimiser step."""
+    """Records the student's weights after each optimiser step."""
 
     def __init__(self) -> None:
         self.weights: list[dict[str, Tensor]] = []
@@ -140,13 +140,13 @@ class Recorder(Callback):
 
 @pytest.fixture
 def train_tiny(configure, overrides, tmp_path):
-    """train_tiny(cls, callbacks, *more overrides, **options of Distillation) -> the module after a fit of 4 steps."""
+    """Return a function (class, callbacks, *overrides, **options of Distillation) -> the module after 4 steps."""
 
     def run(cls=Distillation, callbacks=(), *more: str, **options: Any) -> Distillation:
         cfg = configure(*overrides, "trainer.checkpoint_every=1", *more)
         teacher = tiny_backbone("UNet2DModel")
         module = distillation(teacher.pruned(bypasses(REMOVED)), teacher, cls, tmp_path / "failure", **options)
-        run.module = module  # for who wants to look at it after an error
+        run.module = module  # for tests in which the fit ends with an error
         fit(module, schema.build(cfg.data), cfg.trainer, tmp_path, "distil", callbacks=callbacks)
         return module
 
@@ -164,7 +164,7 @@ def test_training_neither_changes_nor_saves_the_teacher(train_tiny, tmp_path):
     assert same_tensors(module.teacher.state_dict(), teacher.state_dict())
     assert not any(part.training for part in module.teacher.modules())
     assert all(p.grad is None and not p.requires_grad for p in module.teacher.parameters())
-    assert not same_tensors(recorder.weights[0], recorder.weights[-1])  # while the student learnt
+    assert not same_tensors(recorder.weights[0], recorder.weights[-1])  # the student has changed
 
     expected = {f"student.{name}" for name in module.student.state_dict()} | {"weights.energy"}
     saved = checkpoint(tmp_path, 4)
@@ -208,7 +208,7 @@ def test_every_term_is_logged_per_level_with_and_without_its_weight(train_tiny, 
 
 @pytest.mark.parametrize("decay", [0.999, 0.2, 0.0])
 def test_the_moving_average_warms_up(train_tiny, tmp_path, decay):
-    """It starts as the weights of the first step; after k updates it keeps min(decay, (1 + k) / (10 + k)) of itself."""
+    """It starts as the weights of the first step; update k keeps the share min(decay, (1 + k) / (10 + k)) of it."""
     recorder = Recorder()
     module = train_tiny(Distillation, [recorder, WarmedUpEMA(decay)])
     average = recorder.weights[0]
@@ -216,7 +216,7 @@ def test_the_moving_average_warms_up(train_tiny, tmp_path, decay):
         kept = min(decay, (1 + k) / (10 + k))
         average = {key: average[key].lerp(weights[key], 1 - kept) for key in weights}
     assert len(recorder.weights) == 4
-    assert same_tensors(module.student.state_dict(), average)  # what the fit hands on
+    assert same_tensors(module.student.state_dict(), average)  # the weights after the fit
     saved = checkpoint(tmp_path, 4)
     assert same_tensors(
         {f"student.{key}": value for key, value in average.items()} | {"weights.energy": module.weights.energy},
@@ -237,7 +237,7 @@ class LossBreaks(Distillation):
 
 
 class GradientBreaks(Distillation):
-    """The loss is finite, its derivative is not."""
+    """The loss is finite, and its derivative is not."""
 
     def losses(self, batch):
         losses = super().losses(batch)
@@ -246,15 +246,15 @@ class GradientBreaks(Distillation):
 
 
 @pytest.mark.parametrize(
-    ("cls", "what"), [(LossBreaks, "loss"), (GradientBreaks, "gradient of student.network.conv_in.bias")]
+    ("cls", "quantity"), [(LossBreaks, "loss"), (GradientBreaks, "gradient of student.network.conv_in.bias")]
 )
-def test_no_step_is_taken_with_a_non_finite_loss_or_gradient(train_tiny, tmp_path, cls, what):
+def test_no_step_is_taken_with_a_non_finite_loss_or_gradient(train_tiny, tmp_path, cls, quantity):
     recorder = Recorder()
     with pytest.raises(NonFiniteLoss) as caught:
         train_tiny(cls, [recorder])
     (path,) = (tmp_path / "failure").iterdir()
     message = str(caught.value)
-    assert f"the {what} is not finite at optimiser step 2 " in message and str(path) in message
+    assert f"the {quantity} is not finite at optimiser step 2 " in message and str(path) in message
     assert message.endswith(". A lower optimizer.lr usually helps")  # not 32-true, which it is already
     assert len(recorder.weights) == 2
     assert same_tensors(train_tiny.module.student.state_dict(), recorder.weights[-1])
@@ -308,15 +308,15 @@ def test_non_finite_samples_are_named_as_the_cause():
 # Choices
 
 FIXED = {"bk_sdm": ["selection=bk_sdm"], "bk_sdm_tiny": ["selection=bk_sdm", "selection.variant=tiny"]}
-"""What goes with a distillation that is for certain students of four stages."""
-FURTHER = {"lora": ["distillation.lora.targets=[to_q,to_v]"]}  # layers of language models by default
+"""Further overrides for distillations that fit only students of four stages."""
+MORE = {"lora": ["distillation.lora.targets=[to_q,to_v]"]}  # the default names layers of language models
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "distillation").glob("*.yaml")))
 @pytest.mark.usefixtures("quick_end")
 def test_every_distillation_config_runs(configure, overrides, text_job, tmp_path, name):
     job = [*text_job, *FIXED[name]] if name in FIXED else overrides
-    cfg = configure(*job, f"distillation={name}", *FURTHER.get(name, []))
+    cfg = configure(*job, f"distillation={name}", *MORE.get(name, []))
     assert cfg.distillation.name == name
     run_pipeline(cfg)
     run = the_run(tmp_path / "runs")

@@ -1,4 +1,4 @@
-"""Taps: which feature maps of teacher and student are compared, and which pairs are refused."""
+"""Taps: the feature maps of teacher and student that are compared, and pairs that are refused."""
 
 import re
 from typing import Any
@@ -125,7 +125,7 @@ FOUR_STAGES = ["down_blocks.0", "down_blocks.1", "down_blocks.2", "down_blocks.3
 
 @pytest.fixture
 def restaged(text_teacher):
-    """restaged(variant, **options) -> the pairs of taps of one of BK-SDM's students."""
+    """Return a function (variant, **options) -> the pairs of taps of one of BK-SDM's students."""
 
     def pairs(variant: str, **options: Any) -> dict[str, str]:
         teacher = load_teacher(str(text_teacher))
@@ -176,7 +176,7 @@ def test_a_transformer_block_is_compared_with_its_origin(family):
     assert any(theirs != ours for theirs, ours in module.levels.items())
     losses = losses_of(module, batch)
     # Joint blocks give the text stream before the image's; single ones have both in one.
-    s, t = (outputs_of(network, network.survivors(), batch, which=-1) for network in (student, teacher))
+    s, t = (outputs_of(network, network.survivors(), batch, index=-1) for network in (student, teacher))
     torch.testing.assert_close(losses["output"], F.mse_loss(s["output"], t["output"]), rtol=1e-5, atol=0)
     for theirs, ours in module.levels.items():
         torch.testing.assert_close(losses[f"feature/{theirs}"], F.mse_loss(s[ours], t[theirs]), rtol=1e-5, atol=0)

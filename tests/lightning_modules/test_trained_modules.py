@@ -1,4 +1,4 @@
-"""Modules, losses, callbacks, loggers and Trainer options of a user's own: what is accepted, and what is refused."""
+"""Modules, losses, callbacks, loggers and Trainer options of users: which are accepted, and which are refused."""
 
 import inspect
 import re
@@ -36,7 +36,7 @@ from lightning_modules.modules.base import DistillationModule
 
 
 class Outputs(DistillationModule):
-    """The mean absolute difference of the outputs, times `scale`."""
+    """Minimises the mean absolute difference of the outputs, times `scale`."""
 
     def __init__(self, student, teacher, scale: float = 1.0, **others):
         super().__init__(student, teacher, **others)
@@ -92,8 +92,8 @@ class Steps(Callback):
 
 
 @pytest.fixture
-def own(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """own(file, text): a configuration file beside those of the tests; the module `own_modules` can be imported."""
+def write_config(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function (file, text) that writes a configuration file; the module `own_modules` can be imported."""
     folder = data_folder / "own python"
     folder.mkdir(exist_ok=True)
     (folder / "own_modules.py").write_text(MODULES)
@@ -106,7 +106,7 @@ def own(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
     return write
 
 
-def distils(target: str, **fields: Any) -> str:
+def make_yaml(target: str, **fields: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create({"name": "own", "_target_": target, "_partial_": True, **fields}))
 
 
@@ -114,8 +114,8 @@ def distils(target: str, **fields: Any) -> str:
 
 
 @pytest.mark.usefixtures("quick_end")
-def test_a_module_from_outside_the_repository_needs_a_class_and_a_file(configure, overrides, own, tmp_path):
-    own("distillation/own.yaml", distils("own_modules.Outputs", scale=2.0))
+def test_a_module_from_outside_the_repository_needs_a_class_and_a_file(configure, overrides, write_config, tmp_path):
+    write_config("distillation/own.yaml", make_yaml("own_modules.Outputs", scale=2.0))
     run_pipeline(configure(*overrides, "distillation=own"))
     lines = (the_run(tmp_path / "runs") / "history" / "distil.csv").read_text().splitlines()
     losses = [line.rpartition(",")[0] for line in lines[1:] if ",epoch," not in line]
@@ -134,9 +134,9 @@ def test_a_module_from_outside_the_repository_needs_a_class_and_a_file(configure
     ],
 )
 def test_a_module_that_breaks_the_contract_is_refused_with_its_text(
-    configure, overrides, own, tmp_path, target, fields, fault
+    configure, overrides, write_config, tmp_path, target, fields, fault
 ):
-    own("distillation/own.yaml", distils(f"own_modules.{target}", **fields))
+    write_config("distillation/own.yaml", make_yaml(f"own_modules.{target}", **fields))
     cfg = configure(*overrides, "distillation=own")
     with pytest.raises(ConfigError, match=r"^distillation\._target_='own_modules\.") as caught:
         run_pipeline(cfg)
@@ -159,8 +159,8 @@ def test_an_argument_that_the_pipeline_passes_is_refused_as_a_key(configure, gro
 
 
 @pytest.mark.parametrize("narrower", [False, True])
-def test_a_module_may_check_its_own_settings(configure, overrides, own, narrower):
-    own("distillation/own.yaml", distils("own_modules.Strict", scale=2.0))
+def test_a_module_may_check_its_own_settings(configure, overrides, write_config, narrower):
+    write_config("distillation/own.yaml", make_yaml("own_modules.Strict", scale=2.0))
     width = ["criterion=magnitude", "criterion.level=channel", "selection=threshold"] if narrower else []
     with pytest.raises(ValueError, match=rf"^scale=2\.0, narrower={narrower}, 5 stages$"):
         run_pipeline(configure(*overrides, "distillation=own", *width))
@@ -211,10 +211,12 @@ def test_the_cosine_distance_ignores_the_norm_of_channel_vectors(shape, axis):
 
 
 @pytest.mark.usefixtures("quick_end")
-def test_a_distance_from_outside_the_repository_needs_a_class_and_a_line(configure, overrides, own, tmp_path):
+def test_a_distance_from_outside_the_repository_needs_a_class_and_a_line(configure, overrides, write_config, tmp_path):
     runs = {}
     for name, distance in {"plain": "null", "own": "{_target_: own_modules.Doubled}"}.items():
-        own(f"distillation/{name}.yaml", f"defaults: [normalized]\nname: {name}\nfeature_distance: {distance}\n")
+        write_config(
+            f"distillation/{name}.yaml", f"defaults: [normalized]\nname: {name}\nfeature_distance: {distance}\n"
+        )
         job = [o for o in overrides if not o.startswith("paths.runs=")]
         run_pipeline(configure(*job, f"distillation={name}", f"paths.runs={tmp_path}/{name}"))
         lines = (the_run(tmp_path / name) / "history" / "distil.csv").read_text().splitlines()
@@ -224,8 +226,10 @@ def test_a_distance_from_outside_the_repository_needs_a_class_and_a_line(configu
 
 
 @pytest.mark.parametrize("value", ["cosine", "{a: 1}", "{_target_: own_modules.Steps}"])
-def test_a_feature_distance_of_another_type_is_refused_before_scoring(configure, overrides, own, tmp_path, value):
-    own("distillation/own.yaml", f"defaults: [normalized]\nname: own\nfeature_distance: {value}\n")
+def test_a_feature_distance_of_another_type_is_refused_before_scoring(
+    configure, overrides, write_config, tmp_path, value
+):
+    write_config("distillation/own.yaml", f"defaults: [normalized]\nname: own\nfeature_distance: {value}\n")
     with pytest.raises(ValueError, match=r"^distillation\.feature_distance=.* is no distance; choose null") as caught:
         run_pipeline(configure(*overrides, "distillation=own"))
     assert "lightning_modules.losses.cosine.CosineDistance" in str(caught.value)
@@ -235,32 +239,32 @@ def test_a_feature_distance_of_another_type_is_refused_before_scoring(configure,
 # Options of the Trainer
 
 
-def arguments_of(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]) -> dict[str, Any]:
-    """The arguments of the Trainer that is made, and not used."""
+def record_trainer_arguments(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]) -> dict[str, Any]:
+    """Return the arguments with which a function constructs a Trainer."""
 
-    class Made(Exception):
+    class TrainerConstructed(Exception):
         pass
 
     given: dict[str, Any] = {}
 
     def trainer(**arguments: Any) -> None:
         given.update(arguments)
-        raise Made
+        raise TrainerConstructed
 
     monkeypatch.setattr(pl, "Trainer", trainer)
-    with pytest.raises(Made):
+    with pytest.raises(TrainerConstructed):
         make()
     return given
 
 
 def test_trainer_options_apply_to_training_only(configure, overrides, tmp_path, monkeypatch):
     cfg = configure(*overrides, "+trainer.options={detect_anomaly: true, benchmark: false}")
-    trained = arguments_of(
+    trained = record_trainer_arguments(
         monkeypatch, lambda: fit(pl.LightningModule(), pl.LightningDataModule(), cfg.trainer, tmp_path, "distil")
     )
     assert (trained["detect_anomaly"], trained["benchmark"]) == (True, False)
     assert trained.keys() - {"detect_anomaly", "benchmark"} == set(PROJECT_ARGUMENTS) - {"default_root_dir"}
-    other = arguments_of(monkeypatch, lambda: make_trainer(cfg.trainer, "score units", "32-true"))
+    other = record_trainer_arguments(monkeypatch, lambda: make_trainer(cfg.trainer, "score units", "32-true"))
     assert not other.keys() & {"detect_anomaly", "benchmark"}
 
 
@@ -290,9 +294,9 @@ def test_an_invalid_trainer_option_is_refused_before_scoring(configure, override
 
 
 @pytest.mark.usefixtures("quick_end")
-def test_configured_callbacks_and_loggers_are_used_in_training(configure, overrides, own, tmp_path):
-    own("callbacks/steps.yaml", "steps: {_target_: own_modules.Steps}\n")
-    own(
+def test_configured_callbacks_and_loggers_are_used_in_training(configure, overrides, write_config, tmp_path):
+    write_config("callbacks/steps.yaml", "steps: {_target_: own_modules.Steps}\n")
+    write_config(
         "logger/tables.yaml",
         "loggers:\n  one: {_target_: own_modules.CSVLogger, version: one}\n"
         f"  two: {{_target_: own_modules.CSVLogger, version: two, save_dir: '{tmp_path}/elsewhere'}}\n",
