@@ -11,7 +11,9 @@ from torch.overrides import TorchFunctionMode
 
 def world_size() -> int:
     """Return the number of ranks, 1 where there are no others."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    # Builds of torch without support for ranks have no is_initialized.
+    has_ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if has_ranks else 1
 
 
 def sum_over_ranks(value: Tensor, device: torch.device) -> Tensor:

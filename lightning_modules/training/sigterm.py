@@ -10,6 +10,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint
 
+from lightning_modules.training.ranks import world_size
+
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 """The exit code of a process that ends because of SIGTERM, by the convention of shells."""
 
@@ -98,7 +100,7 @@ class CheckpointOnSigterm(EndOnSigterm, Checkpoint):
 
 def is_true_on_any_rank(value: bool, device: torch.device) -> bool:
     """Return whether a value is true on at least one rank; all ranks have to call it."""
-    if not torch.distributed.is_initialized():
+    if world_size() == 1:
         return value
     flag = torch.tensor(int(value), device=device)
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
