@@ -1,17 +1,32 @@
-"""Nested dictionaries and lists of tensors."""
+"""Functions of nested dictionaries and lists of tensors."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path
+from torch.utils._pytree import MappingKey, tree_flatten_with_path, tree_map_only
+
+
+def leaves_by_path(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values in nested dictionaries and lists as {"key/key/index": value}.
+
+    A `prefix` becomes the first part of every path.
+    """
+    leaves, _ = tree_flatten_with_path(content)
+    first = [prefix] if prefix else []
+    return {"/".join([*first, *map(name_of_key, keys)]): leaf for keys, leaf in leaves}
+
+
+def name_of_key(key: Any) -> str:
+    """Return the dictionary's key, or the index in a list or tuple, as text."""
+    return str(key.key if isinstance(key, MappingKey) else key.idx)
 
 
 def tensors_by_path(content: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors of nested dictionaries and lists as {"key/key/index": tensor}; what is no tensor is left out.
+    """Return the tensors in nested dictionaries and lists as {"key/key/index": tensor}, without all other values."""
+    return {path: leaf for path, leaf in leaves_by_path(content, prefix).items() if isinstance(leaf, Tensor)}
 
-    A `prefix` becomes the first part of all paths.
-    """
-    leaves, _ = tree_flatten_with_path(content)
-    parts = {tuple(getattr(key, "key", getattr(key, "idx", None)) for key in keys): leaf for keys, leaf in leaves}
-    first = [prefix] if prefix else []
-    return {"/".join(map(str, [*first, *path])): leaf for path, leaf in parts.items() if isinstance(leaf, Tensor)}
+
+def map_tensors(function: Callable[[Tensor], Tensor], content: Any) -> Any:
+    """Return nested dictionaries and lists in which every tensor is replaced by the function of it."""
+    return tree_map_only(Tensor, function, content)

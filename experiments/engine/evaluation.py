@@ -22,7 +22,7 @@ from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.metrics.cost import device_name, latencies
 from lightning_modules.metrics.protocol import NetworkMeasure
 from lightning_modules.modules.joint_loss import JointLoss
-from lightning_modules.training.trainer import autocast, make_trainer, precision_of
+from lightning_modules.training.trainer import autocast, make_trainer, resolve_precision
 
 
 class Evaluator:
@@ -104,7 +104,7 @@ class Evaluator:
     ) -> dict[str, float]:
         """Return {network/measure: value} of each network; the teacher's values are cached for all runs."""
         device = self.job.device
-        precision = precision_of(self.cfg.evaluation.precision, device.type)
+        precision = resolve_precision(self.cfg.evaluation.precision, device.type)
 
         def take(network: NetworkBackbone) -> dict[str, float]:
             with self.job.clock("measure networks"), autocast(precision, device):

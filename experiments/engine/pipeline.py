@@ -32,7 +32,7 @@ from experiments.tools.precompute import check_latents
 from lightning_modules.backbones.files import list_weight_files
 from lightning_modules.export.export import check_hub, push
 from lightning_modules.metrics.cost import peak_memory
-from lightning_modules.training.trainer import accelerator_of, make_callbacks, make_trainer
+from lightning_modules.training.trainer import make_callbacks, make_trainer, resolve_accelerator
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def run_pipeline(cfg: DictConfig, record: JobRecord | None = None) -> float | No
     """
     ignore_ranks_of_the_shell(cfg.trainer.devices * cfg.trainer.num_nodes)
     stages = make_stages(cfg)
-    device = torch.device(accelerator_of(cfg.trainer.accelerator))
+    device = torch.device(resolve_accelerator(cfg.trainer.accelerator))
     teacher_id = identify_teacher(cfg) if any(stage.needs_teacher for stage in stages) else "none"
     data = build_data(cfg)
     run = Run(cfg, teacher_id, fingerprint_data(cfg, data))

@@ -21,7 +21,7 @@ from experiments.engine.ranks import ask_rank_zero, barrier, is_rank_zero
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.metrics.protocol import Labels, Measure, Samples
 from lightning_modules.modules.sampling import Generation, seed_batches
-from lightning_modules.training.trainer import make_trainer, precision_of
+from lightning_modules.training.trainer import make_trainer, resolve_precision
 
 
 class SampleEvaluation:
@@ -93,7 +93,7 @@ class SampleEvaluation:
             **{name: settings[name] for name in ("sampler", "noise_scheduler")},
             "samples": evaluation.samples,
             "seed": evaluation.seed,
-            "precision": precision_of(evaluation.precision, self.job.device.type),
+            "precision": resolve_precision(evaluation.precision, self.job.device.type),
             "batch_size": evaluation.batch_size,  # can change the last bit
             "prompts": digest(self.prompts),
             "size": [self.teacher.data_shape(), self.get_shape()],

@@ -9,7 +9,7 @@ from experiments.engine.cache import cached
 from experiments.engine.identity import RESULT_VERSION
 from experiments.engine.job import TEACHER, Job
 from experiments.engine.ranks import ask_rank_zero, barrier
-from lightning_modules.training.trainer import autocast, precision_of
+from lightning_modules.training.trainer import autocast, resolve_precision
 
 
 class Texts:
@@ -37,7 +37,7 @@ class Texts:
             return {"prompts": self.prompts, "tokens": evaluation.tokens, "texts": texts}
 
         if not ask_rank_zero(path.exists()):
-            precision = precision_of(evaluation.precision, self.job.device.type)
+            precision = resolve_precision(evaluation.precision, self.job.device.type)
             protocol = {"prompts": self.prompts, "tokens": evaluation.tokens, "precision": precision}
             key = {**self.teacher_key, **protocol, "version": RESULT_VERSION}
             content = cached(self.job.run.cache / "texts", key, generate) if name == TEACHER else generate()

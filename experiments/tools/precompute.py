@@ -35,7 +35,7 @@ from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.pipeline_parts import PipelineParts
 from lightning_modules.backbones.diffusion.text_states import store_texts
 from lightning_modules.metrics.published import digest_of_weights
-from lightning_modules.training.trainer import accelerator_of
+from lightning_modules.training.trainer import resolve_accelerator
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class Precomputation:
         self.folder, cfg = Path(cfg.latents).expanduser(), cfg.copy()
         cfg.latents = None
         self.options, self.data = cfg.precompute, build(cfg.data)
-        self.device = torch.device(accelerator_of(cfg.trainer.accelerator))
+        self.device = torch.device(resolve_accelerator(cfg.trainer.accelerator))
         self.backbone = load_backbone(cfg)
         self.origin = identify_latents(cfg, self.backbone, hash_content(self.data))
         shape, wanted = self.data.image_shape(), self.backbone.image_shape()

@@ -1,28 +1,30 @@
-"""Weights of the levels in feature distillation, and the feature maps that are compared."""
+"""Weights of the levels in feature distillation."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.backbones.base import hidden
 from lightning_modules.training.ranks import mean_over_ranks
 
 NORMALIZATIONS = ("teacher_energy", "teacher_norm", "running", "none")
 
 
 class LevelWeights(nn.Module):
-    """The weights alpha_l in  sum_l alpha_l * d(f_S_l, f_T_l),  from the teacher's feature maps f_T_l.
+    """Computes the weights alpha_l in sum_l alpha_l * d(f_S_l, f_T_l) from the teacher's feature maps f_T_l.
 
-    `none`: 1, which is BK-SDM's loss (arXiv 2305.15798); the few largest feature maps dominate it.
-    `teacher_energy`: 1 / mean(f_T_l^2) over the batch of all ranks; each term is then a relative squared error.
-    `running`: the same with the energy averaged over batches (momentum 0.99), so that one batch moves it little.
+    `none`: 1, as in BK-SDM (arXiv 2305.15798). The few largest feature maps dominate the sum.
+    `teacher_energy`: 1 / mean(f_T_l^2) over the global batch. Each term is then a relative squared error.
+    `running`: like teacher_energy, with the energy averaged over batches, so that a single batch changes it little.
     `teacher_norm`: 1 / mean over samples of ||f_T_l||_2.
 
-    LAPTOP-Diff (arXiv 2404.11098) re-weights "based on the L2-norms of the teacher's feature maps, ensuring that all
-    feature loss terms are treated equally"; its exact form is not known, so the choice and the default are ours.
+    LAPTOP-Diff (arXiv 2404.11098) weights "based on the L2-norms of the teacher's feature maps, ensuring that all
+    feature loss terms are treated equally". Its exact formula is not known, so these choices and the default are ours.
+
+    Args:
+        normalization: one of NORMALIZATIONS.
+        levels: number of levels.
+        momentum: share of the energy of the batches before in the average of `running`.
     """
 
     def __init__(self, normalization: str, levels: int, momentum: float = 0.99) -> None:
@@ -36,18 +38,18 @@ class LevelWeights(nn.Module):
         self.register_buffer("energy", torch.zeros(levels))
 
     def forward(self, level: int, teacher: Tensor) -> Tensor:
-        """Return the weight of a level, a scalar, for the teacher's feature map of a batch (of all ranks)."""
+        """Return the weight of a level, a scalar, for the teacher's feature map (N,...) of a batch."""
         if self.normalization == "none":
             return torch.ones((), device=teacher.device)
         if self.normalization == "teacher_norm":
             return 1 / mean_over_ranks({"norm": teacher.flatten(1).norm(dim=1).mean()})["norm"]
         energy = mean_over_ranks({"energy": teacher.square().mean()})["energy"]
-        return 1 / (self.smooth(level, energy) if self.normalization == "running" else energy)
+        return 1 / (self.update_running(level, energy) if self.normalization == "running" else energy)
 
-    def for_samples(self, level: int, teacher: Sequence[Tensor]) -> Tensor:
-        """Return a weight per sample (N,) of the teacher's feature maps of N samples, (tokens,C) each.
+    def weigh_samples(self, level: int, teacher: Sequence[Tensor]) -> Tensor:
+        """Return one weight per sample, (N,), for the teacher's feature maps of N samples, each (tokens,C).
 
-        With `running` all of them have the weight of the mean energy over the samples of all ranks.
+        With `running` all samples have the same weight, from the mean energy of all samples on all ranks.
         """
         if self.normalization == "none":
             return torch.ones(len(teacher), device=self.energy.device)
@@ -60,34 +62,11 @@ class LevelWeights(nn.Module):
         means = mean_over_ranks({"energy": energies.sum(), "count": count})
         if not means["count"]:
             return energies
-        return (1 / self.smooth(level, means["energy"] / means["count"])).expand(len(teacher))
+        return (1 / self.update_running(level, means["energy"] / means["count"])).expand(len(teacher))
 
-    def smooth(self, level: int, energy: Tensor) -> Tensor:
-        """Return the average of a level's energy over the batches so far, this one included."""
+    def update_running(self, level: int, energy: Tensor) -> Tensor:
+        """Return the running average of a level's energy after a batch of this energy, and keep it."""
         before = self.energy[level]
         energy = torch.where(before == 0, energy, self.momentum * before + (1 - self.momentum) * energy)
         self.energy[level] = energy.detach()
         return energy
-
-
-@contextlib.contextmanager
-def features(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Yield a dictionary that forward passes inside the context fill with the feature maps of some modules, by name.
-
-    Where a module returns several values, its feature map is kept. Modules are referred to as objects, since their
-    names may change under DDP.
-    """
-    maps: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            maps[name] = hidden(output)
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    try:
-        yield maps
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,4 +1,4 @@
-"""Training of a classifier: a teacher to prune, or the features of `frechet_resnet20` and `frechet_digits`."""
+"""Training of an image classifier: a teacher to prune, or the feature network of a Frechet distance."""
 
 import copy
 from collections.abc import Sequence
@@ -7,15 +7,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics import SumMetric
 
 from lightning_modules.backbones.classification.backbone import ClassifierBackbone
 from lightning_modules.backbones.classification.image_networks import ImageNetwork, build, save
 from lightning_modules.backbones.classification.load import named
-from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, sum_over_ranks
+from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, new_mean_metric
 
 
 class Classifier(TrainedModule):
-    """A classifier trained on the cross-entropy; its test loop measures the accuracy on the held-out images.
+    """Trains a classifier on the cross-entropy; the test loop measures the accuracy on the held-out images.
 
     Args:
         network: the classifier.
@@ -30,6 +31,7 @@ class Classifier(TrainedModule):
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed, dump)
         self.network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+        self.test_accuracy, self.test_images = new_mean_metric(), SumMetric()
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logits = self.network(batch["image"].contiguous(memory_format=torch.channels_last))
@@ -40,19 +42,22 @@ class Classifier(TrainedModule):
         ClassifierBackbone(self.network).check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_test_start(self) -> None:
-        self.counts = torch.zeros(2, dtype=torch.float64)  # correctly classified images, all images
+        self.test_accuracy.reset()
+        self.test_images.reset()
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         if batch_idx % self.trainer.world_size == self.global_rank:
-            correct = (self.network(batch["image"]).argmax(1) == batch["label"]).sum()
-            self.counts += torch.tensor([float(correct), len(batch["label"])], dtype=torch.float64)
+            self.test_accuracy.update((self.network(batch["image"]).argmax(1) == batch["label"]).double())
+            self.test_images.update(len(batch["label"]))
 
     def on_test_epoch_end(self) -> None:
-        correct, count = sum_over_ranks(self, self.counts).tolist()
-        self.metrics = {"test_accuracy": correct / count, "test_images": int(count)}
+        self.metrics = {
+            "test_accuracy": float(self.test_accuracy.compute()),
+            "test_images": int(self.test_images.compute()),
+        }
 
     def save(self, folder: Path) -> None:
-        """Write config.json and model.safetensors in half precision, which load as a teacher."""
+        """Write config.json and model.safetensors in half precision, which can be loaded as a teacher."""
         save(copy.deepcopy(self.network).half(), folder)
 
 
@@ -67,7 +72,7 @@ def new_classifier(
     std: Sequence[float] | None = None,
     image_size: int | None = None,
 ) -> Classifier:
-    """Return a Classifier with new weights.
+    """Return a Classifier with random weights.
 
     Args:
         architecture: name, such as resnet56; see conf/pretrain/classifier.yaml.
@@ -75,10 +80,10 @@ def new_classifier(
         lr_scheduler: see TrainedModule.
         seed: seed of the weights, and of training.
         dump: see TrainedModule.
-        classes: number of classes; None is the architecture's usual one.
-        mean: mean of the images per channel, in [0, 1]; None is the architecture's usual one.
-        std: standard deviation of the images per channel; None is the architecture's usual one.
-        image_size: edge of the images in pixels; None is the architecture's usual one.
+        classes: number of classes; None is the architecture's default.
+        mean: mean of the images per channel, in [0, 1]; None is the architecture's default.
+        std: standard deviation of the images per channel; None is the architecture's default.
+        image_size: edge length of the images in pixels; None is the architecture's default.
     """
     torch.manual_seed(seed)
     network = build(named(architecture, classes=classes, mean=mean, std=std, image_size=image_size))

@@ -1,16 +1,17 @@
-"""Training of a diffusion model from nothing, on the task loss alone, as the embedded teachers were trained."""
+"""Training of a diffusion model from random weights on the task loss. The embedded teachers were made with it."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import SumMetric
 
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.new import build_new_backbone
 from lightning_modules.backbones.diffusion.pipeline_parts import TEXT_FOLDER, move
 from lightning_modules.backbones.diffusion.text_states import store_texts
-from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, sum_over_ranks
+from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, new_mean_metric
 
 
 class Denoiser(TrainedModule):
@@ -19,9 +20,9 @@ class Denoiser(TrainedModule):
     Where it predicts the added noise, this is the loss of Ho et al. 2020 (arXiv 2006.11239), equation 14.
 
     Args:
-        backbone: the network with its noise schedule, and its VAE and text encoder where it has them.
+        backbone: the network with its noise schedule and, if it has them, its VAE and text encoder.
         drop_text: probability that a sample's caption is replaced by the empty one, for classifier-free guidance (Ho &
-            Salimans 2022, arXiv 2207.12598); without effect where the network takes no text.
+            Salimans 2022, arXiv 2207.12598). It has no effect on networks that take no text.
         captions: captions whose text states are saved instead of the text encoder; None saves the encoder.
         optimizer: see TrainedModule.
         lr_scheduler: see TrainedModule.
@@ -40,7 +41,10 @@ class Denoiser(TrainedModule):
         dump: Path,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed, dump)
+        if not 0 <= drop_text <= 1:
+            raise ValueError(f"pretrain.drop_text={drop_text} is out of range; choose a probability, 0 to 1")
         self.backbone, self.drop_text, self.captions = backbone.train(), drop_text, captions
+        self.test_loss, self.test_images = new_mean_metric(), SumMetric()
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         inputs = self.network_inputs = self.backbone.training_inputs(batch)
@@ -56,21 +60,23 @@ class Denoiser(TrainedModule):
         return replace_chosen(conditions, move(empty, self.device), chosen.to(self.device))
 
     def on_test_start(self) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64)  # losses over samples, and the number of samples
+        self.test_loss.reset()
+        self.test_images.reset()
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if batch_idx % self.trainer.world_size == self.global_rank:
             inputs = self.backbone.calibration_inputs(batch, seed=0)
-            self.sums += len(inputs["sample"]) * torch.tensor(
-                [float(self.backbone.loss(inputs)), 1.0], dtype=torch.float64
-            )
+            self.test_loss.update(self.backbone.loss(inputs), weight=len(inputs["sample"]))
+            self.test_images.update(len(inputs["sample"]))
 
     def on_test_epoch_end(self) -> None:
-        total = sum_over_ranks(self, self.sums)
-        self.metrics = {"test_task_loss": float(total[0] / total[1]), "test_images": int(total[1])}
+        self.metrics = {
+            "test_task_loss": float(self.test_loss.compute()),
+            "test_images": int(self.test_images.compute()),
+        }
 
     def save(self, folder: Path) -> None:
-        """Write what `teacher.path` loads, in half precision: the pipeline, or the network and its noise schedule."""
+        """Write a folder for `teacher.path` in half precision: the pipeline, or the network and its noise schedule."""
         backbone = self.backbone.half()
         pipeline_parts = backbone.pipeline_parts
         if pipeline_parts is None:
@@ -86,7 +92,7 @@ class Denoiser(TrainedModule):
 
 
 def replace_chosen(conditions: dict[str, Any], empty: dict[str, Any], chosen_N: Tensor) -> dict[str, Any]:
-    """Return nested conditions in which the chosen samples have the values of `empty`, where it has some."""
+    """Return nested conditions in which the chosen samples have the values of `empty`, as far as it has values."""
     replaced: dict[str, Any] = {}
     for key, value in conditions.items():
         if isinstance(value, dict):

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from criteria.scores.bottleneck import Bottleneck
 from lightning_modules.backbones.prefix_reuse import part_of
-from lightning_modules.modules.base import NonFiniteLoss, advise_on_non_finite, sum_over_ranks
+from lightning_modules.modules.non_finite import NonFiniteLoss, advise_on_non_finite
+from lightning_modules.training.ranks import sum_over_ranks
 
 
 class BottleneckTraining(pl.LightningModule):
-    """Takes one Adam step on the gates per calibration batch, in their order; ranks share the samples of each batch.
+    """Takes one Adam step on the gates per calibration batch, in order; the ranks share the samples of each batch.
 
-    `criterion` has been started. The backbone is a submodule so that it is moved to the device, and must be frozen.
+    `criterion.start` has to be called before. The backbone is a submodule so that it is moved to the device, and must
+    be frozen.
     """
 
     def __init__(self, criterion: Bottleneck, backbone: nn.Module) -> None:
@@ -27,7 +29,8 @@ class BottleneckTraining(pl.LightningModule):
         if self.trainer.num_training_batches < 2:
             raise ValueError(
                 f"calibration has {self.trainer.num_training_batches} batch, and criterion=bottleneck takes an Adam "
-                "step a batch; raise calibration.samples or lower calibration.batch_size (the paper: 200 batches of 64)"
+                "step per batch; raise calibration.samples or lower calibration.batch_size (the paper has 200 batches "
+                "of 64)"
             )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -37,14 +40,15 @@ class BottleneckTraining(pl.LightningModule):
         """
         criterion, ranks = self.criterion, self.trainer.world_size
         gates = criterion.gates()
-        size = len(next(value for value in batch.values() if isinstance(value, Tensor)))
-        idle = self.global_rank >= size  # of a last batch that is smaller than the ranks: a sample that does not count
-        rows = slice(0, 1) if idle else slice(self.global_rank, None, ranks)
-        task_N = criterion.task_losses(part_of(batch, rows), gates).double() * (not idle)
-        own = task_N.sum()
-        counted = own.new_tensor(0 if idle else len(task_N))
-        total = sum_over_ranks(self, torch.stack([own.detach(), counted])).to(own.device)
-        share, mean = own * ranks / total[1], total[0] / total[1]
+        samples = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+        # A last batch may have fewer samples than there are ranks: the others compute one that does not count.
+        has_samples = self.global_rank < samples
+        rows = slice(self.global_rank, None, ranks) if has_samples else slice(0, 1)
+        task_N = criterion.task_losses(part_of(batch, rows), gates).double() * has_samples
+        rank_sum = task_N.sum()
+        rank_samples = rank_sum.new_tensor(len(task_N) * has_samples)
+        sums = sum_over_ranks(torch.stack([rank_sum.detach(), rank_samples]), self.device).to(rank_sum.device)
+        share, mean = rank_sum * ranks / sums[1], sums[0] / sums[1]
         losses = criterion.objective(share + (mean - share).detach(), gates)
         values = {name: float(value.detach()) for name, value in losses.items()}
         self.check(values, batch_idx)

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.diffusion.pipeline_parts import move
-from lightning_modules.modules.base import Reference, sum_over_ranks
+from lightning_modules.modules.base import Reference
+from lightning_modules.training.ranks import sum_over_ranks
 
 
 class JointLoss(pl.LightningModule):
@@ -42,7 +43,7 @@ class JointLoss(pl.LightningModule):
         self.sums += torch.tensor(sums, dtype=torch.float64)
 
     def on_test_epoch_end(self) -> None:
-        joint, task, teacher, count = sum_over_ranks(self, self.sums).tolist()
+        joint, task, teacher, count = sum_over_ranks(self.sums, self.device).tolist()
         if not math.isfinite(joint + task + teacher):
             raise FloatingPointError(
                 f"held-out losses are not finite: student {task / count}, teacher {teacher / count}"

@@ -13,15 +13,16 @@ from datamodules.seeding import derive
 
 @dataclass
 class Lora:
-    """Adapters W x + alpha / rank * B A dropout(x) in the linear layers and convolutions that `targets` name.
+    """Settings of adapters that change a layer W x to W x + alpha / rank * B A dropout(x).
 
-    A is drawn from the seed of training, and B is zero at first, so that the network is unchanged.
+    A is random, as a function of the training seed. B starts as zero, so that the network's output is unchanged at
+    first.
 
     Args:
-        targets: endings of module paths, such as q_proj.
-        rank: rows of A.
+        targets: linear layers and convolutions that get adapters, as endings of module paths, such as q_proj.
+        rank: number of rows of A.
         alpha: scale of the adapters.
-        dropout: probability of dropout in front of A.
+        dropout: probability of dropout before A.
     """
 
     targets: list[str]
@@ -32,11 +33,18 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"distillation.lora.rank={self.rank} is out of range; choose a whole number of 1 or more")
+        if self.alpha < 1:
+            raise ValueError(
+                f"distillation.lora.alpha={self.alpha}: the adapters would change nothing; choose a whole number of 1 "
+                "or more"
+            )
+        if not self.targets:
+            raise ValueError("distillation.lora.targets=[] names no layers; choose endings of module paths, as q_proj")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"distillation.lora.dropout={self.dropout} is out of range; choose 0 <= dropout < 1")
 
     def check(self, network: nn.Module) -> None:
-        """Raise ImportError without peft, and ValueError for a target that is absent or shares its weight."""
+        """Raise ImportError if peft is missing, and ValueError for a target that is absent or shares its weight."""
         try:
             import peft  # noqa: F401, PLC0415  of the extra `language`
         except ImportError as error:
@@ -54,10 +62,10 @@ class Lora:
             if any(sum(weight is part.weight for weight in weights) > 1 for part in matches):
                 raise ValueError(f"distillation.lora.targets: {target!r} shares its weight with another layer")
 
-    def into(self, network: Any, seed: int) -> Callable[[], Any]:
-        """Put adapters into a network, freeze the rest, and return a function that merges them into the weights.
+    def insert(self, network: Any, seed: int) -> Callable[[], Any]:
+        """Add adapters to a network, freeze its weights, and return a function that merges the adapters into them.
 
-        Raises what `check` raises.
+        Raises the errors of `check`.
         """
         self.check(network)
         from peft import LoraConfig  # noqa: PLC0415

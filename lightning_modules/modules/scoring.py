@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from criteria.base import Criterion, Unit
-from lightning_modules.modules.base import sum_over_ranks
+from lightning_modules.training.ranks import sum_over_ranks
 
 
 class Scoring(pl.LightningModule):
@@ -38,7 +38,7 @@ class Scoring(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         states = self.criterion.states
-        self.criterion.states = {name: sum_over_ranks(self, value) for name, value in states.items()}
+        self.criterion.states = {name: sum_over_ranks(value, self.device) for name, value in states.items()}
         self.scores = self.criterion.finish()
 
 

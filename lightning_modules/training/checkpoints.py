@@ -15,7 +15,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.utils._pytree import tree_leaves
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of a write for which there is no room: on the disk, in the user's quota, in a file of the largest size."""
+"""Errors of a write without room for it: the disk is full, the user's quota is, or the file has its largest size."""
 
 
 class CorruptCheckpoint(RuntimeError):
@@ -27,21 +27,24 @@ class NoRoomForCheckpoint(OSError):
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, syncs and renames it, so that it is complete or absent.
+    """Writes a checkpoint to a temporary file in the same folder, syncs and renames it: it is complete or absent.
 
-    Tensors go straight to that file. Lightning's own atomic save holds the whole checkpoint in memory a second time and
-    passes it through the system's temporary folder.
+    Tensors are written directly to that file. Lightning's own atomic save copies the whole checkpoint in memory and
+    then to the system's temporary folder.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Raises NoRoomForCheckpoint, naming the path and the bytes needed, where the disk fills; nothing is left."""
+        """Write a checkpoint; raise NoRoomForCheckpoint, which names path and size, if the disk fills.
+
+        No temporary file is left then.
+        """
         if storage_options is not None:
             raise TypeError("checkpoints are local files, which have no storage_options")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = partial_path(path)
         try:
-            with no_room_named(path, checkpoint), open(partial, "wb") as file:
+            with explain_full_disk(path, checkpoint), open(partial, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -57,13 +60,13 @@ def partial_path(path: Path) -> Path:
 
 
 def remove_partial_checkpoints(folder: Path) -> None:
-    """Remove what processes were writing when they were killed."""
+    """Remove incomplete checkpoints of processes that were killed while they wrote."""
     for path in folder.glob("*.partial"):
         path.unlink()
 
 
 def sync_folder(folder: Path) -> None:
-    """Write a folder's names to the disk, so that a renamed file has its new name after a power failure."""
+    """Write a folder's file names to the disk, so that a renamed file keeps its new name after a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems cannot
@@ -73,12 +76,12 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def no_room_named(path: Path, checkpoint: dict[str, Any]) -> Iterator[None]:
-    """Raise NoRoomForCheckpoint in the place of the error of a write that the disk has no room for."""
+def explain_full_disk(path: Path, checkpoint: dict[str, Any]) -> Iterator[None]:
+    """Raise NoRoomForCheckpoint instead of the error of a write for which the disk has no room."""
     try:
         yield
     except Exception as error:
-        if not any(getattr(cause, "errno", None) in DISK_IS_FULL for cause in causes(error)):
+        if not any(getattr(cause, "errno", None) in DISK_IS_FULL for cause in walk_causes(error)):
             raise
         needed, free = checkpoint_bytes(checkpoint), shutil.disk_usage(path.parent).free
         raise NoRoomForCheckpoint(
@@ -88,32 +91,32 @@ def no_room_named(path: Path, checkpoint: dict[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and those that it came from: torch's writer raises its own behind the system's."""
+def walk_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and the errors that caused it; torch's writer raises its own error on top of the system's."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def checkpoint_bytes(checkpoint: dict[str, Any]) -> int:
-    """Return the bytes of all tensors of a checkpoint; storage that several of them share counts once."""
+    """Return the size in bytes of all tensors of a checkpoint; storage that tensors share counts once."""
     storages = [leaf.untyped_storage() for leaf in tree_leaves(checkpoint) if isinstance(leaf, torch.Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def read_step(path: Path) -> int:
-    """Return the optimiser step of a checkpoint; raises an error where the file cannot be read or has changed."""
+    """Return the optimiser step of a checkpoint; raise an error if the file cannot be read or has changed."""
     with zipfile.ZipFile(path) as archive:  # torch writes a checksum of every tensor, and does not compare it
         if (changed := archive.testzip()) is not None:
             raise ValueError(f"the checksum of {changed} does not match")
     return int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """Return the newest checkpoint that can be read, and its step; None where the folder has no checkpoint.
+def find_newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
+    """Return the path of the newest readable checkpoint and its optimiser step; None if there is no checkpoint.
 
-    One that cannot be read (truncated, empty, with a changed bit) is skipped with a warning. Raises CorruptCheckpoint
-    where there are checkpoints and none can be read.
+    Unreadable checkpoints (truncated, empty, with a changed bit) are skipped with a warning. Raises CorruptCheckpoint
+    if there are checkpoints and none can be read.
     """
     paths = sorted(folder.glob("step=*.ckpt"), reverse=True)
     for path in paths:

@@ -6,9 +6,10 @@ from pytorch_lightning.callbacks import WeightAveraging
 
 
 class WarmedUpEMA(WeightAveraging):
-    """Exponential moving average of the weights that warms up: decay_k = min(decay, (1 + k) / (10 + k)).
+    """Exponential moving average of the weights whose decay in update k is min(decay, (1 + k) / (10 + k)).
 
-    Without the warm-up a short run would evaluate its initial weights. Buffers (batch norm statistics) are copied.
+    Without this warm-up the average of a short run would be close to the initial weights. Buffers (batch norm
+    statistics) are copied, not averaged.
     """
 
     def __init__(self, decay: float) -> None:

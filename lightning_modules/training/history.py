@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 HISTORY_FIELDS = ("step", "name", "value")
 
-# Lightning's announcements, and deprecation warnings about code inside Lightning and torchdata.
+# Silence Lightning's announcements, and deprecation warnings about code inside Lightning and torchdata.
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
 for message in (
     ".*set_vital.*",
@@ -25,10 +25,7 @@ for message in (
 
 
 class History(Logger):
-    """Logger that appends every value to a CSV file of (step, name, value).
-
-    A resumed run removes the rows that it will log again (`rewind`).
-    """
+    """A logger that appends every value to a CSV file with the columns step, name and value."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -53,7 +50,7 @@ class History(Logger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Remove the rows from optimiser step `step` on, and a row that a crash has truncated."""
+        """Remove the rows from optimiser step `step` on, which a resumed run logs again, and truncated rows."""
         rows = []
         if step and self.path.exists():
             with open(self.path, newline="") as file:

@@ -7,12 +7,13 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm
 
+SECONDS_ON_TERMINAL = 0.2
+SECONDS_IN_FILE = 10.0
+"""Seconds between two updates of the bar, on a terminal and in a log file, where each update is a line."""
+
 
 class StageBar(ProgressBar):
-    """One progress bar per stage, with its name and the time left; in a resumed run it starts at the resumed step.
-
-    Where the output is no terminal (a log file), it is written every ten seconds instead of five times per second.
-    """
+    """One progress bar per stage, with its name and the time left; a resumed run starts it at the resumed batch."""
 
     def __init__(self, stage: str) -> None:
         super().__init__()
@@ -23,7 +24,8 @@ class StageBar(ProgressBar):
         self.enabled = False
 
     def open(self, total: float, done: int = 0) -> None:
-        seconds = 0.2 if sys.stderr.isatty() else 10.0
+        """Show a bar of `total` batches, `done` of which are finished already."""
+        seconds = SECONDS_ON_TERMINAL if sys.stderr.isatty() else SECONDS_IN_FILE
         self.bar = tqdm(
             desc=f"{self.stage:<20}",
             total=int(total),

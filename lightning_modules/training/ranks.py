@@ -1,4 +1,4 @@
-"""What makes a training independent of the number of its ranks: means over them, and draws for the global batch."""
+"""Training that does not depend on the number of ranks: sums and means over ranks, and random draws per sample."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +11,21 @@ from torch.overrides import TorchFunctionMode
 
 def world_size() -> int:
     """Return the number of ranks, 1 where there are no others."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    # Builds of torch without support for ranks have no is_initialized.
+    has_ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if has_ranks else 1
+
+
+def sum_over_ranks(value: Tensor, device: torch.device) -> Tensor:
+    """Return the sum of a tensor over all ranks, on the CPU; all ranks have to call it.
+
+    `device` is the one that the ranks communicate from: NCCL needs a GPU.
+    """
+    if world_size() == 1:
+        return value
+    total = value.to(device, copy=True)
+    torch.distributed.all_reduce(total)
+    return total.cpu()
 
 
 def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -24,24 +38,24 @@ def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 SIZED_DRAWS: Mapping[Callable[..., Any], int] = {torch.rand: 0, torch.randn: 0, torch.randint: 1}
-"""Functions that draw tensors of a given size, and how many positional arguments come before it, at least."""
+"""Functions that draw tensors of a given size, and the number of positional arguments before the size."""
 
 DRAWS_LIKE = (torch.rand_like, torch.randn_like, torch.randint_like)
-"""Functions that draw a tensor of the size of their first argument."""
+"""Functions that draw a tensor with the size of their first argument."""
 
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 """Functions that multiply their first argument by random factors."""
 
 
 class DrawsForGlobalBatch(TorchFunctionMode):
-    """Makes draws inside this context a rank's rows of draws for the global batch.
+    """A context in which a rank's random draws are its rows of a draw for the global batch.
 
-    What is drawn for a sample (noise, timestep, dropout) then depends on its position in the global batch and not on
-    the number of ranks. Sample i of rank r is sample i * world + r of the global batch, as datamodules.base.Stream
-    deals them. All ranks have to begin with the same seed.
+    What is drawn for a sample (noise, timestep, dropout) depends on its position in the global batch then, and not on
+    the number of ranks. Sample i of rank r is sample i * world + r of the global batch, the order of
+    datamodules.base.Stream. All ranks have to start with the same seed.
 
-    A draw belongs to the samples if its first dimension is a multiple of their number. Other draws are the same on all
-    ranks, and those from a generator of their own are not changed.
+    A draw is one per sample if its first dimension is a multiple of the number of samples. Other draws are the same on
+    all ranks. Draws with an explicit generator are not changed.
 
     Args:
         samples: number of samples of this rank's batch; all ranks have the same.
@@ -60,41 +74,42 @@ class DrawsForGlobalBatch(TorchFunctionMode):
         if function in SIZED_DRAWS and options.get("generator") is None:
             size, others = split_size(function, args, options)
             if self.is_by_sample(size):
-                return self.rows(function(*others, self.global_size(size), **options))
+                return self.take_rows(function(*others, self.global_size(size), **options))
             return function(*others, size, **options)
         if function in DRAWS_LIKE and self.is_by_sample(args[0].shape):
-            return self.rows(function(self.global_ones(args[0]), *args[1:], **options))
+            return self.take_rows(function(self.global_ones(args[0]), *args[1:], **options))
         drops = function in DROPOUTS and options["training"] and options["p"] > 0
         if drops and self.is_by_sample(args[0].shape):
             with torch.no_grad():
-                factors = self.rows(function(self.global_ones(args[0]), *args[1:], **options))
+                factors = self.take_rows(function(self.global_ones(args[0]), *args[1:], **options))
             return args[0] * factors
         return function(*args, **options)
 
     def is_by_sample(self, size: Sequence[int]) -> bool:
+        """Return whether a draw of this size has one row, or the same number of rows, per sample."""
         return len(size) > 0 and size[0] > 0 and size[0] % self.samples == 0
 
     def global_size(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Return the size of a draw for all ranks in the place of one for this rank."""
+        """Return the size of the draw for all ranks that corresponds to this rank's."""
         return (self.world * size[0], *size[1:])
 
     def global_ones(self, tensor: Tensor) -> Tensor:
-        """Return ones of the global batch's size in the tensor's memory order, in which a draw fills a tensor."""
+        """Return ones of the global size, with the memory order of a tensor: random numbers fill memory in order."""
         order = sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
         size = self.global_size(tensor.shape)
         ones = tensor.new_ones([size[axis] for axis in order])
         return ones.permute([order.index(axis) for axis in range(tensor.dim())])
 
-    def rows(self, draws: Tensor) -> Tensor:
-        """Return this rank's part of draws for the global batch, whose samples have one row or several in sequence."""
+    def take_rows(self, draws: Tensor) -> Tensor:
+        """Return this rank's rows of a draw for the global batch; several rows of one sample are consecutive."""
         by_sample = draws.reshape(self.samples, self.world, -1, *draws.shape[1:])
         return by_sample[:, self.rank].flatten(0, 1)
 
 
 def split_size(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Sequence[int], tuple[Any, ...]]:
-    """Return the size that a function of SIZED_DRAWS is called with, and its other positional arguments.
+    """Return the size that a function of SIZED_DRAWS is called with, and the positional arguments before it.
 
-    A size among the `options` is removed from them.
+    If the size is among the keyword arguments `options`, it is removed from them.
     """
     if "size" in options:
         return options.pop("size"), args

@@ -1,4 +1,4 @@
-"""The end of a job on SIGTERM, which schedulers and `kill` send: without a hanging rank, and with a checkpoint."""
+"""Handling of SIGTERM, which schedulers and `kill` send: a job ends with a checkpoint, and no rank hangs."""
 
 import signal
 import threading
@@ -10,19 +10,21 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint
 
+from lightning_modules.training.ranks import world_size
+
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
-"""The exit code of a process that ends on SIGTERM, as shells count it."""
+"""The exit code of a process that ends because of SIGTERM, by the convention of shells."""
 
 
 LAUNCHERS: list[Any] = []
-"""Lightning's launchers that have started ranks from this process: that of the first Trainer, for all later ones."""
+"""Lightning's launchers that have started ranks from this process. The first Trainer starts them for all later ones."""
 
 
 class EndOnSigterm(Callback):
     """Ends the process on SIGTERM, also in the middle of a batch.
 
-    It replaces Lightning's handler, which waits for the other ranks inside the signal handler: where these wait for
-    something else at that moment, all ranks hang.
+    It replaces Lightning's handler, which communicates with the other ranks inside the signal handler. If these are in
+    another communication at that moment, all ranks hang.
     """
 
     def __init__(self) -> None:
@@ -36,7 +38,10 @@ class EndOnSigterm(Callback):
         self.install(trainer)
 
     def install(self, trainer: pl.Trainer) -> None:
-        """Replace the handler; Lightning installs its own after `setup`, and removes all when the loop has ended."""
+        """Install the handler. `setup` would be too early: Lightning installs its own after that.
+
+        Lightning restores the handlers of before when its loop has ended.
+        """
         launcher = trainer.strategy.launcher
         if getattr(launcher, "procs", None) and launcher not in LAUNCHERS:
             LAUNCHERS.append(launcher)
@@ -44,7 +49,7 @@ class EndOnSigterm(Callback):
             signal.signal(signal.SIGTERM, self.handle)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Pass the signal on to ranks that this process has started, once, and act on it."""
+        """Forward the first signal to the ranks that this process has started, then act on it."""
         if not self.received:
             for launcher in LAUNCHERS:
                 launcher.kill(number)
@@ -52,37 +57,38 @@ class EndOnSigterm(Callback):
         self.act(number, frame)
 
     def act(self, number: int, frame: FrameType | None) -> None:
+        """End the process, through the handler that was installed before if there was one."""
         if callable(self.previous_handler):
             self.previous_handler(number, frame)
         raise SystemExit(SIGTERM_EXIT_CODE)
 
 
 class CheckpointOnSigterm(EndOnSigterm, Checkpoint):
-    """Ends a training on SIGTERM at the end of the optimiser step, with a checkpoint of it, on all ranks.
+    """Ends a training on SIGTERM, on all ranks: after the current optimiser step, with a checkpoint.
 
-    It is enough that one rank receives the signal. `stopped` is true where the training has ended for that reason. A
-    signal before the first step ends the process at once.
+    It is enough that one rank receives the signal. `stopped` becomes true if the training ends for that reason. A
+    signal before training starts ends the process immediately.
 
     Args:
         folder: folder of the checkpoints.
-        checkpoint_every: optimiser steps between the checkpoints that are written anyway.
+        checkpoint_every: optimiser steps between regular checkpoints.
     """
 
     def __init__(self, folder: Path, checkpoint_every: int) -> None:
         super().__init__()
         self.folder, self.checkpoint_every = folder, checkpoint_every
-        self.trains, self.stopped = False, False
+        self.is_training, self.stopped = False, False
 
     def act(self, number: int, frame: FrameType | None) -> None:
-        if not self.trains:
+        if not self.is_training:
             super().act(number, frame)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.trains, self.step = True, trainer.global_step
+        self.is_training, self.step = True, trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:  # a micro-batch that takes no optimiser step
+        if trainer.global_step == self.step:  # gradients are still being accumulated
             return
         self.step = trainer.global_step
         if self.stopped or not is_true_on_any_rank(self.received, trainer.strategy.root_device):
@@ -94,7 +100,7 @@ class CheckpointOnSigterm(EndOnSigterm, Checkpoint):
 
 def is_true_on_any_rank(value: bool, device: torch.device) -> bool:
     """Return whether a value is true on at least one rank; all ranks have to call it."""
-    if not torch.distributed.is_initialized():
+    if world_size() == 1:
         return value
     flag = torch.tensor(int(value), device=device)
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from conf.schema import ConfigError, build
 from lightning_modules.training.checkpoints import (
     AtomicCheckpoints,
-    newest_checkpoint,
+    find_newest_checkpoint,
     remove_partial_checkpoints,
 )
 from lightning_modules.training.history import History
@@ -24,17 +24,17 @@ from lightning_modules.training.progress import StageBar
 from lightning_modules.training.sigterm import SIGTERM_EXIT_CODE, CheckpointOnSigterm, EndOnSigterm
 
 
-def accelerator_of(name: str) -> str:
-    """Return "cuda" or "cpu" for a `trainer.accelerator`; raises ValueError where it is gpu and none is visible."""
+def resolve_accelerator(name: str) -> str:
+    """Return "cuda" or "cpu" for `trainer.accelerator`; raise ValueError if it is "gpu" and no GPU is visible."""
     if name == "gpu" and not torch.cuda.is_available():
         raise ValueError("trainer.accelerator='gpu', but no CUDA device is visible; choose trainer=cpu or trainer=auto")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def precision_of(name: str, device: str) -> str:
-    """Return the precision that `name` means on "cuda" or "cpu".
+def resolve_precision(name: str, device: str) -> str:
+    """Return Lightning's name of a precision on "cuda" or "cpu".
 
-    `auto` is bf16 mixed precision on a GPU that computes in it, else float32.
+    `auto` is bf16 mixed precision on a GPU that supports it in hardware, else float32.
     """
     if name != "auto":
         return name
@@ -42,19 +42,19 @@ def precision_of(name: str, device: str) -> str:
 
 
 def autocast(name: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Return a context with the precision of `make_trainer`, for computations without a Trainer."""
+    """Return a context that computes in the precision that `make_trainer` would use, for code without a Trainer."""
     dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    dtype = dtypes.get(precision_of(name, device.type))
+    dtype = dtypes.get(resolve_precision(name, device.type))
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def make_trainer(conf: Any, stage: str, precision: str, **arguments: Any) -> pl.Trainer:
     """Return a Trainer on the devices of `conf` (the trainer group), with one progress bar named after the stage.
 
-    `arguments` are further ones of Lightning's Trainer. `conf.options` has no effect here, only in `fit`.
+    `arguments` are further arguments of Lightning's Trainer. `conf.options` has an effect in `fit` only.
     """
-    device = accelerator_of(conf.accelerator)
-    torch.backends.cuda.matmul.allow_tf32 = False  # scores and metrics on a GPU are to equal those on a CPU
+    device = resolve_accelerator(conf.accelerator)
+    torch.backends.cuda.matmul.allow_tf32 = False  # so that scores and metrics on a GPU equal those on a CPU
     torch.backends.cudnn.allow_tf32 = False
     callbacks = [StageBar(stage), EndOnSigterm(), *arguments.pop("callbacks", [])]
     return pl.Trainer(
@@ -62,20 +62,20 @@ def make_trainer(conf: Any, stage: str, precision: str, **arguments: Any) -> pl.
         devices=conf.devices,
         num_nodes=conf.num_nodes,
         strategy=conf.strategy,
-        precision=precision_of(precision, device),  # type: ignore[arg-type]
+        precision=resolve_precision(precision, device),  # type: ignore[arg-type]
         deterministic="warn",
         plugins=[AtomicCheckpoints()],
         callbacks=callbacks,
         logger=arguments.pop("logger", False),
         enable_model_summary=False,
         enable_checkpointing=arguments.pop("enable_checkpointing", False),
-        use_distributed_sampler=False,  # the streams and the steps share the data out themselves
+        use_distributed_sampler=False,  # the data modules and test steps give each rank its samples
         **arguments,
     )
 
 
 def make_callbacks(nodes: DictConfig) -> list[Callback]:
-    """Return the callbacks of the group `callbacks`; raises ConfigError naming one that cannot be made."""
+    """Return the callbacks of the group `callbacks`; raise ConfigError, which names it, if one cannot be made."""
     callbacks: list[Callback] = []
     for name, node in dict(nodes).items():
         try:
@@ -97,30 +97,31 @@ def fit(
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Train a module for `conf.steps` optimiser steps, resuming from the newest checkpoint where there is one.
+    """Train a module for `conf.steps` optimiser steps, from the newest checkpoint if there is one.
 
-    A resumed run ends in the same bits as an undisturbed one on the same devices: batch order and noise are
-    functions of (seed, position), and the loader's position is in the checkpoint. On SIGTERM the step is taken to its
-    end, a checkpoint is written, and SystemExit raised.
+    A resumed run ends with the same bits as an uninterrupted one on the same devices: the order of batches and the
+    noise are functions of (seed, position), and the loader's position is in the checkpoint. On SIGTERM the current step
+    is completed, a checkpoint is written, and SystemExit is raised. Raises ValueError for trainer.resume=required
+    without a checkpoint, and CorruptCheckpoint if none of the checkpoints can be read.
 
     Args:
-        module: the module; it holds the trained weights (their moving average, with that callback) afterwards.
-        data: gives the training batches, endlessly.
+        module: the module; afterwards it holds the trained weights, or their moving average with that callback.
+        data: data module whose training loader never ends.
         conf: the group `trainer`.
         folder: the run's folder; checkpoints go to checkpoints/<stage>, logged values to history/<stage>.csv.
-        stage: name of the stage, also of the progress bar.
-        loggers: further loggers.
-        callbacks: further callbacks.
+        stage: name of the stage, also shown by the progress bar.
+        loggers: loggers in addition to the CSV file.
+        callbacks: callbacks in addition to those for checkpoints, progress and SIGTERM.
     """
     checkpoints = folder / "checkpoints" / stage
     checkpoints.mkdir(parents=True, exist_ok=True)
-    resume = newest_checkpoint(checkpoints)
-    if resume is None and conf.resume == "required":
+    checkpoint, steps_taken = find_newest_checkpoint(checkpoints) or (None, 0)
+    if checkpoint is None and conf.resume == "required":
         raise ValueError(
             f"trainer.resume='required', but there is no checkpoint in {checkpoints}; choose trainer.resume=auto"
         )
     history = History(folder / "history" / f"{stage}.csv")
-    history.rewind(resume[1] if resume else 0)
+    history.rewind(steps_taken)
     saver = ModelCheckpoint(
         dirpath=checkpoints,
         filename="{step:07d}",
@@ -151,25 +152,27 @@ def fit(
     )
     if trainer.world_size > 1 and any(isinstance(part, _BatchNorm) for part in module.modules()):
         warnings.warn(
-            f"{stage}: batch norms take the statistics of each rank's own samples, so that the result depends on "
+            f"{stage}: batch norms use the statistics of each rank's own samples, so the result depends on "
             "trainer.devices",
             stacklevel=2,
         )
     if trainer.is_global_zero:
         remove_partial_checkpoints(checkpoints)
-    if resume and resume[1] >= conf.steps:  # killed between the last step and what follows
-        module.load_state_dict(torch.load(resume[0], map_location="cpu", weights_only=True)["state_dict"])
+    if (
+        checkpoint and steps_taken >= conf.steps
+    ):  # the process was killed after the last step, before the result was saved
+        module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
         return
-    if resume:
-        print(f"{stage}: resuming from step {resume[1]} of {conf.steps} ({resume[0].name})", flush=True)
-    trainer.fit(module, datamodule=data, ckpt_path=resume[0] if resume else None, weights_only=True)
-    if trainer.is_global_zero:  # a resumed Trainer does not know the earlier process's checkpoints
+    if checkpoint:
+        print(f"{stage}: resuming from step {steps_taken} of {conf.steps} ({checkpoint.name})", flush=True)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.is_global_zero:  # a resumed Trainer does not know the checkpoints of earlier processes
         for old in sorted(checkpoints.glob("step=*.ckpt"))[:-2]:
             old.unlink()
     if stopper.received or stopper.stopped:
         if not trainer.is_global_zero:
-            # Lightning kills rank 0, which still closes logs and dashboards, where a rank that it has started ends with
-            # an error.
+            # If a rank that Lightning has started ended with an error, Lightning would kill rank 0, which still has to
+            # close logs and dashboards.
             raise SystemExit(0)
         print(f"{stage}: stopped by SIGTERM after step {trainer.global_step}; the same command goes on from there")
         raise SystemExit(SIGTERM_EXIT_CODE)

@@ -25,8 +25,8 @@ from experiments.engine.pipeline import run_pipeline
 from experiments.engine.stages.export import Export
 from lightning_modules.backbones.classification.backbone import ClassifierBackbone
 from lightning_modules.backbones.classification.image_networks import build
-from lightning_modules.modules.base import NonFiniteLoss
 from lightning_modules.modules.gate_training import BottleneckTraining
+from lightning_modules.modules.non_finite import NonFiniteLoss
 from lightning_modules.modules.scoring import score
 from lightning_modules.training.trainer import make_trainer
 

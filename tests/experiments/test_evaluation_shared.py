@@ -27,7 +27,7 @@ from lightning_modules.metrics.distances import Frechet
 from lightning_modules.metrics.protocol import Samples
 from lightning_modules.metrics.statistics import Statistics
 from lightning_modules.modules.sampling import Generation, seed_batches
-from lightning_modules.training.trainer import autocast, make_trainer, precision_of
+from lightning_modules.training.trainer import autocast, make_trainer, resolve_precision
 
 # Samples
 
@@ -302,6 +302,6 @@ def test_a_protocol_in_words_has_shared_and_own_parts():
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 def test_precision_auto_is_the_same_with_and_without_a_trainer(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    assert precision_of("auto", "cuda") == "bf16-mixed" and precision_of("auto", "cpu") == "32-true"
+    assert resolve_precision("auto", "cuda") == "bf16-mixed" and resolve_precision("auto", "cpu") == "32-true"
     assert autocast("auto", torch.device("cuda")).fast_dtype == torch.bfloat16
     assert not isinstance(autocast("auto", torch.device("cpu")), torch.autocast)

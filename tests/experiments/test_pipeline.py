@@ -422,7 +422,7 @@ def test_a_run_whose_export_does_not_match_is_not_finished(configure, overrides,
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_scores_of_one(configure, overrides, data_folder, tmp_path, unverified):
+def test_two_processes_score_and_train_like_one(configure, overrides, data_folder, tmp_path, unverified):
     job = [override for override in overrides if not override.startswith(("paths.runs=", "trainer="))]
     job += ["calibration.samples=6", "calibration.batch_size=2"]
     run_pipeline(configure(*job, "trainer=cpu", f"paths.runs={tmp_path}/one"))
@@ -435,5 +435,6 @@ def test_two_processes_give_the_scores_of_one(configure, overrides, data_folder,
     for name, entry in expected.items():
         assert found[name] == pytest.approx(entry, rel=1e-9), name
     assert read_json(two / "plan.json")["changes"] == read_json(one / "plan.json")["changes"]
-    losses = (read_json(run / "metrics.json")["pruned/output_loss"] for run in (one, two))
-    assert next(losses) == pytest.approx(next(losses), rel=1e-6)
+    for name, rounding in (("pruned", 1e-6), ("distilled", 1e-3)):  # AdamW enlarges the rounding of small gradients
+        losses = (read_json(run / "metrics.json")[f"{name}/output_loss"] for run in (one, two))
+        assert next(losses) == pytest.approx(next(losses), rel=rounding), name

@@ -1,4 +1,4 @@
-"""Distillation: its terms as identities, what it leaves alone, the moving average, and where it stops."""
+"""Distillation: the terms of its loss, the teacher, the moving average, and losses that are not finite."""
 
 import json
 from itertools import product
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support.distillation import REMOVED, STAGES, distillation, losses_of, outputs_of
 from support.networks import FAMILIES, TRANSFORMERS, UNETS, bypasses, same_tensors, tiny_backbone, tiny_batch
-from support.results import leaves, the_run
+from support.results import the_run
 from torch import Tensor
 
 from conf import schema
@@ -23,8 +23,9 @@ from conf.schema import ROOT
 from experiments.engine.artefacts import read_json
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.losses.level_weights import NORMALIZATIONS, LevelWeights
-from lightning_modules.modules.base import NonFiniteLoss, advise_on_non_finite
 from lightning_modules.modules.distillation import Distillation
+from lightning_modules.modules.non_finite import NonFiniteLoss, advise_on_non_finite
+from lightning_modules.nested import tensors_by_path
 from lightning_modules.training.ema import WarmedUpEMA
 from lightning_modules.training.trainer import fit
 
@@ -36,8 +37,8 @@ from lightning_modules.training.trainer import fit
     ("family", "normalization"),
     [*product(UNETS, NORMALIZATIONS), *((family, "teacher_energy") for family in FAMILIES if family not in UNETS)],
 )
-def test_a_student_that_is_the_teacher_has_output_and_feature_losses_of_zero(family, normalization, taps):
-    """Exactly, but for pipelines: projections without bias are multiplied in another order where they learn."""
+def test_an_unpruned_student_has_output_and_feature_losses_of_zero(family, normalization, taps):
+    """The zeros of pipelines are not exact: trained projections without bias are multiplied in another order."""
     teacher = tiny_backbone(family)
     module = distillation(teacher.pruned(bypasses([])), teacher, normalization=normalization, taps=taps)
     losses = losses_of(module, tiny_batch(teacher))
@@ -50,7 +51,7 @@ def test_a_student_that_is_the_teacher_has_output_and_feature_losses_of_zero(fam
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in TRANSFORMERS])
-def test_every_term_is_what_its_formula_says(family):
+def test_every_loss_term_equals_its_formula(family):
     teacher = tiny_backbone(family)
     student, batch = teacher.pruned(bypasses(REMOVED)), tiny_batch(teacher)
     module = distillation(student, teacher, w_task=0.5, w_out=2.0, w_feat=0.25, skip_emptied=False)
@@ -70,7 +71,7 @@ def test_every_term_is_what_its_formula_says(family):
     }
 
 
-def test_each_term_reaches_the_student_and_a_term_of_weight_zero_costs_no_pass_of_the_teacher():
+def test_a_term_trains_the_student_and_costs_nothing_at_weight_zero():
     teacher = tiny_backbone("UNet2DModel")
     calls = []
     teacher.network.register_forward_hook(lambda *_: calls.append(1))
@@ -91,7 +92,7 @@ def maps(seed: int = 0) -> Tensor:
     return torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(seed)) * 2**seed
 
 
-def test_teacher_energy_is_a_relative_error_whatever_the_scale_of_the_feature_map():
+def test_teacher_energy_makes_a_term_a_relative_error_at_any_scale():
     weights = LevelWeights("teacher_energy", 1)
     f_s, f_t = maps(0), maps(1)
     term = weights(0, f_t) * F.mse_loss(f_s, f_t)
@@ -99,23 +100,23 @@ def test_teacher_energy_is_a_relative_error_whatever_the_scale_of_the_feature_ma
     assert torch.equal(weights(0, 64 * f_t) * F.mse_loss(64 * f_s, 64 * f_t), term)  # a power of two: no rounding
 
 
-def test_none_leaves_the_terms_as_they_are():
+def test_normalization_none_does_not_change_the_terms():
     assert torch.equal(LevelWeights("none", 1)(0, maps()), torch.ones(()))
 
 
-def test_teacher_norm_is_the_inverse_of_the_mean_norm_of_a_sample():
+def test_teacher_norm_is_the_inverse_of_the_mean_norm_per_sample():
     f_t = maps(2)
     norms = [float(sample.flatten().double().square().sum().sqrt()) for sample in f_t]
     assert float(LevelWeights("teacher_norm", 1)(0, f_t)) == pytest.approx(4 / sum(norms), rel=1e-6)
 
 
-def test_running_starts_as_teacher_energy_and_then_averages_by_level():
+def test_running_starts_like_teacher_energy_and_averages_per_level():
     running, energy = LevelWeights("running", 2, momentum=0.75), LevelWeights("teacher_energy", 2)
     assert torch.equal(running(0, maps(0)), energy(0, maps(0)))
     assert torch.equal(running(1, maps(3)), energy(1, maps(3)))  # levels do not mix
     e0, e1 = (float(maps(seed).square().mean()) for seed in (0, 1))
     assert float(running(0, maps(1))) == pytest.approx(1 / (0.75 * e0 + 0.25 * e1), rel=1e-6)
-    assert list(running.state_dict()) == ["energy"]  # so that a resumed run goes on with it
+    assert list(running.state_dict()) == ["energy"]  # so that a resumed run continues with it
 
 
 def test_an_unknown_normalization_lists_the_choices():
@@ -128,7 +129,7 @@ def test_an_unknown_normalization_lists_the_choices():
 
 
 class Recorder(Callback):
-    """The student's weights after each optimiser step."""
+    """Records the student's weights after each optimiser step."""
 
     def __init__(self) -> None:
         self.weights: list[dict[str, Tensor]] = []
@@ -139,13 +140,13 @@ class Recorder(Callback):
 
 @pytest.fixture
 def train_tiny(configure, overrides, tmp_path):
-    """train_tiny(cls, callbacks, *more overrides, **options of Distillation) -> the module after a fit of 4 steps."""
+    """Return a function (class, callbacks, *overrides, **options of Distillation) -> the module after 4 steps."""
 
     def run(cls=Distillation, callbacks=(), *more: str, **options: Any) -> Distillation:
         cfg = configure(*overrides, "trainer.checkpoint_every=1", *more)
         teacher = tiny_backbone("UNet2DModel")
         module = distillation(teacher.pruned(bypasses(REMOVED)), teacher, cls, tmp_path / "failure", **options)
-        run.module = module  # for who wants to look at it after an error
+        run.module = module  # for tests in which the fit ends with an error
         fit(module, schema.build(cfg.data), cfg.trainer, tmp_path, "distil", callbacks=callbacks)
         return module
 
@@ -156,14 +157,14 @@ def checkpoint(run: Path, step: int) -> dict[str, Any]:
     return torch.load(run / "checkpoints" / "distil" / f"step={step:07d}.ckpt", weights_only=True)
 
 
-def test_training_leaves_the_teacher_alone_and_out_of_the_checkpoint(train_tiny, tmp_path):
+def test_training_neither_changes_nor_saves_the_teacher(train_tiny, tmp_path):
     recorder = Recorder()
     module = train_tiny(Distillation, [recorder, WarmedUpEMA(0.999)], taps="units", normalization="running")
     teacher = tiny_backbone("UNet2DModel")
     assert same_tensors(module.teacher.state_dict(), teacher.state_dict())
     assert not any(part.training for part in module.teacher.modules())
     assert all(p.grad is None and not p.requires_grad for p in module.teacher.parameters())
-    assert not same_tensors(recorder.weights[0], recorder.weights[-1])  # while the student learnt
+    assert not same_tensors(recorder.weights[0], recorder.weights[-1])  # the student has changed
 
     expected = {f"student.{name}" for name in module.student.state_dict()} | {"weights.energy"}
     saved = checkpoint(tmp_path, 4)
@@ -176,7 +177,7 @@ def test_training_leaves_the_teacher_alone_and_out_of_the_checkpoint(train_tiny,
 
 
 @pytest.mark.usefixtures("quick_end")
-def test_of_a_pipeline_the_student_alone_is_in_the_checkpoint_and_in_what_is_saved(configure, text_job, tmp_path):
+def test_only_the_student_of_a_pipeline_is_saved(configure, text_job, tmp_path):
     run_pipeline(configure(*text_job, "criterion=magnitude"))
     run = the_run(tmp_path / "runs")
     weights = "diffusion_pytorch_model.pruned.safetensors"
@@ -185,15 +186,15 @@ def test_of_a_pipeline_the_student_alone_is_in_the_checkpoint_and_in_what_is_sav
     student, saved = load_file(run / "networks" / "pruned" / weights), checkpoint(run, 4)
     expected = {f"student.network.{name}" for name in student} | {"weights.energy"}
     assert set(saved["state_dict"]) == set(saved["current_model_state"]) == expected
-    sizes = {name: value.numel() for name, value in leaves(saved).items() if isinstance(value, Tensor)}
-    optimizer = [size for name, size in sizes.items() if name.startswith("/optimizer_states/")]
+    sizes = {name: value.numel() for name, value in tensors_by_path(saved).items()}
+    optimizer = [size for name, size in sizes.items() if name.startswith("optimizer_states/")]
     learnt = [tensor.numel() for tensor in student.values()]
     assert sorted(optimizer) == sorted([*learnt, *learnt, *(1 for _ in learnt)])  # two moments, and a count of steps
-    networks = ("/state_dict/", "/current_model_state/", "/optimizer_states/")
+    networks = ("state_dict/", "current_model_state/", "optimizer_states/")
     assert all(size == 1 for name, size in sizes.items() if not name.startswith(networks))
 
 
-def test_every_term_is_logged_by_level_before_and_after_its_weight(train_tiny, tmp_path):
+def test_every_term_is_logged_per_level_with_and_without_its_weight(train_tiny, tmp_path):
     train_tiny(Distillation)
     history = pd.read_csv(tmp_path / "history" / "distil.csv")
     kept = [stage for stage in STAGES if stage != "down_blocks.0"]
@@ -207,7 +208,7 @@ def test_every_term_is_logged_by_level_before_and_after_its_weight(train_tiny, t
 
 @pytest.mark.parametrize("decay", [0.999, 0.2, 0.0])
 def test_the_moving_average_warms_up(train_tiny, tmp_path, decay):
-    """It starts as the weights of the first step; after k updates it keeps min(decay, (1 + k) / (10 + k)) of itself."""
+    """It starts as the weights of the first step; update k keeps the share min(decay, (1 + k) / (10 + k)) of it."""
     recorder = Recorder()
     module = train_tiny(Distillation, [recorder, WarmedUpEMA(decay)])
     average = recorder.weights[0]
@@ -215,7 +216,7 @@ def test_the_moving_average_warms_up(train_tiny, tmp_path, decay):
         kept = min(decay, (1 + k) / (10 + k))
         average = {key: average[key].lerp(weights[key], 1 - kept) for key in weights}
     assert len(recorder.weights) == 4
-    assert same_tensors(module.student.state_dict(), average)  # what the fit hands on
+    assert same_tensors(module.student.state_dict(), average)  # the weights after the fit
     saved = checkpoint(tmp_path, 4)
     assert same_tensors(
         {f"student.{key}": value for key, value in average.items()} | {"weights.energy": module.weights.energy},
@@ -224,7 +225,7 @@ def test_the_moving_average_warms_up(train_tiny, tmp_path, decay):
     assert same_tensors(average, recorder.weights[-1]) == (decay == 0)
 
 
-def test_without_a_moving_average_the_last_weights_are_handed_on(train_tiny):
+def test_without_a_moving_average_the_result_has_the_last_weights(train_tiny):
     recorder = Recorder()
     assert same_tensors(train_tiny(Distillation, [recorder]).student.state_dict(), recorder.weights[-1])
 
@@ -236,7 +237,7 @@ class LossBreaks(Distillation):
 
 
 class GradientBreaks(Distillation):
-    """The loss is finite, its derivative is not."""
+    """The loss is finite, and its derivative is not."""
 
     def losses(self, batch):
         losses = super().losses(batch)
@@ -245,15 +246,15 @@ class GradientBreaks(Distillation):
 
 
 @pytest.mark.parametrize(
-    ("cls", "what"), [(LossBreaks, "loss"), (GradientBreaks, "gradient of student.network.conv_in.bias")]
+    ("cls", "quantity"), [(LossBreaks, "loss"), (GradientBreaks, "gradient of student.network.conv_in.bias")]
 )
-def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_optimiser_steps(train_tiny, tmp_path, cls, what):
+def test_no_step_is_taken_with_a_non_finite_loss_or_gradient(train_tiny, tmp_path, cls, quantity):
     recorder = Recorder()
     with pytest.raises(NonFiniteLoss) as caught:
         train_tiny(cls, [recorder])
     (path,) = (tmp_path / "failure").iterdir()
     message = str(caught.value)
-    assert f"the {what} is not finite at optimiser step 2 " in message and str(path) in message
+    assert f"the {quantity} is not finite at optimiser step 2 " in message and str(path) in message
     assert message.endswith(". A lower optimizer.lr usually helps")  # not 32-true, which it is already
     assert len(recorder.weights) == 2
     assert same_tensors(train_tiny.module.student.state_dict(), recorder.weights[-1])
@@ -268,7 +269,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_optimiser_steps(
     assert torch.isnan(saved["losses/loss"]) == (cls is LossBreaks) and torch.isfinite(saved["losses/task"])
 
 
-def test_what_broke_is_saved_also_where_the_data_have_captions(tmp_path, monkeypatch):
+def test_captions_are_saved_with_a_batch_whose_loss_is_not_finite(tmp_path, monkeypatch):
     teacher = tiny_backbone("sd")
     module, batch = distillation(teacher.pruned(bypasses([])), teacher, dump=tmp_path), tiny_batch(teacher)
     module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -291,31 +292,31 @@ WIDER = "trainer.precision=32-true"
     ("step", "precision", "advised"),
     [(0, "32-true", []), (0, "bf16-mixed", [WIDER]), (3, "32-true", [RATE]), (3, "bf16-mixed", [RATE, WIDER])],
 )
-def test_the_advice_on_a_loss_that_is_not_finite_fits_the_step_and_the_precision(step, precision, advised):
+def test_advice_on_a_non_finite_loss_fits_step_and_precision(step, precision, advised):
     advice = advise_on_non_finite(step, precision, "optimizer.lr", "trainer.precision", "something else")
     assert [part for part in (RATE, WIDER) if part in advice] == advised
     assert ("No step was taken before" in advice) == ("something else" in advice) == (step == 0)
 
 
-def test_samples_that_are_not_finite_are_named_before_any_other_cause():
+def test_non_finite_samples_are_named_as_the_cause():
     teacher = tiny_backbone("UNet2DModel")
     module = distillation(teacher.pruned(bypasses([])), teacher)
     advice = module.advise({"image": torch.tensor([1.0, float("inf")]), "index": torch.tensor([3])})
-    assert advice.startswith("Not finite before any network saw them: image; look at these samples")
+    assert advice.startswith("The samples themselves are not finite (image): look at them")
 
 
 # Choices
 
 FIXED = {"bk_sdm": ["selection=bk_sdm"], "bk_sdm_tiny": ["selection=bk_sdm", "selection.variant=tiny"]}
-"""What goes with a distillation that is for certain students of four stages."""
-FURTHER = {"lora": ["distillation.lora.targets=[to_q,to_v]"]}  # layers of language models by default
+"""Further overrides for distillations that fit only students of four stages."""
+MORE = {"lora": ["distillation.lora.targets=[to_q,to_v]"]}  # the default names layers of language models
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "distillation").glob("*.yaml")))
 @pytest.mark.usefixtures("quick_end")
-def test_every_choice_of_distillation_makes_a_job(configure, overrides, text_job, tmp_path, name):
+def test_every_distillation_config_runs(configure, overrides, text_job, tmp_path, name):
     job = [*text_job, *FIXED[name]] if name in FIXED else overrides
-    cfg = configure(*job, f"distillation={name}", *FURTHER.get(name, []))
+    cfg = configure(*job, f"distillation={name}", *MORE.get(name, []))
     assert cfg.distillation.name == name
     run_pipeline(cfg)
     run = the_run(tmp_path / "runs")

@@ -14,8 +14,8 @@ from criteria.selection import bk_sdm
 from criteria.selection.bk_sdm import BkSdm
 from lightning_modules.backbones.diffusion import restage as restaging
 from lightning_modules.backbones.diffusion.restage import VARIANTS, find_source, make_student_config, restage
-from lightning_modules.losses.level_weights import features
 from lightning_modules.metrics.cost import count_macs
+from lightning_modules.modules.taps import record_features
 
 SD1 = {"sample_size": 64, "cross_attention_dim": 768}
 SD2 = {
@@ -255,7 +255,7 @@ def test_the_compared_feature_maps_exist_and_have_equal_shapes(configure, choice
     teacher = network("text")
     shapes = []
     for unet, names in ((teacher, pairs.keys()), (restage(teacher, variant), pairs.values())):
-        with features({name: unet.get_submodule(name) for name in names}) as found:
+        with record_features({name: unet.get_submodule(name) for name in names}) as found:
             output(unet)
         shapes.append([found[name].shape for name in names])
     assert shapes[0] == shapes[1]

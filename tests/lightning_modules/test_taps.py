@@ -1,4 +1,4 @@
-"""Taps: which feature maps of teacher and student are compared, and which pairs are refused."""
+"""Taps: the feature maps of teacher and student that are compared, and pairs that are refused."""
 
 import re
 from typing import Any
@@ -15,8 +15,8 @@ from support.networks import TRANSFORMERS, bypasses, tiny_backbone, tiny_batch
 
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.diffusion.pruned_unet import list_depth_units
-from lightning_modules.losses.level_weights import features
-from lightning_modules.modules.distillation import WEIGHTS, Distillation, tap_names
+from lightning_modules.modules.distillation import WEIGHTS, Distillation
+from lightning_modules.modules.taps import find_teacher_taps, record_features
 
 UNITS = list(list_depth_units(tiny_backbone("UNet2DModel").network))
 
@@ -28,7 +28,7 @@ def taps_of(removed: list[str], **options: Any) -> list[str]:
     return list(levels)
 
 
-def test_taps_are_the_stages_the_surviving_units_or_a_list():
+def test_taps_are_stages_kept_units_or_listed_modules():
     assert taps_of([], taps="stages") == STAGES
     assert set(taps_of(REMOVED, taps="units")) == set(UNITS) - set(REMOVED)
     assert taps_of(REMOVED, taps=["conv_in", "up_blocks.1.resnets.1"]) == ["conv_in", "up_blocks.1.resnets.1"]
@@ -37,7 +37,7 @@ def test_taps_are_the_stages_the_surviving_units_or_a_list():
 
 @settings(max_examples=5, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.sampled_from(UNITS), unique=True), st.sampled_from(STAGES))
-def test_exactly_the_stages_that_lost_all_their_units_are_skipped(removed, emptied):
+def test_exactly_the_stages_without_any_unit_left_are_skipped(removed, emptied):
     removed = sorted({*removed, *(name for name in UNITS if name.startswith(emptied))})
     kept = [stage for stage in STAGES if any(u.startswith(stage + ".") and u not in removed for u in UNITS)]
     assert emptied not in kept
@@ -61,7 +61,7 @@ def test_an_unknown_tap_is_named_with_the_choices():
     [
         (
             dict.fromkeys(WEIGHTS, 0.0),
-            "distillation: w_task=0.0, w_out=0.0, w_feat=0.0, so that there is no loss to train",
+            "distillation: w_task=0.0, w_out=0.0, w_feat=0.0, so there is no loss to train on",
         ),
         ({"taps": []}, "distillation.taps=[] names no feature maps to compare; choose stages, units, a list"),
         ({"taps": {}}, "distillation.taps={} names no feature maps to compare; choose stages, units, a list"),
@@ -79,13 +79,13 @@ def test_settings_that_train_on_nothing_are_refused_by_name(configure, changes, 
         Distillation.check_settings(settings, tiny_backbone("UNet2DModel"), narrower=False)
 
 
-def test_taps_are_not_looked_at_where_features_have_no_weight(configure):
+def test_taps_are_not_checked_if_features_have_no_weight(configure):
     settings = OmegaConf.merge(configure().distillation, {"w_feat": 0.0})
     settings.taps = None
     Distillation.check_settings(settings, tiny_backbone("UNet2DModel"), narrower=False)
 
 
-def test_a_student_without_any_tap_is_refused_if_features_are_all_it_would_learn_from():
+def test_a_student_without_taps_is_refused_if_only_features_have_weight():
     emptied = [name for name in UNITS if name.startswith("mid_block")]
     with pytest.raises(
         ValueError,
@@ -94,12 +94,12 @@ def test_a_student_without_any_tap_is_refused_if_features_are_all_it_would_learn
         taps_of(emptied, w_task=0.0, w_out=0.0, taps=["mid_block"])
 
 
-def test_units_of_a_network_that_has_none_of_depth_are_no_taps():
+def test_taps_units_is_refused_for_a_network_without_depth_units():
     with pytest.raises(ValueError, match=r"distillation\.taps='units': this network has no units of depth"):
-        tap_names(tiny_classifier(), "units")
+        find_teacher_taps(tiny_classifier(), "units")
 
 
-def test_a_mapping_gives_the_students_module_for_each_of_the_teachers():
+def test_a_mapping_pairs_modules_of_teacher_and_student():
     teacher = tiny_backbone("UNet2DModel")
     student, batch = teacher.pruned(bypasses(REMOVED)), tiny_batch(teacher)
     taps = {"conv_in": "conv_in", "mid_block": "down_blocks.1"}
@@ -112,7 +112,7 @@ def test_a_mapping_gives_the_students_module_for_each_of_the_teachers():
     assert float(losses["feature/mid_block"].detach()) > 0
 
 
-def test_a_mapping_to_or_from_what_is_not_there_is_refused_with_the_stages():
+def test_a_mapping_with_an_unknown_module_is_refused_with_the_stages():
     stages = ", ".join(STAGES)
     with pytest.raises(ValueError, match=rf"'mid' is not a module of this network; stages are: {stages}"):
         taps_of([], taps={"mid": "mid_block"})
@@ -125,7 +125,7 @@ FOUR_STAGES = ["down_blocks.0", "down_blocks.1", "down_blocks.2", "down_blocks.3
 
 @pytest.fixture
 def restaged(text_teacher):
-    """restaged(variant, **options) -> the pairs of taps of one of BK-SDM's students."""
+    """Return a function (variant, **options) -> the pairs of taps of one of BK-SDM's students."""
 
     def pairs(variant: str, **options: Any) -> dict[str, str]:
         teacher = load_teacher(str(text_teacher))
@@ -134,12 +134,12 @@ def restaged(text_teacher):
     return pairs
 
 
-def test_the_stages_of_a_student_with_fewer_of_them_are_those_they_came_from(restaged):
+def test_stages_of_a_student_with_fewer_stages_match_their_origins(restaged):
     ups = {"up_blocks.1": "up_blocks.0", "up_blocks.2": "up_blocks.1", "up_blocks.3": "up_blocks.2"}
     assert restaged("tiny", taps="stages") == {name: name for name in FOUR_STAGES[:2]} | ups
 
 
-def test_a_list_is_refused_for_a_student_whose_modules_moved(restaged):
+def test_a_list_is_refused_for_a_student_with_renamed_modules(restaged):
     with pytest.raises(ValueError, match=r"distillation\.taps: .* other paths .* choose stages, or a mapping"):
         restaged("tiny", taps=["down_blocks.0", "up_blocks.1"])
     teacher = tiny_backbone("pixart")
@@ -152,7 +152,7 @@ def test_a_list_is_refused_for_a_student_whose_modules_moved(restaged):
     assert restaged("base", taps=FOUR_STAGES) == {name: name for name in FOUR_STAGES}
 
 
-def test_a_listed_module_that_the_student_lost_is_refused(restaged):
+def test_a_listed_module_that_the_student_lacks_is_refused(restaged):
     assert list(restaged("base", taps=["down_blocks.0", "mid_block"])) == ["down_blocks.0", "mid_block"]
     with pytest.raises(ValueError, match=r"'mid_block' is not a module of the student; its stages are: "):
         restaged("small", taps=["down_blocks.0", "mid_block"], skip_emptied=False)
@@ -160,13 +160,13 @@ def test_a_listed_module_that_the_student_lost_is_refused(restaged):
 
 
 @pytest.mark.parametrize("variant", ["base", "tiny"])
-def test_units_are_refused_for_a_student_that_has_others_under_their_names(restaged, variant):
+def test_taps_units_is_refused_if_names_mean_other_units_in_the_student(restaged, variant):
     with pytest.raises(ValueError, match=r"distillation\.taps='units': .* choose stages, or a mapping"):
         restaged(variant, taps="units")
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)
-def test_a_block_of_a_transformer_is_compared_with_the_one_it_came_from(family):
+def test_a_transformer_block_is_compared_with_its_origin(family):
     teacher = tiny_backbone(family)
     removed = teacher.units()[0].name
     student, batch = teacher.pruned(bypasses([removed])), tiny_batch(teacher)
@@ -176,18 +176,18 @@ def test_a_block_of_a_transformer_is_compared_with_the_one_it_came_from(family):
     assert any(theirs != ours for theirs, ours in module.levels.items())
     losses = losses_of(module, batch)
     # Joint blocks give the text stream before the image's; single ones have both in one.
-    s, t = (outputs_of(network, network.survivors(), batch, which=-1) for network in (student, teacher))
+    s, t = (outputs_of(network, network.survivors(), batch, index=-1) for network in (student, teacher))
     torch.testing.assert_close(losses["output"], F.mse_loss(s["output"], t["output"]), rtol=1e-5, atol=0)
     for theirs, ours in module.levels.items():
         torch.testing.assert_close(losses[f"feature/{theirs}"], F.mse_loss(s[ours], t[theirs]), rtol=1e-5, atol=0)
     assert float(losses["output"].detach()) > 1e-6
 
 
-def test_features_are_taken_from_the_first_of_several_outputs_and_hooks_are_gone_after_an_error():
+def test_features_are_recorded_and_hooks_removed_after_an_error():
     backbone = tiny_backbone("UNet2DConditionModel")
     inputs = backbone.calibration_inputs(tiny_batch(backbone), 0)
     modules = {name: backbone.network.get_submodule(name) for name in ("down_blocks.1.attentions.0", "down_blocks.0")}
-    with pytest.raises(ZeroDivisionError), features(modules) as found:
+    with pytest.raises(ZeroDivisionError), record_features(modules) as found:
         backbone.predict(inputs)
         assert found["down_blocks.0"].shape == (4, 8, 4, 4)  # the map that goes on, not the skip connections
         assert found["down_blocks.1.attentions.0"].shape == (4, 16, 4, 4)

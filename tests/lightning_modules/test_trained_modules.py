@@ -1,6 +1,7 @@
-"""Modules, losses, callbacks, loggers and Trainer options of a user's own: what is accepted, and what is refused."""
+"""Modules, losses, callbacks, loggers and Trainer options of users: which are accepted, and which are refused."""
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from conf.schema import PROJECT_ARGUMENTS, ConfigError
 from experiments.engine.identity import get_effective_settings
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.losses.cosine import CosineDistance
-from lightning_modules.modules.base import FILLED, check_module
+from lightning_modules.modules.autoencoder import Autoencoder
+from lightning_modules.modules.contract import PIPELINE_ARGUMENTS, check_module
+from lightning_modules.modules.denoiser import Denoiser
+from lightning_modules.modules.lora import Lora
 from lightning_modules.training.trainer import fit, make_trainer
 
 MODULES = '''
@@ -32,7 +36,7 @@ from lightning_modules.modules.base import DistillationModule
 
 
 class Outputs(DistillationModule):
-    """The mean absolute difference of the outputs, times `scale`."""
+    """Minimises the mean absolute difference of the outputs, times `scale`."""
 
     def __init__(self, student, teacher, scale: float = 1.0, **others):
         super().__init__(student, teacher, **others)
@@ -88,8 +92,8 @@ class Steps(Callback):
 
 
 @pytest.fixture
-def own(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """own(file, text): a configuration file beside those of the tests; the module `own_modules` can be imported."""
+def write_config(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function (file, text) that writes a configuration file; the module `own_modules` can be imported."""
     folder = data_folder / "own python"
     folder.mkdir(exist_ok=True)
     (folder / "own_modules.py").write_text(MODULES)
@@ -102,7 +106,7 @@ def own(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
     return write
 
 
-def distils(target: str, **fields: Any) -> str:
+def make_yaml(target: str, **fields: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create({"name": "own", "_target_": target, "_partial_": True, **fields}))
 
 
@@ -110,8 +114,8 @@ def distils(target: str, **fields: Any) -> str:
 
 
 @pytest.mark.usefixtures("quick_end")
-def test_a_module_outside_the_repository_is_a_class_and_a_file(configure, overrides, own, tmp_path):
-    own("distillation/own.yaml", distils("own_modules.Outputs", scale=2.0))
+def test_a_module_from_outside_the_repository_needs_a_class_and_a_file(configure, overrides, write_config, tmp_path):
+    write_config("distillation/own.yaml", make_yaml("own_modules.Outputs", scale=2.0))
     run_pipeline(configure(*overrides, "distillation=own"))
     lines = (the_run(tmp_path / "runs") / "history" / "distil.csv").read_text().splitlines()
     losses = [line.rpartition(",")[0] for line in lines[1:] if ",epoch," not in line]
@@ -129,22 +133,24 @@ def test_a_module_outside_the_repository_is_a_class_and_a_file(configure, overri
         ("NoModule", {}, "NoModule is no LightningModule"),
     ],
 )
-def test_a_module_that_cannot_be_trained_is_refused_with_the_contract_and_leaves_no_folder(
-    configure, overrides, own, tmp_path, target, fields, fault
+def test_a_module_that_breaks_the_contract_is_refused_with_its_text(
+    configure, overrides, write_config, tmp_path, target, fields, fault
 ):
-    own("distillation/own.yaml", distils(f"own_modules.{target}", **fields))
+    write_config("distillation/own.yaml", make_yaml(f"own_modules.{target}", **fields))
     cfg = configure(*overrides, "distillation=own")
     with pytest.raises(ConfigError, match=r"^distillation\._target_='own_modules\.") as caught:
         run_pipeline(cfg)
     message = str(caught.value)
     assert f"cannot be trained: {fault}. It has to be a LightningModule" in message
     assert "result() returns the trained NetworkBackbone" in message
-    assert all(name in message for name in FILLED["distillation"])
+    assert all(name in message for name in PIPELINE_ARGUMENTS["distillation"])
     assert not list((tmp_path / "runs").glob("debug/*"))
 
 
-@pytest.mark.parametrize(("group", "name"), [(group, name) for group in FILLED for name in FILLED[group]])
-def test_what_the_pipeline_passes_itself_is_refused_in_the_configuration(configure, group, name):
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group, names in PIPELINE_ARGUMENTS.items() for name in names]
+)
+def test_an_argument_that_the_pipeline_passes_is_refused_as_a_key(configure, group, name):
     node = configure(*["experiment=pretrain_cifar10"] * (group == "pretrain"))[group].copy()
     check_module(node, group)
     OmegaConf.update(node, name, 3, force_add=True)
@@ -153,17 +159,34 @@ def test_what_the_pipeline_passes_itself_is_refused_in_the_configuration(configu
 
 
 @pytest.mark.parametrize("narrower", [False, True])
-def test_a_module_may_check_its_own_settings(configure, overrides, own, narrower):
-    own("distillation/own.yaml", distils("own_modules.Strict", scale=2.0))
+def test_a_module_may_check_its_own_settings(configure, overrides, write_config, narrower):
+    write_config("distillation/own.yaml", make_yaml("own_modules.Strict", scale=2.0))
     width = ["criterion=magnitude", "criterion.level=channel", "selection=threshold"] if narrower else []
     with pytest.raises(ValueError, match=rf"^scale=2\.0, narrower={narrower}, 5 stages$"):
         run_pipeline(configure(*overrides, "distillation=own", *width))
 
 
+NOTHING: dict[str, Any] = {"optimizer": None, "lr_scheduler": None, "seed": 0, "dump": Path("/nowhere")}
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: Lora(["to_q"], alpha=0), "distillation.lora.alpha=0"),
+        (lambda: Lora([]), "distillation.lora.targets=[]"),
+        (lambda: Denoiser(None, drop_text=1.5, captions=None, **NOTHING), "pretrain.drop_text=1.5"),
+        (lambda: Autoencoder(None, kl_weight=-1.0, **NOTHING), "pretrain.kl_weight=-1.0"),
+    ],
+)
+def test_an_option_of_a_module_out_of_range_is_refused_by_name(make, field):
+    with pytest.raises(ValueError, match=re.escape(field)):
+        make()
+
+
 # Distances of feature maps
 
 
-def test_another_distance_of_feature_maps_takes_the_place_of_the_squared_error():
+def test_feature_distance_replaces_the_squared_error():
     teacher = tiny_backbone("UNet2DModel")
     student, batch = teacher.pruned(bypasses(REMOVED)), tiny_batch(teacher)
     options: dict[str, Any] = {"normalization": "none", "skip_emptied": False}
@@ -177,7 +200,7 @@ def test_another_distance_of_feature_maps_takes_the_place_of_the_squared_error()
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((2, 3, 4, 5), 1), ((2, 4, 3), 2), ((7, 3), 1)])
-def test_the_cosine_distance_compares_vectors_of_channels_and_ignores_their_size(shape, axis):
+def test_the_cosine_distance_ignores_the_norm_of_channel_vectors(shape, axis):
     one, other = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     dots = (one * other).sum(axis) / (one.square().sum(axis) * other.square().sum(axis)).sqrt()
     distance = CosineDistance()
@@ -188,10 +211,12 @@ def test_the_cosine_distance_compares_vectors_of_channels_and_ignores_their_size
 
 
 @pytest.mark.usefixtures("quick_end")
-def test_a_distance_outside_the_repository_is_a_class_and_a_line(configure, overrides, own, tmp_path):
+def test_a_distance_from_outside_the_repository_needs_a_class_and_a_line(configure, overrides, write_config, tmp_path):
     runs = {}
     for name, distance in {"plain": "null", "own": "{_target_: own_modules.Doubled}"}.items():
-        own(f"distillation/{name}.yaml", f"defaults: [normalized]\nname: {name}\nfeature_distance: {distance}\n")
+        write_config(
+            f"distillation/{name}.yaml", f"defaults: [normalized]\nname: {name}\nfeature_distance: {distance}\n"
+        )
         job = [o for o in overrides if not o.startswith("paths.runs=")]
         run_pipeline(configure(*job, f"distillation={name}", f"paths.runs={tmp_path}/{name}"))
         lines = (the_run(tmp_path / name) / "history" / "distil.csv").read_text().splitlines()
@@ -201,8 +226,10 @@ def test_a_distance_outside_the_repository_is_a_class_and_a_line(configure, over
 
 
 @pytest.mark.parametrize("value", ["cosine", "{a: 1}", "{_target_: own_modules.Steps}"])
-def test_what_is_no_distance_is_refused_before_scoring(configure, overrides, own, tmp_path, value):
-    own("distillation/own.yaml", f"defaults: [normalized]\nname: own\nfeature_distance: {value}\n")
+def test_a_feature_distance_of_another_type_is_refused_before_scoring(
+    configure, overrides, write_config, tmp_path, value
+):
+    write_config("distillation/own.yaml", f"defaults: [normalized]\nname: own\nfeature_distance: {value}\n")
     with pytest.raises(ValueError, match=r"^distillation\.feature_distance=.* is no distance; choose null") as caught:
         run_pipeline(configure(*overrides, "distillation=own"))
     assert "lightning_modules.losses.cosine.CosineDistance" in str(caught.value)
@@ -212,43 +239,43 @@ def test_what_is_no_distance_is_refused_before_scoring(configure, overrides, own
 # Options of the Trainer
 
 
-def arguments_of(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]) -> dict[str, Any]:
-    """The arguments of the Trainer that is made, and not used."""
+def record_trainer_arguments(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]) -> dict[str, Any]:
+    """Return the arguments with which a function constructs a Trainer."""
 
-    class Made(Exception):
+    class TrainerConstructed(Exception):
         pass
 
     given: dict[str, Any] = {}
 
     def trainer(**arguments: Any) -> None:
         given.update(arguments)
-        raise Made
+        raise TrainerConstructed
 
     monkeypatch.setattr(pl, "Trainer", trainer)
-    with pytest.raises(Made):
+    with pytest.raises(TrainerConstructed):
         make()
     return given
 
 
-def test_options_reach_the_trainer_of_a_training_and_no_other(configure, overrides, tmp_path, monkeypatch):
+def test_trainer_options_apply_to_training_only(configure, overrides, tmp_path, monkeypatch):
     cfg = configure(*overrides, "+trainer.options={detect_anomaly: true, benchmark: false}")
-    trained = arguments_of(
+    trained = record_trainer_arguments(
         monkeypatch, lambda: fit(pl.LightningModule(), pl.LightningDataModule(), cfg.trainer, tmp_path, "distil")
     )
     assert (trained["detect_anomaly"], trained["benchmark"]) == (True, False)
     assert trained.keys() - {"detect_anomaly", "benchmark"} == set(PROJECT_ARGUMENTS) - {"default_root_dir"}
-    other = arguments_of(monkeypatch, lambda: make_trainer(cfg.trainer, "score units", "32-true"))
+    other = record_trainer_arguments(monkeypatch, lambda: make_trainer(cfg.trainer, "score units", "32-true"))
     assert not other.keys() & {"detect_anomaly", "benchmark"}
 
 
 @pytest.mark.parametrize("name", PROJECT_ARGUMENTS)
-def test_an_option_that_the_project_sets_itself_is_refused_by_name(configure, name):
+def test_a_trainer_option_that_the_project_sets_is_refused(configure, name):
     assert name in inspect.signature(pl.Trainer).parameters
     with pytest.raises(ConfigError, match=rf"^trainer\.options\.{name}=1: this project sets it"):
         configure(f"+trainer.options.{name}=1")
 
 
-def test_an_unknown_option_is_refused_with_the_list_of_lightning(configure):
+def test_an_unknown_trainer_option_is_refused_with_the_choices(configure):
     with pytest.raises(ConfigError, match=r"^trainer\.options\.detect_anomly is unknown; did you mean") as caught:
         configure("+trainer.options.detect_anomly=true")
     assert "'detect_anomaly'" in str(caught.value)
@@ -257,7 +284,7 @@ def test_an_unknown_option_is_refused_with_the_list_of_lightning(configure):
         configure("+trainer.options.detect_anomaly=often")
 
 
-def test_an_option_that_lightning_refuses_is_refused_before_scoring(configure, overrides, tmp_path):
+def test_an_invalid_trainer_option_is_refused_before_scoring(configure, overrides, tmp_path):
     with pytest.raises(ConfigError, match=r"^trainer cannot be made as configured: .*enable_progress_bar"):
         run_pipeline(configure(*overrides, "+trainer.options.enable_progress_bar=false"))
     assert not list((tmp_path / "runs").glob("debug/*"))
@@ -267,9 +294,9 @@ def test_an_option_that_lightning_refuses_is_refused_before_scoring(configure, o
 
 
 @pytest.mark.usefixtures("quick_end")
-def test_callbacks_and_loggers_of_files_see_the_training(configure, overrides, own, tmp_path):
-    own("callbacks/steps.yaml", "steps: {_target_: own_modules.Steps}\n")
-    own(
+def test_configured_callbacks_and_loggers_are_used_in_training(configure, overrides, write_config, tmp_path):
+    write_config("callbacks/steps.yaml", "steps: {_target_: own_modules.Steps}\n")
+    write_config(
         "logger/tables.yaml",
         "loggers:\n  one: {_target_: own_modules.CSVLogger, version: one}\n"
         f"  two: {{_target_: own_modules.CSVLogger, version: two, save_dir: '{tmp_path}/elsewhere'}}\n",
@@ -287,13 +314,13 @@ def test_callbacks_and_loggers_of_files_see_the_training(configure, overrides, o
     assert len(list(tables[0].glob("events.out.tfevents.*"))) == 1
 
 
-def test_several_loggers_go_with_the_dashboard(configure):
+def test_other_loggers_can_be_combined_with_the_dashboard(configure):
     assert configure("logger=[wandb,tensorboard]").logger.wandb
     for logger in ("csv", "tensorboard"):
         assert not configure(f"logger={logger}").logger.wandb
 
 
-def test_callbacks_and_loggers_are_no_part_of_the_identity_and_options_are(configure):
+def test_options_change_the_run_identity_and_callbacks_do_not(configure):
     plain = get_effective_settings(configure())
     assert get_effective_settings(configure("callbacks=learning_rate", "logger=tensorboard")) == plain
     changed = get_effective_settings(configure("+trainer.options.gradient_clip_algorithm=value"))
@@ -309,7 +336,7 @@ def test_callbacks_and_loggers_are_no_part_of_the_identity_and_options_are(confi
         ("callbacks=learning", "learning"),
     ],
 )
-def test_what_is_no_callback_or_logger_is_refused_when_composing(configure, override, message):
+def test_a_callback_or_logger_of_another_type_is_refused(configure, override, message):
     with pytest.raises((ConfigError, ConfigCompositionException, Exception), match=message):
         configure(override)
 

@@ -24,7 +24,7 @@ from conf import schema
 from lightning_modules.training.checkpoints import (
     AtomicCheckpoints,
     NoRoomForCheckpoint,
-    newest_checkpoint,
+    find_newest_checkpoint,
     partial_path,
     remove_partial_checkpoints,
 )
@@ -42,12 +42,12 @@ def test_a_checkpoint_is_written_without_the_temporary_folder(tmp_path, monkeypa
     path = tmp_path / "step=0000003.ckpt"
     AtomicCheckpoints().save_checkpoint(CONTENT, path)
     assert files(tmp_path) == {path.name}
-    assert newest_checkpoint(tmp_path) == (path, 3)
+    assert find_newest_checkpoint(tmp_path) == (path, 3)
     assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["weight"], torch.arange(6.0))
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 64")])
-def test_a_full_disk_names_the_checkpoint_and_leaves_the_one_before(tmp_path, monkeypatch, error):
+def test_a_full_disk_is_reported_with_path_and_size(tmp_path, monkeypatch, error):
     before, path = tmp_path / "step=0000003.ckpt", tmp_path / "step=0000006.ckpt"
     AtomicCheckpoints().save_checkpoint(CONTENT, before)
 
@@ -66,14 +66,14 @@ def test_a_full_disk_names_the_checkpoint_and_leaves_the_one_before(tmp_path, mo
     assert files(tmp_path) == {before.name}
 
 
-def test_an_error_that_is_no_full_disk_is_raised_as_it_is(tmp_path, monkeypatch):
+def test_another_error_of_a_write_is_raised_unchanged(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("of another kind")))
     with pytest.raises(RuntimeError, match="of another kind"):
         AtomicCheckpoints().save_checkpoint(CONTENT, tmp_path / "step=0000003.ckpt")
     assert not files(tmp_path)
 
 
-def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+def test_incomplete_checkpoints_of_killed_processes_are_removed(tmp_path):
     AtomicCheckpoints().save_checkpoint(CONTENT, tmp_path / "step=0000003.ckpt")
     partial_path(tmp_path / "step=0000006.ckpt").write_bytes(b"some of it")
     remove_partial_checkpoints(tmp_path)
@@ -98,7 +98,7 @@ DRAWS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", DRAWS)
-def test_the_draws_of_ranks_together_are_those_of_one_process(name):
+def test_draws_of_two_ranks_together_equal_those_of_one_process(name):
     samples = torch.arange(1.0, 37.0).view(6, 3, 2)
     torch.manual_seed(1)
     alone = DRAWS[name](samples)
@@ -121,7 +121,7 @@ def test_the_draws_of_ranks_together_are_those_of_one_process(name):
     ],
     ids=["scalar", "not_of_samples", "generator", "no_dropout"],
 )
-def test_draws_that_do_not_belong_to_samples_are_not_changed(draw):
+def test_draws_that_are_not_per_sample_are_not_changed(draw):
     torch.manual_seed(1)
     alone = draw()
     torch.manual_seed(1)
@@ -165,7 +165,7 @@ def train_and_terminate(rank: int, cfg: DictConfig, folder: Path) -> None:
     assert caught.value.code == (0 if rank else SIGTERM_EXIT_CODE)
 
 
-def test_two_ranks_train_as_one_process_does_and_end_together_on_sigterm(configure, overrides, tmp_path):
+def test_two_ranks_train_like_one_process_and_end_together_on_sigterm(configure, overrides, tmp_path):
     weights = train(configure(*overrides).copy(), tmp_path / "one")
     cfg = configure(*overrides, "trainer=ddp", "trainer.accelerator=cpu", "trainer.checkpoint_every=3")
     (tmp_path / "two" / "terminated").mkdir(parents=True)
@@ -180,9 +180,7 @@ def test_two_ranks_train_as_one_process_does_and_end_together_on_sigterm(configu
 
 
 @pytest.mark.parametrize("more", [[], ["trainer.accumulate_grad_batches=2"]], ids=["plain", "accumulated"])
-def test_sigterm_ends_a_training_with_a_checkpoint_that_resumes_in_the_same_bits(
-    configure, overrides, tmp_path, capsys, more
-):
+def test_a_training_resumes_with_the_same_bits_after_sigterm(configure, overrides, tmp_path, capsys, more):
     cfg = configure(*overrides, "trainer.checkpoint_every=3", *more)
     weights = train(cfg, tmp_path / "undisturbed")
     batch = 1 * cfg.trainer.accumulate_grad_batches
@@ -199,7 +197,7 @@ def test_sigterm_ends_a_training_with_a_checkpoint_that_resumes_in_the_same_bits
     assert histories[0].read_bytes() == histories[1].read_bytes()
 
 
-def test_sigterm_outside_of_a_training_ends_the_process_through_the_handler_before(monkeypatch):
+def test_sigterm_outside_of_training_calls_the_previous_handler(monkeypatch):
     received = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:

@@ -1,4 +1,4 @@
-"""A tiny student and its teacher in a Distillation, and what its terms are made of."""
+"""A Distillation of a tiny student and its teacher, and the tensors that its terms are computed from."""
 
 import functools
 from pathlib import Path
@@ -35,22 +35,22 @@ def losses_of(module: Distillation, batch: dict[str, Any], seed: int = 3) -> dic
 
 @torch.no_grad()
 def outputs_of(
-    network: DiffusionBackbone, names: list[str], batch: dict[str, Any], seed: int = 3, which: int = 0
+    network: DiffusionBackbone, names: list[str], batch: dict[str, Any], seed: int = 3, index: int = 0
 ) -> dict[str, Tensor]:
-    """The feature maps, the output and the target under the noise that `losses_of` draws.
+    """Return the feature maps of modules, the output and the target, with the noise that `losses_of` draws.
 
-    `which` says where the feature map stands among the outputs of a module that gives several.
+    If a module returns several values, its feature map is the one at `index`.
     """
     torch.manual_seed(seed)
     inputs = network.training_inputs(batch)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name in names:
 
         def keep(module: Any, given: Any, output: Any, name: str = name) -> None:
-            found[name] = output[which] if isinstance(output, tuple) else output
+            tensors[name] = output[index] if isinstance(output, tuple) else output
 
         network.network.get_submodule(name).register_forward_hook(keep)
-    found["output"] = network.predict(inputs)
+    tensors["output"] = network.predict(inputs)
     for module in network.modules():
         module._forward_hooks.clear()
-    return found | {"target": inputs["target"]}
+    return tensors | {"target": inputs["target"]}

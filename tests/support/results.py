@@ -6,6 +6,8 @@ from typing import Any
 import pandas as pd
 import torch
 
+from lightning_modules.nested import leaves_by_path
+
 
 def the_run(runs: Path) -> Path:
     """The folder of the only run below `runs`, of whichever name."""
@@ -29,21 +31,13 @@ def read_markdown(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows[2:], columns=rows[0])
 
 
-def leaves(content: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested structure as {path: value}."""
-    if isinstance(content, dict | list | tuple):
-        pairs = content.items() if isinstance(content, dict) else enumerate(content)
-        return {path: leaf for key, value in pairs for path, leaf in leaves(value, f"{prefix}/{key}").items()}
-    return {prefix: content}
-
-
 TRAINED = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "global_step")
 
 
 def trained_state(checkpoint: Path) -> dict[str, Any]:
     """Weights, their moving average, optimiser and schedule of a checkpoint, as {path: value}."""
     content = torch.load(checkpoint, weights_only=True)
-    return leaves({name: content[name] for name in TRAINED if name in content})
+    return leaves_by_path({name: content[name] for name in TRAINED if name in content})
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

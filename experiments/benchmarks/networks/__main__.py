@@ -41,7 +41,7 @@ from experiments.reporting.figures import save_figure
 from experiments.tools.precompute import precompute
 from lightning_modules.metrics.cost import device_name
 from lightning_modules.modules.denoiser import Denoiser
-from lightning_modules.training.trainer import accelerator_of
+from lightning_modules.training.trainer import resolve_accelerator
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a an photo of airplane automobile bird cat deer dog frog horse ship truck"
 LAYERS: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12}
@@ -205,7 +205,7 @@ def main() -> None:
     if options.samples < options.batch:
         parser.error(f"--samples {options.samples} is less than --batch {options.batch}")
     batches = options.samples // options.batch
-    device = torch.device(accelerator_of(options.device))
+    device = torch.device(resolve_accelerator(options.device))
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -11,7 +11,7 @@ from experiments.engine.stage import Stage, find_latest, find_latest_network
 from experiments.engine.stages.score import check_data
 from experiments.engine.stages.select import Select
 from experiments.engine.training import train
-from lightning_modules.modules.base import check_module
+from lightning_modules.modules.contract import check_module
 
 
 class Distil(Stage):

@@ -19,7 +19,7 @@ from experiments.engine.ranks import ask_rank_zero
 from experiments.engine.stage import Stage, find_latest_network
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.modules.scoring import score
-from lightning_modules.training.trainer import make_trainer, precision_of
+from lightning_modules.training.trainer import make_trainer, resolve_precision
 
 Scores = dict[str, dict[str, float]]
 """{name of a unit: {"score": harm, and "standard_error" where it is known}}"""
@@ -122,7 +122,7 @@ class Score(Stage):
     def key(self, job: Job, batches: DataLoader | None) -> dict[str, Any]:
         """Return everything that the scores depend on: the key under which they are cached."""
         cfg, fields = job.cfg, get_effective_settings(job.cfg)
-        precision = precision_of(cfg.calibration.precision, job.device.type)
+        precision = resolve_precision(cfg.calibration.precision, job.device.type)
         return {
             "teacher": job.identify(self.source),
             "options": {k: v for k, v in fields["teacher"].items() if k not in ("name", "path")},

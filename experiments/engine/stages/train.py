@@ -10,7 +10,7 @@ from experiments.engine.stage import Stage
 from experiments.engine.stages.distil import list_training_artefacts
 from experiments.engine.training import train
 from experiments.tools.precompute import check_latents, load_backbone
-from lightning_modules.modules.base import check_module
+from lightning_modules.modules.contract import check_module
 
 
 class Train(Stage):

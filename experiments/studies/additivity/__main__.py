@@ -28,7 +28,7 @@ from experiments.reporting.figures import save_figure
 from experiments.reporting.tables import format_markdown
 from lightning_modules.modules.joint_loss import JointMeasure
 from lightning_modules.modules.scoring import score
-from lightning_modules.training.trainer import accelerator_of, make_trainer
+from lightning_modules.training.trainer import make_trainer, resolve_accelerator
 
 COLUMNS = 3
 """panels per row of the figure"""
@@ -68,7 +68,7 @@ def main() -> None:
     calibration = data.subset("train", count, seed, batch, field="calibration.samples")
     scores = {name: score_units(each, teacher, data, calibration) for name, each in configs.items()}
 
-    device = torch.device(accelerator_of(cfg.trainer.accelerator))
+    device = torch.device(resolve_accelerator(cfg.trainer.accelerator))
     measure = JointMeasure(teacher, calibration, cfg.calibration.seed, device)
     rows = []
     subsets = [(ratio, names) for ratio in options.ratios for names in draw_subsets(teacher, ratio, options.subsets)]
