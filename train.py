@@ -18,19 +18,22 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import hydra
 from omegaconf import DictConfig
 
-from conf import schema
-from experiments.engine.pipeline import run_pipeline
+from conf import schema, search_path
+from experiments.engine.sweep import run_job, run_postponed_jobs
 
 schema.register()
+search_path.register_own_files_first()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Run one job; returns its first measure, for sweepers that search."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is open (a W&B run, a lock) is closed
+    search_path.check_shadowed_files()
     schema.check(cfg)
-    return run_pipeline(cfg)
+    return run_job(cfg)
 
 
 if __name__ == "__main__":
     main()
+    run_postponed_jobs()

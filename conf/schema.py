@@ -20,6 +20,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.environment import read_environment
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -97,6 +99,8 @@ class Evaluation:
     seed: int = 0
     """of the samples, and of the noise of the joint output loss"""
     precision: str = "32-true"
+    images: int | None = None
+    """number of held-out images for the accuracy of a classifier, a fixed random choice; null: all"""
     loss_samples: int = 128
     """number of held-out samples for losses, and for the accuracy of a classifier after `pretrain`"""
     latency_batch: int = 16
@@ -199,10 +203,16 @@ class Config:
 
 
 def register() -> None:
-    """Make the schema known to Hydra, and `${root:}` (this repository's folder) and `${either:a,b}` to OmegaConf."""
+    """Make the schema known to Hydra, and resolvers to OmegaConf.
+
+    They are `${root:}` (this repository's folder), `${either:a,b}` (the first that is not null), `${at_most:a,b}` (the
+    smaller number), and an `${oc.env:NAME}` that notes what it reads.
+    """
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
     OmegaConf.register_new_resolver("either", either, replace=True)
+    OmegaConf.register_new_resolver("at_most", min, replace=True)
+    OmegaConf.register_new_resolver("oc.env", read_environment, replace=True)
 
 
 def either(*given: Any) -> Any:
@@ -256,7 +266,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
             *("trainer.steps", "trainer.accumulate_grad_batches", "trainer.checkpoint_every", "trainer.devices"),
             *("trainer.num_nodes", "trainer.log_every_n_steps", "calibration.samples", "calibration.batch_size"),
             *("evaluation.batch_size", "evaluation.loss_samples", "evaluation.latency_batch", "data.batch_size"),
-            *("evaluation.resize", "evaluation.reference_images", "evaluation.tokens"),
+            *("evaluation.resize", "evaluation.reference_images", "evaluation.tokens", "evaluation.images"),
             *("evaluation.latency_repeats", "sampler.steps"),
             *("precompute.batch_size", "precompute.samples_per_shard"),
         ),
@@ -269,6 +279,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "ema_decay": (0, math.nextafter(1, 0), "0 <= ema_decay < 1, or null for none"),
     "trainer.gradient_clip_val": (0, math.inf, "0 or more, or null"),
     "optimizer.lr": (0, math.inf, "0 or more"),
+    "lr_scheduler.num_warmup_steps": (0, math.inf, "a whole number from 0 to trainer.steps"),
     "distillation.w_task": (0, math.inf, "0 or more"),
     "distillation.w_out": (0, math.inf, "0 or more"),
     "distillation.w_feat": (0, math.inf, "0 or more"),
@@ -296,11 +307,17 @@ def check_names(cfg: DictConfig) -> None:
 
 
 def check_ranges(cfg: DictConfig) -> None:
-    """Raise ConfigError for a value outside of RANGES."""
+    """Raise ConfigError for a value outside of RANGES, and for a warm-up that is longer than the training."""
     for path, (low, high, valid) in RANGES.items():
         value = OmegaConf.select(cfg, path)
         if value is not None and not (low <= value <= high and value < math.inf):
             raise ConfigError(f"{path}={value} is out of range; choose {valid}")
+    warm_up, steps = OmegaConf.select(cfg, "lr_scheduler.num_warmup_steps"), cfg.trainer.steps
+    if warm_up is not None and warm_up > steps:
+        raise ConfigError(
+            f"lr_scheduler.num_warmup_steps={warm_up} is longer than the training, trainer.steps={steps}: the learning "
+            f"rate would never reach optimizer.lr; choose lr_scheduler.num_warmup_steps of {steps} or less"
+        )
 
 
 def check_keys(path: str, node: DictConfig) -> None:

@@ -71,6 +71,8 @@ class Rows:
         for row in rows:
             number = int(np.searchsorted(self.starts, row, side="right")) - 1
             found.append(self.shard(number).get_slice(name)[int(row - self.starts[number])])
+            if not found[-1].isfinite().all():
+                raise ValueError(f"{self.files[number]} has values that are not finite ({name}); precompute it again")
         return torch.stack(found)
 
     def whole(self, name: str) -> Tensor:
@@ -97,6 +99,18 @@ class TextTable(Sequence[str]):
         for file in self.rows.files:
             total.update(file.read_bytes())
         return total.hexdigest()
+
+    def check_finite(self) -> None:
+        """Raise ValueError for text states that are not finite, naming the file, the tensor and the caption."""
+        for number, file in enumerate(self.rows.files):
+            for name in self.states:
+                states = self.rows.shard(number).get_tensor(name)
+                if states.is_floating_point() and not (finite := states.isfinite().flatten(1).all(1)).all():
+                    row = int(self.rows.starts[number]) + int(finite.logical_not().nonzero()[0])
+                    raise ValueError(
+                        f"{file} has text states that are not finite: {name}, of the caption {self[row]!r}; store them "
+                        "again"
+                    )
 
     def save(self, folder: Path) -> None:
         """Copy the shards."""

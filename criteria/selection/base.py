@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from criteria.base import Choice, Level, Shared, Unit, parse_choice
-from criteria.selection.solver import Program, greatest_cost, least_cost, reachable
+from criteria.selection.solver import Program, greatest_cost, is_reachable, least_cost
 
 
 class Budget(Choice):
@@ -187,7 +187,7 @@ class Budgeted(Selection):
     def check_budget(self, pool: Pool) -> None:
         """Raise InfeasibleBudget where no set of units fits the budget."""
         window, program = self.window(pool), self.program(pool)
-        if not reachable(program, window):
+        if not is_reachable(program, window):
             raise self.infeasible_window(pool, program, window)
 
     def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
@@ -233,7 +233,7 @@ class Budgeted(Selection):
                 "selection=threshold for other networks"
             )
         protected = self.protected_units(pool.units)
-        return pool.program(self.budget).after(
+        return pool.program(self.budget).remaining(
             set(), [i for i, unit in enumerate(pool.units) if unit.name not in protected]
         )
 
@@ -256,7 +256,7 @@ class Budgeted(Selection):
 
     def infeasible_window(self, pool: Pool, program: Program, window: tuple[int, int]) -> InfeasibleBudget:
         """Return the error for a window in which no set of units costs."""
-        largest = greatest_cost(program, sum(program.every))
+        largest = greatest_cost(program, sum(program.all_costs))
         below, above = greatest_cost(program, window[0] - 1), least_cost(program, window[1] + 1)
         return self.infeasible(pool, largest, below, above)
 

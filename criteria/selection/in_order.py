@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from criteria.selection.base import Budgeted
-from criteria.selection.solver import Program, reachable
+from criteria.selection.solver import Program, is_reachable
 
 
 @dataclass
@@ -24,9 +24,9 @@ class InOrder(Budgeted):
                 break
             if program.costs[i] == 0:  # its removal frees nothing: a 1x1 convolution that changes channels
                 continue
-            more = spent + program.added(i, chosen)
-            rest = program.after(chosen | {i}, order[position + 1 :])
-            if program.allows(i, chosen) and reachable(rest, (window[0] - more, window[1] - more)):
+            more = spent + program.marginal_cost(i, chosen)
+            rest = program.remaining(chosen | {i}, order[position + 1 :])
+            if program.allows(i, chosen) and is_reachable(rest, (window[0] - more, window[1] - more)):
                 chosen.add(i)
                 spent = more
         return list(chosen) if spent >= window[0] else None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from criteria.selection.base import Budgeted
-from criteria.selection.solver import Program, harm, reachable, solve
+from criteria.selection.solver import Program, is_reachable, solve, total_harm
 
 
 @dataclass
@@ -20,10 +20,10 @@ class Knapsack(Budgeted):
         # Closer to the lower bound at the same harm: shrink the window from above while the harm does not grow.
         while best is not None:
             closer = (window[0], program.cost(best) - 1)
-            if not reachable(program, closer):
+            if not is_reachable(program, closer):
                 break
-            cheaper = solve(program, scores, closer, limit=harm(scores, best))
-            if cheaper is None or harm(scores, cheaper) > harm(scores, best):
+            cheaper = solve(program, scores, closer, limit=total_harm(scores, best))
+            if cheaper is None or total_harm(scores, cheaper) > total_harm(scores, best):
                 break
             best = cheaper
         return best

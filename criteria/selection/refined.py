@@ -6,7 +6,7 @@ from itertools import combinations
 
 from criteria.selection.base import Measure, Pool
 from criteria.selection.knapsack import Knapsack
-from criteria.selection.solver import Program, harm
+from criteria.selection.solver import Program, total_harm
 
 
 @dataclass
@@ -77,7 +77,7 @@ def neighbours(
         stuck_leave = swaps(program, window, chosen, subsets(inside, leaving, stuck), subsets(outside, entering))
         stuck_enter = swaps(program, window, chosen, subsets(inside, leaving), subsets(outside, entering, stuck))
         exchanges += [*stuck_leave, *stuck_enter]
-    exchanges.sort(key=lambda swap: (harm(scores, swap[1]) - harm(scores, swap[0]), *map(sorted, swap)))
+    exchanges.sort(key=lambda swap: (total_harm(scores, swap[1]) - total_harm(scores, swap[0]), *map(sorted, swap)))
     return [chosen - out | into for out, into in exchanges]
 
 
@@ -118,6 +118,6 @@ def freed_by(program: Program, removed: Collection[int], into: Collection[int]) 
     for i in into:
         if not program.allows(i, after):
             return None
-        cost += program.added(i, after)
+        cost += program.marginal_cost(i, after)
         after.add(i)
     return cost

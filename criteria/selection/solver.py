@@ -1,4 +1,4 @@
-"""Sets of units of least harm whose cost lies in a window, exactly, in whole numbers."""
+"""Find the set of units with the least total score whose cost lies in a window: exactly, in whole numbers."""
 
 import math
 from collections import defaultdict
@@ -10,99 +10,102 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 MAX_BITS = 2**27
-"""Up to this many costs that sets could have, all are enumerated, as the bits of one whole number of 16 MiB."""
+"""The costs of all sets are enumerated up to this many possible values: as bits of one integer of 16 MiB."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """What sets of units free when they go, and which units cannot go together; a unit is its place in `costs`.
+    """The costs that sets of units free, and the pairs of units that cannot be removed together.
 
-    `shared`: the places of some units, and the cost that goes when all of them go, and exactly then.
+    A unit is given by its index in `costs`.
     """
 
     costs: Sequence[int]
+    """the cost that each unit frees by itself"""
     shared: Sequence[tuple[frozenset[int], int]] = ()
-    apart: Sequence[tuple[int, int]] = ()
+    """shared parts: (units, cost); the cost is freed exactly when all of these units are removed"""
+    exclusive: Sequence[tuple[int, int]] = ()
+    """pairs of units that cannot be removed together, such as a block and a part of it"""
 
     @cached_property
-    def parts(self) -> dict[int, list[tuple[frozenset[int], int]]]:
-        """The shared parts of each unit that has some."""
-        found = defaultdict(list)
+    def shared_by_unit(self) -> dict[int, list[tuple[frozenset[int], int]]]:
+        """The shared parts that each unit belongs to; units without any are left out."""
+        parts = defaultdict(list)
         for units, cost in self.shared:
             for i in units:
-                found[i].append((units, cost))
-        return dict(found)
+                parts[i].append((units, cost))
+        return dict(parts)
 
     @cached_property
-    def rivals(self) -> dict[int, set[int]]:
-        """Of each unit that has some, those that it cannot go together with."""
-        found = defaultdict(set)
-        for a, b in self.apart:
-            found[a].add(b)
-            found[b].add(a)
-        return dict(found)
+    def exclusive_by_unit(self) -> dict[int, set[int]]:
+        """The units that each unit excludes; units without any are left out."""
+        excluded = defaultdict(set)
+        for a, b in self.exclusive:
+            excluded[a].add(b)
+            excluded[b].add(a)
+        return dict(excluded)
 
     @cached_property
-    def every(self) -> list[int]:
+    def all_costs(self) -> list[int]:
         """The costs of the units, then those of the shared parts."""
         return [*self.costs, *(cost for _, cost in self.shared)]
 
     def cost(self, chosen: Collection[int]) -> int:
-        """What goes with this set."""
-        return sum(self.every[i] for i in self.gone(chosen))
+        """Return the cost that the removal of a set of units frees."""
+        return sum(self.all_costs[i] for i in self.removed_items(chosen))
 
-    def gone(self, chosen: Collection[int]) -> list[int]:
-        """The units of this set and the shared parts that go with them, as places in `every`."""
-        gone, count = set(chosen), len(self.costs)
-        return [*chosen, *(count + s for s, (units, _) in enumerate(self.shared) if units <= gone)]
+    def removed_items(self, chosen: Collection[int]) -> list[int]:
+        """Return the units of a set and the shared parts that are freed with them, as indices into `all_costs`."""
+        removed, count = set(chosen), len(self.costs)
+        return [*chosen, *(count + s for s, (units, _) in enumerate(self.shared) if units <= removed)]
 
-    def added(self, i: int, chosen: set[int]) -> int:
-        """What one unit more would free."""
-        return self.costs[i] + sum(cost for units, cost in self.parts.get(i, ()) if units - {i} <= chosen)
+    def marginal_cost(self, i: int, chosen: set[int]) -> int:
+        """Return the cost that unit `i` frees in addition to a set of units that does not contain it."""
+        return self.costs[i] + sum(cost for units, cost in self.shared_by_unit.get(i, ()) if units - {i} <= chosen)
 
     def allows(self, i: int, chosen: set[int]) -> bool:
-        """Can this unit go together with those?"""
-        return not self.rivals.get(i, set()) & chosen
+        """Return whether unit `i` may be removed together with a set of units."""
+        return not self.exclusive_by_unit.get(i, set()) & chosen
 
-    def after(self, taken: set[int], left: Collection[int]) -> "Program":
-        """What is still to be chosen among `left`, in the order of their places, once `taken` are gone."""
+    def remaining(self, taken: set[int], left: Collection[int]) -> "Program":
+        """Return the program of what is still to be decided among `left`, by index, once `taken` are removed."""
         kept = [i for i in sorted(left) if self.allows(i, taken)]
-        place = {i: k for k, i in enumerate(kept)}
+        index = {i: k for k, i in enumerate(kept)}
         return Program(
             [self.costs[i] for i in kept],
             [
-                (frozenset(place[i] for i in units - taken), cost)
+                (frozenset(index[i] for i in units - taken), cost)
                 for units, cost in self.shared
-                if not units <= taken and units - taken <= place.keys()
+                if not units <= taken and units - taken <= index.keys()
             ],
-            [(place[a], place[b]) for a, b in self.apart if a in place and b in place],
+            [(index[a], index[b]) for a, b in self.exclusive if a in index and b in index],
         )
 
 
-def harm(scores: Sequence[float], chosen: Collection[int]) -> float:
-    """The summed score of a set."""
+def total_harm(scores: Sequence[float], chosen: Collection[int]) -> float:
+    """Return the sum of the scores of a set of units."""
     return math.fsum(scores[i] for i in chosen)
 
 
-def reachable(program: Program, window: tuple[int, int]) -> bool:
-    """Is there a set whose cost lies in the window?"""
+def is_reachable(program: Program, window: tuple[int, int]) -> bool:
+    """Return whether some set of units has a cost within the window (low, high), both ends included."""
     low, high = max(window[0], 0), window[1]
-    if low > high or low > sum(program.every):
+    if low > high or low > sum(program.all_costs):
         return False
-    if filled(program, high) >= low:
+    if greedy_cost(program, high) >= low:
         return True
-    if enumerable(program):
+    if is_enumerable(program):
         least = least_cost(program, low)
         return least is not None and least <= high
     return solve(program, [0.0] * len(program.costs), (low, high)) is not None
 
 
-def filled(program: Program, high: int) -> int:
-    """The cost of one set of at most `high`: each unit that fits, the costly ones first."""
+def greedy_cost(program: Program, high: int) -> int:
+    """Return the cost of the greedy set of at most `high`: every unit that still fits, the costliest first."""
     chosen: set[int] = set()
     spent = 0
     for i in sorted(range(len(program.costs)), key=lambda i: -program.costs[i]):
-        more = program.added(i, chosen)
+        more = program.marginal_cost(i, chosen)
         if spent + more <= high and program.allows(i, chosen):
             spent += more
             chosen.add(i)
@@ -110,46 +113,47 @@ def filled(program: Program, high: int) -> int:
 
 
 def least_cost(program: Program, low: int) -> int | None:
-    """The least cost of a set that costs `low` or more."""
-    if enumerable(program):
-        unit, start = divisor(program), -(-max(low, 0) // divisor(program))
-        above = sums(program) >> start
+    """Return the least cost among the sets that cost `low` or more; None where there is no such set."""
+    if is_enumerable(program):
+        unit, start = common_divisor(program), -(-max(low, 0) // common_divisor(program))
+        above = enumerate_costs(program) >> start
         return unit * (start + (above & -above).bit_length() - 1) if above else None
-    found = solve(program, program.every, (low, sum(program.every)))
-    return None if found is None else program.cost(found)
+    cheapest = solve(program, program.all_costs, (low, sum(program.all_costs)))
+    return None if cheapest is None else program.cost(cheapest)
 
 
 def greatest_cost(program: Program, high: int) -> int:
-    """The greatest cost of a set that costs `high` or less; `high` is not negative."""
-    if enumerable(program):
-        unit = divisor(program)
-        return unit * ((sums(program) & ((1 << (high // unit + 1)) - 1)).bit_length() - 1)
-    found = solve(program, [-cost for cost in program.every], (0, high))
-    assert found is not None  # the empty set fits
-    return program.cost(found)
+    """Return the greatest cost among the sets that cost `high` or less; `high` is not negative."""
+    if is_enumerable(program):
+        unit = common_divisor(program)
+        return unit * ((enumerate_costs(program) & ((1 << (high // unit + 1)) - 1)).bit_length() - 1)
+    costliest = solve(program, [-cost for cost in program.all_costs], (0, high))
+    assert costliest is not None  # the empty set fits
+    return program.cost(costliest)
 
 
-def divisor(program: Program) -> int:
-    """What all costs are multiples of."""
-    return math.gcd(*program.every) or 1
+def common_divisor(program: Program) -> int:
+    """Return the greatest common divisor of all costs."""
+    return math.gcd(*program.all_costs) or 1
 
 
-def enumerable(program: Program) -> bool:
-    """Are the costs that sets could have few enough to go through them all?"""
-    return sum(program.every) // divisor(program) < MAX_BITS
+def is_enumerable(program: Program) -> bool:
+    """Return whether sets have few enough possible costs to enumerate all of them."""
+    return sum(program.all_costs) // common_divisor(program) < MAX_BITS
 
 
-def sums(program: Program) -> int:
-    """The costs of all sets, in units of the common divisor, as the bits of a whole number.
+def enumerate_costs(program: Program) -> int:
+    """Return the costs of all sets as the bits of one integer: bit k is set if some set costs k common divisors.
 
-    The units are decided one by one. What they leave to the later ones is which of those (and which shared parts)
-    cannot go any more, so the costs are kept apart by that: few cases, where units that belong together are near.
+    Dynamic programming over the units in order. The decisions so far affect later ones only through the units that are
+    now excluded and the shared parts that can no longer be freed. So one integer is kept per such combination; there
+    are few of them where units that depend on each other are close in the order.
     """
-    count, unit = len(program.costs), divisor(program)
+    count, unit = len(program.costs), common_divisor(program)
     cases = {frozenset[int](): 1}
     for i in range(count):
         parts = [(count + s, max(units), cost) for s, (units, cost) in enumerate(program.shared) if i in units]
-        later = {j for j in program.rivals.get(i, ()) if j > i}
+        later = {j for j in program.exclusive_by_unit.get(i, ()) if j > i}
         over = {i, *(part for part, last, _ in parts if last == i)}
         after: dict[frozenset[int], int] = defaultdict(int)
         for closed, costs in cases.items():
@@ -165,18 +169,21 @@ def sums(program: Program) -> int:
 def solve(
     program: Program, scores: Sequence[float], window: tuple[int, int], limit: float | None = None
 ) -> list[int] | None:
-    """The set of least summed score whose cost lies in [low, high] (whole numbers), or None where there is none.
+    """Return the set of units with the least total score whose cost lies within the window; None where no set does.
 
-    `scores` is of the units, or of the units and then the shared parts. `limit`: sets of a greater harm than this are
-    of no interest and may be left out.
+    HiGHS keeps constraints and gap only to absolute tolerances of 1e-6. Therefore the cost of each solution is checked
+    in whole numbers, and the problem is solved again with the scores rescaled to the harm of the best solution so far,
+    until no better one exists. Two harms are distinguished if they differ by more than 1e-8 of the answer's harm (by
+    more than 1e-9 of the largest score where some scores are negative).
 
-    HiGHS keeps constraints and gap to absolute tolerances of 1e-6. So what it finds is checked in whole numbers, and
-    the objective is solved again with the scores rescaled to what is left to decide, until nothing better is found:
-    harms are told apart to 1e-8 of the answer's own, over the whole range of scores (to 1e-9 of the largest score
-    where some are negative).
+    Args:
+        program: the costs of sets of units.
+        scores: one per unit, or one per unit and then one per shared part.
+        window: the least and the greatest cost, both included.
+        limit: sets with a greater total score than this need not be considered.
     """
-    count, size, common = len(program.costs), len(program.every), divisor(program)
-    low, high = max(window[0], 0), min(window[1], sum(program.every))
+    count, size, common = len(program.costs), len(program.all_costs), common_divisor(program)
+    low, high = max(window[0], 0), min(window[1], sum(program.all_costs))
     if -(-low // common) > high // common:
         return None
     signed = min(scores, default=0) < 0
@@ -184,13 +191,13 @@ def solve(
         return []
     every = [*scores, *[0.0] * (size - len(scores))]
     weights = np.array(every)
-    rows = [cost_row(program, (-(-low // common), high // common)), *rules(program)]
+    rows = [cost_row(program, (-(-low // common), high // common)), *linear_constraints(program)]
     best: list[int] | None = None
     allowed = np.ones(size)
     unit = float(np.abs(weights).max()) or 1.0
     while True:
         if limit is not None and not signed:
-            # No unit that is worse alone than the limit can be in a better set: leave those out, look closer.
+            # A unit whose score alone exceeds the limit is in no better set: leave it out, and rescale to the limit.
             allowed, unit = (weights <= limit).astype(float), limit or 1.0
         scaled = weights / unit * 1e3
         extra = [] if limit is None else [LinearConstraint(scaled * allowed, ub=limit / unit * 1e3 + 1e-3)]
@@ -204,41 +211,45 @@ def solve(
         if result.status == 2:  # infeasible
             return best
         assert result.x is not None, result.message
-        found = [i for i in range(count) if result.x[i] > 0.5]
-        if not low <= program.cost(found) <= high:  # within HiGHS' tolerance only: exclude this one set
+        candidate = [i for i in range(count) if result.x[i] > 0.5]
+        if not low <= program.cost(candidate) <= high:  # within HiGHS' tolerance only: exclude this one set
             signs = np.zeros(size)
             signs[:count] = 1
-            signs[found] = -1
-            rows.append(LinearConstraint(signs, lb=1 - len(found)))
+            signs[candidate] = -1
+            rows.append(LinearConstraint(signs, lb=1 - len(candidate)))
             continue
-        reached = harm(every, program.gone(found))
-        if best is not None and reached >= harm(every, program.gone(best)):
+        reached = total_harm(every, program.removed_items(candidate))
+        if best is not None and reached >= total_harm(every, program.removed_items(best)):
             return best
-        best = found
+        best = candidate
         if signed or reached <= 0 or reached > unit / 10:
             return best
         limit = reached
 
 
 def cost_row(program: Program, window: tuple[int, int]) -> LinearConstraint:
-    """The window, in units of the common divisor; a quarter of one more or less changes no set, and rounds safely."""
-    costs = np.array([cost // divisor(program) for cost in program.every], float)
+    """Return the constraint that the cost lies within the window, which is given in multiples of the common divisor.
+
+    The window is widened by a quarter of the divisor: no other set fits in, and rounding cannot exclude one that does.
+    """
+    costs = np.array([cost // common_divisor(program) for cost in program.all_costs], float)
     scale = max(1.0, costs.max() / 1e5)
     return LinearConstraint(costs[None] / scale, (window[0] - 0.25) / scale, (window[1] + 0.25) / scale)
 
 
-def rules(program: Program) -> list[LinearConstraint]:
-    """Which of the binaries (units, then shared parts) go together, and which do not.
+def linear_constraints(program: Program) -> list[LinearConstraint]:
+    """Return the linear constraints that couple the binary variables: units x, then shared parts y.
 
-    A shared part y of units x_1 .. x_n goes exactly when all of them do: y <= x_u, y >= sum(x_u) - (n - 1).
+    x_a + x_b <= 1 for units that exclude each other; y <= x_u and y >= sum(x_u) - (n - 1) for a shared part of the
+    units x_1 .. x_n, which is freed exactly when all of them are removed.
     """
-    entries: list[tuple[dict[int, int], float]] = [({a: 1, b: 1}, 1) for a, b in program.apart]
+    entries: list[tuple[dict[int, int], float]] = [({a: 1, b: 1}, 1) for a, b in program.exclusive]
     for part, (units, _) in enumerate(program.shared, len(program.costs)):
         entries += [({part: 1, u: -1}, 0) for u in sorted(units)]
         entries.append(({part: -1} | dict.fromkeys(sorted(units), 1), len(units) - 1))
     if not entries:
         return []
-    matrix = np.zeros((len(entries), len(program.every)))
+    matrix = np.zeros((len(entries), len(program.all_costs)))
     for row, (entry, _) in enumerate(entries):
         matrix[row, list(entry)] = list(entry.values())
     return [LinearConstraint(matrix, ub=[bound for _, bound in entries])]

@@ -1,6 +1,7 @@
-"""Files and folders that are complete or absent."""
+"""Files and folders that are complete or absent, and how a later process tells that they have not changed since."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -10,28 +11,49 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+TEMPORARY = "?" * 8
+"""The random ending of a temporary file or folder, as a pattern: tempfile makes endings of eight characters."""
+
 
 class UnwritableDirectory(OSError):
-    """The folder for runs cannot be made or written to."""
+    """A folder for runs, or for what they share, cannot be made or written to."""
+
+
+class DiskFull(OSError):
+    """No space is left for a file; the message names the file and says how much is free."""
 
 
 class StaleArtefact(ValueError):
     """A stage's artefact belongs to another teacher, or to other scores."""
 
 
+def format_json(content: Any) -> str:
+    """Return the text of a JSON file; raises ValueError for numbers that are not finite."""
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that is complete or absent."""
+    write_text(path, format_json(content))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is complete or absent; raises DiskFull."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with open(handle, "w") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-        file.write("\n")
-    os.chmod(partial, 0o644)
-    os.replace(partial, path)
+    with explain_full_disk(path):
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(partial, 0o644)
+        except OSError:
+            os.unlink(partial)
+            raise
+        os.replace(partial, path)
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a damaged one is named."""
+    """Return the content of a JSON file; raises ValueError naming one that is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -40,31 +62,62 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends without an error."""
+    """Yield a temporary folder that becomes `path` when the block ends without an error; raises DiskFull."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield partial
-        remove(path)
-        os.chmod(partial, 0o755)
-        os.replace(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with explain_full_disk(path):
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield partial
+            remove(path)
+            os.chmod(partial, 0o755)
+            os.replace(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def list_partials(path: Path) -> list[Path]:
+    """Return the temporary files and folders that processes left which were killed while they wrote `path`."""
+    return sorted(path.parent.glob(f".{path.name}.{TEMPORARY}"))
 
 
 def digest(content: Any) -> str:
-    """sha256 of anything JSON can hold, independent of the order of keys."""
+    """Return the sha256 of anything JSON can hold, independent of the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def make_folder(path: Path) -> None:
-    """Raises UnwritableDirectory, saying what to choose, where that cannot be done."""
+def hash_files(path: Path) -> dict[str, str]:
+    """Return {path below the folder: sha256} of all files of a folder; of a single file, its name is empty."""
+    if path.is_file():
+        return {"": hashlib.sha256(path.read_bytes()).hexdigest()}
+    hashes = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            with open(file, "rb") as stream:
+                hashes[file.relative_to(path).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
+
+
+def find_changed_files(path: Path, hashes: dict[str, str]) -> list[str]:
+    """Return the files of `hashes` (as hash_files made them) that have another content by now, or are gone."""
+    present = hash_files(path)
+    return [name for name, sha256 in hashes.items() if present.get(name) != sha256]
+
+
+RUNS_SETTING = "paths.runs=..."
+CACHE_SETTING = "paths.cache=... (by default it lies in paths.runs)"
+"""Which settings choose another folder, as messages say it."""
+
+
+def make_folder(path: Path, setting: str = RUNS_SETTING) -> None:
+    """Make a folder; raises UnwritableDirectory, naming the setting that chooses another one, where that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UnwritableDirectory(
-            f"{error.filename} cannot be made ({error.strerror}); choose a folder that can, with paths.runs=..."
+            f"{error.filename} cannot be made ({error.strerror}); choose a folder that can, with {setting}"
         ) from error
+    if not os.access(path, os.W_OK):
+        raise UnwritableDirectory(f"{path} cannot be written to; choose another folder with {setting}")
 
 
 def remove(path: Path) -> None:
@@ -77,8 +130,36 @@ def remove(path: Path) -> None:
 
 def check_fresh(path: Path, what: str, stored: str, wanted: str) -> None:
     """Raise StaleArtefact where a file was made from something else (`what`) than what this run has."""
-    if stored != wanted:
-        raise StaleArtefact(
-            f"{path} belongs to {what} {stored[:16]}, this run has {wanted[:16]}; delete it (what was made from it "
-            "goes, too), or run with force=true"
-        )
+    if stored == wanted:
+        return
+    length = next((length for length in SHOWN_LENGTHS if stored[:length] != wanted[:length]), None)
+    raise StaleArtefact(
+        f"{path} belongs to {what} {stored[:length]}, this run has {wanted[:length]}; delete it (what was made from it "
+        "goes, too), or run with force=true"
+    )
+
+
+SHOWN_LENGTHS = (16, 64)
+"""Numbers of characters of two ids that a message shows: the first one at which they differ."""
+
+
+@contextlib.contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Raise DiskFull, naming `path` and the free space, in place of an error that says that the disk is full."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DiskFull) or not is_disk_full(error):
+            raise
+        existing = next(folder for folder in path.parents if folder.exists())
+        free = shutil.disk_usage(existing).free
+        raise DiskFull(
+            f"no space is left on the disk for {path} ({free:,} bytes are free): {error}. Make room, or choose other "
+            "folders with paths.runs=... and paths.cache=...; the same command then goes on"
+        ) from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether an error says that a disk or a quota is full; errors of safetensors have it in their text alone."""
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error)

@@ -7,10 +7,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from conf.environment import recorded_environment
 from conf.schema import ROOT
 from datamodules.latents import read_manifest
 from datamodules.readers.base import data_root
-from experiments.engine.artefacts import digest, make_folder, read_json, write_json
+from experiments.engine.artefacts import digest
+from experiments.engine.cache import read_result, write_result
 
 RESULT_VERSION = 1
 """Goes up when the same configuration would give another result."""
@@ -72,17 +74,49 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
+def as_written(cfg: DictConfig) -> Any:
+    """Return the plain values of a configuration in which what comes from the environment stays as it was written.
+
+    `${oc.env:HF_TOKEN}`, and what refers to it, would else stand in config.yaml, reports and dashboards.
+    """
+
+    def resolve(node: Any, written: Any) -> Any:
+        parts = written.items() if isinstance(written, dict) else enumerate(written)
+        content = {key: resolve_part(node, key, part) for key, part in parts}
+        return content if isinstance(written, dict) else list(content.values())
+
+    def resolve_part(node: Any, key: Any, written: Any) -> Any:
+        if isinstance(written, dict | list):
+            return resolve(node[key], written)
+        if not isinstance(written, str) or "${" not in written:
+            return written
+        with recorded_environment() as names:
+            value = node[key]
+            value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        return written if names else value
+
+    return resolve(cfg, OmegaConf.to_container(cfg, resolve=False))
+
+
 def effective(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration without what cannot change a result."""
-    content: Any = OmegaConf.to_container(cfg, resolve=True)
-    if cfg.latents is not None:  # what they are, not where
-        content["latents"] = read_manifest(cfg.latents)["id"]
-    return without_no_effect(content)
+    """Return the resolved configuration without what cannot change a result."""
+    return without_no_effect(with_latents_id(cfg, OmegaConf.to_container(cfg, resolve=True)))
+
+
+def displayed(cfg: DictConfig) -> dict[str, Any]:
+    """Return the configuration for dashboards: as `effective`, with nothing of the environment in it."""
+    return without_no_effect(with_latents_id(cfg, as_written(cfg)))
+
+
+def with_latents_id(cfg: DictConfig, content: Any) -> Any:
+    """Return plain values of a configuration in which stored latents are named by what they are, not where."""
+    return content if cfg.latents is None else content | {"latents": read_manifest(cfg.latents)["id"]}
 
 
 def without_no_effect(config: Any) -> dict[str, Any]:
     """Plain values of a configuration without what cannot change a result."""
     content: dict[str, Any] = without_modules(portable(config))
+    content["evaluation"].pop("images", None)  # it stands in the measures that it has an effect on
     for group, names in NO_EFFECT.items():
         if group == "evaluation" and (content["selection"] or {}).get("budget") == "latency":
             continue  # what is measured decides the plan
@@ -95,7 +129,6 @@ def without_no_effect(config: Any) -> dict[str, Any]:
 
 def fingerprint(files: list[Path], cache: Path) -> str:
     """sha256 over the contents of some files; each file's own is remembered by (path, size, mtime)."""
-    make_folder(cache / "fingerprints")
     total = hashlib.sha256()
     for file in sorted(files, key=lambda file: (file.name, file)):
         target = file.resolve()
@@ -103,11 +136,14 @@ def fingerprint(files: list[Path], cache: Path) -> str:
             total.update(f"{file.name}:{target.name}\n".encode())
             continue
         stat = file.stat()
-        note = cache / "fingerprints" / f"{digest([str(file.resolve()), stat.st_size, stat.st_mtime_ns])[:16]}.json"
-        if not note.exists():
+        key = [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
+        note = cache / "fingerprints" / f"{digest(key)}.json"
+        sha256 = read_result(note, key)
+        if sha256 is None:
             with open(file, "rb") as stream:
-                write_json(note, hashlib.file_digest(stream, "sha256").hexdigest())
-        total.update(f"{file.name}:{read_json(note)}\n".encode())
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            write_result(note, key, sha256)
+        total.update(f"{file.name}:{sha256}\n".encode())
     return total.hexdigest()
 
 

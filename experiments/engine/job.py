@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from experiments.engine.artefacts import staged, write_json
+from experiments.engine.artefacts import write_json
 from experiments.engine.clock import Clock
 from experiments.engine.identity import fingerprint
 from experiments.engine.ranks import is_rank_zero, wait_for
@@ -67,7 +67,7 @@ class Job:
         if not is_rank_zero():
             wait_for(folder)
         elif not folder.exists():
-            with staged(folder) as partial:
+            with self.run.staged(f"networks/{name}") as partial:
                 network.save(partial)
 
     def load(self, name: str, base: str, changes: Sequence[Mapping[str, Any]]) -> NetworkBackbone:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from conf.schema import RESERVED, build
 from datamodules.readers.base import MissingData
 from experiments.engine.artefacts import digest
+from experiments.engine.cache import is_intact, write_shared_file
 from experiments.engine.identity import RESULT_VERSION
 from experiments.engine.ranks import agreed, barrier, is_rank_zero
 from lightning_modules.metrics.features import Features, resized
@@ -84,7 +84,7 @@ class TrainingImages:
 
     def computed(self, features: Features) -> Statistics:
         path = self.path("statistics", features)
-        if not agreed(path.exists()):
+        if not agreed(is_intact(path)):
             what = f"{features.name} of {self.count} training images"
             found = Statistics.of_parts(
                 in_parts(self.count, lambda part: features(self.images(part), self.device), what),
@@ -98,7 +98,7 @@ class TrainingImages:
         if key not in self.known:
             count = min(self.limit, self.count)
             path = self.path("features", features, limit=count)
-            if not agreed(path.exists()):
+            if not agreed(is_intact(path)):
                 chosen = np.linspace(0, self.count - 1, count).astype(int)
                 what = f"{features.name} of {count} training images"
                 parts = in_parts(count, lambda part: features(self.images(chosen[part]), self.device), what)
@@ -109,12 +109,9 @@ class TrainingImages:
 
 
 def write(path: Path, save: Any) -> None:
-    """Have rank 0 write a file that is complete or absent."""
+    """Have rank 0 write a file that all runs share."""
     if is_rank_zero():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{os.getpid()}.{path.name}")
-        save(partial)
-        os.replace(partial, path)
+        write_shared_file(path, save)
     barrier()
 
 

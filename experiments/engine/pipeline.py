@@ -1,5 +1,6 @@
 """Runs the stages of a job, as `cfg.pipeline` lists them."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,21 +13,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf import schema
 from conf.schema import ConfigError, build
-from experiments.engine.artefacts import read_json, write_json
+from experiments.engine.artefacts import read_json
 from experiments.engine.clock import Clock
 from experiments.engine.identity import fingerprint
 from experiments.engine.inputs import data_of, teacher_of
+from experiments.engine.interrupt import explained_interrupt
 from experiments.engine.job import TEACHER, Job
 from experiments.engine.provenance import provenance
-from experiments.engine.ranks import barrier, is_rank_zero, meet
+from experiments.engine.ranks import barrier, ignore_ranks_of_the_shell, is_rank_zero, meet
 from experiments.engine.run import Run
 from experiments.engine.stage import Stage, check_names
 from experiments.reporting.dashboard import Dashboard
 from experiments.reporting.run_page import report_run
 from experiments.tools.precompute import check_latents
-from lightning_modules.backbones.diffusion.backbone import is_flow
 from lightning_modules.backbones.files import weight_files
-from lightning_modules.export.export import push
+from lightning_modules.export.export import check_hub, push
 from lightning_modules.metrics.cost import peak_memory
 from lightning_modules.training.trainer import accelerator_of, make_callbacks, make_trainer
 
@@ -38,6 +39,7 @@ def run_pipeline(cfg: DictConfig) -> float | None:
 
     Returns the first measure of what the job delivers, for sweepers that search; None on ranks other than the first.
     """
+    ignore_ranks_of_the_shell(cfg.trainer.devices * cfg.trainer.num_nodes)
     stages = make_stages(cfg)
     device = torch.device(accelerator_of(cfg.trainer.accelerator))
     teacher_id = identify_teacher(cfg) if any(stage.needs_teacher for stage in stages) else "none"
@@ -45,23 +47,48 @@ def run_pipeline(cfg: DictConfig) -> float | None:
     if run.finished and not cfg.force:
         print(f"finished already: {run.folder} (force=true runs it again)\n")
         print(read_json(run / "finished.json")["summary"])
+        if cfg.export.push_to_hub is not None:
+            check_push(run, cfg.export.push_to_hub)
     else:
-        with run.opened([path for stage in stages for path in stage.artefacts()]):
-            with run.discarded_on_error():
-                job = prepare(cfg, run, stages, device, teacher_id)
-            with job.dashboard:
-                meet(make_trainer(cfg.trainer, "", cfg.trainer.precision))
-                for stage in stages:
-                    log.info("stage %s", stage.name)
-                    job.cfg = with_settings(cfg, stage)
-                    stage.run(job)
-                job.cfg = cfg
-                conclude(job)
+        run_stages(cfg, run, stages, device, teacher_id)
     if not is_rank_zero():
         return None
     if cfg.export.push_to_hub is not None:
         print(f"pushed to {push(run / 'export', cfg.export.push_to_hub)}")
     return first_measure(read_json(run / "metrics.json"))
+
+
+def run_stages(cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.device, teacher_id: str) -> None:
+    """Run the stages one after another; those whose artefacts are there load them.
+
+    Args:
+        cfg: the job's configuration.
+        run: its run, which no other process works on meanwhile.
+        stages: what `make_stages` returned.
+        device: the device of this process.
+        teacher_id: fingerprint of the teacher; "none" in a pipeline without a teacher.
+    """
+    artefacts = [path for stage in stages for path in stage.artefacts()]
+    with run.opened(artefacts), contextlib.ExitStack() as dashboards:
+        with run.discarded_on_error():
+            job = prepare(cfg, run, stages, device, teacher_id)
+            dashboards.enter_context(job.dashboard)
+        meet(make_trainer(cfg.trainer, "", cfg.trainer.precision))
+        for stage in stages:
+            log.info("stage %s", stage.name)
+            job.cfg = with_settings(cfg, stage)
+            with explained_interrupt(job, stage.name):
+                stage.run(job)
+        job.cfg = cfg
+        conclude(job)
+
+
+def check_push(run: Run, repository: str) -> None:
+    """Raise ValueError where the export of a finished run cannot be pushed; log which of its files have changed."""
+    if is_rank_zero():
+        check_hub(repository)
+        if files := run.list_changes().get("export"):
+            log.warning("%s is pushed as it is, but the run has written other files: %s", run / "export", files)
 
 
 def make_stages(cfg: DictConfig) -> list[Stage]:
@@ -86,6 +113,11 @@ def make_stages(cfg: DictConfig) -> list[Stage]:
         stage.link(stages[:place])
         stage.followers = stages[place + 1 :]
     check_names(stages)
+    if cfg.export.push_to_hub is not None and not any("export" in stage.artefacts() for stage in stages):
+        raise ConfigError(
+            f"export.push_to_hub={cfg.export.push_to_hub!r}: no stage of this pipeline makes an export; choose null, "
+            "or a pipeline with the stage `export`"
+        )
     return stages
 
 
@@ -127,7 +159,8 @@ def prepare(cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.de
     if any(stage.needs_teacher for stage in stages) and job.teacher.generates:
         check_latents(cfg, data, job.teacher)
     for each in {id(settings): settings for settings in (with_settings(cfg, stage) for stage in stages)}.values():
-        check_parts(each, getattr(job.networks.get(TEACHER), "noise_scheduler", None))
+        check_parts(each, job.networks.get(TEACHER))
+    job.dashboard.open_loggers()  # last, as a logger may tell a server about this job
     return job
 
 
@@ -141,7 +174,7 @@ def conclude(job: Job) -> None:
             with job.clock("report"):
                 summary = report_run(run.folder)
         job.dashboard.finish(metrics, run.measured)
-        write_json(run / "finished.json", {"run_id": run.id, "summary": summary})
+        run.write_alone("finished.json", {"run_id": run.id, "summary": summary})
         print(f"\n{summary}")
     barrier()
 
@@ -153,10 +186,10 @@ def first_measure(metrics: dict[str, Any]) -> float | None:
     return next((float(metrics[key]) for key in (*names, "eval/output_loss", *figures) if key in metrics), None)
 
 
-def check_parts(cfg: DictConfig, noise_scheduler: Any) -> None:
+def check_parts(cfg: DictConfig, teacher: Any) -> None:
     """Make optimiser, schedule, trainers and sampler once for nothing; raises ConfigError naming the group.
 
-    `noise_scheduler` is None for networks without one, which need no sampler.
+    `teacher` is None where no stage needs one. Only networks that generate samples need a sampler.
     """
     weight = torch.nn.Parameter(torch.zeros(1))
     tries: dict[str, Callable[[], Any]] = {
@@ -167,19 +200,10 @@ def check_parts(cfg: DictConfig, noise_scheduler: Any) -> None:
         ],
         "callbacks": lambda: make_callbacks(cfg.callbacks),
     }
-    if noise_scheduler is not None:
-        tries["sampler"] = lambda: check_sampler(build(cfg.sampler.scheduler)(noise_scheduler.config), noise_scheduler)
+    if teacher is not None and teacher.generates:
+        tries["sampler"] = lambda: teacher.check_sampler(build(cfg.sampler.scheduler), cfg.sampler.steps)
     for group, make in tries.items():
         try:
             make()
         except Exception as error:
             raise ConfigError(f"{group} cannot be made as configured: {error}") from error
-
-
-def check_sampler(sampler: Any, noise_scheduler: Any) -> None:
-    """Raise ValueError where one of the two is a flow and the other is not: samples would be wrong without a word."""
-    if is_flow(sampler) != is_flow(noise_scheduler):
-        kind, choice = (
-            ("is a flow", "flow_euler") if is_flow(noise_scheduler) else ("is no flow", "dpm_solver, ddim, ...")
-        )
-        raise ValueError(f"{type(sampler).__name__} does not fit this teacher, which {kind}; choose sampler={choice}")

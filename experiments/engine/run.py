@@ -1,9 +1,9 @@
 """A run: its folder, its lock, and what in the folder is its own."""
 
 import contextlib
+import hashlib
 import logging
 import os
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,9 +12,27 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.engine.artefacts import UnwritableDirectory, digest, make_folder, read_json, remove, write_json
-from experiments.engine.identity import RESULT_VERSION, effective, fingerprint, named_files, portable
+from experiments.engine import artefacts
+from experiments.engine.artefacts import (
+    TEMPORARY,
+    UnwritableDirectory,
+    digest,
+    explain_full_disk,
+    find_changed_files,
+    format_json,
+    hash_files,
+    list_partials,
+    make_folder,
+    read_json,
+    remove,
+    write_json,
+    write_text,
+)
+from experiments.engine.identity import RESULT_VERSION, as_written, effective, fingerprint, named_files, portable
+from experiments.engine.locks import describe_this_process, has_ended, read_holder
 from experiments.engine.ranks import barrier, is_rank_zero
+
+log = logging.getLogger(__name__)
 
 
 class RunBusy(RuntimeError):
@@ -31,8 +49,8 @@ ENTRIES = (
 )
 """What a run writes directly below its own folder, beside the artefacts of its stages."""
 
-TEMPORARY = "?" * 8
-"""The random ending of a temporary file or folder, as a pattern: tempfile makes endings of eight characters."""
+MANIFEST = ".manifest.json"
+"""The file that says which paths below a run's folder belong to the run, and what their contents were."""
 
 
 class Run:
@@ -60,14 +78,56 @@ class Run:
         return self.folder / name
 
     def write(self, name: str, content: Any) -> None:
-        """Write one of the run's JSON artefacts, once for all ranks."""
+        """Write one of the run's JSON artefacts, once for all ranks, which all call this."""
         if is_rank_zero():
-            write_json(self / name, content)
+            self.write_alone(name, content)
         barrier()
+
+    def write_alone(self, name: str, content: Any) -> None:
+        """Write one of the run's JSON artefacts; rank 0 alone calls this."""
+        text = format_json(content)
+        self.note_hashes(name, {"": hashlib.sha256(text.encode()).hexdigest()})
+        write_text(self / name, text)
+
+    @contextlib.contextmanager
+    def staged(self, name: str) -> Iterator[Path]:
+        """Yield a temporary folder that becomes the artefact `name` at the end of the block; for rank 0 alone."""
+        with artefacts.staged(self / name) as partial:
+            yield partial
+            self.note_hashes(name, hash_files(partial))
+
+    def note_hashes(self, name: str, hashes: dict[str, str]) -> None:
+        """Add the hashes of an artefact to the manifest. That comes first: then an artefact never lacks its hash."""
+        manifest = self.read_manifest()
+        manifest.setdefault("sha256", {})[name] = hashes
+        write_json(self / MANIFEST, manifest)
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Return {"run": id, "entries": paths of the run, "sha256": {artefact: {file: hash}}}.
+
+        What earlier versions made has no hashes; without a manifest there are none at all.
+        """
+        manifest: dict[str, Any] = read_json(self / MANIFEST) if (self / MANIFEST).exists() else {}
+        return manifest
+
+    def list_changes(self) -> dict[str, list[str]]:
+        """Return {artefact: files that have changed since the run wrote them}, of artefacts that are there."""
+        hashes: dict[str, dict[str, str]] = self.read_manifest().get("sha256", {})
+        there = {name: files for name, files in hashes.items() if os.path.lexists(self / name)}
+        changes = {name: find_changed_files(self / name, files) for name, files in there.items()}
+        return {name: files for name, files in changes.items() if files}
 
     @property
     def finished(self) -> bool:
-        return (self / "finished.json").exists()
+        """Whether the run has come to its end, and what it says of itself is what it wrote."""
+        if not (self / "finished.json").exists():
+            return False
+        hashes = self.read_manifest().get("sha256", {})
+        return not any(
+            find_changed_files(self / name, hashes[name])
+            for name in ("finished.json", "metrics.json")
+            if name in hashes
+        )
 
     @contextlib.contextmanager
     def opened(self, artefacts: Sequence[str] = ()) -> Iterator[None]:
@@ -86,25 +146,30 @@ class Run:
         try:
             lock.acquire()
         except Timeout as error:
-            holder = read_json(self / ".holder.json") if (self / ".holder.json").exists() else {"pid": "?", "host": "?"}
+            holder = read_holder(self / ".holder.json")
+            remedy = (
+                "that process has ended, but one that it has started still holds the lock: stop it"
+                if has_ended(holder)
+                else "wait for it or stop it"
+            )
             raise RunBusy(
-                f"run {self.folder} is being made by process {holder['pid']} on {holder['host']}; "
-                "wait for it or stop it"
+                f"run {self.folder} is being made by process {holder['pid']} on {holder['host']}; {remedy}"
             ) from error
         except OSError as error:
             raise UnwritableDirectory(
                 f"{self.folder} cannot be written to ({error.strerror}); choose another folder with paths.runs=..."
             ) from error
-        with lock:
+        with lock, explain_full_disk(self.folder):
             lock.release()  # `with` took it a second time
             self.claim([*ENTRIES, *artefacts])
-            write_json(self / ".holder.json", {"pid": os.getpid(), "host": socket.gethostname()})
+            write_json(self / ".holder.json", describe_this_process())
             self.clean()
-            config = OmegaConf.create(portable(OmegaConf.to_container(self.cfg, resolve=True)))
+            config = OmegaConf.create(portable(as_written(self.cfg)))
             text = f"# run {self.id}; ROOT is the folder of secateur\n{OmegaConf.to_yaml(config)}"
-            (self / "config.yaml").write_text(text)
-            self.measured = read_json(self / "measured.json") if (self / "measured.json").exists() else {}
+            write_text(self / "config.yaml", text)
             with logged(self / "run.log"):
+                self.discard_changed()
+                self.measured = read_json(self / "measured.json") if (self / "measured.json").exists() else {}
                 yield
 
     def check_place(self) -> None:
@@ -127,30 +192,48 @@ class Run:
         It is written before anything else, and only where none of these paths is taken, so that what has such a name
         later was made by a run. Raises ForeignFolder naming the first one that is taken.
         """
-        manifest = self / ".manifest.json"
-        if manifest.exists():
+        if (self / MANIFEST).exists():
             return
         if taken := [name for name in entries if os.path.lexists(self / name)]:
+            remove(self / ".lock")
             raise ForeignFolder(
                 f"{self / taken[0]} was made by no run of this version (the folder has no .manifest.json); move it "
                 "away, or choose another folder with paths.runs=..."
             )
-        write_json(manifest, {"run": self.id, "entries": list(entries)})
+        write_json(self / MANIFEST, {"run": self.id, "entries": list(entries)})
 
     def entries(self) -> list[str]:
         """Return the paths that belong to the run, as its manifest has them."""
-        entries: list[str] = read_json(self / ".manifest.json")["entries"]
+        entries: list[str] = read_json(self / MANIFEST)["entries"]
         return entries
 
     def clean(self) -> None:
         """Remove what a killed process was writing; with `force=true`, all that runs have made (not cached scores)."""
         if self.cfg.force:
             self.clear(self.entries())
-        for path in map(Path, self.entries()):
-            for partial in (self.folder / path.parent).glob(f".{path.name}.{TEMPORARY}"):
+        for name in self.entries():
+            for partial in list_partials(self / name):
                 remove(partial)
         for partial in (self / "samples").glob(f".*.{TEMPORARY}"):
             remove(partial)
+
+    def discard_changed(self) -> None:
+        """Take away, with a warning, artefacts that have changed since the run wrote them, so that they are made again.
+
+        A file may have been edited on purpose: it is kept under another name.
+        """
+        for name, files in self.list_changes().items():
+            path = self / name
+            if name != "finished.json":
+                remove(self / "finished.json")
+            if path.is_file():
+                os.replace(path, kept := path.with_name(f"{path.name}.changed"))
+                outcome = f"it is kept as {kept.name} and made again"
+            else:
+                remove(path)
+                outcome = f"it is removed and made again ({', '.join(files)} differ)"
+            advice = "; a plan of your own goes in by selection=given selection.units=[...]" * name.startswith("plan")
+            log.warning("%s is not what this run has written: %s%s", path, outcome, advice)
 
     def clear(self, paths: Sequence[str]) -> None:
         """Remove some of what runs have made; the run is not finished from then on."""
@@ -171,11 +254,11 @@ class Run:
         except BaseException:
             if new:
                 self.clear(self.entries())
-                for name in (".manifest.json", ".holder.json", ".lock"):
+                for name in (MANIFEST, ".holder.json", ".lock"):
                     remove(self / name)
-                with contextlib.suppress(OSError):  # it is not empty
-                    self.folder.rmdir()
-                    self.folder.parent.rmdir()
+                for folder in (self.folder, *self.folder.parents[: len(Path(self.cfg.name).parts)]):
+                    with contextlib.suppress(OSError):  # it is not empty
+                        folder.rmdir()
             raise
 
 

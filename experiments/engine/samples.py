@@ -13,9 +13,9 @@ import torch
 
 from conf.schema import build
 from experiments.engine.artefacts import digest, staged
-from experiments.engine.cache import locked
+from experiments.engine.cache import is_intact, locked, shared_folder
 from experiments.engine.identity import RESULT_VERSION, effective
-from experiments.engine.job import Job
+from experiments.engine.job import TEACHER, Job
 from experiments.engine.measures import TrainingImages, check_measures, measured
 from experiments.engine.ranks import agreed, barrier, is_rank_zero
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
@@ -76,7 +76,7 @@ class Drawn:
         protocol["prompts"] = digest(self.prompts)
         protocol["size"] = [self.teacher.data_shape(), self.shape()]
         shown = self.job.run / "samples" / name
-        if name == "teacher":  # shared by all runs, so made once, under a lock
+        if name == TEACHER:  # shared by all runs, so made once, under a lock
             key = digest({"teacher": self.job.teacher_id, "version": RESULT_VERSION, **protocol})[:16]
             folder = self.job.run.cache / "samples" / key
             with locked(folder):
@@ -92,9 +92,14 @@ class Drawn:
     def generate(self, name: str, network: DiffusionBackbone, folder: Path) -> None:
         """Write images.npy into `folder`, unless it is there."""
         cfg, evaluation = self.cfg, self.cfg.evaluation
-        if agreed((folder / "images.npy").exists()):
+        if agreed((folder / "images.npy").exists() and is_intact(folder)):
             return
-        with self.job.clock("generate"), staged(folder) if is_rank_zero() else contextlib.nullcontext() as partial:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.job.clock("generate"))
+            partial = None
+            if is_rank_zero():
+                staged = shared_folder(folder) if name == TEACHER else self.job.run.staged(f"samples/{name}")
+                partial = stack.enter_context(staged)
             batches = seed_batches(evaluation.seed, evaluation.samples, evaluation.batch_size, self.prompts)
             module = Generation(
                 network,

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import build
-from experiments.engine.artefacts import read_json, write_json
+from experiments.engine.artefacts import read_json
 from experiments.engine.cache import cached
 from experiments.engine.identity import RESULT_VERSION
 from experiments.engine.job import Job
-from experiments.engine.ranks import agreed, barrier, is_rank_zero
+from experiments.engine.ranks import agreed, barrier
 from lightning_modules.training.trainer import autocast, precision_of
 
 
@@ -38,8 +38,7 @@ class Texts:
             protocol = {"prompts": self.prompts, "tokens": evaluation.tokens, "precision": precision}
             key = {**self.teacher_key, **protocol, "version": RESULT_VERSION}
             found = cached(self.job.run.cache / "texts", key, written) if name == "teacher" else written()
-            if is_rank_zero():
-                write_json(path, found)
+            self.job.run.write(f"samples/{name}/texts.json", found)
         barrier()
 
 

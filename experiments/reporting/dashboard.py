@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 
 from conf.nested import flatten_dict
 from conf.schema import ConfigError, build
-from experiments.engine.identity import effective
+from experiments.engine.identity import displayed
 from experiments.engine.ranks import is_rank_zero
 from experiments.engine.run import Run
 from experiments.reporting.sounds import load_wandb_sounds
@@ -31,8 +31,12 @@ class Dashboard:
 
     def __init__(self, cfg: DictConfig, run: Run) -> None:
         self.cfg, self.run = cfg, run
-        self.loggers = [self.build_logger(name, node) for name, node in cfg.logger.loggers.items()]
+        self.loggers: list[Logger] = []
         self.wandb: Any = None
+
+    def open_loggers(self) -> None:
+        """Make the loggers of `logger.loggers`; raises ConfigError naming one that cannot be made."""
+        self.loggers += [self.build_logger(str(name), node) for name, node in self.cfg.logger.loggers.items()]
 
     def __enter__(self) -> Self:
         logger = self.cfg.logger
@@ -47,7 +51,7 @@ class Dashboard:
                 name=self.run.folder.name,
                 group=self.cfg.name,
                 dir=self.run.folder,
-                config=flatten_dict(effective(self.cfg)),
+                config=flatten_dict(displayed(self.cfg)),
                 mode=mode,
                 resume="allow" if mode == "online" else None,
                 settings=wandb.Settings(console="off", silent=mode == "offline"),

@@ -1,10 +1,12 @@
 """The report of a set of runs: one table, curves, and a page.
 
-python -m experiments.report runs/prune        # writes into runs/prune/report/
+python -m experiments.report runs/prune                     # writes into runs/prune/report/
+python -m experiments.report runs/prune --output report     # writes into report/
 """
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from conf.nested import flatten_dict
-from experiments.engine.artefacts import read_json, remove, write_json
+from experiments.engine.artefacts import UnwritableDirectory, make_folder, read_json, remove, write_json
 from experiments.engine.identity import read_config, without_no_effect
 from experiments.engine.measures import columns, described
 from experiments.reporting import figures
@@ -37,18 +39,23 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """First characters of a cell that spreadsheets take for a formula."""
 
 
-def report_set(root: Path) -> Path:
-    """Write results.csv, table.md, the figures and index.html of the runs below `root` into root/report/.
+def report_set(root: Path, output: Path | None = None) -> Path:
+    """Write results.csv, table.md, the figures and index.html of the runs below `root` into a folder.
 
-    Returns the path of index.html. Raises ValueError where there is no finished run.
+    Args:
+        root: the folder that the runs lie below; nothing else in it is changed.
+        output: the folder to write into; None is root/report/.
+
+    Returns the path of index.html. Raises ValueError where there is no finished run, UnwritableDirectory where the
+    folder cannot be written to.
     """
     runs = collect_runs(root)
     table = average_over_seeds(runs)
     warnings = list_warnings(table, runs)
     for warning in warnings:
         log.warning(warning)
-    folder = root / "report"
-    folder.mkdir(exist_ok=True)
+    folder = root / "report" if output is None else output
+    make_folder(folder, "--output FOLDER")
     write_csv(runs, folder / "results.csv")
     (folder / "table.md").write_text(format_tables(table))
     pictures = draw_comparisons(table, folder)
@@ -60,6 +67,7 @@ def report_set(root: Path) -> Path:
         better=" or ".join(sorted(set(runs["better"]))),
         table=choose_columns(table),
         runs=runs.to_dict("records"),
+        root=os.path.relpath(root, folder),
         unfinished=list_unfinished(root),
         protocols=sorted(table["protocol"].unique()),
         warnings=warnings,
@@ -231,10 +239,11 @@ def main() -> None:
         prog="python -m experiments.report", description="Compare all finished runs below a folder."
     )
     parser.add_argument("folder", type=Path)
-    root = parser.parse_args().folder
+    parser.add_argument("--output", type=Path, help="the folder to write into, by default report/ of the folder")
+    arguments = parser.parse_args()
     try:
-        page = report_set(root)
-    except ValueError as error:
+        page = report_set(arguments.folder, arguments.output)
+    except (ValueError, UnwritableDirectory) as error:
         sys.exit(str(error))
     print((page.parent / "table.md").read_text())
     print(f"page: {page}")

@@ -67,6 +67,11 @@ class NetworkBackbone(nn.Module):
         """Is the network conditioned on captions?"""
         return False
 
+    @property
+    def predicts_variance(self) -> bool:
+        """Whether the output's second half is the variance of a sampling step (arXiv 2102.09672, section 3.1)."""
+        return False
+
     # Units and their removal: given by the families
 
     def units(self, level: str = "depth") -> list[Unit]:

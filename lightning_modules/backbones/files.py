@@ -3,24 +3,36 @@
 import contextlib
 import json
 import logging
-from pathlib import Path
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from diffusers import (
-    DiffusionPipeline,
-)
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from datamodules.readers.base import MissingData, located
 from datamodules.readers.hub_files import hub_files, hub_folder, or_missing
 from datamodules.texts.tokenizers import ENDINGS, tokenizer_files
+from lightning_modules.backbones.diffusion.pruned_unet import VARIANT
 
 log = logging.getLogger(__name__)
 COMPONENTS = ("unet", "transformer")
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.th")
 """Endings of weights; all but the first are pickles, which are read with weights_only=True alone."""
+WEIGHT_FILE = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?"
+    r"\.(?P<ending>safetensors|bin)"
+)
+"""Names that diffusers and transformers give to weights, such as model.fp16-00001-of-00002.safetensors"""
+ADAPTER = "adapter_config.json"
+"""The file by which transformers recognises an adapter of peft, which it then puts into the network it loads"""
+MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+"""What loaders of diffusers and transformers say of tensors that do not fit the network"""
+LFS_POINTER = b"version https://git-lfs"
+"""How the text begins that Git leaves in the place of a large file until `git lfs pull` is run"""
 
 
 def find_model(path: str, get: str | None = None) -> Path:
@@ -43,7 +55,8 @@ def find_model(path: str, get: str | None = None) -> Path:
         names = hub_files(path)
         index = hub_folder(path, ["model_index.json"], names)
         if (index / "model_index.json").exists():
-            return Path(DiffusionPipeline.download(path, safety_checker=None, local_files_only=names is None))
+            options = {"safety_checker": None, "local_files_only": names is None, "variant": only_variant(names or ())}
+            return Path(DiffusionPipeline.download(path, **options))
         safe = any(name.endswith(".safetensors") for name in names or ())
         return hub_folder(path, [*ENDINGS, ".safetensors" if safe else ".bin"], names)
 
@@ -51,6 +64,7 @@ def find_model(path: str, get: str | None = None) -> Path:
 def network_folder(pipeline: Path) -> Path:
     """The folder of the denoiser: its own in a pipeline, or the pipeline's where everything lies side by side."""
     for folder in (*(pipeline / name for name in COMPONENTS), pipeline):
+        check_no_adapter(folder)
         if (folder / "config.json").exists():
             if not any(file for ending in WEIGHTS for file in folder.glob(ending)):
                 raise MissingData(f"{folder} has a config.json but no weights (*.safetensors)")
@@ -102,23 +116,100 @@ def damaged(folder: Path) -> str:
     return f" ({', '.join(names)})" if names else ""
 
 
-def check_weights(network: nn.Module, info: dict[str, Any], place: Path) -> None:
-    """Raise ValueError for weights that do not fit their configuration (see a loader's `info`) or are not finite."""
-    wrong = [
-        f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[kind]
-    ]
-    if wrong:
-        raise ValueError(f"the weights in {place} do not fit its config.json ({'; '.join(wrong)})")
-    for key, tensor in network.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"the weights in {place} are not finite: {key}")
+def check_no_adapter(folder: Path) -> None:
+    """Raise ValueError for a folder with an adapter of peft, which transformers would put into the network unasked."""
+    if (folder / ADAPTER).exists():
+        raise ValueError(
+            f"{folder} holds an adapter ({ADAPTER}). An adapter alone is no network, and beside whole weights it is "
+            "not clear whether it belongs to them: merge it into its network (peft: "
+            "`model.merge_and_unload().save_pretrained(FOLDER)`) and name that folder, or move the adapter_* files "
+            "elsewhere to use the weights as they are"
+        )
 
 
-def say_if_pickled(folder: Path) -> bool:
-    """Has a folder weights, and none of them in safetensors? Then the log says so."""
-    pickled = any(file for ending in WEIGHTS[1:] for file in folder.glob(ending))
-    if found := pickled and not any(folder.glob("*.safetensors")):
+def choose_weights(folder: Path) -> tuple[bool, str | None]:
+    """Return whether a folder's weights are read from safetensors, and which variant of them (None: the usual file).
+
+    A warning is logged for pickled weights, and for a variant, such as the half-precision `fp16`. Raises ValueError
+    where there are several variants and no usual file.
+    """
+    names = [file.name for file in folder.iterdir()]
+    pickled = [file for ending in WEIGHTS[1:] for file in folder.glob(ending)]
+    is_safe = not pickled or any(name.endswith(".safetensors") for name in names)
+    if not is_safe:
         log.warning("%s has no safetensors: its pickled weights are read with weights_only=True", folder)
-    return found
+    variants = variants_without_usual_file(names, "safetensors" if is_safe else "bin")
+    if len(variants) > 1:
+        raise ValueError(
+            f"{folder} has weights of several variants and none without one: {', '.join(variants)}; leave one of them "
+            "there, or add the full-precision file"
+        )
+    if variants:
+        log.warning("%s has its weights only as the variant %s: they are read, as float32", folder, variants[0])
+    return is_safe, variants[0] if variants else None
+
+
+def variants_without_usual_file(names: Iterable[str], ending: str) -> list[str]:
+    """Return the variants among names of weights in one folder; none where the usual file lies there, too."""
+    matches = [match for name in names if (match := WEIGHT_FILE.fullmatch(name)) and match["ending"] == ending]
+    variants = {match["variant"] for match in matches} - {VARIANT}  # PrunedUNet... asks for its variant itself
+    return [] if None in variants else sorted(variants)
+
+
+def only_variant(names: Sequence[str]) -> str | None:
+    """Return the variant that diffusers is to download of a repository where some part has only variants of weights."""
+    folders = {PurePosixPath(name).parent for name in names}
+    for folder in sorted(folders):
+        inside = [PurePosixPath(name).name for name in names if PurePosixPath(name).parent == folder]
+        ending = "safetensors" if any(name.endswith(".safetensors") for name in inside) else "bin"
+        if variants := variants_without_usual_file(inside, ending):
+            return variants[0]
+    return None
+
+
+def check_weights(network: nn.Module, info: dict[str, Any], path: Path, refused: Sequence[str] = MISFITS) -> None:
+    """Raise ValueError for weights that do not fit their configuration or are not finite, naming the tensors.
+
+    `info` is what the loader says ({kind of misfit: names of tensors}); `refused` are the kinds that are an error.
+    """
+    misfits = [f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}" for kind in refused if info[kind]]
+    if misfits:
+        raise ValueError(f"the weights in {path} do not fit its config.json ({'; '.join(misfits)})")
+    check_finite(network, path)
+
+
+def check_finite(network: nn.Module, path: Path) -> None:
+    """Raise ValueError naming the first tensor of a network that was not read or has a value that is not finite."""
+    for key, tensor in network.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(f"the weights in {path} do not fit its config.json (missing_keys: {key})")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"the weights in {path} are not finite: {key}")
+
+
+def unreadable(path: Path, error: Exception) -> ValueError:
+    """Return the error to raise for weights, a file or all in a folder, that a reader failed at with `error`."""
+    files = [path] if path.is_file() else [file for ending in WEIGHTS for file in sorted(path.glob(ending))]
+    for file in files:
+        with file.open("rb") as content:
+            if content.read(len(LFS_POINTER)) == LFS_POINTER:
+                return ValueError(f"{file} is a pointer of Git LFS, not the weights: run `git lfs pull` in its folder")
+    has_safe = any(file.suffix == ".safetensors" for file in files)
+    for file in () if has_safe else files:  # pickles beside safetensors are not what was read
+        if is_unsafe_pickle(file):
+            converted = file.with_suffix(".safetensors").name.removeprefix("pytorch_")  # as transformers calls it
+            return ValueError(
+                f"{file} is pickled and holds more than tensors, so that reading it could execute code; it is refused. "
+                "Convert it to safetensors in the program that wrote it, so: `import safetensors.torch; "
+                f"safetensors.torch.save_model(model, {converted!r}, metadata={{'format': 'pt'}})`"
+            )
+    return ValueError(f"the weights in {path}{'' if path.is_file() else damaged(path)} cannot be read: {error}")
+
+
+def is_unsafe_pickle(file: Path) -> bool:
+    """Tell whether PyTorch refuses a file of weights because of what is pickled in it."""
+    try:
+        torch.load(file, map_location="meta", weights_only=True)
+    except Exception as error:
+        return type(error).__name__ == "UnpicklingError"  # by name: nothing here imports pickle
+    return False

@@ -1,19 +1,26 @@
 """Loading a network of any family from a folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    PixArtTransformer2DModel,
-)
+from diffusers import PixArtTransformer2DModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lightning_modules.backbones.classification import image_networks
 from lightning_modules.backbones.diffusion import families, unet
-from lightning_modules.backbones.files import check_weights, damaged, is_image_network, read_config, say_if_pickled
+from lightning_modules.backbones.files import (
+    MISFITS,
+    check_no_adapter,
+    check_weights,
+    choose_weights,
+    is_image_network,
+    read_config,
+    unreadable,
+)
 
 CLASSES: dict[str, Any] = unet.CLASSES | families.CLASSES
 
@@ -32,19 +39,16 @@ def load_network(folder: Path) -> nn.Module:
     if is_language := "_class_name" not in config and "architectures" in config:
         kind: Any = AutoModelForCausalLM
         # Sizes that do not fit are named below.
-        options = {"trust_remote_code": False, "local_files_only": True, "ignore_mismatched_sizes": True}
+        options: dict[str, Any] = {
+            "trust_remote_code": False,
+            "local_files_only": True,
+            "ignore_mismatched_sizes": True,
+        }
     elif name in CLASSES:
         kind, options = CLASSES[name], {"low_cpu_mem_usage": False}
     else:
         raise ValueError(f"{folder}/config.json says _class_name={name!r}; choose one of: {', '.join(CLASSES)}")
-    safe = not say_if_pickled(folder)
-    try:
-        network, info = kind.from_pretrained(
-            folder, use_safetensors=safe, dtype=torch.float32, output_loading_info=True, **options
-        )
-    except Exception as error:  # damaged, cut off, of another shape, unsafe: readers raise almost anything
-        raise ValueError(f"the weights in {folder}{damaged(folder)} cannot be read: {error}") from error
-    check_weights(network, info, folder)
+    network: Any = read_weights(kind, folder, **options)
     if is_language:
         network.config.name_or_path = ""
     else:
@@ -52,12 +56,33 @@ def load_network(folder: Path) -> nn.Module:
     return network.eval()
 
 
+def read_weights(cls: Any, folder: Path, refused: Sequence[str] = MISFITS, **options: Any) -> Any:
+    """Return a network of a class of diffusers or transformers with the weights in a folder, float32.
+
+    `refused` are the kinds of misfits between weights and config.json that are an error (see `check_weights`);
+    `options` are those of the class's `from_pretrained`. Raises ValueError for weights that cannot be read safely, do
+    not fit, or are not finite, and for an adapter beside them.
+    """
+    check_no_adapter(folder)
+    is_safe, variant = choose_weights(folder)
+    if variant is not None:
+        options["variant"] = variant
+    try:
+        network, info = cls.from_pretrained(
+            folder, use_safetensors=is_safe, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except Exception as error:  # damaged, cut off, of another shape, unsafe: readers raise almost anything
+        raise unreadable(folder, error) from error
+    check_weights(network, info, folder, refused)
+    return network
+
+
 def load_image_network(folder: Path) -> image_networks.ImageNetwork:
     """The image classifier in a folder, at the widths of its weights."""
     try:
         return image_networks.load(folder)
     except (ValueError, SafetensorError, OSError) as error:
-        raise ValueError(f"the weights in {folder}{damaged(folder)} cannot be read: {error}") from error
+        raise unreadable(folder, error) from error
 
 
 def remapped(config: dict[str, Any]) -> str:

@@ -3,9 +3,11 @@
 The noise of a training step is a function of its position, and no step is taken on a loss that is not finite.
 """
 
+import contextlib
 import inspect
+import json
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from conf.schema import ConfigError
 from datamodules.seeding import derive
 from lightning_modules.backbones.base import NetworkBackbone
+from lightning_modules.nested import tensors_by_path
+from lightning_modules.training.ranks import DrawsForGlobalBatch, mean_over_ranks, world_size
 
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Schedule = Callable[[torch.optim.Optimizer], Any]
@@ -85,6 +89,27 @@ def sum_over_ranks(module: pl.LightningModule, value: Tensor) -> Tensor:
     return total.cpu()
 
 
+def advise_on_non_finite(step: int, precision: str, rate_field: str, precision_field: str, otherwise: str) -> str:
+    """Return what to try against a loss or gradient that is not finite, as a sentence.
+
+    Args:
+        step: number of optimiser steps that were taken.
+        precision: precision of the computation, as Lightning names it.
+        rate_field: field of the configuration with the learning rate.
+        precision_field: field of the configuration with the precision.
+        otherwise: what to try where neither can be the cause.
+    """
+    wider = [] if precision == "32-true" else [f"{precision_field}=32-true"]
+    if step:
+        return f"{' or '.join([f'A lower {rate_field}', *wider])} usually helps"
+    return f"No step was taken before, so the learning rate is not the cause; try {' or '.join([*wider, otherwise])}"
+
+
+def is_list_of_texts(value: Any) -> bool:
+    """Return whether a part of a batch is a list of captions or the like."""
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
 class NonFiniteLoss(FloatingPointError):
     """A loss or a gradient is NaN or infinite; no optimiser step was taken with it."""
 
@@ -92,35 +117,56 @@ class NonFiniteLoss(FloatingPointError):
 class TrainedModule(pl.LightningModule):
     """Base class of the modules that are trained on the batches of a datamodule; subclasses implement `losses(batch)`.
 
-    Before every batch the global generators are seeded from (seed, rank, batch counter), so that resuming needs no
-    generator state; micro-batches of one accumulated step differ.
+    Before every batch the global generators are seeded from (seed, batch counter), so that resuming needs no generator
+    state, and micro-batches of one accumulated step differ. What `losses` draws for the samples of a batch is a
+    function of their positions in the global batch, whatever the number of ranks (see DrawsForGlobalBatch).
 
     Args:
         optimizer: makes the optimiser of the parameters that require a gradient.
         lr_scheduler: makes the schedule of an optimiser's learning rate, which advances with every optimiser step.
         seed: seed of training.
-        dump: folder into which a batch with a non-finite loss is written.
+        dump: folder into which a batch with a loss or gradient that is not finite is written.
     """
 
     def __init__(self, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path) -> None:
         super().__init__()
         self.make_optimizer, self.make_schedule, self.seed, self.dump = optimizer, lr_scheduler, seed, dump
+        self.batch_counter = 0
+        self.newest_batch: Mapping[str, Any] = {}
+        """the newest batch"""
+        self.network_inputs: Mapping[str, Any] = {}
+        """what `losses` gave the networks for the newest batch (timesteps, noised samples), where it sets this"""
+        self.loss_values: dict[str, Tensor] = {}
+        """the losses of the newest batch, without gradients"""
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the scalars of a batch by name: "loss" is minimised, and all are logged as `train/<name>`."""
         raise NotImplementedError
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        counter = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        torch.manual_seed(derive(self.seed, "noise", self.global_rank, counter))
+        self.batch_counter = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        # 0 was the rank: a single process has the same draws as ever.
+        torch.manual_seed(derive(self.seed, "noise", 0, self.batch_counter))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        losses = self.losses(batch)
-        if not torch.isfinite(losses["loss"]):
-            self.stop_on_non_finite("loss", batch, losses)
-        self.log("loss", losses["loss"], prog_bar=True, logger=False)
-        self.log_dict({f"train/{name}": value for name, value in losses.items()})
+        with self.draws_for_global_batch(batch):
+            losses = self.losses(batch)
+        self.newest_batch = batch
+        self.loss_values = {name: value.detach() for name, value in losses.items()}
+        means = mean_over_ranks(losses)
+        if not torch.isfinite(means["loss"]):  # on all ranks, so that none of them waits for the others' gradients
+            self.stop_on_non_finite("loss")
+        self.log("loss", means["loss"], prog_bar=True, logger=False)
+        self.log_dict({f"train/{name}": value for name, value in means.items()})
         return losses["loss"]
+
+    def draws_for_global_batch(self, batch: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which this rank draws its samples' part of what one process would draw."""
+        world = world_size()
+        if world == 1:
+            return contextlib.nullcontext()
+        samples = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+        return DrawsForGlobalBatch(samples, torch.distributed.get_rank(), world)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.trainer.precision == "16-mixed":
@@ -128,21 +174,43 @@ class TrainedModule(pl.LightningModule):
         gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
         if not torch.isfinite(nn.utils.get_total_norm(gradients.values())):
             bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
-            self.stop_on_non_finite(f"gradient of {', '.join(bad[:3]) or 'all parameters together'}", {}, {})
+            self.stop_on_non_finite(f"gradient of {', '.join(bad[:3]) or 'all parameters together'}")
 
-    def stop_on_non_finite(self, what: str, batch: dict[str, Any], losses: dict[str, Tensor]) -> None:
-        """Write the batch and the losses into `dump`, then raise NonFiniteLoss; `what` is the value's name."""
+    def stop_on_non_finite(self, quantity: str) -> None:
+        """Write the newest batch, its inputs and losses into `dump`, and raise NonFiniteLoss with fitting advice.
+
+        Of an accumulated step these are those of the last micro-batch.
+
+        Args:
+            quantity: name of the value that is not finite.
+        """
         self.dump.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}  # not captions
-        tensors |= {f"losses/{name}": value.detach().reshape(1) for name, value in losses.items()}
-        tensors["step"] = torch.tensor([self.global_step])
+        given = tensors_by_path(self.newest_batch) | tensors_by_path(self.network_inputs, "inputs")
+        tensors = given | tensors_by_path(self.loss_values, "losses")
+        tensors |= {"step": torch.tensor(self.global_step), "batch_counter": torch.tensor(self.batch_counter)}
+        texts = {name: json.dumps(value) for name, value in self.newest_batch.items() if is_list_of_texts(value)}
         path = self.dump / f"non_finite_rank{self.global_rank}.safetensors"
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path)
-        values = ", ".join(f"{name}={float(value.detach()):.4g}" for name, value in losses.items())
+        # Copies, as safetensors refuses tensors that share their memory; scalars get a dimension.
+        save_file({name: torch.atleast_1d(tensor.cpu()).clone() for name, tensor in tensors.items()}, path, texts)
+        values = ", ".join(f"{name}={float(value):.4g}" for name, value in self.loss_values.items())
         raise NonFiniteLoss(
-            f"the {what} is not finite at optimiser step {self.global_step} ({values}); no step was taken with it. "
-            f"The batch is in {path}; a lower optimizer.lr or trainer.precision=32-true usually helps"
+            f"the {quantity} is not finite at optimiser step {self.global_step} ({values}); no step was taken with it. "
+            f"The batch, what the networks were given and the losses are in {path}. {self.advise(given)}"
         )
+
+    def advise(self, given: Mapping[str, Tensor]) -> str:
+        """Return what to try, as a sentence; `given` are the tensors that the networks were given."""
+        broken = [
+            name for name, tensor in given.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+        ]
+        if broken:
+            return (
+                f"Not finite before any network saw them: {', '.join(broken[:3])}; look at these samples (`index` has "
+                "their numbers) and at what encodes them"
+            )
+        otherwise = "trainer.options={detect_anomaly: true}, which names the operation that failed"
+        precision = str(self.trainer.precision)
+        return advise_on_non_finite(self.global_step, precision, "optimizer.lr", "trainer.precision", otherwise)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])

@@ -41,7 +41,7 @@ class Denoiser(TrainedModule):
         self.backbone, self.drop_text, self.captions = backbone.train(), drop_text, captions
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        inputs = self.backbone.training_inputs(batch)
+        inputs = self.network_inputs = self.backbone.training_inputs(batch)
         if self.backbone.takes_text and self.drop_text:
             inputs["conditions"] = self.drop_captions(inputs["conditions"], batch, len(inputs["sample"]))
         return {"loss": self.backbone.loss(inputs)}

@@ -1,12 +1,13 @@
 """Distillation of an unpruned teacher into its pruned student."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 
 from conf.schema import build
@@ -14,6 +15,11 @@ from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.losses.level_weights import LevelWeights, features
 from lightning_modules.modules.base import DistillationModule, Optimizer, Schedule
 from lightning_modules.modules.lora import Lora
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = ("w_task", "w_out", "w_feat")
+"""The weights of the three terms of the loss."""
 
 
 class Distillation(DistillationModule):
@@ -39,7 +45,7 @@ class Distillation(DistillationModule):
         skip_emptied: leave out stages all of whose units were removed, since nothing in them can learn.
         lora: low-rank adapters, which alone are trained; `result` merges them into the weights. None trains all.
         feature_distance: distance (student's map, teacher's map) -> scalar; the maps are float32, of shape (N,C,H,W)
-            or (N,L,C), or (tokens,C) where padding is left out. None is the mean squared error.
+            or (N,L,C), or (tokens,C) of one sample where padding is left out. None is the mean squared error.
         optimizer: see TrainedModule.
         lr_scheduler: see TrainedModule.
         seed: see TrainedModule.
@@ -67,6 +73,11 @@ class Distillation(DistillationModule):
         super().__init__(student, teacher, optimizer, lr_scheduler, seed, dump)
         self.w_task, self.w_out, self.w_feat = w_task, w_out, w_feat
         self.levels = tap_pairs(student, teacher, taps, skip_emptied) if w_feat else {}
+        if not (w_task or w_out or self.levels):
+            raise ValueError(
+                f"distillation.w_feat={w_feat} is the only weight above 0, and the student has none of the "
+                f"feature maps of distillation.taps={taps}; choose distillation.w_task or distillation.w_out above 0"
+            )
         self.feature_distance = F.mse_loss if feature_distance is None else feature_distance
         self.needs_teacher = bool(w_out or self.levels)
         self.weights = LevelWeights(normalization, len(self.levels))
@@ -75,6 +86,13 @@ class Distillation(DistillationModule):
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any], teacher: NetworkBackbone, narrower: bool) -> None:
         """Raise ValueError for settings that cannot be trained with this teacher; see DistillationModule."""
+        weights = [name for name in WEIGHTS if settings.get(name, 1.0)]
+        if not weights:
+            values = ", ".join(f"{name}={settings[name]}" for name in WEIGHTS)
+            raise ValueError(
+                f"distillation: {values}, so that there is no loss to train on; choose a weight above 0, or "
+                "distillation=none for no training"
+            )
         if narrower and settings.get("w_feat"):
             raise ValueError(
                 f"distillation.w_feat={settings['w_feat']}: a student with fewer channels has no feature maps "
@@ -89,7 +107,17 @@ class Distillation(DistillationModule):
                 "a class whose objects are called with two feature maps, such as "
                 "{_target_: lightning_modules.losses.cosine.CosineDistance}"
             )
-        check_levels(teacher, settings.get("normalization"), settings.get("taps"))
+        LevelWeights(settings.get("normalization", "none"), 0)
+        taps = settings.get("taps", "stages")
+        if taps or "w_feat" in weights:
+            check_taps(taps)
+            tap_names(teacher, taps)
+        if teacher.predicts_variance and "w_out" not in weights:
+            log.warning(
+                "distillation.w_out=%s: the student's predicted variance is not trained, as only the teacher's output "
+                "teaches it; do not sample with sampler=ddpm, or set distillation.w_out above 0",
+                settings.get("w_out"),
+            )
 
     def result(self) -> NetworkBackbone:
         """Return the trained student, with adapters merged into its weights."""
@@ -101,7 +129,7 @@ class Distillation(DistillationModule):
             super().on_fit_start()
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        inputs = self.student.training_inputs(batch)
+        inputs = self.network_inputs = self.student.training_inputs(batch)
         with features({name: self.student.network.get_submodule(path) for name, path in self.levels.items()}) as maps_s:
             eps_s = self.student.predict(inputs).float()
         losses = {"task": self.student.losses(eps_s, inputs).mean()}
@@ -114,24 +142,48 @@ class Distillation(DistillationModule):
                 eps_t = self.teacher.predict(inputs).float()
             losses["output"] = self.student.distance(eps_s, eps_t, inputs)
             total = total + self.w_out * losses["output"]
-            counted = inputs.get("mask")  # of tokens: padding does not count
             for level, name in enumerate(self.levels):
-                f_s, f_t = maps_s[name].float(), maps_t[name].float()
-                if counted is not None:
-                    f_s, f_t = f_s[counted], f_t[counted]
-                raw = self.feature_distance(f_s, f_t)
-                weighted = self.weights(level, f_t) * raw
+                raw, weighted = self.feature_terms(
+                    level, maps_s[name].float(), maps_t[name].float(), inputs.get("mask")
+                )
                 losses[f"feature/{name}"], losses[f"weighted_feature/{name}"] = raw.detach(), weighted.detach()
                 total = total + self.w_feat * weighted
         return {"loss": total} | losses
 
+    def feature_terms(self, level: int, f_s: Tensor, f_t: Tensor, mask_NL: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the distance of a level's feature maps before and after its weight, two scalars.
 
-def check_levels(teacher: NetworkBackbone, normalization: str | None, taps: Any) -> None:
-    """Raise ValueError for an unknown normalisation or a tap that the teacher does not have; None is not checked."""
-    if normalization is not None:
-        LevelWeights(normalization, 0)
-    if taps is not None:
-        tap_names(teacher, taps)
+        Where a mask says which tokens count, both are means over samples, each with a weight of its own, so that they
+        do not depend on the number of tokens that happen to be in the same batch. Samples without tokens give 0.
+        """
+        if mask_NL is None:
+            raw = self.feature_distance(f_s, f_t)
+            return raw, self.weights(level, f_t) * raw
+        counts = mask_NL.sum(1).tolist()
+        samples = zip(f_s[mask_NL].split(counts), f_t[mask_NL].split(counts), strict=True)
+        pairs = [(sample_s, sample_t) for sample_s, sample_t in samples if len(sample_s)]
+        weights_N = self.weights.for_samples(level, [sample_t for _, sample_t in pairs])
+        if not pairs:
+            return (nothing := 0 * f_s.sum()), nothing
+        raw_N = torch.stack([self.feature_distance(*pair) for pair in pairs])
+        return raw_N.sum() / len(counts), (weights_N * raw_N).sum() / len(counts)
+
+
+TAPS = "stages, units, a list of module paths, or a mapping {teacher's path: student's path}"
+"""The values of `taps`, in words."""
+
+
+def check_taps(taps: Any) -> None:
+    """Raise ValueError where `taps` is of another type than TAPS, or empty."""
+    is_mapping = isinstance(taps, Mapping | DictConfig)
+    paths = [*taps, *taps.values()] if is_mapping else taps
+    is_list = is_mapping or isinstance(taps, list | tuple | ListConfig)
+    if not isinstance(taps, str) and not (is_list and paths and all(isinstance(path, str) for path in paths)):
+        value = "null" if taps is None else taps
+        raise ValueError(
+            f"distillation.taps={value} names no feature maps to compare; choose {TAPS}, or distillation.w_feat=0 to "
+            "compare none"
+        )
 
 
 def tap_names(teacher: NetworkBackbone, taps: Any) -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from criteria.scores.bottleneck import Bottleneck
 from lightning_modules.backbones.prefix_reuse import part_of
-from lightning_modules.modules.base import NonFiniteLoss, sum_over_ranks
+from lightning_modules.modules.base import NonFiniteLoss, advise_on_non_finite, sum_over_ranks
 
 
 class BottleneckTraining(pl.LightningModule):
@@ -56,11 +56,13 @@ class BottleneckTraining(pl.LightningModule):
     def check(self, values: dict[str, float], iteration: int) -> None:
         """Raise NonFiniteLoss, on all ranks, before a step is taken with a loss that is not finite."""
         if not math.isfinite(values["loss"]):
-            told = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
+            terms = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
+            otherwise = "another calibration.seed, or look at the calibration samples: the whole network fails on them"
+            precision = str(self.trainer.precision)
+            advice = advise_on_non_finite(iteration, precision, "criterion.lr", "calibration.precision", otherwise)
             raise NonFiniteLoss(
                 f"the loss of criterion=bottleneck is not finite at iteration {iteration + 1} of "
-                f"{self.trainer.num_training_batches} ({told}); a lower criterion.lr or calibration.precision=32-true "
-                "usually mends it"
+                f"{self.trainer.num_training_batches} ({terms}). {advice}"
             )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

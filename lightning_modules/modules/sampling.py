@@ -1,5 +1,6 @@
 """Generation of samples from seeds under a Trainer."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,30 @@ class Generation(pl.LightningModule):
         for images in (images for batches in by_rank for images in batches):
             if self.images is None:
                 count = len(self.trainer.test_dataloaders.dataset)  # type: ignore[union-attr]
-                self.images = open_memmap(self.file, "w+", np.uint8, (count, *images.shape[1:]))
+                self.images = create_images(self.file, (count, *images.shape[1:]))
             self.images[self.written : self.written + len(images)] = images
             self.written += len(images)
 
     def on_test_epoch_end(self) -> None:
         if self.images is not None:
             self.images.flush()
+
+
+def create_images(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Create a .npy file of uint8 images (N,H,W,C) and return it as a memory map; raises OSError naming a full disk.
+
+    All of its space is taken at once: writing to a map of a file with holes would end in SIGBUS on a full disk.
+    """
+    images = open_memmap(file, "w+", np.uint8, shape)
+    size = file.stat().st_size
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with open(file, "r+b") as stream:
+            try:
+                os.posix_fallocate(stream.fileno(), 0, size)
+            except OSError as error:
+                reason = f"{os.strerror(error.errno)}, {size:,} bytes are needed for {shape[0]} samples"
+                raise OSError(error.errno, reason, str(file)) from error
+    return images
 
 
 SEED_STRIDE = 10_000_019

@@ -1,6 +1,7 @@
 """The Lightning Trainer of every stage: devices, precision, progress, checkpoints and resuming."""
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,17 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import Logger
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from conf.schema import ConfigError, build
-from lightning_modules.training.checkpoints import AtomicCheckpoints, newest_checkpoint
+from lightning_modules.training.checkpoints import (
+    AtomicCheckpoints,
+    newest_checkpoint,
+    remove_partial_checkpoints,
+)
 from lightning_modules.training.history import History
 from lightning_modules.training.progress import StageBar
+from lightning_modules.training.sigterm import SIGTERM_EXIT_CODE, CheckpointOnSigterm, EndOnSigterm
 
 
 def accelerator_of(name: str) -> str:
@@ -49,7 +56,7 @@ def make_trainer(conf: Any, stage: str, precision: str, **arguments: Any) -> pl.
     device = accelerator_of(conf.accelerator)
     torch.backends.cuda.matmul.allow_tf32 = False  # scores and metrics on a GPU are to equal those on a CPU
     torch.backends.cudnn.allow_tf32 = False
-    callbacks = [StageBar(stage), *arguments.pop("callbacks", [])]
+    callbacks = [StageBar(stage), EndOnSigterm(), *arguments.pop("callbacks", [])]
     return pl.Trainer(
         accelerator=device,
         devices=conf.devices,
@@ -93,7 +100,8 @@ def fit(
     """Train a module for `conf.steps` optimiser steps, resuming from the newest checkpoint where there is one.
 
     A resumed run ends in the same bits as an undisturbed one on the same devices: batch order and noise are
-    functions of (seed, position), and the loader's position is in the checkpoint.
+    functions of (seed, position), and the loader's position is in the checkpoint. On SIGTERM the step is taken to its
+    end, a checkpoint is written, and SystemExit raised.
 
     Args:
         module: the module; it holds the trained weights (their moving average, with that callback) afterwards.
@@ -123,11 +131,12 @@ def fit(
         save_on_train_epoch_end=False,
         enable_version_counter=False,
     )
+    stopper = CheckpointOnSigterm(checkpoints, conf.checkpoint_every)
     trainer = make_trainer(
         conf,
         stage,
         conf.precision,
-        callbacks=[saver, *callbacks],
+        callbacks=[saver, stopper, *callbacks],
         logger=[history, *loggers],
         enable_checkpointing=True,
         max_epochs=1,
@@ -140,6 +149,14 @@ def fit(
         limit_val_batches=0,
         **build(conf.options),
     )
+    if trainer.world_size > 1 and any(isinstance(part, _BatchNorm) for part in module.modules()):
+        warnings.warn(
+            f"{stage}: batch norms take the statistics of each rank's own samples, so that the result depends on "
+            "trainer.devices",
+            stacklevel=2,
+        )
+    if trainer.is_global_zero:
+        remove_partial_checkpoints(checkpoints)
     if resume and resume[1] >= conf.steps:  # killed between the last step and what follows
         module.load_state_dict(torch.load(resume[0], map_location="cpu", weights_only=True)["state_dict"])
         return
@@ -149,3 +166,10 @@ def fit(
     if trainer.is_global_zero:  # a resumed Trainer does not know the earlier process's checkpoints
         for old in sorted(checkpoints.glob("step=*.ckpt"))[:-2]:
             old.unlink()
+    if stopper.received or stopper.stopped:
+        if not trainer.is_global_zero:
+            # Lightning kills rank 0, which still closes logs and dashboards, where a rank that it has started ends with
+            # an error.
+            raise SystemExit(0)
+        print(f"{stage}: stopped by SIGTERM after step {trainer.global_step}; the same command goes on from there")
+        raise SystemExit(SIGTERM_EXIT_CODE)

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import re
+import shutil
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from omegaconf import OmegaConf
 from support.config import GLOBAL, composed, recipe
 from support.process import ROOT, train
 
-from conf import schema
+from conf import schema, search_path
 from conf.schema import ConfigError
 from experiments.engine.pipeline import run_pipeline
 
@@ -62,13 +64,36 @@ def test_the_command_line_wins_over_a_recipe(configure_with):
 
 
 def test_the_command_line_prints_its_configuration_from_any_folder_and_writes_nothing(data_folder, tmp_path):
-    runs = tmp_path / "my runs é"
-    process = train(
-        "--cfg", "job", "data=tiny", "selection.ratio=0.3", f"paths.runs='{runs}'", config_dir=data_folder, cwd=tmp_path
-    )
+    """A file of the user's own has the name of one of conf/, and is the one that is used."""
+    runs, folder = tmp_path / "my runs é", tmp_path / "my configs"
+    shutil.copytree(data_folder, folder)
+    (folder / "sampler").mkdir()
+    (folder / "sampler" / "ddim.yaml").write_text("name: mine\nsteps: 7\nscheduler: null\n")
+    job = ["data=tiny", "sampler=ddim", "selection.ratio=0.3", f"paths.runs='{runs}'"]
+    process = train("--cfg", "job", *job, config_dir=folder, cwd=tmp_path)
     cfg = OmegaConf.create(process.stdout)
     assert (cfg.data.name, cfg.selection.ratio, cfg.paths.runs) == ("tiny", 0.3, str(runs))
-    assert list(tmp_path.iterdir()) == []
+    assert (cfg.sampler.name, cfg.sampler.steps) == ("mine", 7)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_file_of_hydras_search_path_with_the_name_of_a_built_in_one_is_refused(tmp_path, monkeypatch):
+    source = SimpleNamespace(provider="hydra.searchpath in command-line", schema="file", path=str(tmp_path))
+    hydra = SimpleNamespace(runtime=SimpleNamespace(config_sources=[source]))
+    monkeypatch.setattr(search_path.HydraConfig, "get", lambda: hydra)
+    for name in ("mine.yaml", "ddim.yaml"):
+        search_path.check_shadowed_files()
+        (tmp_path / "sampler").mkdir(exist_ok=True)
+        (tmp_path / "sampler" / name).touch()
+    with pytest.raises(ConfigError, match=rf"hydra\.searchpath: {tmp_path}/sampler/ddim\.yaml has the name"):
+        search_path.check_shadowed_files()
+
+
+def test_the_tiny_debug_settings_measure_few_images_of_a_classifier(configure):
+    job = ("task=classification", "evaluation=[accuracy,accuracy_top5]", "teacher.path=/elsewhere")
+    for more, images in (((), None), (("debug=tiny",), 4)):
+        metrics = configure(*job, *more).evaluation.metrics
+        assert [metric.images for metric in metrics.values()] == [images, images]
 
 
 # Typos
@@ -290,6 +315,8 @@ def test_an_impossible_ratio_fails_before_the_teacher_is_looked_for(configure, t
         ("selection.budget=flop", "selection.budget='flop' is unknown; choose one of: params, macs"),
         ("selection.target=5e6", "selection.ratio=0.5, selection.target=5000000.0: give exactly one of the two"),
         ("trainer.accelerator=tpu", "trainer.accelerator='tpu' is unknown; choose one of: auto, cpu, gpu"),
+        ("lr_scheduler.num_warmup_steps=-5", "lr_scheduler.num_warmup_steps=-5 is out of range; choose a whole number"),
+        ("lr_scheduler.num_warmup_steps=5", "lr_scheduler.num_warmup_steps=5 is longer than the training, trainer.st"),
     ],
 )
 def test_impossible_values_fail_before_anything_is_written(configure, overrides, tmp_path, override, message):
@@ -299,6 +326,12 @@ def test_impossible_values_fail_before_anything_is_written(configure, overrides,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_default_warm_up_is_no_longer_than_the_training(configure, schedule):
+    warm_ups = {steps: configure(f"lr_scheduler={schedule}", f"trainer.steps={steps}") for steps in (4, 10, 150)}
+    assert {steps: cfg.lr_scheduler.num_warmup_steps for steps, cfg in warm_ups.items()} == {4: 4, 10: 10, 150: 10}
+
+
 def test_asking_for_a_gpu_that_is_not_there_fails_before_anything_is_written(configure, overrides, tmp_path):
     with pytest.raises(ValueError, match=r"trainer\.accelerator='gpu', but no CUDA device is visible") as caught:
         run_pipeline(configure(*overrides, "trainer=gpu"))

@@ -13,7 +13,15 @@ from criteria.selection import solver
 from criteria.selection.base import InfeasibleBudget, Pool
 from criteria.selection.in_order import Greedy, Ranked
 from criteria.selection.knapsack import Knapsack
-from criteria.selection.solver import Program, enumerable, greatest_cost, least_cost, reachable, solve, sums
+from criteria.selection.solver import (
+    Program,
+    enumerate_costs,
+    greatest_cost,
+    is_enumerable,
+    is_reachable,
+    least_cost,
+    solve,
+)
 
 thoroughly = settings(derandomize=True, database=None, deadline=None, max_examples=100)
 SMALL = (4, 1_000, 10**5)
@@ -22,16 +30,20 @@ SMALL = (4, 1_000, 10**5)
 def test_a_shared_part_goes_with_the_last_of_its_units():
     program = Program([5, 7, 11], [(frozenset({0, 2}), 100)], [(0, 1)])
     assert [program.cost(chosen) for chosen in ([], [0], [2], [0, 2], [1, 2])] == [0, 5, 11, 116, 18]
-    assert (program.added(2, {0}), program.added(2, {1}), program.added(0, {2})) == (111, 11, 105)
+    assert (program.marginal_cost(2, {0}), program.marginal_cost(2, {1}), program.marginal_cost(0, {2})) == (
+        111,
+        11,
+        105,
+    )
     assert program.allows(0, {2}) and not program.allows(0, {1, 2})
 
 
 @thoroughly
 @given(problem=problems(SMALL))
-def test_the_sums_of_all_sets_are_those_of_every_subset(problem):
-    unit = solver.divisor(problem.program)
+def test_enumerated_costs_are_those_of_all_subsets(problem):
+    unit = solver.common_divisor(problem.program)
     bits = sum(1 << cost // unit for cost in {problem.spent(chosen) for chosen in problem.allowed()})
-    assert sums(problem.program) == bits
+    assert enumerate_costs(problem.program) == bits
 
 
 @pytest.mark.parametrize("bits", [solver.MAX_BITS, 0])
@@ -39,13 +51,13 @@ def test_the_sums_of_all_sets_are_those_of_every_subset(problem):
 @given(problem=problems(SMALL), low=st.integers(-10, 10**6), width=st.integers(-1, 10**5))
 def test_the_nearest_costs_are_found_with_and_without_enumeration(bits, problem, low, width):
     program, costs = problem.program, {problem.spent(chosen) for chosen in problem.allowed()}
-    low %= sum(program.every) + 2
+    low %= sum(program.all_costs) + 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(solver, "MAX_BITS", bits)
-        assert enumerable(program) == (bits > 0)
+        assert is_enumerable(program) == (bits > 0)
         assert least_cost(program, low) == min((cost for cost in costs if cost >= low), default=None)
         assert greatest_cost(program, low) == max(cost for cost in costs if cost <= low)
-        assert reachable(program, (low, low + width)) == any(low <= cost <= low + width for cost in costs)
+        assert is_reachable(program, (low, low + width)) == any(low <= cost <= low + width for cost in costs)
 
 
 @thoroughly
@@ -53,10 +65,10 @@ def test_the_nearest_costs_are_found_with_and_without_enumeration(bits, problem,
 def test_what_is_left_after_some_units_went_adds_up_to_the_whole(problem, data):
     taken = set(data.draw(st.sampled_from(problem.allowed())))
     left = data.draw(st.sets(st.sampled_from(sorted({*range(len(problem.costs))} - taken) or [0]))) - taken
-    rest = problem.program.after(taken, left)
+    rest = problem.program.remaining(taken, left)
     after = {problem.spent(s) - problem.spent([*taken]) for s in problem.allowed() if taken <= {*s} <= taken | left}
-    unit = solver.divisor(rest)
-    assert sums(rest) == sum(1 << cost // unit for cost in after)
+    unit = solver.common_divisor(rest)
+    assert enumerate_costs(rest) == sum(1 << cost // unit for cost in after)
 
 
 def test_a_set_of_less_harm_is_not_lost_in_the_solvers_simplifications():
@@ -142,4 +154,4 @@ def test_a_problem_is_its_program():
     """The pools of the other tests hold what the programs here do."""
     problem = Problem([5, 7, 11], [0.0] * 3, 100, 0.5, 0.1, [(frozenset({0, 2}), 100)], [(0, 1)])
     program = problem.pool.program("params")
-    assert (program.costs, list(program.shared), list(program.apart)) == ([5, 7, 11], problem.shared, [(1, 0)])
+    assert (program.costs, list(program.shared), list(program.exclusive)) == ([5, 7, 11], problem.shared, [(1, 0)])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.pipelines import FACTOR, LATENT, tiny_pipeline
 
@@ -269,6 +270,19 @@ def test_pictures_of_another_size_are_refused(text_job, configure, tmp_path):
     job = [*text_job, f"data.size={LATENT * FACTOR * 2}", f"latents={tmp_path}/latents"]
     with pytest.raises(ValueError, match="the VAE belongs to"):
         precompute(configure(*job))
+
+
+def test_stored_values_that_are_not_finite_are_named(stored, configure):
+    job, folder = stored
+    for shard, name in (("train-00000", "latent_mean"), ("text-00000", "encoder_hidden_states")):
+        file = folder / f"{shard}.safetensors"
+        whole, state = file.read_bytes(), load_file(file)
+        with safe_open(file, "pt") as content:
+            metadata = content.metadata()
+        save_file(state | {name: torch.full_like(state[name], torch.nan)}, file, metadata)
+        with pytest.raises(ValueError, match=rf"{file} has values that are not finite \({name}\)"):
+            batches(configure(*job), 1)
+        file.write_bytes(whole)
 
 
 def test_a_damaged_shard_is_named(stored, configure):

@@ -48,6 +48,15 @@ def test_files_and_modules_that_a_page_names_are_there(page):
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
+def test_every_fault_of_the_reliability_page_has_its_test():
+    rows = re.findall(r"^\| (?!fault|---)(.+) \|$", text_of("docs/reliability.md"), re.M)
+    for row in rows:
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert tests, row
+        for path, name in tests:
+            assert re.search(rf"^def {name}\(", text_of(path), re.M), (path, name)
+
+
 def test_the_python_page_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", text_of("docs/python.md"), re.S)
     assert len([line for line in blocks[0].splitlines() if line.strip()]) <= 25

@@ -163,6 +163,14 @@ def test_dollars_in_names_are_drawn_as_they_are(study):
     assert report_set(study).exists()
 
 
+def test_a_report_can_be_written_elsewhere(study, tmp_path):
+    before = files(study)
+    page = report_set(study, tmp_path / "pages" / "report")
+    assert files(study) == before and page == tmp_path / "pages" / "report" / "index.html"
+    (link,) = re.findall('<li><a href="(.*?)">', page.read_text())
+    assert (page.parent / link).resolve() == the_run(study) / "report.html"
+
+
 def test_a_report_removes_its_own_old_pictures_only(study):
     folder = report_set(study).parent
     (folder / "mine.png").write_bytes(b"mine")

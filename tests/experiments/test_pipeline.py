@@ -21,7 +21,7 @@ from support.results import files, read_markdown, stamps, the_run
 from conf.schema import ROOT, build
 from criteria.selection.base import InfeasibleBudget
 from datamodules.images import Images
-from experiments.engine.artefacts import StaleArtefact, UnwritableDirectory, read_json
+from experiments.engine.artefacts import StaleArtefact, UnwritableDirectory, check_fresh, digest, read_json
 from experiments.engine.clock import OutOfMemory
 from experiments.engine.identity import fingerprint
 from experiments.engine.pipeline import run_pipeline
@@ -59,6 +59,13 @@ def finished(configure, overrides, tmp_path, tmp_path_factory, unverified) -> tu
     return configure(*overrides), the_run(tmp_path / "runs")
 
 
+def forget_hashes(run: Path) -> None:
+    """Leave a manifest as earlier versions wrote it, which had no hashes."""
+    manifest = read_json(run / ".manifest.json")
+    assert manifest.pop("sha256")
+    (run / ".manifest.json").write_text(json.dumps(manifest))
+
+
 def identity(cfg: Any) -> Run:
     return Run(cfg, fingerprint(weight_files(cfg.teacher.path), Path(cfg.paths.cache)))
 
@@ -78,7 +85,8 @@ def test_a_finished_run_is_exactly_these_files_also_below_a_folder_with_spaces_a
     kinds = sorted(re.sub(r"[0-9a-f]{16,}", "ID", name) for name in files(runs / ".cache"))
     assert kinds == [
         *["fingerprints/ID.json"] * 3,  # weights, their configuration, the noise schedule
-        *("samples/ID.lock", "samples/ID/images.npy", "scores/ID.json", "scores/ID.lock", "statistics/ID.safetensors"),
+        *("samples/ID.lock", "samples/ID.sha256", "samples/ID/images.npy", "scores/ID.json", "scores/ID.lock"),
+        *("statistics/ID.safetensors", "statistics/ID.safetensors.sha256"),
     ]
     assert {path.name for path in runs.iterdir()} == {".cache", "debug"}
 
@@ -235,7 +243,8 @@ def test_processes_that_ask_for_one_result_at_once_all_get_it_and_one_computes(t
     assert [process.returncode for process in processes] == [0, 0], errors
     assert len(log.read_text().splitlines()) == 1
     (stored,) = folder.glob("*.json")
-    assert read_json(stored) == {"key": {"question": 1}, "result": {"answer": list(range(5000))}}
+    answer = {"answer": list(range(5000))}
+    assert read_json(stored) == {"key": {"question": 1}, "sha256": digest(answer), "result": answer}
     assert {path.suffix for path in folder.iterdir()} == {".json", ".lock"}
 
 
@@ -247,7 +256,13 @@ def test_a_folder_that_cannot_be_made_is_named(configure, overrides, tmp_path):
     job = [override for override in overrides if not override.startswith("paths.runs=")]
     with pytest.raises(UnwritableDirectory) as caught:
         run_pipeline(configure(*job, f"paths.runs={tmp_path}/file/runs"))
-    assert str(tmp_path / "file") in str(caught.value) and "paths.runs=" in str(caught.value)
+    assert str(tmp_path / "file") in str(caught.value) and "paths.runs" in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_made_is_named_by_its_own_field(configure, overrides, tmp_path):
+    (tmp_path / "file").write_text("a file, not a folder")
+    with pytest.raises(UnwritableDirectory, match=rf"{tmp_path}/file.* with paths\.cache=\.\.\."):
+        run_pipeline(configure(*overrides, f"paths.cache={tmp_path}/file/cache"))
 
 
 @pytest.mark.parametrize(
@@ -256,6 +271,7 @@ def test_a_folder_that_cannot_be_made_is_named(configure, overrides, tmp_path):
 def test_an_artefact_of_another_teacher_or_of_other_scores_is_refused_with_both_ids(finished, artefact, field):
     cfg, run = finished
     (run / "finished.json").unlink()
+    forget_hashes(run)
     content = read_json(run / artefact)
     wanted, content[field] = content[field], "0123456789abcdef" * 4
     (run / artefact).write_text(json.dumps(content))
@@ -265,6 +281,12 @@ def test_an_artefact_of_another_teacher_or_of_other_scores_is_refused_with_both_
         assert part in str(caught.value)
 
 
+def test_ids_that_begin_alike_are_shown_where_they_differ():
+    one, other = "0" * 63 + "1", "0" * 63 + "2"
+    with pytest.raises(StaleArtefact, match=f"belongs to teacher {one}, this run has {other};"):
+        check_fresh(Path("plan.json"), "teacher", one, other)
+
+
 def test_a_plan_made_anew_takes_what_was_made_from_the_one_before_with_it(finished):
     cfg, run = finished
     before = read_json(run / "plan.json")
@@ -272,7 +294,7 @@ def test_a_plan_made_anew_takes_what_was_made_from_the_one_before_with_it(finish
     stored = read_json(cache)
     for entry in stored["result"].values():  # as other data would have them
         entry["score"] *= -1
-    cache.write_text(json.dumps(stored))
+    cache.write_text(json.dumps(stored | {"sha256": digest(stored["result"])}))
     (run / "wandb").mkdir()  # is open while a job runs
     for name in ("finished.json", "scores.json", "plan.json"):
         (run / name).unlink()
@@ -291,6 +313,7 @@ def test_a_plan_made_anew_takes_what_was_made_from_the_one_before_with_it(finish
 def test_a_plan_with_an_unknown_unit_is_refused(finished):
     cfg, run = finished
     (run / "finished.json").unlink()
+    forget_hashes(run)
     content = read_json(run / "plan.json")
     content["changes"][0]["unit"] = "mid_block.resnet.0"
     (run / "plan.json").write_text(json.dumps(content))
@@ -301,14 +324,11 @@ def test_a_plan_with_an_unknown_unit_is_refused(finished):
     assert str(run / "plan.json") in str(caught.value)
 
 
-@pytest.mark.parametrize("artefact", ["scores.json", "plan.json", "metrics.json", "finished.json", ".cache/scores"])
-def test_a_cut_off_artefact_is_named(finished, artefact):
+@pytest.mark.parametrize("artefact", ["scores.json", "plan.json", "metrics.json", "finished.json"])
+def test_a_cut_off_artefact_without_a_hash_is_named(finished, artefact):
     cfg, run = finished
-    if artefact == ".cache/scores":
-        (damaged,) = run.parent.parent.glob(".cache/scores/*.json")
-        (run / "scores.json").unlink()
-    else:
-        damaged = run / artefact
+    forget_hashes(run)
+    damaged = run / artefact
     if artefact != "finished.json":
         (run / "finished.json").unlink()
     damaged.write_text(damaged.read_text()[:40])

@@ -1,6 +1,7 @@
 """Ranks that are not at the same place: one is late, sees a file that another does not see yet, or has ended."""
 
 import functools
+import os
 import subprocess
 import sys
 import time
@@ -13,17 +14,18 @@ import pytest
 import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.utilities import rank_zero_only
 from support.jobs import QUICK_END
 from support.ranks import two_ranks
 from support.results import the_run
 
 from conf.schema import ROOT
-from experiments.engine import job as job_module
-from experiments.engine import pipeline
+from experiments.engine import pipeline, ranks
 from experiments.engine.artefacts import read_json, write_json
 from experiments.engine.clock import Clock
 from experiments.engine.pipeline import run_pipeline
-from experiments.engine.ranks import is_rank_zero
+from experiments.engine.ranks import ignore_ranks_of_the_shell, is_rank_zero
 from experiments.engine.run import Run
 from experiments.engine.samples import Drawn
 from experiments.engine.stages import score as score_stage
@@ -39,10 +41,10 @@ def job(overrides: list[str]) -> list[str]:
 ON_TWO = ["trainer=ddp", "trainer.accelerator=cpu"]
 
 
-def call_late(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function, a second late on rank 0."""
+def call_late(run: Run, method: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a method of a run, a second late on rank 0."""
     time.sleep(is_rank_zero())
-    return function(*arguments)
+    return method(run, *arguments)
 
 
 def pruned(rank: int, cfg: DictConfig) -> None:
@@ -51,7 +53,7 @@ def pruned(rank: int, cfg: DictConfig) -> None:
 
 
 def test_a_rank_waits_for_the_student_that_rank_0_writes(configure, job, tmp_path):
-    late = {"experiments.engine.job.staged": functools.partial(call_late, job_module.staged)}
+    late = {"experiments.engine.run.Run.staged": functools.partialmethod(call_late, Run.staged)}
     with two_ranks(pruned, configure(*job, *ON_TWO), patches=QUICK_END | late):
         pass
     assert (the_run(tmp_path / "runs") / "finished.json").exists()
@@ -119,6 +121,33 @@ def test_ranks_agree_on_scores_that_another_job_has_made_in_the_meantime(configu
     assert len(list(tmp_path.glob("runs/debug/*/finished.json"))) == 2
 
 
+def test_a_rank_left_in_the_shell_plays_no_part_on_one_device(configure, job, tmp_path, monkeypatch, caplog, quick_end):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning's import would have found it
+    run_pipeline(configure(*job, "distillation=none"))
+    assert (the_run(tmp_path / "runs") / "finished.json").exists()
+    assert "RANK, LOCAL_RANK of the environment is ignored, as trainer.devices=1" in caplog.text
+
+
+def test_a_task_of_a_slurm_job_runs_a_job_of_its_own(monkeypatch):
+    for name, value in (("SLURM_PROCID", "3"), ("SLURM_LOCALID", "3"), ("SLURM_NTASKS", "4"), ("SLURM_JOB_ID", "7")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rank_zero_only, "rank", 3)
+    ignore_ranks_of_the_shell(processes=2)
+    assert not is_rank_zero()
+    ignore_ranks_of_the_shell(processes=1)
+    assert is_rank_zero() and not SLURMEnvironment.detect() and os.environ["SLURM_JOB_ID"] == "7"
+
+
+def test_a_rank_that_waits_says_for_what(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(ranks, "PATIENCE", 0.0)
+    monkeypatch.setattr(ranks.time, "sleep", lambda _: (tmp_path / "plan.json").touch())
+    monkeypatch.setattr(ranks, "PARENT", os.getppid())
+    ranks.wait_for(tmp_path / "plan.json")
+    assert f"this rank waits for rank 0, which is to write {tmp_path}/plan.json" in caplog.text
+
+
 def generated(rank: int, folder: Path) -> None:
     """Ask for samples where only rank 0 sees some."""
     torch.distributed.init_process_group("gloo")
@@ -172,5 +201,5 @@ def test_a_rank_does_not_wait_for_a_process_that_has_ended(tmp_path, when):
     started = tmp_path / "started"
     rank = f"'{sys.executable}' -c '{WAIT}' '{tmp_path}' {when}"
     script = f"{rank} & while [ ! -e '{started}' ]; do sleep 0.1; done; sleep 0.5"
-    done = subprocess.run(["sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert f"RuntimeError: the process that was to write {tmp_path}/plan.json has ended" in done.stderr

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from support.config import composed, recipe
 from support.process import ROOT
 
@@ -182,6 +183,41 @@ def test_the_readme_shows_the_run_id_of_the_default_job(tmp_path):
     teacher = run_module.fingerprint(weight_files(cfg.teacher.path, None), tmp_path)
     folder = Run(cfg, teacher).folder
     assert f"runs/{cfg.name}/{folder.name}/report.html" in (schema.ROOT / "README.md").read_text()
+
+
+# What comes from the environment
+
+
+def test_without_the_environment_a_configuration_is_written_as_it_is_resolved(configure):
+    cfg = configure("task=classification")
+    assert run_module.as_written(cfg) == OmegaConf.to_container(cfg, resolve=True)
+
+
+def test_what_comes_from_the_environment_is_written_as_it_was_given(configure, overrides, monkeypatch):
+    monkeypatch.setenv("MY_FOLDER", "/data/secret")
+    monkeypatch.setenv("MY_SEED", "7")
+    given = ["data.name=${oc.env:MY_FOLDER}", "label=x-${data.name}", "seed='${oc.decode:${oc.env:MY_SEED}}'"]
+    cfg = configure(*overrides, *given, "selection.protected=[a,'${oc.env:MY_FOLDER}']", "calibration.seed=${seed}")
+    run = Run(cfg, "teacher")
+    with run.opened():
+        written = (run / "config.yaml").read_text()
+    shown = run_module.displayed(cfg)
+    for content in (OmegaConf.to_container(OmegaConf.create(written)), run_module.as_written(cfg)):
+        assert content["data"]["name"] == "${oc.env:MY_FOLDER}" and content["label"] == "x-${data.name}"
+        assert content["seed"] == "${oc.decode:${oc.env:MY_SEED}}" and content["calibration"]["seed"] == "${seed}"
+        assert content["selection"]["protected"] == ["a", "${oc.env:MY_FOLDER}"]
+    assert "secret" not in written and "secret" not in str(shown) and shown["selection"]["ratio"] == 0.5
+    assert "/data/secret" in str(run_module.effective(cfg))
+    monkeypatch.setenv("MY_SEED", "8")
+    assert Run(configure(*overrides, *given), "teacher").id != run.id
+
+
+def test_the_number_of_measured_images_is_part_of_a_run_where_it_plays_a_part(configure):
+    classifier = ("task=classification", "teacher.path=/elsewhere")
+    for job in ((), classifier):
+        assert "images" not in run_module.effective(configure(*job))["evaluation"]
+    assert identity(configure("evaluation.images=9")) == identity(configure())
+    assert identity(configure(*classifier, "evaluation.images=9")) != identity(configure(*classifier))
 
 
 json_values = st.recursive(

@@ -50,7 +50,7 @@ def shape(network: DiTTransformer2DModel) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("size", ["b", "l"])
-def test_the_recipe_trains_the_network_that_the_teacher_file_speaks_of(configure, size):
+def test_the_recipe_trains_the_network_of_the_teacher_file(configure, size):
     network = OmegaConf.to_container(configure(f"experiment=pretrain_imagenet_dit_{size}").pretrain.network)
     with torch.device("meta"):
         made = DiTTransformer2DModel.from_config(network)
@@ -92,7 +92,7 @@ def small_dit() -> DiTTransformer2DModel:
     return dit.eval()
 
 
-def test_before_training_every_block_is_the_identity_and_the_output_is_zero():
+def test_blocks_of_a_fresh_dit_are_the_identity_and_its_output_zero():
     dit = small_dit()
     sample, steps, labels = torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999]), torch.tensor([0, 4, 10])
     with torch.no_grad():
@@ -163,6 +163,13 @@ def test_guidance_leads_from_the_null_class_to_the_class(tmp_path):
     assert dit.conditions({"seed": batch["seed"]}, torch.device("cpu"))["class_labels"].tolist() == [1, 5]
 
 
+def test_a_label_of_the_data_that_is_the_null_class_is_refused(tmp_path):
+    dit = load_teacher(str(tiny_pipeline("dit", tmp_path)), sample_size=LATENT)
+    assert dit.conditions({"label": torch.tensor([999])}, torch.device("cpu"))["class_labels"].tolist() == [999]
+    with pytest.raises(ValueError, match="class labels from 0 to 999, and the data give 1000; choose labelled data"):
+        dit.conditions({"label": torch.tensor([999, 1000])}, torch.device("cpu"))
+
+
 # Recipes
 
 
@@ -222,7 +229,7 @@ def test_laptop_diff_prunes_and_distils_a_dit_by_class(job, dit, configure, tmp_
     assert len(student.transformer.transformer_blocks) == 2
 
 
-def test_the_class_reaches_the_teacher_in_scoring(job, dit, configure, monkeypatch, tmp_path):
+def test_scores_depend_on_the_class_labels(job, dit, configure, monkeypatch, tmp_path):
     """Other labels, other scores."""
     found, take = [], Folder.take
     monkeypatch.setattr(Select, "run", lambda self, job: found.append(self.score.scores) or 1 / 0)
@@ -240,7 +247,7 @@ def test_the_class_reaches_the_teacher_in_scoring(job, dit, configure, monkeypat
     assert all(found[0][name]["score"] != found[1][name]["score"] for name in found[0])
 
 
-def test_a_dit_is_trained_from_nothing_on_stored_latents_of_imagenets_shape(job, dit, configure, tmp_path):
+def test_a_dit_is_trained_from_nothing_on_stored_latents(job, dit, configure, tmp_path):
     small = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 4, "sample_size": LATENT}
     given = [*job("pretrain_imagenet_dit_l"), f"pretrain.vae={dit / 'vae'}", f"latents={tmp_path}/latents"]
     given += [f"pretrain.network.{key}={value}" for key, value in small.items()]
@@ -265,7 +272,7 @@ def test_the_task_is_dit_on_imagenet_with_guidance(configure):
     assert found == ("class_conditional", "dit_xl_2_256", "imagenet", "fid") and cfg.sampler.guidance > 1
 
 
-def test_the_recipe_for_a_cpu_trains_for_the_classes_of_cifar10_with_the_embedded_autoencoder(configure):
+def test_the_cpu_recipe_trains_for_the_classes_of_cifar10(configure):
     backbone = load_backbone(configure("experiment=pretrain_cifar10_dit"))
     assert (backbone.null_class, backbone.image_shape(), len(backbone.units())) == (10, (3, 32, 32), 6)
     labels = backbone.conditions({"seed": torch.arange(25)}, torch.device("cpu"))["class_labels"]

@@ -1,5 +1,6 @@
 """Distillation: its terms as identities, what it leaves alone, the moving average, and where it stops."""
 
+import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback
+from safetensors import safe_open
 from safetensors.torch import load_file
 from support.distillation import REMOVED, STAGES, distillation, losses_of, outputs_of
 from support.networks import FAMILIES, TRANSFORMERS, UNETS, bypasses, same_tensors, tiny_backbone, tiny_batch
@@ -20,7 +23,7 @@ from conf.schema import ROOT
 from experiments.engine.artefacts import read_json
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.losses.level_weights import NORMALIZATIONS, LevelWeights
-from lightning_modules.modules.base import NonFiniteLoss
+from lightning_modules.modules.base import NonFiniteLoss, advise_on_non_finite
 from lightning_modules.modules.distillation import Distillation
 from lightning_modules.training.ema import WarmedUpEMA
 from lightning_modules.training.trainer import fit
@@ -248,33 +251,57 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_optimiser_steps(
     recorder = Recorder()
     with pytest.raises(NonFiniteLoss) as caught:
         train_tiny(cls, [recorder])
-    (saved,) = (tmp_path / "failure").iterdir()
+    (path,) = (tmp_path / "failure").iterdir()
     message = str(caught.value)
-    assert f"the {what} is not finite at optimiser step 2 " in message and str(saved) in message
-    assert "optimizer.lr" in message
+    assert f"the {what} is not finite at optimiser step 2 " in message and str(path) in message
+    assert message.endswith(". A lower optimizer.lr usually helps")  # not 32-true, which it is already
     assert len(recorder.weights) == 2
     assert same_tensors(train_tiny.module.student.state_dict(), recorder.weights[-1])
     assert sorted(path.name for path in (tmp_path / "checkpoints" / "distil").iterdir()) == [
         "step=0000001.ckpt",
         "step=0000002.ckpt",
     ]
-    found = load_file(saved)
-    assert int(found["step"]) == 2
-    if cls is LossBreaks:
-        assert found["image"].shape == (4, 3, 8, 8) and found["index"].shape == (4,)
-        assert torch.isnan(found["losses/loss"]) and torch.isfinite(found["losses/task"])
+    saved = load_file(path)
+    assert (int(saved["step"]), int(saved["batch_counter"])) == (2, 2)
+    assert saved["image"].shape == saved["inputs/sample"].shape == (4, 3, 8, 8)
+    assert saved["index"].shape == saved["inputs/timestep"].shape == (4,)
+    assert torch.isnan(saved["losses/loss"]) == (cls is LossBreaks) and torch.isfinite(saved["losses/task"])
 
 
 def test_what_broke_is_saved_also_where_the_data_have_captions(tmp_path, monkeypatch):
     teacher = tiny_backbone("sd")
     module, batch = distillation(teacher.pruned(bypasses([])), teacher, dump=tmp_path), tiny_batch(teacher)
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     monkeypatch.setattr(module, "losses", lambda batch: {"loss": torch.tensor(float("nan"))})
     with pytest.raises(NonFiniteLoss):
         module.training_step(batch, 0)
-    (saved,) = tmp_path.iterdir()
-    found = load_file(saved)
-    assert "caption" in batch and found.keys() == batch.keys() - {"caption"} | {"losses/loss", "step"}
-    assert torch.equal(found["image"], batch["image"])
+    (path,) = tmp_path.iterdir()
+    saved = load_file(path)
+    assert saved.keys() == batch.keys() - {"caption"} | {"losses/loss", "step", "batch_counter"}
+    assert torch.equal(saved["image"], batch["image"])
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["caption"]) == batch["caption"]
+
+
+RATE = "A lower optimizer.lr"
+WIDER = "trainer.precision=32-true"
+
+
+@pytest.mark.parametrize(
+    ("step", "precision", "advised"),
+    [(0, "32-true", []), (0, "bf16-mixed", [WIDER]), (3, "32-true", [RATE]), (3, "bf16-mixed", [RATE, WIDER])],
+)
+def test_the_advice_on_a_loss_that_is_not_finite_fits_the_step_and_the_precision(step, precision, advised):
+    advice = advise_on_non_finite(step, precision, "optimizer.lr", "trainer.precision", "something else")
+    assert [part for part in (RATE, WIDER) if part in advice] == advised
+    assert ("No step was taken before" in advice) == ("something else" in advice) == (step == 0)
+
+
+def test_samples_that_are_not_finite_are_named_before_any_other_cause():
+    teacher = tiny_backbone("UNet2DModel")
+    module = distillation(teacher.pruned(bypasses([])), teacher)
+    advice = module.advise({"image": torch.tensor([1.0, float("inf")]), "index": torch.tensor([3])})
+    assert advice.startswith("Not finite before any network saw them: image; look at these samples")
 
 
 # Choices

@@ -4,7 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, UNet2DModel
+from diffusers import (
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.models.downsampling import Downsample2D
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,6 +114,27 @@ def test_bypassing_every_unit_equals_zeroing_the_last_layers(backbone, inputs):
     assert torch.equal(found, backbone.pruned(bypasses(names)).predict(inputs))
 
 
+@torch.no_grad()
+def test_an_attention_whose_processor_adds_its_input_leaves_the_input():
+    """As in the SimpleCrossAttn blocks of DeepFloyd IF and Kandinsky 2."""
+    config = UNETS["UNet2DConditionModel"][1] | {
+        "down_block_types": ("DownBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone: Any = UNetBackbone(UNet2DConditionModel(**config).eval(), DDPMScheduler())
+    inputs = calibration(backbone)
+    names = [unit.name for unit in backbone.units() if unit.kind == "attention"]
+    assert len(names) == 4
+    for chosen in (*([name] for name in names), names):
+        expected = with_zeroed(backbone, chosen).predict(inputs)
+        with backbone.without(chosen):
+            assert torch.equal(backbone.predict(inputs), expected)
+        assert torch.equal(backbone.pruned(bypasses(chosen)).predict(inputs), expected)
+
+
 def test_blocks_that_the_stock_network_needs_are_not_units():
     """DiT embeds timestep and class for its output with block 0; the last joint block of SD3 gives no text stream."""
     found = {family: names_of(tiny_backbone(family)) for family in TRANSFORMERS}
@@ -165,7 +192,7 @@ def test_without_restores_every_bit_also_after_an_error_inside(backbone, inputs,
 
 @each_level
 @torch.no_grad()
-def test_a_pruned_network_can_be_pruned_again_and_loads_with_the_same_bits(backbone, inputs, level, tmp_path):
+def test_a_network_pruned_twice_loads_with_the_same_bits(backbone, inputs, level, tmp_path):
     plan, names = PLANS[level], some(backbone, level)
     *others, last = names
     once, together = backbone.pruned(plan(others)), backbone.pruned(plan(names))
@@ -186,7 +213,7 @@ def at(student: Any, name: str) -> str:
 
 
 @pytest.mark.parametrize("family", WITH_OPERATORS)
-def test_what_is_left_after_pruning_are_the_units_that_did_not_go(backbone):
+def test_the_units_of_a_student_are_those_that_were_kept(backbone):
     gone = some(backbone, "depth")
     assert names_of(backbone.pruned(bypasses(gone))) == [name for name in names_of(backbone) if name not in gone]
     with pytest.raises(ValueError, match=rf"plan\.units: '{gone[0]}' is not a unit of this network; the nearest are"):
@@ -217,7 +244,7 @@ def test_pruning_copies_the_weights(backbone, level):
 
 
 @torch.no_grad()
-def test_dual_attentions_stay_with_their_blocks_when_these_are_renumbered():
+def test_dual_attentions_stay_with_their_renumbered_blocks():
     """Stable Diffusion 3.5 has a second attention in some blocks, listed by number."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -288,7 +315,7 @@ def anew(backbone: Any, inputs: dict, name: str | None) -> torch.Tensor:
 
 @each_level
 @torch.no_grad()
-def test_prefix_reuse_leaves_the_network_as_it_was_also_when_it_is_given_up(backbone, inputs, level):
+def test_prefix_reuse_restores_the_network_when_it_is_abandoned(backbone, inputs, level):
     modules, dense = dict(backbone.named_modules()), backbone.predict(inputs)
     for taken in (1, 2, 3):
         outputs = backbone.predict_without_each(inputs, names_of(backbone, level))
@@ -323,7 +350,7 @@ def unpadded() -> UNetBackbone:
     ids=["embedded", "unpadded", *WITH_OPERATORS],
 )
 @torch.no_grad()
-def test_what_takes_an_operators_place_keeps_the_shape(make, pointwise):
+def test_the_stand_in_of_an_operator_keeps_the_shape(make, pointwise):
     backbone = make()
     backbone.options["pointwise"] = pointwise
     names = names_of(backbone, "operator")
@@ -354,7 +381,7 @@ def test_a_pointwise_convolution_has_the_kernels_centre_or_its_sum(stride, paddi
 
 @pytest.mark.parametrize("family", WITH_OPERATORS)
 @torch.no_grad()
-def test_a_1x1_convolution_that_is_replaced_by_itself_does_no_harm_and_frees_nothing(backbone):
+def test_an_irreplaceable_1x1_convolution_scores_and_frees_nothing(backbone):
     units, criterion = backbone.units("operator"), OutputLoss()
     criterion.start(backbone, units, 0)
     criterion.update(tiny_batch(backbone, 2))

@@ -445,7 +445,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path, capsys):
         torch.save(content, tmp_path / name)
     (tmp_path / "short.safetensors").write_bytes(b"short")
     for name, message in (
-        ("evil.th", "cannot be read"),
+        ("evil.th", r"evil\.th is pickled .* refused\. Convert it to safetensors"),
         ("short.safetensors", "cannot be read"),
         ("other.pt", r"other\.pt: conv1\.weight is \(1,\), and another width"),
     ):

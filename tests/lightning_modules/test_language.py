@@ -176,6 +176,16 @@ def test_losses_are_those_of_the_next_tokens():
     np.testing.assert_allclose(shared().losses(logits, INPUTS), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_losses_of_a_large_vocabulary_are_as_exact_as_float32_allows(masked):
+    rng = torch.Generator().manual_seed(0)
+    logits, tokens = 3 * torch.randn(2, 4, 2**17, generator=rng), torch.randint(0, 2**17, (2, 4), generator=rng)
+    inputs = {"sample": tokens} | ({"mask": torch.ones(2, 4, dtype=torch.bool)} if masked else {})
+    expected = F.cross_entropy(logits.double()[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    difference = shared().losses(logits, inputs) - expected.view(2, 3).mean(1)
+    assert difference.abs().max() < 3e-5  # 2e-4 where the vocabulary is not the last dimension
+
+
 def test_tokens_outside_the_mask_are_no_targets():
     logits = torch.randn(4, 12, VOCABULARY, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(12) < torch.tensor([12, 7, 2, 1])[:, None]
@@ -213,8 +223,8 @@ def test_the_distance_of_outputs_is_their_divergence():
     assert shared().distance(b, b, {}) == 0
     mask = torch.tensor([[False, True, True, False, False], [True, False, False, False, True], [False] * 5])
     each = (p * (p.log() - q.log())).sum(-1)
-    found = shared().distance(a, b, {"mask": mask}).double()  # of the predictions of tokens 1 and 2, and of 4
-    torch.testing.assert_close(found, (each[0, 0] + each[0, 1] + each[1, 3]) / 3, rtol=1e-6, atol=0)
+    distance = shared().distance(a, b, {"mask": mask}).double()  # of the predictions of tokens 1 and 2, and of 4
+    torch.testing.assert_close(distance, ((each[0, 0] + each[0, 1]) / 2 + each[1, 3]) / 3, rtol=1e-6, atol=0)
 
 
 # Criteria
@@ -389,6 +399,26 @@ def test_distillation_compares_each_layer_that_stays_with_its_own(tmp_path):
     with torch.no_grad():
         expected = student.distance(student.predict(INPUTS), backbone.predict(INPUTS), INPUTS)
     torch.testing.assert_close(losses["output"].detach(), expected)
+
+
+@pytest.mark.parametrize("options", [{"normalization": name} for name in ("teacher_energy", "teacher_norm", "none")])
+def test_gradients_of_two_half_batches_average_to_those_of_the_whole(options, tmp_path):
+    backbone, mask = tiny_language(), torch.arange(12) < torch.tensor([12, 4, 0, 3])[:, None]
+    module = module_of(backbone.pruned(bypasses(LAYERS[1:2])), backbone, tmp_path, **options)
+    whole = tiny_tokens() | {"mask": mask}
+
+    def gradients(batch):
+        module.zero_grad()
+        losses = module.losses(batch)
+        losses["loss"].backward()
+        return losses, torch.cat([p.grad.flatten() for p in module.student.parameters()])
+
+    (losses, expected), *halves = (
+        gradients({key: value[part] for key, value in whole.items()}) for part in (slice(4), slice(2), slice(2, 4))
+    )
+    torch.testing.assert_close((halves[0][1] + halves[1][1]) / 2, expected, rtol=1e-4, atol=1e-5)
+    for name, value in losses.items():
+        torch.testing.assert_close((halves[0][0][name] + halves[1][0][name]) / 2, value, rtol=1e-5, atol=1e-6)
 
 
 # Exports

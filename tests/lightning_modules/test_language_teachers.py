@@ -152,9 +152,18 @@ def test_pickled_weights_are_read_as_weights_only(folder, capsys):
     torch.save(state, folder / "pytorch_model.bin")
     assert all(torch.equal(load_network(folder).state_dict()[key], value) for key, value in state.items())
     torch.save(state | {"bomb": Bomb()}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is pickled .* refused\. Convert it to safetensors"):
         load_network(folder)
     assert "executed" not in capsys.readouterr().out
+
+
+def test_an_adapter_beside_whole_weights_is_refused(folder):
+    """transformers would put it into the network, and the student would be saved as an adapter."""
+    load_language_model(str(folder), length=8)
+    (folder / "adapter_config.json").write_text("{}")
+    for read in (lambda path: load_language_model(path, length=8), weight_files):
+        with pytest.raises(ValueError, match=rf"{folder} holds an adapter .*merge_and_unload.* adapter_\* files"):
+            read(str(folder))
 
 
 def test_other_architectures_are_refused_by_name(tmp_path):
@@ -303,25 +312,6 @@ def test_a_checkpoint_of_llama2c_that_is_damaged_or_none_is_refused(tmp_path):
     values = np.frombuffer(whole[28:], "<f4").copy()
     values[VOCABULARY * 16] = np.inf
     assert "not finite: model.layers.0.input_layernorm.weight" in refusal(whole[:28] + values.tobytes())
-
-
-# GGUF
-
-
-def test_a_gguf_file_that_is_damaged_is_named(tmp_path):
-    (tmp_path / "tiny.gguf").write_bytes(b"GGUF\3\0\0\0")
-    assert weight_files(str(tmp_path / "tiny.gguf")) == [tmp_path / "tiny.gguf"]
-    for read in (load_language_model, load_tokenizer):
-        with pytest.raises(ValueError, match=r"tiny\.gguf cannot be read"):
-            read(str(tmp_path / "tiny.gguf"))
-
-
-def test_the_package_for_gguf_files_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
-    for read in (load_language_model, load_tokenizer):
-        with pytest.raises(MissingData, match=r"tiny\.gguf needs .*: pip install -e '\.\[language\]'"):
-            read(str(tmp_path / "tiny.gguf"))
 
 
 def test_files_of_other_kinds_are_refused(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, LDMPipeline, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from support.pipelines import TOKENS, tiny_pipeline
 from support.results import differences, the_run, trained_state
 
@@ -279,3 +280,16 @@ def test_what_cannot_be_put_together_is_refused_by_the_field(parts, name, change
         network |= {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     with pytest.raises(error, match=message):
         new_backbone(network, SCHEDULE, **(parts | changed))
+
+
+@pytest.mark.parametrize("value", [None, torch.nan])
+def test_a_vae_with_missing_or_damaged_weights_is_refused(parts, tmp_path, value):
+    folder, key = shutil.copytree(parts["vae"], tmp_path / "vae"), "quant_conv.bias"
+    (file,) = folder.glob("*.safetensors")
+    state = load_file(file)
+    state[key] = state[key] * (value or 0)
+    save_file({name: tensor for name, tensor in state.items() if value or name != key}, file, {"format": "pt"})
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    network = UNET | blocks | {"_class_name": "UNet2DModel"}
+    with pytest.raises(ValueError, match=rf"the weights in {folder} .*(missing_keys|not finite): {key}"):
+        new_backbone(network, SCHEDULE, vae=str(folder))

@@ -5,6 +5,7 @@ read how.
 import copy
 import json
 import pickle
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     PixArtTransformer2DModel,
     UNet2DConditionModel,
+    UNet2DModel,
 )
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support.networks import same_tensors
 from support.pipelines import FACTOR, KINDS, LATENT, tiny_pipeline
 from support.surroundings import TEXT, calls_of, named, opened, tensors, training_batch
 from test_backbone import Bomb
@@ -28,8 +35,9 @@ from torch import Tensor
 from datamodules.readers.base import MissingData
 from datamodules.seeding import torch_rng
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
-from lightning_modules.backbones.diffusion.load import load_teacher
-from lightning_modules.backbones.files import weight_files
+from lightning_modules.backbones.diffusion.load import load_parts, load_teacher, read_index
+from lightning_modules.backbones.diffusion.text_states import store_texts
+from lightning_modules.backbones.files import find_model, weight_files
 
 PIXELS = LATENT * FACTOR
 CAPTIONS = ["a cat at the door", "the hat"]
@@ -100,7 +108,7 @@ def compare_with_stock(folder: Path, kind: str, guidance: float, monkeypatch: py
     with calls_of(getattr(pipeline, backbone.component)) as theirs:
         images = stock_images(pipeline, kind, noise, guidance, monkeypatch)
 
-    if guidance > 1 and kind not in ("flux", "ldm", "ddpm"):
+    if guidance > 1 and kind not in ("flux", "ldm", "ddpm") and not backbone.embeds_guidance:
         ours = joined(ours, kind)
     assert len(ours) == len(theirs) >= STEPS
     for step, (found, expected) in enumerate(zip(ours, theirs, strict=True)):
@@ -160,6 +168,28 @@ def test_flux_without_guidance_and_with_a_fixed_shift_is_flux_schnell(folders, t
     )
     pipeline.save_pretrained(tmp_path)
     compare_with_stock(tmp_path, "flux", 5.0, monkeypatch)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0], ids=["plain", "guided"])
+def test_a_guidance_embedding_is_fed_as_by_the_stock_pipeline(folders, tmp_path, guidance, monkeypatch):
+    pipeline = DiffusionPipeline.from_pretrained(folders["sdxl"])
+    config = dict(pipeline.unet.config) | {"time_cond_proj_dim": 7}
+    pipeline.register_modules(
+        unet=UNet2DConditionModel.from_config(config), scheduler=DDIMScheduler.from_config(pipeline.scheduler.config)
+    )
+    pipeline.save_pretrained(tmp_path)
+    compare_with_stock(tmp_path, "sdxl", guidance, monkeypatch)
+    backbone, batch = opened(tmp_path), training_batch(opened(tmp_path), [0, 1])
+    expected = pipeline.get_guidance_scale_embedding(torch.tensor([backbone.GUIDANCE - 1]), embedding_dim=7)
+    for inputs in (backbone.calibration_inputs(batch, 0), backbone.training_inputs(batch)):
+        torch.testing.assert_close(inputs["conditions"]["timestep_cond"], expected.expand(2, 7), rtol=0, atol=1e-6)
+
+
+def test_a_learned_variance_reaches_the_sampler_that_takes_it(tmp_path, monkeypatch):
+    pipeline = DiffusionPipeline.from_pretrained(tiny_pipeline("ddpm", tmp_path / "stock"))
+    unet = UNet2DModel.from_config(dict(pipeline.unet.config) | {"out_channels": 6})
+    DDPMPipeline(unet, DDPMScheduler(variance_type="learned_range")).save_pretrained(tmp_path / "learned")
+    compare_with_stock(tmp_path / "learned", "ddpm", 1.0, monkeypatch)
 
 
 # The encoders are there, but no part of the network
@@ -231,20 +261,140 @@ def test_a_vqmodel_without_a_scaling_factor_in_its_file_does_not_scale(folders, 
     assert torch.equal(scaled.surroundings.encode(images, None), latents * 0.18215)
 
 
+@pytest.fixture(scope="module")
+def sd(folders) -> DiffusionBackbone:
+    """The tiny Stable Diffusion, which nothing here may change."""
+    return opened(folders["sd"])
+
+
+@pytest.fixture
+def copied_sd(folders, tmp_path) -> Path:
+    """A copy of the tiny Stable Diffusion to damage."""
+    return shutil.copytree(folders["sd"], tmp_path / "sd")
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "key", "value", "message"),
+    [
+        ("sd", "vae", "decoder.conv_in.weight", torch.nan, "are not finite: decoder.conv_in.weight"),
+        ("sd", "vae", "encoder.conv_in.bias", torch.inf, "are not finite: encoder.conv_in.bias"),
+        ("ldm", "vqvae", "quantize.embedding.weight", torch.nan, "are not finite: quantize.embedding.weight"),
+        ("sd", "text_encoder", "final_layer_norm.weight", torch.nan, "are not finite: final_layer_norm.weight"),
+        ("sd", "vae", "quant_conv.weight", None, "missing_keys: quant_conv.weight"),
+        ("sd", "text_encoder", "encoder.layers.1.mlp.fc1.bias", None, "missing_keys: encoder.layers.1.mlp.fc1.bias"),
+    ],
+)
+def test_a_part_with_damaged_or_missing_weights_is_refused(folders, tmp_path, kind, part, key, value, message):
+    folder = shutil.copytree(folders[kind], tmp_path / "damaged")
+    (file,) = (folder / part).glob("*.safetensors")
+    state = load_file(file)
+    stored_key = next(name for name in state if f".{name}".endswith(f".{key}"))
+    if value is None:
+        del state[stored_key]
+    else:
+        state[stored_key].view(-1)[0] = value
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"the weights in {folder / part} .*{message}"):
+        load_parts(folder, {part: read_index(folder)[part]})
+
+
+def test_the_variant_of_weights_is_read_where_no_other_is_there(sd, copied_sd, caplog):
+    for file in copied_sd.rglob("*.safetensors"):
+        save_file({key: value.half() for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    found = opened(copied_sd)
+    pairs = [(found.network, sd.network), *zip(found.surroundings.modules(), sd.surroundings.modules(), strict=True)]
+    for ours, theirs in pairs:
+        halved = {key: value.half().to(value.dtype) for key, value in theirs.state_dict().items()}
+        assert same_tensors(ours.state_dict(), halved)
+    for part in ("unet", "vae", "text_encoder"):
+        assert f"{copied_sd / part} has its weights only as the variant fp16" in caplog.text
+
+    (copied_sd / "vae" / "diffusion_pytorch_model.ema.safetensors").touch()
+    with pytest.raises(ValueError, match=r"vae has weights of several variants and none without one: ema, fp16"):
+        load_parts(copied_sd, {"vae": read_index(copied_sd)["vae"]})
+
+
+def test_a_pipeline_of_fp16_weights_alone_is_downloaded_as_that(monkeypatch, tmp_path):
+    names = ["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "unet/config.json"]
+    chosen = []
+
+    def download(path: str, variant: str | None, **options: Any) -> Path:
+        chosen.append(variant)
+        return tmp_path
+
+    (tmp_path / "model_index.json").touch()
+    monkeypatch.setattr("lightning_modules.backbones.files.DiffusionPipeline.download", download)
+    monkeypatch.setattr("lightning_modules.backbones.files.hub_folder", lambda *_: tmp_path)
+    for weights in (
+        ["diffusion_pytorch_model.fp16.safetensors"],
+        ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"],
+        ["diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "diffusion_pytorch_model.bin"],
+    ):
+        hub_files = [*names, *(f"unet/{name}" for name in weights)]
+        monkeypatch.setattr("lightning_modules.backbones.files.hub_files", lambda path, files=hub_files: files)
+        assert find_model("somebody/pipeline") == tmp_path
+    assert chosen == ["fp16", None, "fp16"]
+
+
+def test_an_adapter_beside_the_weights_of_a_text_encoder_is_refused(copied_sd):
+    (copied_sd / "text_encoder" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"text_encoder holds an adapter \(adapter_config\.json\)"):
+        opened(copied_sd)
+
+
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
-def test_pickled_weights_of_a_part_are_read_without_executing_them(tmp_path, part):
-    folder = tiny_pipeline("sd", tmp_path / "sd")
-    expected = {
-        key: value.clone() for key, value in getattr(opened(folder).surroundings.pipeline, part).state_dict().items()
-    }
-    (safe,) = (folder / part).glob("*.safetensors")
+def test_pickled_weights_of_a_part_are_read_without_executing_them(sd, copied_sd, tmp_path, part):
+    index = {part: read_index(copied_sd)[part]}
+    expected = getattr(sd.surroundings.pipeline, part).state_dict()
+    (safe,) = (copied_sd / part).glob("*.safetensors")
     pickled = safe.with_name({"vae": "diffusion_pytorch_model.bin", "text_encoder": "pytorch_model.bin"}[part])
     torch.save(load_file(safe), pickled)
     safe.unlink()
-    found = getattr(opened(folder).surroundings.pipeline, part).state_dict()
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    assert same_tensors(load_parts(copied_sd, index)[part].state_dict(), expected)
 
     pickled.write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
-    with pytest.raises(ValueError, match="the rest of the pipeline cannot be read"):
-        opened(folder)
+    with pytest.raises(ValueError, match=rf"{pickled} is pickled .* refused\. Convert it to safetensors") as caught:
+        load_parts(copied_sd, index)
+    assert "weights_only" not in str(caught.value)
     assert not (tmp_path / "boom").exists()
+
+    pickled.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ValueError, match=rf"{pickled} is a pointer of Git LFS"):
+        load_parts(copied_sd, index)
+
+
+@torch.no_grad()
+def test_values_of_the_vae_that_are_not_finite_are_refused(sd):
+    images = training_batch(sd, [0])["image"]
+    latents = sd.latents({"image": images}, None)
+    with pytest.raises(FloatingPointError, match=r"images decoded .* AutoencoderKL are not finite"):
+        sd.decode(latents * torch.nan)
+    with pytest.raises(FloatingPointError, match=r"latents of images .* AutoencoderKL are not finite"):
+        sd.latents({"image": images * torch.inf}, None)
+
+
+def test_stored_text_states_that_are_not_finite_are_named(sd, copied_sd):
+    store_texts(sd.surroundings, ["a cat", "the hat"], copied_sd / "text")
+    file = copied_sd / "text" / "text-00000.safetensors"
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata()
+    state = load_file(file)
+    state["encoder_hidden_states"][2, 1, 0] = torch.nan
+    save_file(state, file, metadata)
+    with pytest.raises(ValueError, match=rf"{file} has .* not finite: encoder_hidden_states, of the caption 'the hat'"):
+        opened(copied_sd)
+
+    with pytest.raises(FloatingPointError, match=r"text states .* are not finite as torch\.float16, .* \['a cat'\]"):
+        store_texts(Overflowing(sd.surroundings), ["a cat"], copied_sd / "again")
+
+
+class Overflowing:
+    """Text encoders whose states are larger than half precision can hold."""
+
+    def __init__(self, parts: Any) -> None:
+        self.empty_text = parts.empty_text
+        self.states = parts.text
+
+    def text(self, captions: list[str], device: torch.device) -> dict[str, Any]:
+        return {key: value * 1e6 for key, value in self.states(captions, device).items()}

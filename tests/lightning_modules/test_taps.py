@@ -1,5 +1,6 @@
 """Taps: which feature maps of teacher and student are compared, and which pairs are refused."""
 
+import re
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from support.classification import tiny_classifier
 from support.distillation import REMOVED, STAGES, distillation, losses_of, outputs_of
 from support.networks import TRANSFORMERS, bypasses, tiny_backbone, tiny_batch
@@ -14,7 +16,7 @@ from support.networks import TRANSFORMERS, bypasses, tiny_backbone, tiny_batch
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.diffusion.pruned_unet import removable
 from lightning_modules.losses.level_weights import features
-from lightning_modules.modules.distillation import tap_names
+from lightning_modules.modules.distillation import WEIGHTS, Distillation, tap_names
 
 UNITS = list(removable(tiny_backbone("UNet2DModel").network))
 
@@ -52,6 +54,44 @@ def test_an_unknown_tap_is_named_with_the_choices():
     assert str(caught.value).partition("stages are: ")[2].split(", ") == STAGES
     with pytest.raises(ValueError, match=r"distillation\.taps='blocks' is unknown; choose stages, units, or a list"):
         taps_of([], taps="blocks")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict.fromkeys(WEIGHTS, 0.0),
+            "distillation: w_task=0.0, w_out=0.0, w_feat=0.0, so that there is no loss to train",
+        ),
+        ({"taps": []}, "distillation.taps=[] names no feature maps to compare; choose stages, units, a list"),
+        ({"taps": {}}, "distillation.taps={} names no feature maps to compare; choose stages, units, a list"),
+        ({"taps": None}, "distillation.taps=null names no feature maps to compare; choose stages, units, a list"),
+        ({"taps": 3}, "distillation.taps=3 names no feature maps to compare; choose stages, units, a list"),
+        ({"taps": ["mid_block", None]}, "distillation.taps=['mid_block', None] names no feature maps to compare"),
+        ({"taps": {"mid_block": None}}, "distillation.taps={'mid_block': None} names no feature maps to compare"),
+    ],
+)
+def test_settings_that_train_on_nothing_are_refused_by_name(configure, changes, message):
+    settings = OmegaConf.merge(configure().distillation, changes)
+    for key, value in changes.items():
+        settings[key] = value  # an empty list or mapping leaves nothing when it is merged
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        Distillation.check_settings(settings, tiny_backbone("UNet2DModel"), narrower=False)
+
+
+def test_taps_are_not_looked_at_where_features_have_no_weight(configure):
+    settings = OmegaConf.merge(configure().distillation, {"w_feat": 0.0})
+    settings.taps = None
+    Distillation.check_settings(settings, tiny_backbone("UNet2DModel"), narrower=False)
+
+
+def test_a_student_without_any_tap_is_refused_if_features_are_all_it_would_learn_from():
+    emptied = [name for name in UNITS if name.startswith("mid_block")]
+    with pytest.raises(
+        ValueError,
+        match=r"^distillation\.w_feat=1\.0 is the only weight above 0, .* distillation\.taps=\['mid_block'\]",
+    ):
+        taps_of(emptied, w_task=0.0, w_out=0.0, taps=["mid_block"])
 
 
 def test_units_of_a_network_that_has_none_of_depth_are_no_taps():

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.engine.artefacts import staged
 from experiments.engine.job import Job
 from experiments.engine.ranks import barrier, is_rank_zero
 from experiments.engine.stage import Stage
 from experiments.engine.stages.select import Select
-from experiments.reporting.card import model_card
+from experiments.reporting.card import compose_model_card
 from lightning_modules.export.export import check_hub, dense_twin, export
 from lightning_modules.export.verify import verify
 
@@ -38,7 +37,7 @@ class Export(Stage):
 
     def run(self, job: Job) -> None:
         if is_rank_zero():
-            with job.clock("export"), staged(job.run / self.artefact("export")) as partial:
+            with job.clock("export"), job.run.staged(self.artefact("export")) as partial:
                 export(job.student, partial, self.card(job))
                 job.record(export_max_difference=verify(job.student, partial))
                 if job.cfg.export.dense_twin:
@@ -53,4 +52,4 @@ class Export(Stage):
         changes = [change for plan in plans for change in plan["changes"]]
         harm = sum(plan["predicted_harm"] for plan in plans)
         plan = {"teacher": job.teacher_id, "changes": changes, "predicted_harm": harm}
-        return model_card(job.cfg, plan, scores, job.metrics, job.student)
+        return compose_model_card(job.cfg, plan, scores, job.metrics, job.student)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from conf.schema import ConfigError
-from experiments.engine.artefacts import staged
 from experiments.engine.job import Job
 from experiments.engine.ranks import barrier, is_rank_zero
 from experiments.engine.stage import Stage, latest
@@ -30,6 +29,6 @@ class Save(Stage):
 
     def run(self, job: Job) -> None:
         if is_rank_zero() and not (job.run / self.artefact("weights")).exists():
-            with staged(job.run / self.artefact("weights")) as folder:
+            with job.run.staged(self.artefact("weights")) as folder:
                 self.train.module.save(folder)
         barrier()

@@ -8,8 +8,8 @@ from omegaconf import DictConfig
 from conf.schema import ConfigError, build
 from criteria.base import ChangeKind, Level, Unit
 from criteria.selection.base import Pool, check_names
-from experiments.engine.artefacts import check_fresh, digest, read_json, write_json
-from experiments.engine.identity import effective
+from experiments.engine.artefacts import check_fresh, digest, read_json
+from experiments.engine.identity import displayed
 from experiments.engine.job import Job
 from experiments.engine.ranks import is_rank_zero, wait_for
 from experiments.engine.stage import Stage, latest
@@ -83,7 +83,7 @@ class Select(Stage):
             plan = self.plan(job, network_id, scores_key, units)
             made_from_another_plan = [name for stage in self.followers for name in stage.artefacts()]
             job.run.clear([*REPORTED, *made_from_another_plan])
-            write_json(path, plan)
+            job.run.write_alone(path.name, plan)
         else:
             wait_for(path)
             plan = read_json(path)
@@ -98,7 +98,7 @@ class Select(Stage):
         return {
             "teacher": network_id,
             "scores": scores_key,
-            "selection": effective(job.cfg)["selection"],
+            "selection": displayed(job.cfg)["selection"],
             "changes": changes,
             "protected": self.selection.protected_units(units),
             "predicted_harm": float(sum(harms[change["unit"]] for change in changes if "unit" in change)),

@@ -18,7 +18,7 @@ from lightning_modules.backbones.classification.image_networks import (
     build,
     fit,
 )
-from lightning_modules.backbones.files import WEIGHTS, find_model, is_image_network, network_folder
+from lightning_modules.backbones.files import WEIGHTS, find_model, is_image_network, network_folder, unreadable
 from lightning_modules.backbones.loading import load_network
 
 NAMED: dict[str, dict[str, Any]] = {
@@ -99,7 +99,7 @@ def read_into(network: ImageNetwork, file: Path) -> None:
         state: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
         state = renamed(network, state.get("state_dict", state))
     except Exception as error:  # readers raise almost anything for damaged files
-        raise ValueError(f"the weights in {file} cannot be read: {error}") from error
+        raise unreadable(file, error) from error
     try:
         fit(network, state).eval()
     except ValueError as error:

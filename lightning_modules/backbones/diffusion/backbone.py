@@ -1,6 +1,5 @@
-"""What every diffusion network shares as a backbone: batches, noise, prediction, generation."""
+"""The base class of diffusion networks: their inputs, predictions, losses, samples and exports."""
 
-import inspect
 import json
 import math
 import shutil
@@ -10,7 +9,6 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from criteria.base import Batch
@@ -18,14 +16,27 @@ from datamodules.seeding import torch_rng
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.diffusion import pruned_unet
 from lightning_modules.backbones.diffusion.pipeline_parts import Surroundings, move
+from lightning_modules.backbones.diffusion.schedule import (
+    add_noise,
+    check_sampler,
+    make_sampler,
+    takes_argument,
+    takes_variance,
+    training_schedule,
+)
 
 
 class DiffusionBackbone(NetworkBackbone):
     """A network that predicts noise (or velocity, sample, flow), with the noise schedule it was trained under.
 
-    `surroundings` are the other parts of its pipeline (VAE, text encoders), frozen and outside the module tree; None
-    where the network works on images and takes no conditions. Families say what their units are and what the network
-    takes.
+    Subclasses define the units of a family of networks and the arguments that its forward pass takes.
+
+    Args:
+        network: the network, a model of diffusers.
+        noise_scheduler: a diffusers scheduler; see `training_schedule` for the schedule that follows from it.
+        surroundings: the other parts of the pipeline (VAE, text encoders), frozen and outside the module tree; None
+            where the network works on images and takes no conditions.
+        options: options of the subclass.
     """
 
     library = "diffusers"
@@ -33,13 +44,13 @@ class DiffusionBackbone(NetworkBackbone):
     generates = True
     stratifies_timesteps = True
     component = "unet"
-    """the network's name in its pipeline"""
+    """name of the network among the components of its pipeline"""
 
     def __init__(
         self, network: nn.Module, noise_scheduler: Any, surroundings: Surroundings | None = None, **options: Any
     ) -> None:
         super().__init__(network, **options)
-        self.noise_scheduler, self.surroundings = noise_scheduler, surroundings
+        self.noise_scheduler, self.surroundings = training_schedule(noise_scheduler), surroundings
 
     def twin(self, network: nn.Module) -> Self:
         return type(self)(network, self.noise_scheduler, self.surroundings, **self.options)
@@ -47,20 +58,20 @@ class DiffusionBackbone(NetworkBackbone):
     # Batches
 
     def check_data(self, data: Any) -> None:
-        """Pictures of another size, and samples without the conditions that the network takes."""
-        found, wanted = data.image_shape(), self.image_shape()
-        if found != wanted:
+        """Raise ValueError for images of another size, and for samples without the conditions the network takes."""
+        shape, expected = data.image_shape(), self.image_shape()
+        if shape != expected:
             raise ValueError(
-                f"images are of (channels, height, width) {found}, but the teacher takes {wanted}; resize or convert "
+                f"images are of (channels, height, width) {shape}, but the teacher takes {expected}; resize or convert "
                 "them in the data's configuration (size, mode), or choose another teacher"
             )
         for split in ("train", "holdout"):  # one sample: its text goes through encoders on the CPU
             self.conditions(next(iter(data.subset(split, 1, 0, 1))), torch.device("cpu"))
 
     def calibration_inputs(self, batch: Batch, seed: int, purpose: str = "calibration") -> Batch:
-        """Noised samples with noise and timestep a function of (seed, purpose, sample number), in whatever batch.
+        """Return the inputs of a batch, with noise and timestep a function of (seed, purpose, sample number) alone.
 
-        Timesteps are stratified: sample k of n falls into the k-th of n equal parts of the schedule.
+        Timesteps are stratified: sample k of n gets one from the k-th of n equal parts of the schedule.
         """
         rngs = [torch_rng(seed, purpose, number) for number in batch["number"].tolist()]
         latents = self.latents(batch, [torch_rng(seed, purpose, "latent", n) for n in batch["number"].tolist()])
@@ -69,21 +80,24 @@ class DiffusionBackbone(NetworkBackbone):
         for rng, number, count in zip(rngs, batch["number"].tolist(), batch["of"].tolist(), strict=True):
             noise.append(torch.randn(latents.shape[1:], generator=rng))
             timesteps.append(int((number + float(torch.rand((), generator=rng))) / count * steps))
-        return self.noised(batch, latents, torch.stack(noise), torch.tensor(timesteps))
+        return self.noise_batch(batch, latents, torch.stack(noise), torch.tensor(timesteps))
 
     def training_inputs(self, batch: Batch) -> Batch:
-        """Noised samples with noise and uniform timesteps from the global CPU generator, the same on every device.
+        """Return the inputs of a batch, with noise and uniform timesteps from the global CPU generator.
 
-        Where there is a VAE, its posterior is drawn from the seeds that come with the samples.
+        They are the same on every device. Latents are drawn from a VAE's posterior with the seeds in the batch.
         """
         seeds = batch["posterior"].tolist() if "posterior" in batch else None
         latents = self.latents(batch, seeds and [torch.Generator().manual_seed(seed) for seed in seeds])
         timesteps = torch.randint(0, self.noise_scheduler.config.num_train_timesteps, (len(latents),))
-        return self.noised(batch, latents, torch.randn(latents.shape), timesteps)
+        return self.noise_batch(batch, latents, torch.randn(latents.shape), timesteps)
 
     @torch.no_grad()
     def latents(self, batch: Batch, rngs: Sequence[torch.Generator] | None) -> Tensor:
-        """The clean samples of a batch in the network's own space: its images, or what the VAE makes of them."""
+        """Return the clean samples of a batch, (N,C,H,W): its images, or latents where there is a VAE.
+
+        `rngs` has one generator per sample for the VAE's posterior; None takes the global generator.
+        """
         if "latent_mean" in batch:
             assert self.surroundings is not None
             return self.surroundings.drawn(batch["latent_mean"], batch["latent_std"], rngs)
@@ -92,125 +106,135 @@ class DiffusionBackbone(NetworkBackbone):
             return image
         return self.surroundings.encode(image, rngs)
 
-    def noised(self, batch: Batch, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Batch:
-        """What the network takes, and its target, for clean samples, noise and places in the schedule."""
-        schedule: Any = self.noise_scheduler
-        noise, timesteps = noise.to(sample), timesteps.to(sample.device)
-        inputs: Batch = {"conditions": self.conditions(batch, sample.device)}
-        if is_flow(schedule):
-            # Rectified flow (arXiv 2209.03003): x_s = (1 - s) x + s e, and the network predicts e - x.
-            sigmas = schedule.sigmas.to(sample)[timesteps].view(-1, 1, 1, 1)
-            noisy, target = (1 - sigmas) * sample + sigmas * noise, noise - sample
-            return inputs | {"sample": noisy, "timestep": schedule.timesteps.to(sample)[timesteps], "target": target}
-        kind = schedule.config.prediction_type
-        if kind == "epsilon":
-            target = noise
-        elif kind == "v_prediction":
-            target = schedule.get_velocity(sample, noise, timesteps)
-        else:
-            target = sample
-        return inputs | {
-            "sample": schedule.add_noise(sample, noise, timesteps),
-            "timestep": timesteps,
-            "target": target,
-        }
+    def noise_batch(self, batch: Batch, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Batch:
+        """Return the network's inputs and target for clean samples (N,C,H,W), noise and steps of the schedule (N,)."""
+        conditions = self.conditions(batch, sample.device)
+        noisy, timesteps, target = add_noise(
+            self.noise_scheduler, sample, noise.to(sample), timesteps.to(sample.device)
+        )
+        return {"conditions": conditions, "sample": noisy, "timestep": timesteps, "target": target}
 
     # Conditions
 
     @property
     def takes_text(self) -> bool:
+        """Whether the network is conditioned on captions."""
         return self.surroundings is not None and self.surroundings.takes_text
 
     @torch.no_grad()
     def conditions(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        """The network's other arguments: those a batch brings along, else what the text encoders make of captions."""
+        """Return the network's other arguments: those in the batch, else the encoded captions.
+
+        Raises ValueError where the network takes text and the batch has no captions.
+        """
         if "conditions" in batch:
             return batch["conditions"]
         if not self.takes_text:
             return {}
         assert self.surroundings is not None
         if "text" in batch:  # stored by a precomputation
-            return self.with_sizes(move(batch["text"], device), batch, device)
+            return self.complete_conditions(move(batch["text"], device), batch, device)
         if "caption" not in batch:
             raise ValueError(
                 "the teacher takes text, but the data have no captions; choose data with captions "
                 "(data=captioned_folder, or a `caption` column)"
             )
-        return self.with_sizes(self.surroundings.text(batch["caption"], device), batch, device)
+        return self.complete_conditions(self.surroundings.text(batch["caption"], device), batch, device)
 
-    def unconditions(self, batch: Batch, conditions: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the unconditional pass of classifier-free guidance."""
+    def empty_conditions(self, batch: Batch, conditions: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the unconditional pass of classifier-free guidance."""
         if not self.takes_text:
             return conditions
         assert self.surroundings is not None
         device = next(self.network.parameters()).device
-        return self.with_sizes(self.surroundings.empty_text(len(batch["seed"]), device), batch, device)
+        return self.complete_conditions(self.surroundings.empty_text(len(batch["seed"]), device), batch, device)
 
-    def with_sizes(self, conditions: dict[str, Any], batch: Batch, device: torch.device) -> dict[str, Any]:
-        """Conditions with what the network wants to know of sizes and crops; for most networks nothing."""
+    def complete_conditions(self, conditions: dict[str, Any], batch: Batch, device: torch.device) -> dict[str, Any]:
+        """Return the conditions with the sizes, crops or guidance scale that some networks take besides."""
         return conditions
 
     # The network
 
     def arguments(self, inputs: Batch) -> dict[str, Any]:
-        """The keyword arguments of the network for some inputs."""
+        """Return the keyword arguments of the network's forward pass."""
         return {"sample": inputs["sample"], "timestep": inputs["timestep"], **inputs["conditions"]}
 
     def predict(self, inputs: Batch) -> Tensor:
-        """The network's output for noised samples: (N,C,H,W); a predicted variance is left out."""
-        output = self.network(**self.arguments(inputs), return_dict=False)[0]
-        return output[:, : inputs["sample"].shape[1]]
+        """Return the network's output, (N,C,H,W); with a variance in the second half of the channels, (N,2C,H,W)."""
+        output: Tensor = self.network(**self.arguments(inputs), return_dict=False)[0]
+        return output
 
     def losses(self, output: Tensor, inputs: Batch) -> Tensor:
-        """The task loss of each sample, (N,): mean squared error to the target (noise, velocity, flow or sample)."""
-        return (output.float() - inputs["target"].float()).square().flatten(1).mean(1)
+        """Return the task loss of each sample, (N,): the mean squared error to the target.
+
+        The target is the noise, velocity, flow or sample. A predicted variance has none: it is learned from the
+        teacher alone, by `distance`.
+        """
+        target = inputs["target"].float()
+        return (output[:, : target.shape[1]].float() - target).square().flatten(1).mean(1)
 
     def distance(self, output: Tensor, reference: Tensor, inputs: Batch) -> Tensor:
-        """The mean squared difference."""
+        """Return the mean squared difference, a scalar; a predicted variance counts like the prediction."""
         return F.mse_loss(output, reference)
 
     # Generation
 
     def generate(self, batch: Batch, sampler: Callable[..., Any], steps: int, guidance: float = 1.0) -> Tensor:
-        """Samples in the network's own space (N,C,H,W); each depends on its own seed and conditions, not on the batch.
+        """Return generated samples (N,C,H,W): latents where there is a VAE, else images.
 
-        `sampler(noise schedule's config)` makes a diffusers scheduler. `guidance` above 1 is classifier-free guidance
-        (arXiv 2207.12598), for networks that take conditions.
+        A sample depends on its own seed and conditions, not on the batch it is in. Raises FloatingPointError where
+        samples are not finite.
+
+        Args:
+            batch: {"seed": (N,)}, with captions or labels where the network takes them.
+            sampler: makes a diffusers scheduler from the configuration of the noise schedule.
+            steps: number of sampling steps.
+            guidance: scale of classifier-free guidance (arXiv 2207.12598) for networks that take conditions; 1 is none.
         """
         weight = next(self.network.parameters())
         shape, device, dtype = self.data_shape(), weight.device, weight.dtype
         seeds = [int(seed) for seed in batch["seed"]]
         sample = torch.stack([torch.randn(shape, generator=torch_rng("sample", seed)) for seed in seeds]).to(device)
-        scheduler = sampler(self.noise_scheduler.config)
+        scheduler = make_sampler(sampler, self.noise_scheduler)
         scheduler.set_timesteps(steps, device=device, **self.step_options(scheduler, steps))
         options: dict[str, Any] = {}
-        if "generator" in inspect.signature(scheduler.step).parameters:  # stochastic samplers: a generator an image
+        if takes_argument(scheduler.step, "generator"):  # stochastic samplers: one generator per image
             options["generator"] = [torch_rng("sampler", seed) for seed in seeds]
-        conditions = self.guided(self.conditions(batch, device), guidance)
+        conditions = self.with_guidance(self.conditions(batch, device), guidance)
         guides = guidance > 1 and bool(conditions) and not self.embeds_guidance
-        empty = self.unconditions(batch, conditions) if guides else {}
+        empty = self.empty_conditions(batch, conditions) if guides else {}
         sample = sample * getattr(scheduler, "init_noise_sigma", 1.0)
+        kept = 2 * shape[0] if takes_variance(scheduler) else shape[0]  # channels of the output that the sampler takes
         for t in scheduler.timesteps:
             scaled = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
             inputs = {"sample": scaled.to(dtype), "timestep": t.expand(len(sample)), "conditions": conditions}
-            output = self.predict(inputs).float()
+            output = self.predict(inputs)[:, :kept].float()
             if guides:
-                without = self.predict(inputs | {"conditions": empty}).float()
-                output = without + guidance * (output - without)
+                predicted, variance = output[:, : shape[0]], output[:, shape[0] :]
+                without = self.predict(inputs | {"conditions": empty})[:, : shape[0]].float()
+                output = torch.cat([without + guidance * (predicted - without), variance], dim=1)
             sample = scheduler.step(output, t, sample, return_dict=False, **options)[0]
         if not torch.isfinite(sample).all():
             raise FloatingPointError(f"samples are not finite after {steps} steps of {type(scheduler).__name__}")
         return sample
 
-    embeds_guidance = False
-    """does the network take the guidance scale as an argument, instead of being called twice?"""
+    def check_sampler(self, sampler: Callable[..., Any], steps: int) -> None:
+        """Raise ValueError where a sampler, as `generate` takes it, does not fit this network or number of steps."""
+        scheduler = make_sampler(sampler, self.noise_scheduler)
+        check_sampler(scheduler, self.noise_scheduler, self.predicts_variance)
+        scheduler.set_timesteps(steps, **self.step_options(scheduler, steps))
 
-    def guided(self, conditions: dict[str, Any], guidance: float) -> dict[str, Any]:
-        """Conditions with the guidance scale, for networks that take it as an argument."""
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network takes the guidance scale as an argument, instead of being called twice."""
+        return False
+
+    def with_guidance(self, conditions: dict[str, Any], guidance: float) -> dict[str, Any]:
+        """Return the conditions with the guidance scale, for networks that take it as an argument."""
         return conditions
 
     def step_options(self, scheduler: Any, steps: int) -> dict[str, Any]:
-        """What a sampler wants to know beyond the number of steps: those that shift them, by how much."""
+        """Return further arguments of a sampler's `set_timesteps`: the shift, for samplers that shift steps by size."""
         config = scheduler.config
         if not config.get("use_dynamic_shifting"):
             return {}
@@ -219,12 +243,12 @@ class DiffusionBackbone(NetworkBackbone):
         return {"mu": config.base_shift + slope * (self.tokens() - config.base_image_seq_len)}
 
     def tokens(self) -> int:
-        """How many tokens one sample is; of networks with patches of 2x2."""
+        """Return the number of tokens of one sample, for networks with patches of 2x2."""
         return math.prod(self.data_shape()[1:]) // 4
 
     @torch.no_grad()
     def decode(self, samples: Tensor) -> Tensor:
-        """Images of generated samples: uint8 (N,H,W,C), on the CPU."""
+        """Return the images of generated samples, uint8 (N,H,W,C), on the CPU."""
         if self.surroundings is not None and self.surroundings.encodes:
             samples = self.surroundings.decode(samples)
         return ((samples.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
@@ -232,12 +256,20 @@ class DiffusionBackbone(NetworkBackbone):
     # Shapes, costs, files
 
     def data_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the samples the network takes."""
+        """Return (channels, height, width) of the samples the network takes.
+
+        Raises ValueError where neither `teacher.sample_size` nor the network's configuration gives the size.
+        """
         size = self.options.get("sample_size") or self.network.config.sample_size
+        if size is None:
+            raise ValueError(
+                f"teacher.sample_size=null: the configuration of this {type(self.network).__name__} gives no size of "
+                "its samples (sample_size: null); set teacher.sample_size to their height and width"
+            )
         return (self.network.config.in_channels, *((size, size) if isinstance(size, int) else tuple(size)))
 
     def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the images that go with such samples."""
+        """Return (channels, height, width) of the images that such samples stand for."""
         channels, height, width = self.data_shape()
         if self.surroundings is None or not self.surroundings.encodes:
             return channels, height, width
@@ -245,7 +277,7 @@ class DiffusionBackbone(NetworkBackbone):
         return self.surroundings.image_channels, height * factor, width * factor
 
     def example_inputs(self, batch: int, device: torch.device | str) -> Batch:
-        """Inputs of the right shape, zeros: for counting and timing."""
+        """Return inputs of the right shape, all zeros, for counting operations and timing."""
         return {
             "sample": torch.zeros(batch, *self.data_shape(), device=device),
             "timestep": torch.zeros(batch, dtype=torch.long, device=device),
@@ -253,7 +285,7 @@ class DiffusionBackbone(NetworkBackbone):
         }
 
     def example_conditions(self, batch: int) -> dict[str, Any]:
-        """Zeros for the network's other arguments."""
+        """Return zeros for the network's other arguments."""
         return {}
 
     def meta_network(self) -> nn.Module:
@@ -266,10 +298,10 @@ class DiffusionBackbone(NetworkBackbone):
     # Exports
 
     def save_export(self, folder: Path) -> None:
-        """Write the pipeline around the network; a class that diffusers has not lies beside its weights.
+        """Write the pipeline with this network; beside the weights lies the code of a class that diffusers lacks.
 
         `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens it where only diffusers is installed.
-        Without `trust_remote_code` it is refused, rather than opened as a stock network with untrained parts.
+        Without `trust_remote_code` diffusers refuses it, rather than opening a stock network with untrained parts.
         """
         parts = self.surroundings
         assert parts is not None, "a teacher is loaded with its pipeline"
@@ -306,17 +338,17 @@ class DiffusionBackbone(NetworkBackbone):
 
 
 def is_stock(network: nn.Module) -> bool:
-    """Tell whether diffusers itself has the class of a network."""
+    """Return whether the class of a network is part of diffusers."""
     return type(network).__module__.startswith("diffusers.")
 
 
 def stored_captions_usage(captions: Sequence[str]) -> str:
-    """Return how to ask for pictures where there is no text encoder, in Markdown; "" where there are no captions."""
+    """Return, in Markdown, how to generate images from stored text states; "" where no captions are stored."""
     if not captions:
         return ""
     rows = "\n".join(f"- {row}: {caption or '(no caption)'}" for row, caption in enumerate(captions[:20]))
     return f"""
-There is no text encoder: the states of {len(captions)} captions lie in `text/`, by row.
+There is no text encoder: the folder `text/` has the text states of {len(captions)} captions, one per row.
 
     from safetensors.torch import load_file
     states = load_file(f"{{folder}}/text/text-00000.safetensors")["encoder_hidden_states"].float()
@@ -326,13 +358,8 @@ There is no text encoder: the states of {len(captions)} captions lie in `text/`,
 """
 
 
-def is_flow(schedule: Any) -> bool:
-    """Is this the schedule of a flow-matching model?"""
-    return isinstance(schedule, FlowMatchEulerDiscreteScheduler)
-
-
-def copied(network: nn.Module, config: Mapping[str, Any], cls: Any) -> nn.Module:
-    """A network of class `cls` with this configuration and the same state, in memory of its own."""
+def copy_network(network: nn.Module, config: Mapping[str, Any], cls: Any) -> nn.Module:
+    """Return a network of class `cls` with this configuration and a copy of the weights."""
     with next(network.parameters()).device:
         student = cls.from_config(dict(config))
     student.load_state_dict(network.state_dict())

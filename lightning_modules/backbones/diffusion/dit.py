@@ -1,4 +1,4 @@
-"""Class-conditional diffusion transformers (DiT, arXiv 2212.09748)."""
+"""Backbone of class-conditional diffusion transformers (DiT, arXiv 2212.09748)."""
 
 from typing import Any
 
@@ -9,38 +9,45 @@ from lightning_modules.backbones.diffusion.transformer import TransformerBackbon
 
 
 class DiTBackbone(TransformerBackbone):
-    """DiT (arXiv 2212.09748): class labels. Its first block stays: the network embeds timestep and class for its
-    output layer with that block's `norm1`."""
+    """DiT (arXiv 2212.09748), conditioned on class labels.
 
-    DROPPED = 0.1
+    The first block is not removable: the output layer takes the embedding of timestep and class from its `norm1`.
+    """
+
+    LABEL_DROPOUT = 0.1
     """share of training labels that are replaced by the null class, as in the paper"""
 
-    def needed(self) -> set[str]:
+    def required_blocks(self) -> set[str]:
         return {"transformer_blocks.0"}
 
     @property
     def null_class(self) -> int:
+        """The label of "no class", for classifier-free guidance."""
         return self.network.config.num_embeds_ada_norm
 
     def conditions(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        """The labels of a batch, else (of generated images) the seed modulo the number of classes."""
+        """Return the labels of a batch, or for images to generate the seed modulo the number of classes.
+
+        Raises ValueError where the batch has no labels, or labels that the network does not know.
+        """
         if "conditions" in batch:
             return batch["conditions"]
         labels = batch.get("label", None if "seed" not in batch else batch["seed"] % self.null_class)
-        if labels is None or int(labels.min()) < 0 or int(labels.max()) > self.null_class:
+        largest = self.null_class if "seed" in batch else self.null_class - 1  # no data are of the null class
+        if labels is None or int(labels.min()) < 0 or int(labels.max()) > largest:
             raise ValueError(
                 f"the teacher takes class labels from 0 to {self.null_class - 1}, and the data give "
                 f"{'none' if labels is None or int(labels.min()) < 0 else int(labels.max())}; choose labelled data"
             )
         return {"class_labels": labels.to(device)}
 
-    def unconditions(self, batch: Batch, conditions: dict[str, Any]) -> dict[str, Any]:
+    def empty_conditions(self, batch: Batch, conditions: dict[str, Any]) -> dict[str, Any]:
         return {"class_labels": torch.full_like(conditions["class_labels"], self.null_class)}
 
     def training_inputs(self, batch: Batch) -> Batch:
         inputs = super().training_inputs(batch)
         labels = inputs["conditions"]["class_labels"]
-        dropped = (torch.rand(len(labels)) < self.DROPPED).to(labels.device)
+        dropped = (torch.rand(len(labels)) < self.LABEL_DROPOUT).to(labels.device)
         return inputs | {"conditions": {"class_labels": torch.where(dropped, self.null_class, labels)}}
 
     def example_conditions(self, batch: int) -> dict[str, Any]:

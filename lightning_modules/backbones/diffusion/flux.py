@@ -1,4 +1,4 @@
-"""FLUX transformers."""
+"""Backbone of FLUX transformers."""
 
 from typing import Any
 
@@ -6,35 +6,43 @@ import torch
 from torch import Tensor
 
 from criteria.base import Batch
-from lightning_modules.backbones.diffusion.backbone import is_flow
+from lightning_modules.backbones.diffusion.schedule import takes_argument
 from lightning_modules.backbones.diffusion.transformer import TransformerBackbone
+
+LATENT_SIZE = 128
+"""height and width of latents where `teacher.sample_size` is not set: the pipeline's default"""
+TEXT_TOKENS = 512
+"""length to which the pipeline pads captions for T5"""
 
 
 class FluxBackbone(TransformerBackbone):
     """FLUX.1: joint blocks, then single-stream blocks, on patches of 2x2 latents; the guidance scale is an argument."""
 
-    counts = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
-    embeds_guidance = True
+    block_counts = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
     GUIDANCE = 3.5
-    """scale under which calibration and distillation run, the pipeline's default: our choice"""
+    """guidance scale of calibration and distillation: the pipeline's default, our choice"""
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return True
 
     def data_shape(self) -> tuple[int, int, int]:
-        size = self.options.get("sample_size") or 128  # the pipeline's default; the configuration does not say
+        size = self.options.get("sample_size") or LATENT_SIZE
         return self.network.config.in_channels // 4, size, size
 
-    def with_sizes(self, conditions: dict[str, Any], batch: Batch, device: torch.device) -> dict[str, Any]:
-        return self.guided(conditions, self.GUIDANCE)
+    def complete_conditions(self, conditions: dict[str, Any], batch: Batch, device: torch.device) -> dict[str, Any]:
+        return self.with_guidance(conditions, self.GUIDANCE)
 
-    def guided(self, conditions: dict[str, Any], guidance: float) -> dict[str, Any]:
+    def with_guidance(self, conditions: dict[str, Any], guidance: float) -> dict[str, Any]:
         if not self.network.config.guidance_embeds:
             return conditions
         states = conditions["encoder_hidden_states"]
         return conditions | {"guidance": torch.full((len(states),), float(guidance), device=states.device)}
 
     def step_options(self, scheduler: Any, steps: int) -> dict[str, Any]:
-        """As in its pipeline, the steps before any shift are evenly spaced from 1 to 1/steps."""
+        """Return the shift, and noise levels evenly spaced from 1 to 1/steps before the shift, as in its pipeline."""
         options = super().step_options(scheduler, steps)
-        if is_flow(scheduler):
+        if takes_argument(scheduler.set_timesteps, "sigmas"):
             options["sigmas"] = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
         return options
 
@@ -64,8 +72,8 @@ class FluxBackbone(TransformerBackbone):
     def example_conditions(self, batch: int) -> dict[str, Any]:
         config = self.network.config
         conditions = {
-            "encoder_hidden_states": torch.zeros(batch, 512, config.joint_attention_dim),
+            "encoder_hidden_states": torch.zeros(batch, TEXT_TOKENS, config.joint_attention_dim),
             "pooled_projections": torch.zeros(batch, config.pooled_projection_dim),
-            "txt_ids": torch.zeros(512, 3),
+            "txt_ids": torch.zeros(TEXT_TOKENS, 3),
         }
-        return self.guided(conditions, self.GUIDANCE)
+        return self.with_guidance(conditions, self.GUIDANCE)

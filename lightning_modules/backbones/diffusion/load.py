@@ -4,23 +4,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    DDPMPipeline,
-    DDPMScheduler,
-    DiffusionPipeline,
-    UNet2DModel,
-)
+import transformers as hf_transformers
+from diffusers import DDPMPipeline, DiffusionPipeline, ModelMixin, UNet2DModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from datamodules.latents import TextTable
 from lightning_modules.backbones.classification import image_networks
 from lightning_modules.backbones.diffusion import families, unet
-from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone, is_flow
+from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.pipeline_parts import TEXT_FOLDER, Surroundings, quietly
-from lightning_modules.backbones.files import find_model, network_folder, say_if_pickled
-from lightning_modules.backbones.loading import load_network
+from lightning_modules.backbones.diffusion.schedule import load_schedule, training_schedule
+from lightning_modules.backbones.files import check_finite, find_model, network_folder
+from lightning_modules.backbones.loading import load_network, read_weights
+
+LIBRARIES: dict[str, Any] = {"diffusers": diffusers, "transformers": hf_transformers}
+"""Libraries whose networks are read here, so that what their loaders say of the weights is seen"""
+REFUSED_OF_PARTS = ("missing_keys", "mismatched_keys")
+"""Misfits that make a part of a pipeline another network; old files have tensors too many, such as position ids"""
 
 
 def load_teacher(
@@ -69,6 +72,8 @@ def load_teacher(
             f"a {type(network).__name__} has no such choice"
         )
     table = TextTable(folder / TEXT_FOLDER) if (folder / TEXT_FOLDER).is_dir() else None
+    if table is not None:
+        table.check_finite()
     surroundings = Surroundings(pipeline, family.component, table)
     return family(network, noise_scheduler, surroundings, sample_size=sample_size, **options)
 
@@ -86,21 +91,49 @@ def open_pipeline(folder: Path, network: nn.Module, component: str, noise_schedu
                 f"{folder} holds a network without its pipeline, so its noise schedule is not known; "
                 "say it: noise_scheduler=linear (or another of that group)"
             )
-        return DDPMPipeline(network, noise_scheduler or DDPMScheduler.from_pretrained(folder))
+        return DDPMPipeline(network, noise_scheduler or load_schedule(folder))
+    index = read_index(folder)
+    absent: dict[str, Any] = dict.fromkeys(key for key, value in index.items() if value == [None, None])
+    absent |= {"safety_checker": None, "feature_extractor": None} if "safety_checker" in index else {}
+    absent[component] = None  # it comes afterwards: diffusers would look up its class, and knows none of an export
+    given = absent | load_parts(folder, {name: entry for name, entry in index.items() if name not in absent})
     try:
-        index = json.loads((folder / "model_index.json").read_text())
-        absent: dict[str, None] = dict.fromkeys(key for key, value in index.items() if value == [None, None])
-        absent |= {"safety_checker": None, "feature_extractor": None} if "safety_checker" in index else {}
-        absent[component] = None  # it comes afterwards: diffusers would look up its class, and knows none of an export
         with quietly():  # diffusers warns of every class it does not know, among them the pruned one
-            pipeline = DiffusionPipeline.from_pretrained(folder, **absent, dtype=torch.float32)
+            pipeline = DiffusionPipeline.from_pretrained(folder, **given, dtype=torch.float32)
         pipeline.register_modules(**{component: network})
         mend_scaling(pipeline, folder)
-        for part in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != component):
-            say_if_pickled(part)
-        return pipeline
     except Exception as error:
         raise ValueError(f"{folder}: the rest of the pipeline cannot be read: {error}") from error
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and name not in given:  # of a library that is not in LIBRARIES
+            check_finite(part, folder / name)
+    return pipeline
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return the content of a pipeline's model_index.json. Raises ValueError where it cannot be read."""
+    try:
+        return dict(json.loads((folder / "model_index.json").read_text()))
+    except ValueError as error:
+        raise ValueError(f"{folder}/model_index.json is not readable JSON ({error})") from error
+
+
+def load_parts(folder: Path, index: dict[str, Any]) -> dict[str, nn.Module]:
+    """Return the networks of diffusers and transformers among the entries of a pipeline's index, by name.
+
+    Raises ValueError for weights that cannot be read, are incomplete or are not finite, naming folder and tensor:
+    diffusers would fill in what is missing, at random or not at all.
+    """
+    parts = {}
+    for name, entry in index.items():
+        if not isinstance(entry, list) or entry[0] not in LIBRARIES or not (folder / name).is_dir():
+            continue
+        cls = getattr(LIBRARIES[entry[0]], entry[1], None)
+        if isinstance(cls, type) and issubclass(cls, ModelMixin | PreTrainedModel):
+            # Without this option transformers does not say which tensor it is whose shape does not fit.
+            options = {"ignore_mismatched_sizes": True} if issubclass(cls, PreTrainedModel) else {}
+            parts[name] = read_weights(cls, folder / name, REFUSED_OF_PARTS, **options)
+    return parts
 
 
 def mend_scaling(pipeline: Any, folder: Path) -> None:
@@ -108,11 +141,3 @@ def mend_scaling(pipeline: Any, folder: Path) -> None:
     vae = getattr(pipeline, "vqvae", None)
     if vae is not None and "scaling_factor" not in json.loads((folder / "vqvae" / "config.json").read_text()):
         vae.register_to_config(scaling_factor=1.0)
-
-
-def training_schedule(scheduler: Any) -> Any:
-    """The noise schedule behind a pipeline's sampler: the same betas and prediction type, or the same flow."""
-    if is_flow(scheduler):
-        return scheduler
-    # Where its file does not say it, samples are not clipped: they may be latents.
-    return DDPMScheduler.from_config(scheduler.config, clip_sample=scheduler.config.get("clip_sample", False))

@@ -19,7 +19,9 @@ from transformers import AutoModel, AutoTokenizer
 from datamodules.readers.base import MissingData
 from lightning_modules.backbones.diffusion import dit_weights, families, unet
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
+from lightning_modules.backbones.diffusion.load import REFUSED_OF_PARTS
 from lightning_modules.backbones.diffusion.pipeline_parts import Surroundings
+from lightning_modules.backbones.files import check_weights
 from lightning_modules.backbones.loading import CLASSES
 
 
@@ -84,12 +86,18 @@ def new_pipeline(
 
 
 def part(cls: Any, path: str, field: str) -> Any:
-    """A pretrained part, in float32."""
+    """A pretrained part, in float32; ValueError for a network whose weights are incomplete or not finite."""
     local = Path(path).expanduser()
-    options = {} if cls is AutoTokenizer else {"dtype": torch.float32, "use_safetensors": True}
+    is_network = cls is not AutoTokenizer
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True} if is_network else {}
     try:
-        return cls.from_pretrained(local if local.exists() else path, **options)
+        loaded = cls.from_pretrained(local if local.exists() else path, **options)
     except Exception as error:
         raise MissingData(
             f"{field}={path!r} can be read neither from there nor from the hub ({type(error).__name__}: {error})"
         ) from error
+    if not is_network:
+        return loaded
+    network, info = loaded
+    check_weights(network, info, Path(path), REFUSED_OF_PARTS)
+    return network

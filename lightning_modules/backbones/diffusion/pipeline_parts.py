@@ -103,8 +103,11 @@ class Surroundings:
         with plainly(images.device):
             found = self.vae.encode(images.to(self.vae.dtype))
         if hasattr(found, "latents"):
-            return found.latents, torch.zeros_like(found.latents)
-        return found.latent_dist.mean, found.latent_dist.std
+            mean, std = found.latents, torch.zeros_like(found.latents)
+        else:
+            mean, std = found.latent_dist.mean, found.latent_dist.std
+        self.check_finite("the latents of images", mean, self.vae)
+        return mean, std
 
     def drawn(self, mean: Tensor, std: Tensor, rngs: Sequence[torch.Generator] | None) -> Tensor:
         """Scaled latents: a draw of the posterior, from a generator a sample or the global one."""
@@ -123,7 +126,15 @@ class Surroundings:
         self.to(latents.device, [self.vae])
         shift, scale = self.scaling(latents)
         with plainly(latents.device):
-            return self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample
+            images = self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample
+        self.check_finite("images decoded from latents", images, self.vae)
+        return images
+
+    @staticmethod
+    def check_finite(what: str, values: Tensor, part: nn.Module) -> None:
+        """Raise FloatingPointError where a part of the pipeline gave values that are not finite."""
+        if not torch.isfinite(values).all():
+            raise FloatingPointError(f"{what} by the pipeline's {type(part).__name__} are not finite")
 
     def scaling(self, latents: Tensor) -> tuple[Any, Any]:
         """What is subtracted from raw latents, and what they are multiplied with."""

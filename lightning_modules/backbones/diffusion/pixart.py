@@ -1,4 +1,4 @@
-"""PixArt transformers."""
+"""Backbone of PixArt transformers."""
 
 from typing import Any
 
@@ -7,22 +7,26 @@ import torch
 from criteria.base import Batch
 from lightning_modules.backbones.diffusion.transformer import TransformerBackbone
 
+TEXT_TOKENS = 120
+"""length to which the pipeline pads captions"""
+
 
 class PixArtBackbone(TransformerBackbone):
-    """PixArt-alpha (arXiv 2310.00426): T5 captions by cross attention; at 1024 pixels also size and aspect ratio."""
+    """PixArt-alpha (arXiv 2310.00426), conditioned on T5 text states; at 1024 pixels also on size and aspect ratio."""
 
-    def with_sizes(self, conditions: dict[str, Any], batch: Batch, device: torch.device) -> dict[str, Any]:
+    def complete_conditions(self, conditions: dict[str, Any], batch: Batch, device: torch.device) -> dict[str, Any]:
         if not self.network.use_additional_conditions:
             return conditions
         count, size = len(conditions["encoder_hidden_states"]), torch.tensor([self.image_shape()[1:]], device=device)
         size = size.expand(count, 2).float()
         resolution = batch.get("original_size", size).to(device).float()
-        # The resolution is that of the picture before it was cropped, the aspect ratio that of what is seen of it.
+        # The resolution is that of the image before it was cropped, the aspect ratio that after.
         sizes = {"resolution": resolution, "aspect_ratio": size[:, :1] / size[:, 1:]}
         return conditions | {"added_cond_kwargs": sizes}
 
     def example_conditions(self, batch: int) -> dict[str, Any]:
-        found: dict[str, Any] = {"encoder_hidden_states": torch.zeros(batch, 120, self.network.config.caption_channels)}
-        if self.network.use_additional_conditions:
-            found["added_cond_kwargs"] = {"resolution": torch.ones(batch, 2), "aspect_ratio": torch.ones(batch, 1)}
-        return found
+        states = torch.zeros(batch, TEXT_TOKENS, self.network.config.caption_channels)
+        if not self.network.use_additional_conditions:
+            return {"encoder_hidden_states": states}
+        sizes = {"resolution": torch.ones(batch, 2), "aspect_ratio": torch.ones(batch, 1)}
+        return {"encoder_hidden_states": states, "added_cond_kwargs": sizes}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import Transformer2DModel, UNet2DConditionModel, UNet2DModel
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import ADDED_KV_ATTENTION_PROCESSORS, Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
@@ -36,7 +36,7 @@ class Bypass(nn.Module):
         self.scale = 1.0
         if isinstance(unit, ResnetBlock2D):
             self.scale = unit.output_scale_factor
-        elif isinstance(unit, Attention):
+        elif isinstance(unit, Attention) and unit.residual_connection:
             self.scale = unit.rescale_output_factor
         self.in_tuple = isinstance(unit, Transformer2DModel)
 
@@ -93,7 +93,7 @@ class Pointwise(nn.Module):
 
 def stand_in(module: nn.Module, pointwise: str = "sum") -> nn.Module:
     """What takes a removed module's place: a bypass for a block, for an operator nothing or a cheaper one."""
-    if isinstance(module, Attention) and not module.residual_connection:
+    if isinstance(module, Attention) and not adds_input(module):
         return Nothing()
     if isinstance(module, nn.GroupNorm | nn.LayerNorm):
         return nn.Identity()
@@ -102,6 +102,14 @@ def stand_in(module: nn.Module, pointwise: str = "sum") -> nn.Module:
             return nn.Identity()
         return module if module.kernel_size == (1, 1) else Pointwise(module, pointwise)
     return Bypass(module)
+
+
+def adds_input(attention: Attention) -> bool:
+    """Tell whether an attention adds its input to its output, so that the identity stands in for it.
+
+    Those of SimpleCrossAttn blocks (DeepFloyd IF, Kandinsky 2) do so in their processor, whatever the attention says.
+    """
+    return attention.residual_connection or isinstance(attention.processor, ADDED_KV_ATTENTION_PROCESSORS)
 
 
 def stages(unet: Any) -> dict[str, Any]:

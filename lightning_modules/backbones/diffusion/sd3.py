@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 transformers."""
+"""Backbone of the transformers of Stable Diffusion 3."""
 
 from typing import Any
 
@@ -6,16 +6,22 @@ import torch
 
 from lightning_modules.backbones.diffusion.transformer import TransformerBackbone
 
+TEXT_TOKENS = 77 + 256
+"""length of the text states in the pipeline: tokens of CLIP, then of T5"""
+
 
 class SD3Backbone(TransformerBackbone):
-    """Stable Diffusion 3 (arXiv 2403.03206): joint blocks. The last one stays: it alone ends the text stream."""
+    """Stable Diffusion 3 (arXiv 2403.03206), a stack of joint blocks.
 
-    def needed(self) -> set[str]:
+    The last block is not removable: it is the only one that returns no text stream.
+    """
+
+    def required_blocks(self) -> set[str]:
         return {f"transformer_blocks.{len(self.network.transformer_blocks) - 1}"}
 
     def example_conditions(self, batch: int) -> dict[str, Any]:
         config = self.network.config
         return {
-            "encoder_hidden_states": torch.zeros(batch, 333, config.joint_attention_dim),
+            "encoder_hidden_states": torch.zeros(batch, TEXT_TOKENS, config.joint_attention_dim),
             "pooled_projections": torch.zeros(batch, config.pooled_projection_dim),
         }

@@ -54,7 +54,12 @@ def store_texts(
                     continue
                 found = surroundings.empty_text(1, device) if empty else surroundings.text(group, device)
                 for name, value in flatten_dict(found).items():
-                    states.setdefault(name, []).append((value.to(dtype) if value.is_floating_point() else value).cpu())
+                    stored = (value.to(dtype) if value.is_floating_point() else value).cpu()
+                    if not stored.isfinite().all():
+                        raise FloatingPointError(
+                            f"text states ({name}) are not finite as {dtype}, of one of the captions {group}"
+                        )
+                    states.setdefault(name, []).append(stored)
         # What all captions share comes once, the rest with a row each.
         tensors = {name: parts[0] if name in SHARED else torch.cat(parts) for name, parts in states.items()}
         letters = [caption.encode() for caption in part]

@@ -1,6 +1,6 @@
-"""Diffusion transformers of diffusers as backbones: DiT, PixArt, Stable Diffusion 3, FLUX.
+"""Backbone of the diffusion transformers of diffusers: DiT, PixArt, Stable Diffusion 3, FLUX.
 
-Their units are whole blocks, and a student is the stock class with fewer of them, renumbered.
+Their units are whole blocks. A student is a network of the same class with fewer blocks, numbered from 0.
 """
 
 import re
@@ -19,11 +19,11 @@ from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.pruned_unet import put
 
 JOINT = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
-"""Blocks that carry a text stream along, and give it first."""
+"""Classes of blocks with a text stream beside the image stream; they return the text stream first."""
 
 
 class Skip(nn.Module):
-    """What stays of a removed block: its input, of both streams where there are two."""
+    """Stands in for a removed block: returns its input, of both streams where there are two."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -34,30 +34,35 @@ class Skip(nn.Module):
 
 
 class TransformerBackbone(DiffusionBackbone):
-    """A diffusion transformer. Option: `sample_size` (of the latents, if not the configuration's)."""
+    """A diffusion transformer.
+
+    The option `sample_size` is the height and width of the latents, where it is not the configuration's.
+    """
 
     component = "transformer"
-    counts = {"transformer_blocks": "num_layers"}
-    """list of blocks -> the configuration's name for its length"""
+    block_counts = {"transformer_blocks": "num_layers"}
+    """{attribute of the network that lists blocks: field of the configuration with their number}"""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for part in self.network.modules():
-            if isinstance(part, LabelEmbedding):  # labels are dropped with the batch, the same for student and teacher
-                part.dropout_prob = 0.0
+            if isinstance(part, LabelEmbedding):
+                part.dropout_prob = 0.0  # `training_inputs` drops labels, so that student and teacher get the same
 
     # Units and their removal
 
     def blocks(self) -> dict[str, nn.Module]:
-        """Every block (or what stands for it) by module path, in the order of the forward pass."""
-        return {f"{name}.{i}": block for name in self.counts for i, block in enumerate(getattr(self.network, name))}
+        """Return all blocks, or their stand-ins, by module path, in the order of the forward pass."""
+        return {
+            f"{name}.{i}": block for name in self.block_counts for i, block in enumerate(getattr(self.network, name))
+        }
 
-    def needed(self) -> set[str]:
-        """Blocks that cannot go, because the stock network takes more from them than their output."""
+    def required_blocks(self) -> set[str]:
+        """Return the blocks that cannot be removed, because the network takes more from them than their output."""
         return set()
 
     def units(self, level: str = "depth") -> list[Unit]:
-        """The blocks; ValueError for the other levels."""
+        """Return the removable blocks; raises ValueError for a level other than depth."""
         if parse_level(level) != Level.DEPTH:
             raise ValueError(
                 f"criterion.level={level!r}: operators and channels can be removed from U-Nets only; of a "
@@ -67,7 +72,7 @@ class TransformerBackbone(DiffusionBackbone):
         return [
             Unit(name, "block", sum(p.numel() for p in block.parameters()), macs.of(name))
             for name, block in self.blocks().items()
-            if name not in self.needed() and not isinstance(block, Skip)
+            if name not in self.required_blocks() and not isinstance(block, Skip)
         ]
 
     def freed_weights(self, unit: Unit, tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -95,9 +100,9 @@ class TransformerBackbone(DiffusionBackbone):
             )
         check_names([change["unit"] for change in changes], self.units(), "plan.units")
         moved = self.renumbered(changes)
-        # Notes that begin with an underscore would set fields back to their defaults.
+        # Entries that begin with an underscore would set fields back to their defaults.
         config = {key: value for key, value in self.network.config.items() if not key.startswith("_")}
-        for name, count in self.counts.items():
+        for name, count in self.block_counts.items():
             config[count] = sum(block.startswith(f"{name}.") for block in moved)
         if config.get("dual_attention_layers"):
             kept = {int(old.split(".")[1]): int(new.split(".")[1]) for old, new in moved.items()}
@@ -115,10 +120,10 @@ class TransformerBackbone(DiffusionBackbone):
         return self.adopt(student, changes)
 
     def renumbered(self, changes: Sequence[Change]) -> dict[str, str]:
-        """{path of a block that stays: its path in the student}."""
+        """Return {path of a kept block: its path in the student}."""
         gone = {change["unit"] for change in changes}
         moved: dict[str, str] = {}
-        for name in self.counts:
+        for name in self.block_counts:
             kept = [block for block in self.blocks() if block.startswith(f"{name}.") and block not in gone]
             moved |= {block: f"{name}.{i}" for i, block in enumerate(kept)}
         return moved
@@ -127,10 +132,14 @@ class TransformerBackbone(DiffusionBackbone):
         return self.student(network, self.renumbered(changes))
 
     def stages(self) -> dict[str, nn.Module]:
-        """The blocks themselves."""
+        """Return the blocks: each is a stage."""
         return self.blocks()
 
     # What the network takes
+
+    @property
+    def predicts_variance(self) -> bool:
+        return bool(self.network.config.out_channels == 2 * self.network.config.in_channels)
 
     def arguments(self, inputs: Batch) -> dict[str, Any]:
         return {"hidden_states": inputs["sample"], "timestep": inputs["timestep"], **inputs["conditions"]}

@@ -26,6 +26,9 @@ from lightning_modules.backbones.language.width import DecoderChannels, listenin
 
 LAYERS = "model.layers"
 
+NO_TARGET = -100
+"""Stands for a token that is not to be predicted, as in PyTorch's cross entropy."""
+
 
 class Skip(nn.Module):
     """What stays of a removed decoder layer: the hidden states that go into it."""
@@ -197,25 +200,26 @@ class LanguageBackbone(NetworkBackbone):
 
     def losses(self, output: Tensor, inputs: Batch) -> Tensor:
         """Mean negative log-likelihood of each sample's tokens after the first, as far as they count: (N,)."""
-        tokens = inputs["sample"]
-        nll = F.cross_entropy(output[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none")
-        if "mask" not in inputs:
-            return nll.mean(1)
-        mask = inputs["mask"][:, 1:].to(nll)
-        return (nll * mask).sum(1) / mask.sum(1).clamp_min(1)
+        tokens_NL = inputs["sample"]
+        # Flat, so that each sum over the vocabulary runs along adjacent numbers: over (N,V,L) it is 1e-4 too low.
+        targets_NL = F.pad(tokens_NL[:, 1:], (0, 1), value=NO_TARGET)
+        logits = output.float().flatten(0, 1)
+        nll = F.cross_entropy(logits, targets_NL.flatten(), ignore_index=NO_TARGET, reduction="none")
+        nll_NL = nll.view_as(tokens_NL)[:, :-1]
+        return nll_NL.mean(1) if "mask" not in inputs else mean_of_targets(nll_NL, inputs["mask"])
 
     def distance(self, output: Tensor, reference: Tensor, inputs: Batch) -> Tensor:
-        """Kullback-Leibler divergence of the next-token distributions from the teacher's, the mean over tokens.
+        """Return the Kullback-Leibler divergence of the next-token distributions from the teacher's, a scalar.
 
-        Where not all tokens count, only the predictions of those that do. Our choice for language models, in the place
-        of the squared error between noise predictions.
+        It is the mean over the tokens of a sample that count as targets, then over samples, so that the distance of a
+        batch is the mean over its parts, however it is divided. Using it for language models, in the place of the
+        squared error between noise predictions, is our choice.
         """
         log_s, log_t = (logits.float().log_softmax(-1) for logits in (output, reference))
         divergence_NL = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
         if "mask" not in inputs:
             return divergence_NL.mean()
-        mask = inputs["mask"][:, 1:].to(divergence_NL)
-        return (divergence_NL[:, :-1] * mask).sum() / mask.sum().clamp_min(1)
+        return mean_of_targets(divergence_NL[:, :-1], inputs["mask"]).mean()
 
     @torch.no_grad()
     def write(self, prompts: Sequence[str], tokens: int, device: torch.device) -> list[str]:
@@ -273,6 +277,15 @@ class LanguageBackbone(NetworkBackbone):
     tokens = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
     print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 """
+
+
+def mean_of_targets(values_NL: Tensor, mask_NL: Tensor) -> Tensor:
+    """Return the mean of each sample's values over its targets, (N,); 0 for a sample without targets.
+
+    `values_NL` (N, L-1) are of the predictions of all tokens but the first, `mask_NL` (N,L) says which tokens count.
+    """
+    counts_NL = mask_NL[:, 1:].to(values_NL)
+    return (values_NL * counts_NL).sum(1) / counts_NL.sum(1).clamp_min(1)
 
 
 PROBE = "Once upon a time, 3 researchers pruned a model.\n"

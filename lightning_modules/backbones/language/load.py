@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from datamodules.texts.tokenizers import has_tokenizer, load_tokenizer, needs_gguf
+from datamodules.texts.tokenizers import has_tokenizer, load_tokenizer
 from lightning_modules.backbones.files import check_weights, find_model, network_folder
 from lightning_modules.backbones.language.backbone import LanguageBackbone
+from lightning_modules.backbones.language.gguf import read_gguf
 from lightning_modules.backbones.loading import load_network
 
 log = logging.getLogger(__name__)
@@ -110,23 +111,6 @@ def check_layers(network: Any, place: Path) -> None:
             f"{place} is a {type(network).__name__}: choose a decoder-only language model whose layers are all in "
             "`model.layers`, such as Llama, Mistral or Qwen"
         )
-
-
-def read_gguf(file: Path) -> tuple[Any, dict[str, Any]]:
-    """The network in a GGUF file, its weights unpacked from their blocks, and what its loader says of them."""
-    needs_gguf(file)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # the reader raises almost anything for damaged files
-        raise ValueError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
-    return loaded
 
 
 def read_llama2c(file: Path) -> tuple[Any, dict[str, Any]]:

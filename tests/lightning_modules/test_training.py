@@ -1,0 +1,213 @@
+"""Checkpoints on full disks, training on several ranks, and SIGTERM in the middle of a training."""
+
+import errno
+import functools
+import os
+import signal
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Callback
+from support.distillation import REMOVED, distillation
+from support.networks import bypasses, tiny_backbone
+from support.ranks import two_ranks
+from support.results import differences, files, trained_state
+from torch import Tensor, nn
+
+from conf import schema
+from lightning_modules.training.checkpoints import (
+    AtomicCheckpoints,
+    NoRoomForCheckpoint,
+    newest_checkpoint,
+    partial_path,
+    remove_partial_checkpoints,
+)
+from lightning_modules.training.ranks import DrawsForGlobalBatch
+from lightning_modules.training.sigterm import SIGTERM_EXIT_CODE, EndOnSigterm
+from lightning_modules.training.trainer import fit
+
+# Checkpoints
+
+CONTENT = {"global_step": 3, "state_dict": {"weight": torch.arange(6.0)}}
+
+
+def test_a_checkpoint_is_written_without_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    path = tmp_path / "step=0000003.ckpt"
+    AtomicCheckpoints().save_checkpoint(CONTENT, path)
+    assert files(tmp_path) == {path.name}
+    assert newest_checkpoint(tmp_path) == (path, 3)
+    assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["weight"], torch.arange(6.0))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 64")])
+def test_a_full_disk_names_the_checkpoint_and_leaves_the_one_before(tmp_path, monkeypatch, error):
+    before, path = tmp_path / "step=0000003.ckpt", tmp_path / "step=0000006.ckpt"
+    AtomicCheckpoints().save_checkpoint(CONTENT, before)
+
+    def fill_the_disk(content: Any, file: Any) -> None:
+        file.write(b"some of it")
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise error  # torch's writer has an error of its own, behind the system's
+
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    large = {"weight": torch.zeros(3 * 2**18)}
+    with pytest.raises(NoRoomForCheckpoint) as caught:
+        AtomicCheckpoints().save_checkpoint(large | {"same": large["weight"].view(-1)}, path)
+    assert f"there is no room for the checkpoint {path}: it needs 3.0 MiB, and " in str(caught.value)
+    assert files(tmp_path) == {before.name}
+
+
+def test_an_error_that_is_no_full_disk_is_raised_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("of another kind")))
+    with pytest.raises(RuntimeError, match="of another kind"):
+        AtomicCheckpoints().save_checkpoint(CONTENT, tmp_path / "step=0000003.ckpt")
+    assert not files(tmp_path)
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    AtomicCheckpoints().save_checkpoint(CONTENT, tmp_path / "step=0000003.ckpt")
+    partial_path(tmp_path / "step=0000006.ckpt").write_bytes(b"some of it")
+    remove_partial_checkpoints(tmp_path)
+    assert files(tmp_path) == {"step=0000003.ckpt"}
+
+
+# Draws
+
+DRAWS: dict[str, Any] = {
+    "rand": lambda samples: torch.rand(len(samples)),
+    "rand_of_sizes": lambda samples: torch.rand(len(samples), 3),
+    "randn": lambda samples: torch.randn(samples.shape),
+    "randn_by_keyword": lambda samples: torch.randn(size=samples.shape, dtype=torch.float64),
+    "randint": lambda samples: torch.randint(0, 1000, (len(samples),)),
+    "randint_without_low": lambda samples: torch.randint(1000, (len(samples), 2)),
+    "randn_like": torch.randn_like,
+    "several_rows_per_sample": lambda samples: torch.rand(3 * len(samples), 2),
+    "dropout": lambda samples: F.dropout(samples, 0.5),
+    "dropout_in_another_memory_order": lambda samples: F.dropout(samples.mT, 0.5),
+    "dropout_of_channels": lambda samples: nn.Dropout2d(0.5)(samples[..., None]),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_the_draws_of_ranks_together_are_those_of_one_process(name):
+    samples = torch.arange(1.0, 37.0).view(6, 3, 2)
+    torch.manual_seed(1)
+    alone = DRAWS[name](samples)
+    by_rank = []
+    for rank in range(2):
+        torch.manual_seed(1)
+        with DrawsForGlobalBatch(3, rank, 2):
+            by_rank.append(DRAWS[name](samples[rank::2]))
+    rows = len(alone) // 6
+    assert torch.equal(torch.stack([draws.unflatten(0, (3, rows)) for draws in by_rank], 1).flatten(0, 2), alone)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: torch.rand(()),
+        lambda: torch.rand(4),
+        lambda: torch.randn(3, generator=torch.Generator().manual_seed(2)),
+        lambda: F.dropout(torch.ones(3), 0.5, training=False),
+    ],
+    ids=["scalar", "not_of_samples", "generator", "no_dropout"],
+)
+def test_draws_that_do_not_belong_to_samples_are_not_changed(draw):
+    torch.manual_seed(1)
+    alone = draw()
+    torch.manual_seed(1)
+    with DrawsForGlobalBatch(3, 1, 2):
+        assert torch.equal(draw(), alone)
+
+
+# Ranks and SIGTERM
+
+
+class Terminate(Callback):
+    """Sends SIGTERM to one rank's process while it trains a batch."""
+
+    def __init__(self, batch: int, rank: int = 0) -> None:
+        self.batch, self.rank = batch, rank
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.batch and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train(cfg: DictConfig, folder: Path, *callbacks: Callback) -> dict[str, Tensor]:
+    """The student's weights after a fit of its steps with SGD, which adds no rounding where gradients are near 0."""
+    teacher = tiny_backbone("UNet2DModel")
+    student = teacher.pruned(bypasses(REMOVED))
+    for part in student.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.25
+    module = distillation(student, teacher)
+    module.make_optimizer = functools.partial(torch.optim.SGD, lr=0.05)
+    fit(module, schema.build(cfg.data), cfg.trainer, folder, "distil", callbacks=callbacks)
+    return student.state_dict()
+
+
+def train_and_terminate(rank: int, cfg: DictConfig, folder: Path) -> None:
+    """Train on two ranks to the end, and once more until rank 1 receives a SIGTERM."""
+    weights = train(cfg, folder)
+    torch.save(weights, folder / f"{rank}.pt")
+    with pytest.raises(SystemExit) as caught:
+        train(cfg, folder / "terminated", Terminate(batch=1, rank=1))
+    assert caught.value.code == (0 if rank else SIGTERM_EXIT_CODE)
+
+
+def test_two_ranks_train_as_one_process_does_and_end_together_on_sigterm(configure, overrides, tmp_path):
+    weights = train(configure(*overrides).copy(), tmp_path / "one")
+    cfg = configure(*overrides, "trainer=ddp", "trainer.accelerator=cpu", "trainer.checkpoint_every=3")
+    (tmp_path / "two" / "terminated").mkdir(parents=True)
+    with two_ranks(train_and_terminate, cfg, tmp_path / "two"):
+        pass
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / "two" / f"{rank}.pt"), weights, rtol=1e-4, atol=1e-6)
+    one, two = (pd.read_csv(tmp_path / name / "history" / "distil.csv") for name in ("one", "two"))
+    assert list(two["name"]) == list(one["name"])
+    assert list(two["value"]) == pytest.approx(list(one["value"]), rel=1e-4)
+    assert files(tmp_path / "two" / "terminated" / "checkpoints") == {"distil/step=0000002.ckpt"}
+
+
+@pytest.mark.parametrize("more", [[], ["trainer.accumulate_grad_batches=2"]], ids=["plain", "accumulated"])
+def test_sigterm_ends_a_training_with_a_checkpoint_that_resumes_in_the_same_bits(
+    configure, overrides, tmp_path, capsys, more
+):
+    cfg = configure(*overrides, "trainer.checkpoint_every=3", *more)
+    weights = train(cfg, tmp_path / "undisturbed")
+    batch = 1 * cfg.trainer.accumulate_grad_batches
+    with pytest.raises(SystemExit) as caught:
+        train(cfg, tmp_path / "terminated", Terminate(batch))
+    assert caught.value.code == SIGTERM_EXIT_CODE
+    assert "distil: stopped by SIGTERM after step 2; the same command goes on from there" in capsys.readouterr().out
+    assert files(tmp_path / "terminated" / "checkpoints") == {"distil/step=0000002.ckpt"}
+    resumed = train(cfg, tmp_path / "terminated")
+    assert differences(resumed, weights) == []
+    ends = [tmp_path / name / "checkpoints" / "distil" / "step=0000003.ckpt" for name in ("terminated", "undisturbed")]
+    assert differences(*map(trained_state, ends)) == []
+    histories = [tmp_path / name / "history" / "distil.csv" for name in ("terminated", "undisturbed")]
+    assert histories[0].read_bytes() == histories[1].read_bytes()
+
+
+def test_sigterm_outside_of_a_training_ends_the_process_through_the_handler_before(monkeypatch):
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        callback = EndOnSigterm()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as caught:
+            callback.handle(signal.SIGTERM, None)
+        assert caught.value.code == SIGTERM_EXIT_CODE
+    assert received == [signal.SIGTERM, signal.SIGTERM]
