@@ -82,8 +82,8 @@ def test_a_classifier_under_gates_of_zero_and_one_is_the_pruned_network(network)
     for budget, total in student.totals().items():
         assert float(network.soft_cost(gates, budget, "channel")) == total
         assert network.totals()[budget] - network.cost(gone, budget) == total
-    assert student.channels.whole("macs") == student.macs().linear
-    assert student.channels.whole("params") == student.params()
+    assert student.channels.total_cost("macs") == student.macs().linear
+    assert student.channels.total_cost("params") == student.params()
 
 
 def test_open_gates_of_channels_change_no_bit_and_others_are_not_touched(network):
