@@ -45,7 +45,7 @@ def test_the_classifier_has_the_network_and_the_normalisation_it_was_trained_wit
 def test_networks_for_colour_are_as_before():
     network = load_resnet(ROOT / "assets/resnet20/model.safetensors", blocks=3)
     assert network.mean == (0.4914, 0.4822, 0.4465) and network.conv1.weight.shape == (16, 3, 3, 3)
-    with pytest.raises(ValueError, match=r"mean=\[0\.5\] and std=\[0\.1, 0\.2\] are to have a value a channel each"):
+    with pytest.raises(ValueError, match=r"mean=\[0\.5\] and std=\[0\.1, 0\.2\]: both need one value per channel"):
         CifarResNet(1, mean=[0.5], std=[0.1, 0.2])
 
 

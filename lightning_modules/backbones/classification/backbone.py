@@ -70,7 +70,7 @@ class ConvolutionChannels(Channels):
                 state[f"{name}.kept"] = kept.to(state[f"{name}.conv2.weight"].device)
         with torch.device("meta"):
             student = image_networks.build(self.network.config)
-        return image_networks.fit(student, state).eval()
+        return image_networks.fit_widths(student, state).eval()
 
 
 def divide_outputs(name: str, part: BasicBlock, block: int) -> list[Cuts]:
