@@ -351,8 +351,11 @@ KEY = "stages.1.0.conv1.weight"
     [
         ({KEY: None}, f"the weights lack {re.escape(KEY)} \\(1 in all\\): .*'blocks': 1"),
         ({"fc.weight": torch.zeros(10, 64)}, r"the weights have an unknown fc\.weight \(1 in all\)"),
-        ({KEY: torch.zeros(32, 16, 5, 5)}, r"conv1\.weight is \(32, 16, 5, 5\), and another width of \(32, 16, 3, 3\)"),
-        ({KEY: torch.zeros(32, 16)}, r"conv1\.weight is \(32, 16\), and another width"),
+        (
+            {KEY: torch.zeros(32, 16, 5, 5)},
+            r"conv1\.weight is \(32, 16, 5, 5\), which is no other width of \(32, 16, 3",
+        ),
+        ({KEY: torch.zeros(32, 16)}, r"conv1\.weight is \(32, 16\), which is no other width"),
         ({KEY: torch.full((32, 16, 3, 3), torch.nan)}, f"the weights are not finite: {re.escape(KEY)}"),
         ({KEY: torch.zeros(32, 15, 3, 3)}, "the widths of the weights do not fit one another: "),
         ({KEY: torch.zeros(31, 16, 3, 3)}, "the widths of the weights do not fit one another: "),
