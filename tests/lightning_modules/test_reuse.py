@@ -37,15 +37,7 @@ def test_a_memory_bound_is_kept_by_taking_the_batch_in_parts(case, samples, part
             held.append(self.recorded_bytes())
             return super().first_change()
 
-    monkeypatch.setattr(
-        prefix_reuse,
-        "Replay",
-        type(
-            "Watched",
-            (Replay,),
-            {"first_change": lambda self: held.append(self.recorded_bytes()) or Replay.first_change(self)},
-        ),
-    )
+    monkeypatch.setattr(prefix_reuse, "Replay", Watched)
     backbone.memory_bound = samples * one
     found = outputs(backbone, inputs)
     assert max(held) == samples * one and len(held) == parts * len(backbone.units())
