@@ -119,7 +119,7 @@ def test_soft_costs_have_the_gradient_of_the_product_of_widths():
 
 
 @pytest.mark.parametrize("family", DEPTH)
-def test_gates_of_units_of_depth_are_without_at_zero_and_the_network_at_one(family):
+def test_depth_gates_remove_at_zero_and_keep_at_one(family):
     backbone = tiny_backbone(family)
     inputs = backbone.calibration_inputs(tiny_batch(backbone), seed=0)
     everything = [unit.name for unit in backbone.units()]

@@ -182,14 +182,14 @@ def narrowed(name: str, widths: list[int], **arguments: Any) -> dict[str, Tensor
 
 
 @pytest.mark.parametrize("name", PRUNED)
-def test_the_networks_that_autobot_pruned_are_built_from_their_weights_and_cost_what_it_logged(name):
+def test_autobots_pruned_networks_cost_what_autobot_logged(name):
     widths, *logged = PRUNED[name]
     network = fit_widths(on_meta(name), narrowed(name, widths))
     assert [module.out_channels for module in network.modules() if isinstance(module, nn.Conv2d)] == widths
     assert list(cost(network)) == list(totals(network)) == logged
 
 
-def test_the_target_of_autobots_resnet50_counts_shortcuts_as_if_they_took_one_channel_in():
+def test_autobots_resnet50_target_counts_shortcuts_with_one_input():
     """Its log stops 522,112 FLOPs from a target of 1,750 M, and the network that it built has 1,974 M.
 
     The gates that its soft count has in front of the 1x1 convolutions of the shortcuts of stages 2 to 4 are behind no
@@ -241,7 +241,7 @@ def small(name: str) -> ImageNetwork:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_narrow_network_is_in_its_folder_and_comes_back_in_the_same_bits(tmp_path, name):
+def test_a_narrow_network_is_saved_and_loaded_in_the_same_bits(tmp_path, name):
     network = small(name)
     save(network, tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -260,7 +260,7 @@ def test_a_narrow_network_is_in_its_folder_and_comes_back_in_the_same_bits(tmp_p
     assert seen == list(network.stage_names)
 
 
-def test_a_block_without_some_of_its_channels_is_one_whose_channels_give_nothing():
+def test_a_block_without_some_channels_equals_one_with_zeroed_channels():
     dense = build(make_network_config("resnet8", image_size=8)).double().eval()
     fit_widths(dense, {key: tensor.double() for key, tensor in random_state(dense.state_dict()).items()})
     block = "stages.2.0"
@@ -285,7 +285,7 @@ def test_a_block_without_some_of_its_channels_is_one_whose_channels_give_nothing
     assert sliced.get_submodule(block).conv2.weight.any()  # a network has tensors of its own
 
 
-def test_half_precision_is_widened_and_a_network_trains_after_it_was_fitted():
+def test_half_precision_weights_are_widened_and_can_be_trained():
     network = build(make_network_config("resnet8", image_size=8))
     half = {key: t.half() if t.is_floating_point() else t for key, t in network.state_dict().items()}
     fit_widths(network, half)
@@ -300,7 +300,7 @@ def test_half_precision_is_widened_and_a_network_trains_after_it_was_fitted():
 @pytest.mark.parametrize(
     ("folder", "blocks", "given"), [("resnet20", 3, {}), ("digits_classifier", 1, {"mean": [0.25], "std": [0.25]})]
 )
-def test_the_embedded_classifiers_give_the_bits_of_their_layers_one_by_one(folder, blocks, given):
+def test_the_embedded_classifiers_equal_their_layers_bit_for_bit(folder, blocks, given):
     path = ROOT / "assets" / folder / "model.safetensors"
     network = load_resnet(path, blocks, **given)
     assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
@@ -369,7 +369,7 @@ KEY = "stages.1.0.conv1.weight"
         ),
     ],
 )
-def test_weights_that_make_no_network_are_refused_by_the_name_of_the_tensor(changed, message):
+def test_weights_that_do_not_fit_are_refused_by_the_name_of_the_tensor(changed, message):
     state = {**build(make_network_config("resnet8")).state_dict(), **changed}
     with pytest.raises(ValueError, match=message):
         fit_widths(
@@ -404,7 +404,7 @@ def test_a_checkpoint_of_cifar_resnets_as_published_is_read(tmp_path, last):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet40", "vgg16_bn"])
-def test_weights_under_the_names_of_others_are_read_narrow_and_in_half_precision_too(tmp_path, name):
+def test_published_names_are_read_at_any_width_and_in_half_precision(tmp_path, name):
     network = small(name)
     names = {"resnet18": (r"^network\.", ""), "densenet40": (r"^fc\.", "linear.")}.get(name, ("^$", ""))
     state = {re.sub(*names, key): tensor for key, tensor in network.state_dict().items()}
