@@ -35,12 +35,12 @@ class ConvolutionChannels(Channels):
 
     def __init__(self, network: Any, forward: Callable[[nn.Module], Any], block: int) -> None:
         check_block(block)
-        self.adders = {name: part for name, part in network.named_modules() if isinstance(part, BasicBlock)}
+        self.basic_blocks = {name: part for name, part in network.named_modules() if isinstance(part, BasicBlock)}
         ignored: list[nn.Module] = [part for part in network.modules() if isinstance(part, nn.Linear)]
-        ignored += [network.conv1] if self.adders else []
-        ignored += [part.conv2 for part in self.adders.values()]
-        further = {f"{name}.conv2": divide_outputs(name, part, block) for name, part in self.adders.items()}
-        outlets = [f"{name}.bn2" for name in self.adders]
+        ignored += [network.conv1] if self.basic_blocks else []
+        ignored += [part.conv2 for part in self.basic_blocks.values()]
+        further = {f"{name}.conv2": divide_outputs(name, part, block) for name, part in self.basic_blocks.items()}
+        outlets = [f"{name}.bn2" for name in self.basic_blocks]
         super().__init__(network, forward, block, ignored, further, outlets)
 
     def layer_cost(self, layer: str, into: Any, out: Any, budget: str) -> Any:
@@ -62,7 +62,7 @@ class ConvolutionChannels(Channels):
     def sliced(self, names: Iterable[str]) -> ImageNetwork:
         """Return a new network without these blocks, in eval mode; raises ValueError as `merge_cuts` does."""
         removed, state = self.remaining(names)
-        for name, part in self.adders.items():
+        for name, part in self.basic_blocks.items():
             removed_outputs = removed.get((f"{name}.conv2", "out"))
             if removed_outputs is not None:
                 kept = torch.arange(part.channels) if part.kept is None else part.kept
@@ -109,7 +109,7 @@ class ClassifierBackbone(NetworkBackbone):
     @property
     def width_changes_stages(self) -> bool:  # type: ignore[override]
         """Whether the outputs of stages lose channels: not in ResNets with option A shortcuts, whose streams stay."""
-        return not self.channels.adders
+        return not self.channels.basic_blocks
 
     def twin(self, network: nn.Module) -> Self:
         return type(self)(network, **self.options)
