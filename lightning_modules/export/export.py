@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 
-from lightning_modules.backbones.base import NetworkBackbone, output_of
+from lightning_modules.backbones.base import NetworkBackbone, run_network
 from lightning_modules.export.verify import compare_outputs
 
 
@@ -38,7 +38,7 @@ def make_dense_twin(teacher: NetworkBackbone, student: NetworkBackbone) -> Any:
     if all(state[key].shape == shape for key, shape in shapes.items()):
         twin.load_state_dict(state)
         arguments = student.random_arguments()
-        if compare_outputs(output_of(twin, arguments), output_of(student.network, arguments))[1]:
+        if compare_outputs(run_network(twin, arguments), run_network(student.network, arguments))[1]:
             return twin
     raise ValueError(
         "export.dense_twin=true: no network of the teacher's shape computes what this student does; only a plan that "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from criteria.scores.bottleneck import Bottleneck
-from lightning_modules.backbones.prefix_reuse import part_of
+from lightning_modules.backbones.prefix_reuse import take_samples
 from lightning_modules.modules.non_finite import NonFiniteLoss, advise_on_non_finite
 from lightning_modules.training.ranks import sum_over_ranks
 
@@ -44,7 +44,7 @@ class BottleneckTraining(pl.LightningModule):
         # A last batch may have fewer samples than there are ranks: the others compute one that does not count.
         has_samples = self.global_rank < samples
         rows = slice(self.global_rank, None, ranks) if has_samples else slice(0, 1)
-        task_N = criterion.task_losses(part_of(batch, rows), gates).double() * has_samples
+        task_N = criterion.task_losses(take_samples(batch, rows), gates).double() * has_samples
         rank_sum = task_N.sum()
         rank_samples = rank_sum.new_tensor(len(task_N) * has_samples)
         sums = sum_over_ranks(torch.stack([rank_sum.detach(), rank_samples]), self.device).to(rank_sum.device)

@@ -106,7 +106,7 @@ def make(name: str) -> nn.Module:
 def unread(channels: Channels, names: Iterable[str]) -> nn.Module:
     """A copy in which nothing reads the channels of these blocks."""
     masked = copy.deepcopy(channels.network)
-    for (layer, side), indices in channels.together(names).items():
+    for (layer, side), indices in channels.merge_cuts(names).items():
         if side == "in":
             (tensor, dim), *_ = channel_axes(masked.get_submodule(layer), side)
             getattr(masked.get_submodule(layer), tensor).index_fill_(dim, indices, 0)

@@ -18,7 +18,7 @@ from support.pipeline_parts import load_tiny_teacher
 from support.pipelines import FACTOR, LATENT, tiny_pipeline
 from test_teachers import CALL
 
-from lightning_modules.backbones.base import Change, output_of
+from lightning_modules.backbones.base import Change, run_network
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone, is_stock
 from lightning_modules.export.export import export, make_dense_twin
 from lightning_modules.export.verify import verify
@@ -76,7 +76,7 @@ def check_equal(network: Any, student: DiffusionBackbone) -> None:
     """Fail unless a network that was loaded from an export has the student's weights and output."""
     assert same_tensors(network.state_dict(), student.network.state_dict())
     arguments = student.random_arguments()
-    found, expected = output_of(network, arguments), output_of(student.network, arguments)
+    found, expected = run_network(network, arguments), run_network(student.network, arguments)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -215,7 +215,7 @@ def test_a_restaged_export_can_lose_blocks(tmp_path):
 def test_an_export_is_verified_without_this_project(kind, changes, tmp_path):
     student = tiny(kind, tmp_path).pruned(changes)
     folder = exported(student, tmp_path / "export")
-    largest = float(output_of(student.network, student.random_arguments()).abs().max())
+    largest = float(run_network(student.network, student.random_arguments()).abs().max())
     assert 0 <= verify(student, folder) <= 1e-5 * largest
 
 
