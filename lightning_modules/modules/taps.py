@@ -7,7 +7,8 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig
 from torch import Tensor, nn
 
-from lightning_modules.backbones.base import NetworkBackbone, hidden
+from lightning_modules.backbones.base import NetworkBackbone
+from lightning_modules.backbones.removal import get_feature_map
 
 TAPS = "stages, units, a list of module paths, or a mapping {teacher's path: student's path}"
 """The choices of `taps`, in words."""
@@ -103,7 +104,7 @@ def record_features(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tens
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            maps[name] = hidden(output)
+            maps[name] = get_feature_map(output)
 
         return hook
 

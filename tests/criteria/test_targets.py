@@ -11,7 +11,7 @@ from support.results import read_markdown
 
 from experiments.engine.artefacts import read_json
 from experiments.engine.pipeline import run_pipeline
-from experiments.engine.stages.evaluate import requested
+from experiments.engine.stages.evaluate import get_requested_ratio
 from experiments.reporting.run_page import list_costs
 from experiments.reporting.set_page import collect_runs, report_set
 from experiments.reporting.tables import average_over_seeds, format_counts
@@ -58,7 +58,7 @@ def test_the_table_of_costs_has_attention_and_flops_only_where_they_exist():
 
 def test_the_requested_ratio_is_also_known_for_a_target():
     asked = [
-        requested(OmegaConf.create(selection), {"params": 80, "flops": 400})
+        get_requested_ratio(OmegaConf.create(selection), {"params": 80, "flops": 400})
         for selection in (
             {"ratio": 0.3, "target": None, "budget": "flops"},
             {"ratio": None, "target": 100, "budget": "flops"},

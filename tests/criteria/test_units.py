@@ -16,7 +16,7 @@ from conf.schema import ROOT
 from criteria.base import Shared, Unit
 from criteria.selection.base import InfeasibleBudget, Pool
 from criteria.selection.knapsack import Knapsack
-from lightning_modules.backbones.diffusion.families import family as transformer_of
+from lightning_modules.backbones.diffusion.families import backbone_class as transformer_of
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.diffusion.unet import UNetBackbone
 
