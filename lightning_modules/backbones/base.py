@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from criteria.base import Batch, Shared, Unit
-from lightning_modules.backbones.diffusion.pruned_unet import put
+from lightning_modules.backbones.diffusion.pruned_unet import put_modules
 from lightning_modules.backbones.prefix_reuse import outputs_without_each
 from lightning_modules.metrics.cost import Macs, count_macs
 
@@ -35,7 +35,7 @@ class NetworkBackbone(nn.Module):
     """what a plan of width removes, in the plural"""
     has_dense_twin = False
     """can a network of the teacher's own class and shape do what a student of bypassed blocks does?"""
-    surroundings: Any = None
+    pipeline_parts: Any = None
     """the other parts of a diffusion pipeline, where there is one"""
     tokenizer: Any = None
     """what a language model reads and writes text by, where it is known"""
@@ -102,7 +102,7 @@ class NetworkBackbone(nn.Module):
         return self.survivors()
 
     def remove(self, names: Iterable[str]) -> dict[str, nn.Module]:
-        """Put stand-ins where units were; returns what was there, for `put`."""
+        """Put stand-ins where units were; returns what was there, for `put_modules`."""
         raise NotImplementedError
 
     def stand_in(self, unit: nn.Module) -> nn.Module:
@@ -133,7 +133,7 @@ class NetworkBackbone(nn.Module):
         try:
             yield
         finally:
-            put(self.network, removed)
+            put_modules(self.network, removed)
 
     @contextlib.contextmanager
     def gated(self, gates: Mapping[str, Tensor], level: str) -> Iterator[None]:

@@ -154,8 +154,8 @@ def untouched(backbone: Any) -> Iterator[None]:
     for name, module in modules.items():
         assert not module._forward_hooks and not module._forward_pre_hooks and not module._backward_hooks, name
         assert "forward" not in vars(module), name
-    surroundings = getattr(backbone, "surroundings", None)
-    for around in surroundings.modules() if surroundings else ():
+    pipeline_parts = getattr(backbone, "pipeline_parts", None)
+    for around in pipeline_parts.modules() if pipeline_parts else ():
         assert not around.training and not any(p.requires_grad or p.grad is not None for p in around.parameters())
 
 

@@ -34,7 +34,7 @@ from lightning_modules.backbones.classification.image_networks import (
 )
 from lightning_modules.backbones.classification.load import NAMED, load_classifier, load_resnet, named
 from lightning_modules.backbones.diffusion.load import load_teacher
-from lightning_modules.backbones.files import weight_files
+from lightning_modules.backbones.files import list_weight_files
 from lightning_modules.backbones.loading import load_network
 
 # What networks cost, as AutoBot's logs have it
@@ -419,7 +419,7 @@ def test_a_folder_says_by_itself_what_it_holds(tmp_path):
     assert same(load_classifier(str(tmp_path)), network)
     backbone = load_classifier(str(tmp_path), "resnet8", mean=[0.1] * 3, block=4, smoothing=0.1)
     assert same(backbone, network) and backbone.options == {"block": 4, "smoothing": 0.1}
-    assert weight_files(str(tmp_path)) == [tmp_path / "config.json", tmp_path / "model.safetensors"]
+    assert list_weight_files(str(tmp_path)) == [tmp_path / "config.json", tmp_path / "model.safetensors"]
     with pytest.raises(ValueError, match=r"teacher\.architecture='resnet20', and .* holds .*'blocks': 1"):
         load_classifier(str(tmp_path), "resnet20")
     with pytest.raises(ValueError, match=r"teacher\.smoothing=1\.0 is out of range"):
@@ -488,7 +488,7 @@ def test_a_teacher_that_is_not_here_says_how_it_is_had(name, tmp_path, monkeypat
     ways = {"resnet20": "run curl -LO https", "resnet56": "run curl -LO https", "resnet50": "run `hf download timm/"}
     expected = ways.get(name, f"experiment=pretrain_cifar10_classifier pretrain.architecture={name} and set")
     with pytest.raises(MissingData, match=re.escape(expected)):
-        weight_files(cfg.path, get=cfg.get("get"))
+        list_weight_files(cfg.path, get=cfg.get("get"))
     with pytest.raises(InstantiationException, match=re.escape(expected)):
         schema.build(cfg)
 
@@ -498,7 +498,7 @@ def test_a_teacher_that_is_not_here_says_how_it_is_had(name, tmp_path, monkeypat
 def test_the_published_weights_know_the_test_images(name, right):
     cfg = composed(f"teacher={name}").teacher
     try:
-        source, _ = Npz("cifar10.npz", "x_test", "y_test"), weight_files(cfg.path)
+        source, _ = Npz("cifar10.npz", "x_test", "y_test"), list_weight_files(cfg.path)
     except MissingData as error:
         pytest.skip(str(error))
     record = source.take(np.arange(1000))

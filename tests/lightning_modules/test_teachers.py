@@ -1,4 +1,4 @@
-"""The tiny pipelines of the tests, and the published teachers: their files, and the size of their denoisers."""
+"""The tiny pipelines of the tests, and the configurations of published teachers with the size of their denoisers."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ CALL = {
     "pixart": {"prompt": "a cat at the door", "use_resolution_binning": False},
     "flux": {"prompt": "a cat at the door", "height": PIXELS, "width": PIXELS},
 }
-"""What a pipeline is called with, where it is more or less than a prompt."""
+"""Arguments of pipelines that take more or less than a prompt"""
 
 TEACHERS = ROOT / "conf" / "teacher"
 PARAMETERS = {
@@ -77,7 +77,7 @@ def test_a_tiny_pipeline_is_the_same_in_every_call(kind: str, tmp_path: Path) ->
     assert all(tensor.isfinite().all() for file in weights for tensor in load_file(first / file).values())
 
 
-def test_an_unknown_kind_is_answered_with_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_kind_is_refused_with_the_choices(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"kind='sd15' is unknown; choose one of: sd, sd_v, .*, bk"):
         tiny_pipeline("sd15", tmp_path)
 
@@ -88,7 +88,7 @@ def test_a_published_configuration_has_the_published_parameters(teacher: str) ->
 
 
 def test_dit_has_the_parameters_of_its_paper_with_one_embedder() -> None:
-    """675M, which count one timestep and class embedder for all blocks, and the fixed table of 16x16 positions."""
+    """The paper's 675M count one timestep and class embedder for all blocks, and the fixed table of 16x16 positions."""
     dit = published("dit_xl_2_256")
     blocks = [block for block in dit.modules() if isinstance(block, BasicTransformerBlock)]
     one_embedder = parameters(blocks[0].norm1.emb)
@@ -101,7 +101,7 @@ def test_every_configuration_is_counted_here() -> None:
 
 
 @pytest.mark.parametrize("teacher", [*PUBLISHED, NOT_IN_DIFFUSERS])
-def test_a_teacher_file_says_what_it_is(teacher: str) -> None:
+def test_a_teacher_file_states_name_size_and_download(teacher: str) -> None:
     file = TEACHERS / f"{teacher}.yaml"
     header, cfg = file.read_text(), OmegaConf.load(file)
     assert cfg.name == teacher and cfg._target_ == "lightning_modules.backbones.diffusion.load.load_teacher"
@@ -112,7 +112,7 @@ def test_a_teacher_file_says_what_it_is(teacher: str) -> None:
 
 
 @pytest.mark.parametrize("teacher", PUBLISHED)
-def test_only_unets_with_several_blocks_in_a_transformer_ask_what_a_unit_is(teacher: str) -> None:
+def test_only_unets_with_several_basic_blocks_set_transformers(teacher: str) -> None:
     inside = [
         len(module.transformer_blocks)
         for module in published(teacher).modules()

@@ -51,18 +51,18 @@ from transformers import (
 from conf.schema import ROOT
 
 LATENT, FACTOR = 8, 2
-"""Size of the latents, and how many pixels one of their positions stands for; the 4 stages of a U-Net need 8."""
+"""Height and width of the latents (the 4 stages of a U-Net need 8), and pixels per latent along one edge"""
 TOKENS = 16
-"""Length of a prompt in tokens."""
+"""Length of a prompt in tokens"""
 TEXT = 8
-"""Width of each text encoder."""
+"""Width of each text encoder"""
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 START, END = "<|startoftext|>", "<|endoftext|>"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'"
 
 
 def tiny_pipeline(kind: str, folder: Path) -> Path:
-    """Write the pipeline of one of KINDS into a folder, and return the folder; ValueError for another kind."""
+    """Write the pipeline of one of KINDS into a folder and return the folder. Raises ValueError for another kind."""
     if kind not in _MAKE:
         raise ValueError(f"kind={kind!r} is unknown; choose one of: {', '.join(KINDS)}")
     with torch.random.fork_rng(devices=[]):
@@ -78,7 +78,7 @@ def tiny_pipeline(kind: str, folder: Path) -> Path:
 
 
 def _clip_tokenizer() -> CLIPTokenizer:
-    """Characters, and three merges, which make whole tokens of "the" and of a last "at"."""
+    """Return a tokenizer of characters with three merges, which make "the" and a final "at" whole tokens."""
     merges = [("t", "h"), ("th", "e</w>"), ("a", "t</w>")]
     tokens = [START, END, *LETTERS, *(f"{c}</w>" for c in LETTERS), *("".join(pair) for pair in merges)]
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -86,7 +86,7 @@ def _clip_tokenizer() -> CLIPTokenizer:
 
 
 def _t5_tokenizer() -> T5Tokenizer:
-    """A unigram model of single characters; "▁" starts a word."""
+    """Return a unigram tokenizer of single characters; "▁" starts a word."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     return T5Tokenizer(
         vocab=[*special, ("▁", -2.0), *((c, -3.0) for c in LETTERS)], extra_ids=0, model_max_length=TOKENS
@@ -131,7 +131,7 @@ def _vae(**changed: Any) -> AutoencoderKL:
 
 
 def _unet(**changed: Any) -> UNet2DConditionModel:
-    """The shape of Stable Diffusion 1.x: four stages, two layers a block, projections as convolutions."""
+    """Return a U-Net like Stable Diffusion 1.x: four stages, two layers per block, projections as convolutions."""
     return UNet2DConditionModel(
         **{
             "sample_size": LATENT,
@@ -169,7 +169,7 @@ def _sd() -> StableDiffusionPipeline:
 
 
 def _sd_v() -> StableDiffusionPipeline:
-    """As Stable Diffusion 2.1: linear projections, predicts v."""
+    """Return a pipeline like Stable Diffusion 2.1: linear projections, predicts v."""
     scheduler = DDIMScheduler(
         **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"
     )
@@ -177,7 +177,7 @@ def _sd_v() -> StableDiffusionPipeline:
 
 
 def _bk() -> StableDiffusionPipeline:
-    """As BK-SDM-Small: one layer a block, no middle block."""
+    """Return a pipeline like BK-SDM-Small: one layer per block, no middle block."""
     return _stable_diffusion(_unet(layers_per_block=1, mid_block_type=None), _pndm())
 
 
@@ -340,11 +340,11 @@ SAME_SHAPE = {
     "ddpm_bedroom": "ddpm_church",
     "ddpm_celebahq": "ddpm_church",
 }
-"""Teachers whose denoiser has the configuration of another's."""
+"""{teacher: another one whose denoiser has the same configuration}"""
 
 
 def published(teacher: str) -> nn.Module:
-    """The denoiser of a published teacher at its real size, on the meta device: shapes without weights."""
+    """Return the denoiser of a published teacher at its real size, on the meta device: shapes without weights."""
     file = ROOT / "assets" / "architectures" / f"{SAME_SHAPE.get(teacher, teacher)}.json"
     config = json.loads(file.read_text())
     with torch.device("meta"):

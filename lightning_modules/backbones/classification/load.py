@@ -18,7 +18,13 @@ from lightning_modules.backbones.classification.image_networks import (
     build,
     fit,
 )
-from lightning_modules.backbones.files import WEIGHTS, find_model, is_image_network, network_folder, unreadable
+from lightning_modules.backbones.files import (
+    WEIGHTS,
+    explain_unreadable,
+    find_model,
+    find_network_folder,
+    is_image_network,
+)
 from lightning_modules.backbones.loading import load_network
 
 NAMED: dict[str, dict[str, Any]] = {
@@ -66,7 +72,7 @@ def load_classifier(
         raise ValueError(f"teacher.smoothing={smoothing} is out of range; choose 0 or more and less than 1")
     options = {"block": block, "smoothing": smoothing}
     place = find_model(path, get)
-    if place.is_dir() and is_image_network(place := network_folder(place)):
+    if place.is_dir() and is_image_network(place := find_network_folder(place)):
         network: Any = load_network(place)
         if architecture is not None and not named(architecture).items() <= network.config.items():
             raise ValueError(
@@ -90,7 +96,7 @@ def weights_file(folder: Path) -> Path:
             if len(found) > 1:
                 raise ValueError(f"{folder} has several files of weights; name one of: {', '.join(map(str, found))}")
             return found[0]
-    raise AssertionError(f"{folder} has no weights")  # as network_folder saw to it
+    raise AssertionError(f"{folder} has no weights")  # as find_network_folder saw to it
 
 
 def read_into(network: ImageNetwork, file: Path) -> None:
@@ -99,7 +105,7 @@ def read_into(network: ImageNetwork, file: Path) -> None:
         state: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
         state = renamed(network, state.get("state_dict", state))
     except Exception as error:  # readers raise almost anything for damaged files
-        raise unreadable(file, error) from error
+        raise explain_unreadable(file, error) from error
     try:
         fit(network, state).eval()
     except ValueError as error:

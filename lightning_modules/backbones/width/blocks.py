@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from criteria.base import ChangeKind, Level, Unit
-from lightning_modules.backbones.diffusion.pruned_unet import axes, size, width_of
+from lightning_modules.backbones.diffusion.pruned_unet import channel_axes, get_size, get_width
 
 Cuts = dict[tuple[str, str], Tensor]
 """{(layer, "out" or "in"): indices of channels}; what has the same channels on both sides, as norms do, has "out"."""
@@ -78,7 +78,7 @@ class Blocks:
         touched = [layer for (layer, _), groups in self.places.items() if groups.keys() & gates.keys()]
         freed = torch.zeros((), dtype=torch.float64, device=next(iter(gates.values())).device)
         for layer in dict.fromkeys(touched):
-            into, out = (width_of(self.network.get_submodule(layer), side) for side in ("in", "out"))
+            into, out = (get_width(self.network.get_submodule(layer), side) for side in ("in", "out"))
             closed_in, closed_out = (self.closed((layer, side), gates) for side in ("in", "out"))
             freed = freed + self.layer_cost(layer, into, out, budget)
             freed = freed - self.layer_cost(layer, into - closed_in, out - closed_out, budget)
@@ -91,9 +91,9 @@ class Blocks:
 
     def whole(self, budget: str) -> int:
         """What all layers cost."""
-        layers = {name: module for name, module in self.network.named_modules() if size(module)}
+        layers = {name: module for name, module in self.network.named_modules() if get_size(module)}
         return sum(
-            self.layer_cost(name, width_of(module, "in"), width_of(module, "out"), budget)
+            self.layer_cost(name, get_width(module, "in"), get_width(module, "out"), budget)
             for name, module in layers.items()
         )
 
@@ -101,7 +101,7 @@ class Blocks:
         """What a layer of these widths costs: params, or macs of a sample."""
         module = self.network.get_submodule(layer)
         if not multiplies(module):
-            parameters = sum(p.numel() // width_of(module, "out") for p in module.parameters(recurse=False))
+            parameters = sum(p.numel() // get_width(module, "out") for p in module.parameters(recurse=False))
             return parameters * out if budget == "params" else 0
         taps = module.weight[0, 0].numel()  # type: ignore[index]
         if budget == "params":
@@ -145,7 +145,7 @@ class Blocks:
     def scaled(self, x: Tensor, key: tuple[str, str], gates: Mapping[str, Tensor]) -> Tensor:
         """A layer's input or output with its channels multiplied by their gates."""
         module = self.network.get_submodule(key[0])
-        scale = x.new_ones(width_of(module, key[1]))
+        scale = x.new_ones(get_width(module, key[1]))
         for group, (indices, units) in self.places[key].items():
             if group in gates:
                 scale = scale.index_copy(0, indices.to(x.device), gates[group].to(x)[units.to(x.device)])
@@ -165,7 +165,7 @@ class Blocks:
         found = []
         for (layer, side), indices in self.cuts[name].items():
             module = self.network.get_submodule(layer)
-            for tensor, dim in axes(module, side):
+            for tensor, dim in channel_axes(module, side):
                 if isinstance(getattr(module, tensor), nn.Parameter):
                     found.append((f"{layer}.{tensor}", dim, indices))
         return found
@@ -206,7 +206,7 @@ class Blocks:
         dims: dict[int, list[tuple[int, Tensor]]] = {}
         for (layer, side), indices in removed.items():
             module = self.network.get_submodule(layer)
-            for tensor, dim in axes(module, side):
+            for tensor, dim in channel_axes(module, side):
                 dims.setdefault(id(getattr(module, tensor)), []).append((dim, indices))
         state = {}  # by identity: a module may be registered under two names
         for key, tensor in self.network.state_dict(keep_vars=True).items():

@@ -2,8 +2,8 @@
 
 The baseline of width is Diff-Pruning (arXiv 2305.10924): channels of diffusion U-Nets scored by Taylor importance and
 removed through torch-pruning. torch-pruning only says here which channels are coupled; the slicing is done by
-`resize` of the file that travels with exports, so that a pruned network and its reloaded export are made by the same
-lines.
+`resize_layers` of the file that travels with exports, so that a pruned network and its reloaded export are made by the
+same lines.
 """
 
 import copy
@@ -16,7 +16,13 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_modules.backbones.diffusion.pruned_unet import depthwise, resize, size, sizes, width_of
+from lightning_modules.backbones.diffusion.pruned_unet import (
+    get_size,
+    get_width,
+    is_depthwise,
+    list_sizes,
+    resize_layers,
+)
 from lightning_modules.backbones.width.blocks import Blocks, Cuts, multiplies
 
 
@@ -31,10 +37,10 @@ class Channels(Blocks):
     Whole stay: the network's inputs and outputs; the outputs of `ignored` layers and of everything coupled to them;
     the inner dimension of diffusers' attentions, so heads are untouched (their inputs and outputs are part of the
     residual stream, a transformer's feed-forward is a group like any other); grouped convolutions that are not
-    depthwise; what is coupled to layers or parameters that `sizes` does not know; and streams that the graph cannot
-    follow, seen by a block that takes channels of another one with it or by a layer whose outputs are only partly
-    covered (the zero-padded shortcuts of CIFAR ResNets). Nothing here is particular to U-Nets but the functions
-    `attention_projections` and `mend`.
+    depthwise; what is coupled to layers or parameters that `list_sizes` does not know; and streams that the graph
+    cannot follow, seen by a block that takes channels of another one with it or by a layer whose outputs are only
+    partly covered (the zero-padded shortcuts of CIFAR ResNets). Nothing here is particular to U-Nets but the functions
+    `attention_projections` and `update_channel_counts`.
 
     `further` are groups of other channels, by their root layer; for these and `outlets` see Blocks.
     """
@@ -65,10 +71,10 @@ class Channels(Blocks):
         removed, state = self.remaining(names)
         student = copy.deepcopy(self.network)
         student.zero_grad()
-        smaller = sizes(student)
+        smaller = list_sizes(student)
         for (layer, side), indices in removed.items():
             smaller[layer] = shrunk(student.get_submodule(layer), side, smaller[layer], len(indices))
-        resize(student, smaller)
+        resize_layers(student, smaller)
         student.load_state_dict(state)
         return student
 
@@ -80,7 +86,7 @@ class Graph:
         with torch.inference_mode(False), torch.enable_grad():
             twin = copy.deepcopy(network).requires_grad_(True)
             self.kept = kept
-            self.names = {module: name for name, module in twin.named_modules() if size(module)}
+            self.names = {module: name for name, module in twin.named_modules() if get_size(module)}
             self.layers = {name: module for module, name in self.names.items()}
             self.uses: dict[str, int] = {}
             for module in self.names:
@@ -94,7 +100,7 @@ class Graph:
     def count(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """`uses`: how often an element of a layer's weight is multiplied for one sample, in order of execution."""
         transposed = getattr(module, "transposed", False)
-        at, width = (inputs[0], width_of(module, "in")) if transposed else (output, width_of(module, "out"))
+        at, width = (inputs[0], get_width(module, "in")) if transposed else (output, get_width(module, "out"))
         name = self.names[module]
         self.uses[name] = self.uses.get(name, 0) + at.numel() // width // len(at)
 
@@ -131,7 +137,7 @@ class Graph:
         alone = {key: indices for key, (indices, _) in self.coupled(root, length)[0].items()}
         followed = alone.keys() == blocks[0].keys() and all(torch.equal(alone[key], blocks[0][key]) for key in alone)
         for (layer, side), (indices, _) in group.items():
-            extent = width_of(self.layers[layer], side)
+            extent = get_width(self.layers[layer], side)
             followed &= int(indices[-1]) < extent
             followed &= side == "in" or not multiplies(self.layers[layer]) or len(indices) == extent
         return blocks if followed else []
@@ -151,7 +157,7 @@ class Graph:
                 fixed = isinstance(target, (torch_pruning.ops._OutputOp, nn.Parameter))
                 removable &= not fixed and not any(True for _ in target.parameters())
                 continue
-            two_sided = isinstance(target, (_ConvNd, nn.Linear)) and not depthwise(target)
+            two_sided = isinstance(target, (_ConvNd, nn.Linear)) and not is_depthwise(target)
             side = "out" if not two_sided or self.graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
             removable &= can_shrink(target) and not (side == "out" and self.names[target] in self.kept)
             indices, order = torch.tensor(item.idxs).sort()
@@ -160,7 +166,7 @@ class Graph:
 
     def width(self, layer: str) -> int:
         """Output channels of a convolution or linear layer."""
-        return size(self.layers[layer])[1]
+        return get_size(self.layers[layer])[1]
 
 
 def check_block(block: int) -> None:
@@ -192,16 +198,16 @@ def attention_projections(network: nn.Module) -> list[nn.Module]:
 def can_shrink(module: nn.Module) -> bool:
     """Can channels of a layer be removed? Not of grouped convolutions, nor of a LayerNorm over several dimensions."""
     if isinstance(module, _ConvNd):
-        return module.groups == 1 or depthwise(module)
+        return module.groups == 1 or is_depthwise(module)
     return not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) == 1
 
 
 def shrunk(module: nn.Module, side: str, old: list[int], fewer: int) -> list[int]:
-    """A layer's `size` with some channels fewer on one side."""
+    """A layer's size with some channels fewer on one side."""
     if isinstance(module, nn.GroupNorm):
         count = old[0] - fewer
         return [count, max(n for n in range(1, old[1] + 1) if count % n == 0)]
-    if isinstance(module, _ConvNd) and depthwise(module):
+    if isinstance(module, _ConvNd) and is_depthwise(module):
         return [n - fewer for n in old]
     changed = len(old) - 1 if side == "out" else 0
     return [n - fewer if i == changed else n for i, n in enumerate(old)]

@@ -1,4 +1,4 @@
-"""Pipelines as teachers: batches that fit them, and what their networks are called with."""
+"""Tiny pipelines as teachers: loading them, batches for them, and recording the calls of their networks."""
 
 import contextlib
 import inspect
@@ -14,16 +14,16 @@ from lightning_modules.backbones.diffusion.load import load_teacher
 from support.pipelines import LATENT
 
 TEXT = ("sd", "sdxl", "pixart", "sd3", "flux")
-"""Kinds that encode captions, each in its own way."""
+"""Kinds of pipelines that encode captions, each in its own way"""
 
 
-def opened(folder: Path) -> DiffusionBackbone:
-    """A tiny pipeline as a teacher; transformers are told the size of latents: some have none, or a large one."""
+def load_tiny_teacher(folder: Path) -> DiffusionBackbone:
+    """Return the backbone of a tiny pipeline; transformers get the size of latents, which some lack."""
     return load_teacher(str(folder), sample_size=LATENT if (folder / "transformer").exists() else None)
 
 
 def training_batch(backbone: DiffusionBackbone, numbers: list[int], of: int = 3) -> dict[str, Any]:
-    """Samples of these numbers out of `of`, each with its own image, caption, sizes and label."""
+    """Return the samples with these numbers out of `of`, each with its own image, caption, sizes and label."""
     rng = torch.Generator().manual_seed(1)
     images = torch.rand(of, *backbone.image_shape(), generator=rng) * 2 - 1
     return {
@@ -38,19 +38,19 @@ def training_batch(backbone: DiffusionBackbone, numbers: list[int], of: int = 3)
 
 
 def tensors(given: Any, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors in nested arguments, by path; what is None, empty or about the form of the output is left out."""
-    found: dict[str, Tensor] = {}
+    """Return the tensors in nested arguments, by path; None, empty dictionaries and `return_dict` are left out."""
+    flat: dict[str, Tensor] = {}
     for key, value in given.items():
         if isinstance(value, dict):
-            found |= tensors(value, f"{prefix}{key}/")
+            flat |= tensors(value, f"{prefix}{key}/")
         elif value is not None and key != "return_dict":
-            found[prefix + key] = value
-    return found
+            flat[prefix + key] = value
+    return flat
 
 
 @contextlib.contextmanager
 def calls_of(network: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
-    """Collects the arguments of every call, by the names they have in the network's signature."""
+    """Record the arguments of every call of a network, by the names in its signature."""
     calls: list[dict[str, Tensor]] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -64,5 +64,5 @@ def calls_of(network: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
 
 
 def named(key: str) -> Callable[[str], str]:
-    """For assert_close: say what is not close."""
+    """Return a message for assert_close that begins with the name of the compared value."""
     return lambda text: f"{key}: {text}"
