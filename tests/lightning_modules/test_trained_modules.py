@@ -16,7 +16,8 @@ from support.distillation import REMOVED, STAGES, distillation, losses_of, outpu
 from support.networks import bypasses, tiny_backbone, tiny_batch
 from support.results import the_run
 
-from conf.schema import PROJECT_ARGUMENTS, ConfigError
+from conf.checks import PROJECT_ARGUMENTS
+from conf.schema import ConfigError
 from experiments.engine.identity import get_effective_settings
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.losses.cosine import CosineDistance
