@@ -89,7 +89,7 @@ def create_images(file: Path, shape: tuple[int, ...]) -> np.ndarray:
             try:
                 os.posix_fallocate(stream.fileno(), 0, size)
             except OSError as error:
-                reason = f"{os.strerror(error.errno)}, {size:,} bytes are needed for {shape[0]} samples"
+                reason = f"{error.strerror}, {size:,} bytes are needed for {shape[0]} samples"
                 raise OSError(error.errno, reason, str(file)) from error
     return images
 
