@@ -37,7 +37,7 @@ def ignore_ranks_of_the_shell(processes: int) -> None:
     """
     if processes == 1 and not is_rank_zero():
         names = [name for name in LEFTOVERS if os.environ.pop(name, None) is not None]
-        setattr(rank_zero_only, "rank", 0)  # noqa: B010 (its type has no such attribute)
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
         log.warning(
             "%s of the environment is ignored, as trainer.devices=1 and trainer.num_nodes=1: this process is the whole "
             "job. For a job on several devices choose trainer=ddp trainer.devices=...",
