@@ -1,4 +1,4 @@
-"""Samples in an order that is a function of (seed, position): what the data of pictures and of texts share."""
+"""What data sets of images and of texts share: samples in an order that is a function of (seed, position)."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -10,17 +10,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from datamodules.bad_samples import LEAST, Skipped, take_usable
+from datamodules.bad_samples import MIN_COUNTED, BadSampleCounter, take_or_replace
 from datamodules.readers.base import Source
 from datamodules.seeding import torch_rng
 
 
 class Samples(Dataset):
-    """Batches of a source: what it has of some samples, as tensors where it has arrays, and "index" (N,).
+    """Batches of a source: its record of some samples, with tensors in place of arrays, and "index" (N,).
 
-    A position `p` is sample `p % len(source)` of pass `p // len(source)`, so that an augmentation can depend on the
-    pass without any state. A sample that cannot be used is replaced by another, as a function of (seed, position): then
-    "index" has that other one's, and "skipped" a list of messages, one for each that was replaced.
+    A position `p` is sample `p % len(source)` of pass `p // len(source)` through the data, so that an augmentation can
+    depend on the pass without any state. A bad sample is replaced by another one, a function of (seed, position); then
+    "index" has the number of the replacement, and "skipped" is a list with a message for each bad sample.
     """
 
     def __init__(self, source: Source, seed: int = 0) -> None:
@@ -37,13 +37,13 @@ class Samples(Dataset):
         }
 
     def record(self, positions: list[int], indices: np.ndarray) -> dict[str, Any]:
-        """What the source has of some samples."""
-        record, used, skipped = take_usable(self.source, indices, positions, self.seed)
+        """Return the source's record of some samples, bad ones replaced; `indices` are the samples at `positions`."""
+        record, used, skipped = take_or_replace(self.source, indices, positions, self.seed)
         return record | {"index": used} | ({"skipped": skipped} if skipped else {})
 
 
-class Stream(Sampler[int]):
-    """Endless positions, shuffled anew in every pass, one rank's share of them."""
+class EndlessShuffle(Sampler[int]):
+    """Yields positions without end, shuffled anew in every pass: one rank's share of them."""
 
     def __init__(self, length: int, seed: int, rank: int, world: int) -> None:
         self.length, self.seed, self.rank, self.world = length, seed, rank, world
@@ -58,13 +58,30 @@ class Stream(Sampler[int]):
 
 
 class DataModule(pl.LightningDataModule):
-    """A `train` source and a `holdout` source that training never sees, made when they are first needed.
+    """A data set for every stage of a job: a `train` source, and a `holdout` source that training never sees.
 
-    `batch_size` is the global one, over all ranks. Samples that cannot be used are replaced, and counted;
-    TooManyBadSamples is raised where there are more of them than `max_bad_fraction` of what was seen (see Skipped).
-    Training counts over all passes and, from a checkpoint on, over resumes; each rank counts its own share, and after a
-    resume goes on from what rank 0 had counted. A fixed subset is counted by itself, each time it is gone through.
+    This class is what stages, networks and measures rely on. Subclasses add what their kind of data has: images their
+    shape, texts their tokenizer. Sources are made when they are first needed.
+
+    Bad samples are replaced and counted; TooManyBadSamples is raised where more than `max_bad_fraction` of the samples
+    seen are bad (see BadSampleCounter). Training counts over all passes and, through checkpoints, over resumes; each
+    rank counts its own share, and after a resume continues from the count of rank 0. A fixed subset is counted by
+    itself, each time it is iterated over.
+
+    Args:
+        make: for each split, a function that makes its source.
+        batch_size: number of samples in a training batch, over all ranks.
+        seed: seed of the order and the augmentations of training.
+        num_workers: number of processes that read samples; 0 reads in the process itself.
+        max_bad_fraction: share of the samples seen that may be bad, from 0 to 1.
     """
+
+    statistics: Mapping[str, str] = {}
+    """{name of a Frechet distance: file with its statistics of the training images}."""
+    mel: Any = None
+    """Turns pictures of sounds back into sounds; None for all other data."""
+    manifest: dict[str, Any] | None = None
+    """The manifest of the stored latents that samples are read from; None where they are read from the sources."""
 
     def __init__(
         self,
@@ -79,31 +96,62 @@ class DataModule(pl.LightningDataModule):
             raise ValueError(f"data.max_bad_fraction={max_bad_fraction} is out of range; choose 0 to 1")
         self.make, self.max_bad_fraction = make, max_bad_fraction
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
-        self.skipped = Skipped("data.train", max_bad_fraction)
+        self.skipped = BadSampleCounter("data.train", max_bad_fraction)
         self.sources: dict[str, Source] = {}
 
+    # What subclasses define
+
+    def sample_shape(self) -> tuple[int, ...]:
+        """Return the shape of one sample, without the batch."""
+        raise NotImplementedError
+
+    def dataset(self, split: str) -> Samples:
+        """Return the samples of a split, not augmented, as calibration and evaluation see them."""
+        raise NotImplementedError
+
+    def training(self, seed: int) -> Samples:
+        """Return the training samples as training sees them: augmented, as a function of (seed, position)."""
+        raise NotImplementedError
+
+    def captions(self, split: str, count: int) -> list[str] | None:
+        """Return the captions of the first `count` samples of a split; None for data without captions."""
+        return None
+
+    def use_latents(self, folder: str) -> None:
+        """Read samples from stored latents. Raises ValueError for data that have none."""
+        raise ValueError(f"latents={folder}: {type(self).__name__} has no latents; choose latents=null")
+
+    def fingerprint(self) -> str | None:
+        """Return a hash of the content of all splits, wherever it is stored; None where it cannot be told."""
+        return None
+
+    def describe(self) -> list[str]:
+        """Return lines for the log about the data, such as their classes."""
+        return []
+
+    def match_classes(self, names: Mapping[str, int], count: int) -> None:
+        """Number the classes as a network does: `names` are {name: label}, {} where its `count` classes have no names.
+
+        Raises ValueError for classes that the network does not have.
+        """
+
+    # Sources
+
     def source(self, split: str) -> Source:
+        """Return the source of a split. Raises ValueError for one without samples, and what its reader raises."""
         if split not in self.sources:
             source = self.make[split]()
             if len(source) == 0:
                 raise ValueError(
-                    f"data.{split} is empty; there may be too few samples for what is held out (data.holdout_images): "
-                    f"{self.make[split]}"
+                    f"data.{split} is empty: {describe_maker(self.make[split])} has no samples; there may be too few "
+                    "for what is held out (data.holdout_images), or none at all"
                 )
             self.sources[split] = source
         return self.sources[split]
 
-    def dataset(self, split: str) -> Samples:
-        """The samples of a split as they are calibrated and evaluated on."""
-        raise NotImplementedError
-
-    def training(self, seed: int) -> Samples:
-        """The training samples as they are trained on: what is random in that is a function of (seed, position)."""
-        raise NotImplementedError
-
-    def counted(self, split: str, samples: int) -> Skipped:
-        """A count of its own, for so many samples."""
-        return Skipped(f"data.{split}", self.max_bad_fraction, max(samples, LEAST))
+    def new_counter(self, split: str, samples: int) -> BadSampleCounter:
+        """Return a counter of bad samples for `samples` samples of a split."""
+        return BadSampleCounter(f"data.{split}", self.max_bad_fraction, max(samples, MIN_COUNTED))
 
     # Called by Lightning around training
 
@@ -118,17 +166,18 @@ class DataModule(pl.LightningDataModule):
         return self.skipped.state_dict() | {"samples": len(self.dataset("train"))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        found = len(self.dataset("train"))
-        if state_dict["samples"] != found:
+        samples = len(self.dataset("train"))
+        if state_dict["samples"] != samples:
             raise ValueError(
                 f"the run that is to be resumed had {state_dict['samples']} training samples, now data.train has "
-                f"{found}: the order would be another. Restore the data, or begin anew with force=true"
+                f"{samples}, so that their order would differ. Restore the data, or begin anew with force=true"
             )
         self.skipped.load_state_dict(state_dict)
 
     # Batches
 
     def train_dataloader(self) -> StatefulDataLoader:
+        """Return endless training batches, this rank's share of each; its position can be saved and restored."""
         dataset = self.training(self.seed)
         if len(dataset) < self.batch_size:
             raise ValueError(
@@ -141,9 +190,9 @@ class DataModule(pl.LightningDataModule):
         return StatefulDataLoader(
             dataset,
             batch_size=self.batch_size // world,
-            sampler=Stream(len(dataset), self.seed, rank, world),
+            sampler=EndlessShuffle(len(dataset), self.seed, rank, world),
             num_workers=self.num_workers,
-            collate_fn=collated,
+            collate_fn=return_batch,
         )
 
     def subset(
@@ -156,46 +205,59 @@ class DataModule(pl.LightningDataModule):
         augment: bool = False,
         field: str = "count",
     ) -> DataLoader:
-        """`count` fixed samples of a split, drawn without replacement as a function of `seed`, in fixed batches.
+        """Return a loader of fixed samples of a split, drawn without replacement, in fixed batches.
 
-        They come in the order of their numbers, or `spread`: each batch has numbers from everywhere, so that it is like
-        all (timesteps go with the numbers). With `augment` they are training samples as they are trained on
-        (mirrored, shifted), as a function of `seed`, too. Raises ValueError if the split has fewer, in terms of the
-        `field` that `count` comes from.
+        Each sample has a number from 0 to `count` - 1, see NumberedSamples.
+
+        Args:
+            split: "train" or "holdout".
+            count: number of samples.
+            seed: seed of the draw, and of augmentations.
+            batch_size: number of samples in a batch.
+            spread: each batch has numbers from the whole range, so that a part of the batches represents all
+                (timesteps of diffusion networks go with the numbers); else samples come in the order of their numbers.
+            augment: augment the samples as in training (mirrored, shifted); only for the split "train".
+            field: name of the configuration's field that `count` is from, for messages.
+
+        Raises:
+            ValueError: the split has fewer samples than `count`.
         """
         assert not augment or split == "train"
         dataset = self.training(seed) if augment else self.dataset(split)
         if count > len(dataset):
             raise ValueError(f"{field}={count}: data.{split} has {len(dataset)} samples; choose a number up to that")
         order = torch.randperm(len(dataset), generator=torch_rng(seed, "subset", split))[:count]
-        numbered = Numbered(dataset, order.tolist())
+        samples = NumberedSamples(dataset, order.tolist())
         batches = -(-count // batch_size) if spread else 1
         starts = torch.randperm(batches, generator=torch_rng(seed, "spread")).tolist()
-        places = [place for start in starts for place in range(start, count, batches)]
-        count_anew = functools.partial(self.counted, split, count)
-        workers = {"num_workers": self.num_workers, "batch_size": batch_size}
-        return Counting(numbered, count_anew, collate_fn=collated, sampler=places, **workers)
+        numbers = [number for start in starts for number in range(start, count, batches)]
+        make_counter = functools.partial(self.new_counter, split, count)
+        options = {"num_workers": self.num_workers, "batch_size": batch_size}
+        return CountingLoader(samples, make_counter, collate_fn=return_batch, sampler=numbers, **options)
 
 
-class Counting(DataLoader):
-    """Counts replaced samples as its batches come, anew each time it is gone through, and reports them once."""
+class CountingLoader(DataLoader):
+    """A loader that counts bad samples, anew each time it is iterated over, and reports the first count."""
 
-    def __init__(self, dataset: Dataset, count_anew: Callable[[], Skipped], **options: Any) -> None:
+    def __init__(self, dataset: Dataset, make_counter: Callable[[], BadSampleCounter], **options: Any) -> None:
         super().__init__(dataset, **options)
-        self.count_anew, self.reported = count_anew, False
+        self.make_counter, self.reported = make_counter, False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        skipped = self.count_anew()
+        counter = self.make_counter()
         for batch in super().__iter__():
-            skipped.add(batch)
+            counter.add(batch)
             yield batch
         if not self.reported:
-            skipped.report()
+            counter.report()
             self.reported = True
 
 
-class Numbered(Dataset):
-    """Some positions of a set in a given order; each sample also carries its place in that order as "number"."""
+class NumberedSamples(Dataset):
+    """Samples at some positions of a data set, in a given order.
+
+    A batch also has "number" (N,), the places of its samples in that order, and "of" (N,), the number of all samples.
+    """
 
     def __init__(self, samples: Samples, positions: list[int]) -> None:
         self.samples, self.positions = samples, positions
@@ -208,6 +270,14 @@ class Numbered(Dataset):
         return batch | {"number": torch.tensor(numbers), "of": torch.full((len(numbers),), len(self))}
 
 
-def collated(batch: Any) -> Any:
-    """Batches come whole from `__getitems__`."""
+def describe_maker(make: Callable[[], Source]) -> str:
+    """Return how a source is made, for messages: its class and the path of its data."""
+    if not isinstance(make, functools.partial):
+        return str(getattr(make, "__name__", type(make).__name__))
+    path = make.keywords.get("path", make.args[0] if make.args else None)
+    return f"{getattr(make.func, '__name__', make.func)}{f' of {path}' if path is not None else ''}"
+
+
+def return_batch(batch: Any) -> Any:
+    """Return a batch as it is: `__getitems__` gives whole batches, so that nothing is left to collate."""
     return batch

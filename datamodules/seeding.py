@@ -7,15 +7,16 @@ import torch
 
 
 def derive(*parts: int | str) -> int:
-    """A 63-bit seed from any number of integers and names; the same on every machine."""
+    """Return a 63-bit seed made from any number of integers and names; the same on every machine."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def torch_rng(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded by `derive`: noise drawn from it is the same whatever device it is moved to."""
+    """Return a CPU generator seeded by `derive`: its noise is the same whatever device it is moved to."""
     return torch.Generator().manual_seed(derive(*parts))
 
 
 def numpy_rng(*parts: int | str) -> np.random.Generator:
+    """Return a NumPy generator seeded by `derive`."""
     return np.random.default_rng(derive(*parts))

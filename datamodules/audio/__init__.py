@@ -1,4 +1,4 @@
-"""Sounds, as pictures of their mel spectrograms."""
+"""Sounds as pictures of their mel spectrograms."""
 
 from datamodules.audio.sounds import HuggingFaceSounds, Mel, Sounds, sound_folder
 

@@ -1,39 +1,61 @@
-"""Images for calibration, training and evaluation, in an order that is a function of (seed, position)."""
+"""Data sets of images for calibration, training and evaluation."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from datamodules.bad_samples import Skipped, take_usable, usable
+from datamodules.bad_samples import BadSampleCounter, read_or_replace, take_or_replace
 from datamodules.base import DataModule, Samples
+from datamodules.inventory import describe_data, fingerprint_source, list_names, match_labels
 from datamodules.latents import StoredSplit, check_augmentation, read_manifest
-from datamodules.readers.base import Record, Source
+from datamodules.readers.base import MissingData, Record, Source
 from datamodules.readers.folder import Folder
 from datamodules.readers.shards import Shards
 from datamodules.seeding import derive, numpy_rng
 
+SPLITS = ("train", "holdout")
+
 
 class ImageSet(Samples):
-    """Batches of a source as {"image": float (N,C,H,W) in [-1,1], "label": (N,), "index": (N,)}, and what else it has.
+    """Batches of a source: "image" float32 (N,C,H,W) in [-1,1], "label" (N,), "index" (N,), and the rest of its record.
 
-    Mirroring (`flip`) and shifting (`crop`, in pixels) are functions of (seed, position).
+    A batch also has "posterior" (N,), the seeds from which a VAE's latents are drawn. These seeds, mirroring and
+    shifting are functions of (seed, position).
+
+    Args:
+        source: the source.
+        seed: seed of everything that is random.
+        flip: mirror every other image, at random.
+        crop: shift each image by up to so many pixels in both directions, at random; black comes in at the border.
+        labels: (classes,) the label that takes the place of each label of the source; None leaves them.
     """
 
-    def __init__(self, source: Source, seed: int = 0, flip: bool = False, crop: int = 0) -> None:
+    def __init__(
+        self,
+        source: Source,
+        seed: int = 0,
+        flip: bool = False,
+        crop: int = 0,
+        labels: np.ndarray | None = None,
+    ) -> None:
         super().__init__(source, seed)
-        self.flip, self.crop = flip, crop
+        self.flip, self.crop, self.labels = flip, crop, labels
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
-        # From these a VAE's posterior is drawn: a function of (seed, epoch, sample), whatever the batch or rank.
         seeds = [derive(self.seed, "posterior", position) for position in positions]
-        return super().__getitems__(positions) | {"posterior": torch.tensor(seeds)}
+        batch = super().__getitems__(positions) | {"posterior": torch.tensor(seeds)}
+        if self.labels is not None:
+            label_N = batch["label"]
+            batch["label"] = torch.where(label_N < 0, label_N, torch.from_numpy(self.labels)[label_N])
+        return batch
 
     def record(self, positions: list[int], indices: np.ndarray) -> dict[str, Any]:
-        """What the source has of some samples, their images augmented."""
+        """Return the source's record of some samples, with augmented images as a float tensor."""
         record = super().record(positions, indices)
         images = record.pop("image")
         if self.flip or self.crop:
@@ -42,6 +64,7 @@ class ImageSet(Samples):
         return record | {"image": tensor / 127.5 - 1}
 
     def augment(self, image: np.ndarray, position: int) -> np.ndarray:
+        """Return an image (H,W,C), mirrored and shifted as a function of (seed, position)."""
         rng = numpy_rng(self.seed, "augment", position)
         if self.flip and rng.random() < 0.5:
             image = image[:, ::-1]
@@ -54,9 +77,9 @@ class ImageSet(Samples):
 
 
 class LatentSet(ImageSet):
-    """Batches with "latent_mean" and "latent_std" (N,C,h,w) in the place of "image"; "text" has stored text states.
+    """Batches with stored latents: "latent_mean" and "latent_std" (N,C,h,w) in place of "image", and "text" (states).
 
-    A picture that `ImageSet` would mirror comes as the posterior of the mirrored picture.
+    For an image that `ImageSet` would mirror, these are the latents of the mirrored image.
     """
 
     def record(self, positions: list[int], indices: np.ndarray) -> dict[str, Any]:
@@ -66,10 +89,19 @@ class LatentSet(ImageSet):
 
 
 class Images(DataModule):
-    """Images for every stage: a `train` source and a `holdout` source that training never sees (see DataModule).
+    """A data set of images, or of sounds as images of their mel spectrograms.
 
-    `statistics` names files with reference statistics of the training images, by the name of the Frechet distance they
-    are for. `mel` turns pictures of sounds back into sound (datamodules/audio/sounds.py); null for images.
+    Args:
+        train: function that makes the source of training samples.
+        holdout: function that makes the source of samples that training never sees.
+        batch_size: number of images in a training batch, over all ranks.
+        seed: seed of the order and the augmentations of training.
+        flip: mirror training images at random.
+        crop: shift training images at random, by up to so many pixels.
+        num_workers: number of processes that read images; 0 reads in the process itself.
+        statistics: {name of a Frechet distance: file with its statistics of the training images}.
+        mel: turns images of sounds back into sounds (see datamodules/audio/sounds.py); None for images.
+        max_bad_fraction: share of the samples seen that may be bad, see DataModule.
     """
 
     def __init__(
@@ -88,55 +120,115 @@ class Images(DataModule):
         super().__init__({"train": train, "holdout": holdout}, batch_size, seed, num_workers, max_bad_fraction)
         self.flip, self.crop, self.mel = flip, crop, mel
         self.statistics = dict(statistics or {})
-        self.taken: dict[str, Skipped] = {}
+        self.counters: dict[str, BadSampleCounter] = {}
+        """{split: count of the bad samples among those that `take` returned}"""
         self.latents: Path | None = None
-        self.manifest: dict[str, Any] | None = None
+        self.labels: dict[str, np.ndarray | None] = {}
+        """{split: the label that takes the place of each label of its source}"""
+
+    # What the data are
+
+    def fingerprint(self) -> str | None:
+        """Return a hash of the content of both splits; None where they are not on this machine."""
+        try:
+            return "-".join(fingerprint_source(self.source(split)) for split in SPLITS)
+        except MissingData:
+            return None
+
+    def describe(self) -> list[str]:
+        try:
+            return describe_data(self.source("train"), self.source("holdout"))
+        except MissingData:  # stored latents are enough to train on
+            return []
+
+    def match_classes(self, names: Mapping[str, int], count: int) -> None:
+        """Number the classes as a network does, see `match_labels`.
+
+        Raises ValueError for classes and labels that the network does not have, and where the two splits have different
+        classes.
+        """
+        with contextlib.suppress(MissingData):  # stored latents do not need the images
+            classes = {split: getattr(self.source(split), "class_names", None) for split in SPLITS}
+            labels = {split: match_labels(split, found, names, count) for split, found in classes.items()}
+            for split in SPLITS:
+                check_largest_label(split, getattr(self.source(split), "labels", None), count)
+            in_order = all(found is None for found in labels.values())
+            if in_order and classes["train"] and classes["holdout"] and classes["train"] != classes["holdout"]:
+                raise ValueError(
+                    f"data.train has the classes {list_names(classes['train'])}, data.holdout "
+                    f"{list_names(classes['holdout'])}, so that their labels differ; of folders choose "
+                    "data.holdout.classes, the folder whose classes are numbered"
+                )
+            self.labels = labels
+
+    def sample_shape(self) -> tuple[int, ...]:
+        return self.image_shape()
+
+    def image_shape(self) -> tuple[int, int, int]:
+        """Return (channels, height, width) of the images."""
+        if self.manifest is not None:
+            return tuple(self.manifest["image_shape"])
+        height, width, channels = self.take("train", np.array([0]))["image"].shape[1:]
+        return channels, height, width
+
+    # Samples
 
     def use_latents(self, folder: str) -> None:
-        """Take samples as the posteriors and text states that `python -m experiments.precompute` made of this data set.
+        """Read samples from the latents that `python -m experiments.precompute` made of this data set.
 
-        Pictures are then only read for reference statistics. Raises MissingData where the folder is not finished, and
-        ValueError where it lacks the mirrored pictures that are wanted.
+        The images themselves are then only read for reference statistics. Raises MissingData where the folder is not
+        finished, and ValueError where it lacks the mirrored images that `flip` needs.
         """
         manifest = read_manifest(folder)
         check_augmentation(manifest, folder, self.flip, self.crop)
         self.latents, self.manifest = Path(folder).expanduser(), manifest
 
     def dataset(self, split: str, seed: int = 0, flip: bool = False, crop: int = 0) -> ImageSet:
-        """The samples of a split in batches: stored latents where `latents` names some, else pictures."""
+        """Return the samples of a split in batches: stored latents where there are some, else images."""
+        labels = self.labels.get(split)
         if self.manifest is None or self.latents is None:
-            return ImageSet(self.source(split), seed, flip, crop)
-        return LatentSet(StoredSplit(self.latents, split, self.manifest), seed, flip)
+            return ImageSet(self.source(split), seed, flip, crop, labels)
+        return LatentSet(StoredSplit(self.latents, split, self.manifest), seed, flip, labels=labels)
 
     def training(self, seed: int) -> ImageSet:
         return self.dataset("train", seed, self.flip, self.crop)
 
-    def sample_shape(self) -> tuple[int, int, int]:
-        return self.image_shape()
-
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the first training image."""
-        if self.manifest is not None:
-            return tuple(self.manifest["image_shape"])
-        height, width, channels = self.take("train", np.array([0]))["image"].shape[1:]
-        return channels, height, width
-
     def take(self, split: str, indices: np.ndarray) -> Record:
-        """Some pictures of a split as the source has them, bad ones replaced as in `subset`."""
+        """Return some samples as the source has them: images uint8 (N,H,W,C), bad ones replaced as in `subset`."""
         source = self.source(split)
-        record, _, skipped = take_usable(source, indices, indices.tolist(), seed=0)
-        self.taken.setdefault(split, self.counted(split, len(source))).add({"index": indices, "skipped": skipped})
+        record, _, skipped = take_or_replace(source, indices, indices.tolist(), seed=0)
+        counter = self.counters.setdefault(split, self.new_counter(split, len(source)))
+        counter.add({"index": indices, "skipped": skipped})
         return record
 
     def captions(self, split: str, count: int) -> list[str] | None:
-        """The captions of the first `count` samples of a split, or of all where there are fewer; None without any.
+        """Return the captions of the first `count` samples of a split, of all where it has fewer; None without any.
 
         Bad ones are replaced as in `subset`.
         """
         texts = self.dataset(split).source.captions
         if texts is None:
             return None
-        return [usable(texts.__getitem__, k, len(texts), 0, k)[0] for k in range(min(count, len(texts)))]
+        return [read_or_replace(texts.__getitem__, k, len(texts), 0, k)[0] for k in range(min(count, len(texts)))]
+
+
+def check_largest_label(split: str, labels: np.ndarray | None, count: int) -> None:
+    """Raise ValueError where a label is not below `count`, the number of a network's classes."""
+    if labels is not None and len(labels) and labels.max() >= count:
+        raise ValueError(
+            f"data.{split} has the label {labels.max()}, and the teacher has {count} classes, from 0 on; choose the "
+            "data that it was trained on"
+        )
+
+
+def hold_out(source: Callable[..., Source], count: int, **options: Any) -> Images:
+    """Return a data set that holds out `count` samples of a source; `options` are arguments of Images.
+
+    `source` makes the source, with arguments `start` and `stop` that select a part of its shuffled samples.
+    """
+    return Images(
+        train=functools.partial(source, start=count), holdout=functools.partial(source, stop=count), **options
+    )
 
 
 def image_folder(
@@ -157,7 +249,17 @@ def image_folder(
     statistics: dict[str, str] | None = None,
     max_bad_fraction: float = 0.01,
 ) -> Images:
-    """One folder of pictures (see Folder), of which `holdout_images`, of every subfolder its share, are held out."""
+    """Return the data set of one folder of pictures, of which some are held out.
+
+    Args:
+        path: the folder.
+        size: edge of the images in pixels.
+        holdout_images: number of pictures that are held out, drawn from all subfolders alike.
+        batch_size: number of images in a training batch, over all ranks.
+        mode: RGB, or L for grey.
+        seed: see Images, as `flip`, `crop`, `num_workers`, `statistics` and `max_bad_fraction`.
+        captions: see Folder, as `file_column`, `caption_column`, `box` and `get`.
+    """
     source = functools.partial(
         Folder,
         path,
@@ -169,9 +271,9 @@ def image_folder(
         box=box,
         get=get,
     )
-    return Images(
-        train=functools.partial(source, start=holdout_images),
-        holdout=functools.partial(source, stop=holdout_images),
+    return hold_out(
+        source,
+        holdout_images,
         batch_size=batch_size,
         seed=seed,
         flip=flip,
@@ -198,11 +300,20 @@ def image_shards(
     statistics: dict[str, str] | None = None,
     max_bad_fraction: float = 0.01,
 ) -> Images:
-    """The shards of one data set, of which `holdout_images` samples, drawn from all shards alike, are held out."""
-    source = functools.partial(Shards, path, size, mode, images=images, caption=caption, max_missing=max_missing)
-    return Images(
-        train=functools.partial(source, start=holdout_images),
-        holdout=functools.partial(source, stop=holdout_images),
+    """Return the data set of tar files of pictures, of which some samples are held out.
+
+    Args:
+        path: the shards.
+        size: edge of the images in pixels.
+        holdout_images: number of samples that are held out, drawn from all shards alike.
+        batch_size: number of images in a training batch, over all ranks.
+        mode: RGB, or L for grey.
+        seed: see Images, as `flip`, `crop`, `num_workers`, `statistics` and `max_bad_fraction`.
+        images: see Shards, as `path`, `caption` and `max_missing`.
+    """
+    return hold_out(
+        functools.partial(Shards, path, size, mode, images=images, caption=caption, max_missing=max_missing),
+        holdout_images,
         batch_size=batch_size,
         seed=seed,
         flip=flip,

@@ -1,20 +1,37 @@
 """Pictures in arrays: npz archives and tiles of one large picture."""
 
 import re
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from datamodules.readers.base import Lazily, MissingData, Record, located
+from datamodules.readers.base import LazyTexts, ListedSource, MissingData, Record, check_whole_labels, located
+
+FORMATS = (
+    (b"\x93NUMPY", "a single array (.npy)", "save it as .npz, by its name: numpy.savez(file, x=array)"),
+    (b"\x1f\x8b", "compressed by gzip", "unpack it first (gunzip)"),
+    (b"\x00\x00", "an IDX file, as MNIST comes", "convert it: numpy.savez(file, x=images), uint8 of (N, H, W, C)"),
+    (b"\x80", "pickled, which is never opened", "convert it where you trust it: numpy.savez(file, x=images)"),
+)
+"""First bytes of files that are no .npz, what they are, and what to do."""
 
 
-class Arrays:
-    """Images held in memory: the common end of every source small enough for it.
+class Arrays(ListedSource):
+    """Images held in memory.
 
-    With `names` of the classes each image has the caption that its class makes of `caption`, in which {} stands for
-    the name; "a {}" becomes "an {}" before a vowel. Raises ValueError for a label without a name.
+    Args:
+        images: uint8 (N,H,W,C).
+        labels: whole numbers (N,); None for images without labels.
+        names: name of each class, from label 0 on; with names each image has a caption.
+        caption: the caption, in which {} stands for the name of the class; "a {}" becomes "an {}" before a vowel.
+
+    Raises:
+        ValueError: labels are not whole numbers, or one of them has no name.
     """
 
     def __init__(
@@ -25,19 +42,33 @@ class Arrays:
         caption: str = "a photo of a {}",
     ) -> None:
         self.images = images
-        self.labels = np.full(len(images), -1, np.int64) if labels is None else labels.astype(np.int64)
+        self.labels = np.full(len(images), -1, np.int64) if labels is None else check_whole_labels(labels, "the array")
+        self.class_names = names
         self.captions: Sequence[str] | None = None
         if names is not None:
             for label in np.unique(self.labels):
                 if not 0 <= label < len(names):
                     raise ValueError(f"label {label} has no name; data.names has {len(names)}, for labels from 0 on")
-            self.phrases = [worded(caption, name) for name in names]
-            self.captions = Lazily(len(images), self.phrase)
+            self.phrases = [fill_caption(caption, name) for name in names]
+            self.captions = LazyTexts(len(images), self.phrase)
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def raw(self, index: int) -> bytes:
+        return self.images[index].tobytes()
+
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        return np.full(len(indices), self.images[:1].nbytes)
+
+    def listing(self) -> bytes:
+        return self.labels.tobytes()
+
     def phrase(self, index: int) -> str:
+        """Return the caption of an image."""
         return self.phrases[self.labels[index]]
 
     def take(self, indices: np.ndarray) -> Record:
@@ -45,18 +76,26 @@ class Arrays:
         return record if self.captions is None else record | {"caption": [self.captions[int(i)] for i in indices]}
 
 
-def worded(caption: str, name: str) -> str:
-    """A caption with a name in it, after the fitting article."""
+def fill_caption(caption: str, name: str) -> str:
+    """Return a caption with a name in place of {}, after the fitting article."""
     if name[:1].lower() in "aeiou":
         caption = re.sub(r"\b([Aa]) \{\}", r"\1n {}", caption)
     return caption.replace("{}", name)
 
 
 class Npz(Arrays):
-    """An .npz file with one uint8 array (N,H,W,C) of images and, optionally, one of labels.
+    """The images in one array of an .npz file, with labels in another.
 
-    A relative `path` is looked up in $SECATEUR_DATA, too. `names` and `caption` are those of Arrays. Raises
-    MissingData where the file is not, ValueError where a key is not in it.
+    Args:
+        path: the file; a relative one is looked up in $SECATEUR_DATA, too.
+        images: name of the array of images, uint8 (N,H,W,C).
+        labels: name of the array of labels, whole numbers (N,); None for none.
+        names: see Arrays, as `caption`.
+        get: how to get the file, for the message where it is missing.
+
+    Raises:
+        MissingData: the file does not exist.
+        ValueError: it is no .npz, or lacks an array, or has one of another kind.
     """
 
     def __init__(
@@ -69,24 +108,70 @@ class Npz(Arrays):
         get: str | None = None,
     ) -> None:
         file = located(path, get)
+        check_npz(file)
         with np.load(file, allow_pickle=False) as archive:
             for key in filter(None, (images, labels)):
                 if key not in archive:
                     raise ValueError(f"{file} has no array {key!r}; it has: {', '.join(archive.files)}")
-            pixels = archive[images]
+            pixels = read_array(archive, images, file)
             if pixels.dtype != np.uint8 or pixels.ndim != 4:
                 raise ValueError(
                     f"{file}: array {images!r} is {pixels.dtype} of shape {pixels.shape}; "
                     "images are uint8 of (N, H, W, C)"
                 )
-            super().__init__(pixels, archive[labels] if labels else None, names, caption)
+            classes = (
+                check_whole_labels(read_array(archive, labels, file), f"{file}, array {labels!r}") if labels else None
+            )
+            if classes is not None and classes.shape != (len(pixels),):
+                raise ValueError(
+                    f"{file}: array {labels!r} has the shape {classes.shape}; of {len(pixels)} images it is "
+                    f"({len(pixels)},)"
+                )
+            super().__init__(pixels, classes, names, caption)
+
+
+def check_npz(file: Path) -> None:
+    """Raise ValueError, naming the format, for a file that is no .npz archive."""
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder where an .npz archive is needed; of pictures in a folder: image_folder")
+    if zipfile.is_zipfile(file):
+        return
+    with open(file, "rb") as stream:
+        start = stream.read(8)
+    kind, advice = "no known format (or damaged)", "an .npz is what numpy.savez writes; get the file again"
+    for first, name, remedy in FORMATS:
+        if start.startswith(first):
+            kind, advice = name, remedy
+            break
+    raise ValueError(f"{file} is no .npz archive but {kind}; {advice}")
+
+
+def read_array(archive: Any, name: str, file: Path) -> np.ndarray:
+    """Return an array of an open .npz. Raises ValueError, naming both, where it cannot be read."""
+    try:
+        array: np.ndarray = archive[name]
+        return array
+    except ValueError as error:  # an array of objects
+        raise ValueError(
+            f"{file}: array {name!r} cannot be read: it is damaged, or holds pickled objects, which are never opened; "
+            "save it as an array of numbers: images as uint8 of (N, H, W, C)"
+        ) from error
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{file}: array {name!r} is damaged ({error}); get the file again") from error
 
 
 class Tiles(Arrays):
-    """One lossless picture cut into square tiles, row by row; where there are labels, in a text file of digits beside.
+    """The square tiles of one lossless picture, row by row; their labels are digits in the text file <name>.labels.txt.
 
-    The embedded sample of CIFAR-10 is kept like this: a few megabytes, and a person can open it. `mode` is RGB or L
-    (mel pictures are grey); `names` and `caption` are those of Arrays.
+    The embedded samples are kept like this: a few megabytes, and a person can look at them.
+
+    Args:
+        path: the picture.
+        tile: edge of a tile in pixels.
+        start: number of the first tile that is used.
+        stop: number after the last tile that is used; None for all.
+        mode: RGB, or L for grey (pictures of sounds).
+        names: see Arrays, as `caption`.
     """
 
     def __init__(

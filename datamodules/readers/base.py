@@ -1,20 +1,23 @@
-"""Where images come from: each source is a sized collection that gives a batch of uint8 (N,H,W,C) arrays and labels.
+"""What a reader of samples is, and how encoded pictures become arrays.
 
-A data set is one YAML file that names one of these as `_target_`; see conf/data/ for examples.
+A source is a sized collection that returns a batch of uint8 (N,H,W,C) images with labels. A data set is one YAML file
+that names a source as `_target_`; conf/data/ has examples.
 """
 
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-SMALLEST = 4
-"""pixels of the shorter edge: a smaller picture is a placeholder, and a BadSample"""
+MIN_EDGE = 4
+"""Pixels of the shorter edge. A smaller picture is a placeholder, as web servers send them, and a BadSample."""
+MAX_16_BIT = 65535
+"""The largest value of a 16-bit picture."""
 
 
 class MissingData(FileNotFoundError):
@@ -22,48 +25,81 @@ class MissingData(FileNotFoundError):
 
 
 class BadSample(ValueError):
-    """One sample that cannot be used; the message names it and says why."""
+    """One sample that cannot be used; the message names the sample and the reason."""
 
 
 Record = dict[str, Any]
-"""uint8 "image" (N,H,W,C) and int64 "label" (N,), -1 where there is none; where known also "caption" (a list), and
-"original_size" (height, width) and "crop" (top, left, in pixels of the resized picture), int64 (N,2)."""
+"""Samples of a source: uint8 "image" (N,H,W,C) and int64 "label" (N,), -1 for samples without a label.
+
+Where they are known also "caption" (a list of N texts), and int64 (N,2) "original_size" (height, width of the picture
+as it was stored) and "crop" (top, left in pixels of the resized picture).
+"""
 
 
 class Source(Protocol):
+    """A sized collection of samples that can be read in any order."""
+
     @property
     def captions(self) -> Sequence[str] | None:
-        """Of all samples, where the source has captions; read when asked for, where they are many."""
+        """The captions of all samples, None for a source without captions. Each may be read only when it is indexed."""
         ...
 
     def __len__(self) -> int: ...
 
     def take(self, indices: np.ndarray) -> Record:
-        """Some samples, in this order. Raises BadSample where one of them cannot be used."""
+        """Return some samples, in the order of `indices`. Raises BadSample where one of them cannot be used."""
         ...
 
 
+class ListedSource:
+    """What the readers of this project know of their samples without decoding them, for fingerprints and the log."""
+
+    class_names: Sequence[str] | None = None
+    """The name of each class, in the order of labels from 0; None where classes have no names."""
+    passed_over: Mapping[str, int] = {}
+    """{file ending: number of files beside the samples that are not read because of their ending}."""
+
+    def name(self, index: int) -> str:
+        """Return the name of a sample for messages."""
+        raise NotImplementedError
+
+    def raw(self, index: int) -> bytes:
+        """Return a sample as it is stored, not decoded. Raises BadSample where it cannot be read."""
+        raise NotImplementedError
+
+    def sizes(self, indices: np.ndarray) -> np.ndarray | None:
+        """Return the size of `raw` of some samples in bytes; None where only reading them would tell."""
+        return None
+
+    def listing(self) -> bytes:
+        """Return names, labels and sizes of all samples, as far as they are known without reading the samples.
+
+        The result does not depend on where the data are stored.
+        """
+        return b""
+
+
 def data_root() -> Path:
-    """$SECATEUR_DATA, by default ~/.cache/secateur: where local copies of public data and weights are looked for."""
+    """Return $SECATEUR_DATA, by default ~/.cache/secateur: the folder of local copies of public data and weights."""
     return Path(os.environ.get("SECATEUR_DATA", "~/.cache/secateur")).expanduser()
 
 
 def located(path: str, get: str | None = None) -> Path:
-    """A file or folder as given or, where it is relative and not there, below $SECATEUR_DATA.
+    """Return a file or folder as given or, where it is relative and does not exist, the one below $SECATEUR_DATA.
 
-    Raises MissingData where it is in neither place; `get` says how to get it.
+    Raises MissingData where it exists in neither place; the message includes `get`, which says how to get it.
     """
     given = Path(path).expanduser()
-    for place in (given, data_root() / given):
-        if place.exists():
-            return place
+    for candidate in (given, data_root() / given):
+        if candidate.exists():
+            return candidate
     raise MissingData(
         f"{data_root() / given} does not exist: {get or 'put it there'}, or set $SECATEUR_DATA to the folder it is in"
     )
 
 
-class Lazily(Sequence[str]):
-    """A sequence whose items are made when they are asked for."""
+class LazyTexts(Sequence[str]):
+    """A sequence of `count` texts, each made by `item(index)` when it is asked for."""
 
     def __init__(self, count: int, item: Callable[[int], str]) -> None:
         self.length, self.item = count, item
@@ -72,59 +108,87 @@ class Lazily(Sequence[str]):
         return self.length
 
     def __getitem__(self, index: Any) -> Any:
-        places = range(self.length)[index]
-        return self.item(places) if isinstance(places, int) else [self.item(place) for place in places]
+        selected = range(self.length)[index]
+        return self.item(selected) if isinstance(selected, int) else [self.item(one) for one in selected]
 
 
-def content_of(cell: Any) -> Path | bytes | None:
-    """The encoded picture in a cell of a table: binary, or a struct of "bytes" and "path" as `datasets` writes it."""
+def find_content(cell: Any) -> Path | bytes | None:
+    """Return the encoded content of a table's cell, or the file that has it; None for an empty cell.
+
+    A cell is binary, or a struct of "bytes" and "path" as the library `datasets` writes it.
+    """
     if isinstance(cell, dict):
         return cell.get("bytes") or (Path(cell["path"]) if cell.get("path") else None)
     return cell
 
 
-def decoded(
+def decode_pictures(
     pictures: Iterable[tuple[str, Path | bytes | None]],
     size: int,
     mode: str = "RGB",
     box: Sequence[int] | None = None,
 ) -> Record:
-    """Encoded pictures, each after its name, as "image", "original_size" and "crop": see `square` and Record.
+    """Decode pictures, crop each to a square at its centre and resize it: "image", "original_size" and "crop".
 
-    Only what is inside of `box` (left, top, right, bottom) counts, where it is given. Raises BadSample, with the name,
-    for one that cannot be decoded or is too small.
+    Args:
+        pictures: (name, content or file) of each picture; the name is for messages.
+        size: edge of the returned images in pixels.
+        mode: RGB, or L for grey.
+        box: (left, top, right, bottom) in pixels, to which each picture is cropped first; None for the whole picture.
+
+    Raises:
+        BadSample: a picture cannot be decoded, is smaller than `box`, or has an edge below MIN_EDGE.
     """
     records = []
     for name, content in pictures:
         try:
             if not content:
                 raise BadSample("it has no content")
-            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as opened:
-                records.append(square(plain(opened, mode, box), size))
-        except UnidentifiedImageError as error:  # whose message holds an address in memory
+            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+                records.append(resize_square(convert_picture(image, mode, box), size))
+        except UnidentifiedImageError as error:  # its own message holds an address in memory
             raise BadSample(f"{name} cannot be used: no known format of pictures") from error
-        except Exception as error:  # decoders raise almost anything for damaged files
+        except Exception as error:  # decoders raise almost any type for damaged files
             kind = "" if isinstance(error, BadSample) else f"{type(error).__name__}: "
             raise BadSample(f"{name} cannot be used: {kind}{error}") from error
-    return merged(records)
+    return merge_records(records)
 
 
-def merged(records: Sequence[Record]) -> Record:
-    """Several records as one."""
-    found: Record = {}
+def check_whole_labels(labels: Any, name: str) -> np.ndarray:
+    """Return labels as int64. Raises ValueError, with the name of their array, unless they are whole numbers."""
+    array = np.asarray(labels)
+    if array.dtype.kind == "f":
+        wrong = array[(array != np.floor(array)) | ~np.isfinite(array)]
+    else:
+        wrong = array[:0] if array.dtype.kind in "iub" else array
+    if wrong.size:
+        raise ValueError(
+            f"{name}: the labels are {array.dtype}, such as {wrong.flat[0]}; labels are whole numbers from 0 on, and "
+            "null where there are none"
+        )
+    return array.astype(np.int64)
+
+
+def merge_records(records: Sequence[Record]) -> Record:
+    """Return several records as one, in their order."""
+    merged: Record = {}
     for key, value in records[0].items():
         parts = [record[key] for record in records]
-        found[key] = np.concatenate(parts) if isinstance(value, np.ndarray) else list(itertools.chain(*parts))
-    return found
+        merged[key] = np.concatenate(parts) if isinstance(value, np.ndarray) else list(itertools.chain(*parts))
+    return merged
 
 
-def plain(image: Image.Image, mode: str, box: Sequence[int] | None = None) -> Image.Image:
-    """A picture in `mode` (RGB or L) as it is meant to be seen: upright, in 8 bits, on white where transparent."""
+def convert_picture(image: Image.Image, mode: str, box: Sequence[int] | None = None) -> Image.Image:
+    """Return a picture in `mode` (RGB or L), upright as its EXIF says, in 8 bits, on white where it is transparent.
+
+    Raises BadSample for pixels without a known range, and for a picture smaller than `box` or MIN_EDGE.
+    """
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise BadSample("floating-point pixels have no known range")
     if image.mode.startswith("I"):  # PIL would clip 16 bits to 8 instead of scaling them
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        values = np.asarray(image).clip(0, MAX_16_BIT) / (MAX_16_BIT / 255)
+        image = Image.fromarray(values.round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -133,13 +197,13 @@ def plain(image: Image.Image, mode: str, box: Sequence[int] | None = None) -> Im
         if image.width < box[2] or image.height < box[3]:
             raise BadSample(f"its {image.width}x{image.height} pixels do not hold the box {tuple(box)}")
         image = image.crop((box[0], box[1], box[2], box[3]))
-    if min(image.size) < SMALLEST:
-        raise BadSample(f"it has {image.width}x{image.height} pixels; the least is {SMALLEST}x{SMALLEST}")
+    if min(image.size) < MIN_EDGE:
+        raise BadSample(f"it has {image.width}x{image.height} pixels; the least is {MIN_EDGE}x{MIN_EDGE}")
     return image
 
 
-def square(image: Image.Image, size: int) -> Record:
-    """The record of one picture: cropped to a square at its centre, resized with an antialiasing filter."""
+def resize_square(image: Image.Image, size: int) -> Record:
+    """Return the record of one picture, cropped to a square at its centre and resized with Lanczos' filter."""
     edge = min(image.size)
     left, top = (image.width - edge) // 2, (image.height - edge) // 2
     pixels = np.asarray(image)
@@ -154,11 +218,15 @@ def square(image: Image.Image, size: int) -> Record:
 
 
 def first_available(**sources: object) -> Source:
-    """The first of several places that has the data (`_partial_: true` on each); else one error naming them all."""
-    tried = []
+    """Return the first of several sources whose data are on this machine or can be fetched.
+
+    Each is a function that makes the source (`_partial_: true` in a configuration). Raises MissingData, with the
+    message of each, where none has its data.
+    """
+    messages = []
     for name, make in sources.items():
         try:
             return make()  # type: ignore[operator]
         except MissingData as error:
-            tried.append(f"  {name}: {error}")
-    raise MissingData("the data are in none of these places:\n" + "\n".join(tried))
+            messages.append(f"  {name}: {error}")
+    raise MissingData("the data are in none of these places:\n" + "\n".join(messages))

@@ -6,20 +6,27 @@ import json
 import operator
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
-from datamodules.readers.base import BadSample, Lazily, MissingData, Record, decoded, located
+from datamodules.readers.base import BadSample, LazyTexts, ListedSource, MissingData, Record, decode_pictures, located
 from datamodules.seeding import numpy_rng
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+"""Endings of pictures, in lower case."""
+LISTED_ENDINGS = 5
+"""Endings that a message lists."""
 
 
-class Packed(Sequence[bytes]):
-    """Many small pieces in two arrays: a few bytes each, not an object, and nothing is copied where workers fork."""
+class PackedBytes(Sequence[bytes]):
+    """Many short pieces of bytes in two arrays.
+
+    A piece costs a few bytes of memory where an object would cost fifty, and forked workers share it without a copy.
+    """
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         content, ends = bytearray(), array("q", [0])
@@ -32,22 +39,35 @@ class Packed(Sequence[bytes]):
         return len(self.ends) - 1
 
     def __getitem__(self, index: Any) -> Any:
-        place = range(len(self))[operator.index(index)]
-        return self.content[self.ends[place] : self.ends[place + 1]]
+        number = range(len(self))[operator.index(index)]
+        return self.content[self.ends[number] : self.ends[number + 1]]
 
 
-class Folder:
-    """Every picture below a folder, decoded when asked for, centre-cropped and resized to `size`.
+class Folder(ListedSource):
+    """Every picture in a folder and its subfolders, decoded when it is taken.
 
-    They are shuffled once, as a function of their number alone, so that [start, stop) holds of every subfolder its
-    share. The label is the place of a picture's own folder among all such folders, in alphabetical order, or among the
-    folders in `classes`. `captions` is `txt` (a file of the same name beside each picture) or the name of a .jsonl or
-    .csv file in the folder, in which `file_column` is the path of a picture and `caption_column` its caption. Only what
-    is inside of `box` (left, top, right, bottom, in pixels) counts, where it is given. A relative `path` is looked up
-    in $SECATEUR_DATA, too.
+    Pictures are cropped to a square at their centre and resized. They are shuffled once, as a function of their number
+    alone, so that [start, stop) has its share of every subfolder. The class of a picture is its own folder; labels
+    number the classes in alphabetical order.
 
-    Raises MissingData, with what `get` says, where the folder or the table is not; ValueError for a column that is not
-    there; and, when it is taken, BadSample for a picture without a caption.
+    Args:
+        path: the folder; a relative one is looked up in $SECATEUR_DATA, too.
+        size: edge of the images in pixels.
+        mode: RGB, or L for grey.
+        start: number of the first picture that is used, in the shuffled order.
+        stop: number after the last picture that is used; None for all.
+        captions: `txt` for a text file of the same name beside each picture, or the name of a .jsonl or .csv file in
+            the folder; None for no captions.
+        file_column: column of the table with the path of a picture, relative to the folder.
+        caption_column: column of the table with its caption.
+        box: (left, top, right, bottom) in pixels, to which each picture is cropped first.
+        classes: folder whose subfolders are the classes to number, instead of those that hold pictures here.
+        get: how to get the data, for the message where they are missing.
+
+    Raises:
+        MissingData: the folder or the table does not exist, or the folder has no pictures.
+        ValueError: the table has no such column, or is of other pictures; or a folder is not in `classes`.
+        BadSample: (from `take`) a picture cannot be used or has no caption.
     """
 
     def __init__(
@@ -67,67 +87,129 @@ class Folder:
         self.root = located(path, get)
         if not self.root.is_dir():
             raise MissingData(f"{self.root} is not a folder: `path` names the folder that holds the pictures")
-        names = sorted(pictures_below(self.root), key=lambda name: name.split("/"))
+        files = list(files_below(self.root))
+        names = sorted((name for name in files if is_picture(name)), key=lambda name: name.split("/"))
+        self.passed_over = count_endings(name for name in files if not is_picture(name))
+        self.passed_over.pop(".txt" if captions == "txt" else PurePath(captions or "").suffix.lower(), None)
+        if not names:
+            raise MissingData(describe_no_samples(self.root, "pictures", EXTENSIONS, self.passed_over))
         parents = [name.rpartition("/")[0] for name in names]
-        numbers = class_numbers(set(parents), None if classes is None else located(classes, get))
+        numbers = number_classes(set(parents), None if classes is None else located(classes, get))
+        self.class_names = [name or "(no folder)" for name in sorted(numbers, key=lambda name: numbers[name])]
         order = numpy_rng("folder", len(names)).permutation(len(names))[start:stop]
-        self.names = Packed(os.fsencode(names[i]) for i in order)
+        self.names = PackedBytes(os.fsencode(names[i]) for i in order)
         self.labels = np.array([numbers[parents[i]] for i in order], np.int64)
         self.size, self.mode, self.box = size, mode, box
+        self.table = None if captions in (None, "txt") else self.root / captions
         self.captions: Sequence[str] | None = None
         if captions is not None:
-            self.captions = captions_of(self.root, self, captions, file_column, caption_column)
+            self.captions = open_captions(self, captions, file_column, caption_column)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def file(self, index: int) -> Path:
-        """One of the pictures."""
+        """Return the path of a picture."""
         return self.root / os.fsdecode(self.names[index])
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self.names[index])
+
+    def raw(self, index: int) -> bytes:
+        return read_file(self.file(index))
+
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        return np.array([file_size(self.file(int(index))) for index in indices], np.int64)
+
+    def listing(self) -> bytes:
+        table = b"" if self.table is None else self.table.read_bytes()
+        return b"".join((self.names.ends.tobytes(), self.names.content, self.labels.tobytes(), table))
 
     def take(self, indices: np.ndarray) -> Record:
         files = [self.file(int(index)) for index in indices]
-        record = decoded([(str(file), file) for file in files], self.size, self.mode, self.box)
+        record = decode_pictures([(str(file), file) for file in files], self.size, self.mode, self.box)
         record["label"] = self.labels[indices]
         return record if self.captions is None else record | {"caption": [self.captions[int(i)] for i in indices]}
+
+
+# Files
 
 
 def is_hidden(name: str) -> bool:
     """Tell whether a file or folder is no data, but something that a program keeps beside them.
 
-    Names that begin with a dot (.ipynb_checkpoints, .DS_Store, ._a.png), and the folder that macOS adds to archives.
+    These are names that begin with a dot (.ipynb_checkpoints, .DS_Store, ._a.png) and the folder that macOS adds to
+    archives.
     """
     return name.startswith(".") or name == "__MACOSX"
 
 
-def pictures_below(root: Path) -> Iterator[str]:
-    """Yield the pictures below a folder, by their paths in it.
+def is_picture(name: str) -> bool:
+    """Tell whether a file has the ending of a picture."""
+    return name.lower().endswith(EXTENSIONS)
 
-    Links to folders are followed, but not to a folder that the link lies in. Hidden files and folders are left out.
+
+def files_below(root: Path) -> Iterator[str]:
+    """Yield the path of each file in a folder and its subfolders, relative to the folder.
+
+    Links to folders are followed, unless they lead to a folder that they are in. Hidden files and folders are left out.
     """
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        folders[:] = [
+        subfolders[:] = [
             name
-            for name in folders
+            for name in subfolders
             if not is_hidden(name) and not f"{real}/".startswith(f"{os.path.realpath(os.path.join(folder, name))}/")
         ]
         inside = PurePath(folder).relative_to(root).as_posix()
         prefix = "" if inside == "." else f"{inside}/"
-        yield from (prefix + name for name in files if name.lower().endswith(EXTENSIONS) and not is_hidden(name))
+        yield from (prefix + name for name in files if not is_hidden(name))
 
 
-def class_numbers(parents: set[str], classes: Path | None) -> dict[str, int]:
-    """Return the label of each folder of pictures: its place among `parents`, or among the folders in `classes`.
+def count_endings(names: Iterable[str]) -> Counter[str]:
+    """Return how many of some files have each ending, in lower case, such as ".heic"."""
+    return Counter(PurePath(name).suffix.lower() or "no ending" for name in names)
 
-    Raises ValueError for one that is not among them.
+
+def list_endings(endings: Mapping[str, int]) -> str:
+    """Return the most frequent endings with their numbers as text: ".heic (12), .gif (3)"."""
+    return ", ".join(f"{ending} ({count})" for ending, count in Counter(endings).most_common(LISTED_ENDINGS))
+
+
+def describe_no_samples(root: Path, kind: str, extensions: Sequence[str], endings: Mapping[str, int]) -> str:
+    """Return the message for a folder without samples of a kind, which lists the endings of what it has."""
+    rest = f"; it has other files: {list_endings(endings)}" if endings else ""
+    return f"{root} has no {kind} ({', '.join(extensions)}) in it or in its folders{rest}"
+
+
+def read_file(file: Path) -> bytes:
+    """Return the content of a sample's file. Raises BadSample where it cannot be read."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise BadSample(f"{file} cannot be read: {error.strerror}") from error
+
+
+def file_size(file: Path) -> int:
+    """Return the size of a file in bytes, 0 where it does not exist (a link that leads nowhere)."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def number_classes(parents: set[str], classes: Path | None) -> dict[str, int]:
+    """Return {folder of pictures: its label}: its number in alphabetical order among `parents`.
+
+    Where `classes` is given, the numbers are those of the folders in it, and ValueError is raised for a folder of
+    pictures that is not among them.
     """
     if classes is None:
         # Pictures beside the folders of classes come last, so that they shift no label.
         names = sorted(parents, key=lambda name: (not name, name.split("/")))
     else:
         names = sorted(entry.name for entry in os.scandir(classes) if entry.is_dir() and not is_hidden(entry.name))
-    numbers = {name: place for place, name in enumerate(names)}
+    numbers = {name: number for number, name in enumerate(names)}
     for name in sorted(parents):
         if name not in numbers:
             raise ValueError(
@@ -137,58 +219,77 @@ def class_numbers(parents: set[str], classes: Path | None) -> dict[str, int]:
     return numbers
 
 
-def captions_of(root: Path, folder: Folder, captions: str, file_column: str, caption_column: str) -> Sequence[str]:
-    """The captions of a folder's pictures, read when asked for; see Folder."""
+# Captions
+
+
+def open_captions(folder: Folder, captions: str, file_column: str, caption_column: str) -> Sequence[str]:
+    """Return the captions of a folder's pictures, each read when it is asked for; see Folder.
+
+    Args:
+        folder: the folder.
+        captions: `txt`, or the name of a table in the folder.
+        file_column: column of the table with the path of a picture.
+        caption_column: column of the table with its caption.
+
+    Raises:
+        MissingData: the table does not exist.
+        ValueError: `captions` is neither `txt` nor a .jsonl or .csv file, or the table has no such column.
+    """
     if captions == "txt":
-        return Lazily(len(folder), TextFiles(folder).read)
-    table = root / captions
-    kinds = {".jsonl": lines_of_jsonl, ".csv": lines_of_csv}
-    if table.suffix not in kinds:
+        return LazyTexts(len(folder), CaptionFiles(folder).read)
+    table = folder.root / captions
+    readers = {".jsonl": read_jsonl, ".csv": read_csv}
+    if table.suffix not in readers:
         raise ValueError(f"data.captions={captions!r} is unknown; choose txt, or a .jsonl or .csv file")
     if not table.exists():
         raise MissingData(
             f"data.captions={captions!r}: {table} does not exist; choose txt, or a .jsonl or .csv file in the folder"
         )
-    found = Table(folder, table, kinds[table.suffix](table, file_column, caption_column))
-    return Lazily(len(folder), found.read)
+    rows = readers[table.suffix](table, file_column, caption_column)
+    return LazyTexts(len(folder), CaptionTable(folder, table, rows).read)
 
 
-class TextFiles:
-    """Captions in files of the same names as the pictures."""
+class CaptionFiles:
+    """Captions in text files, each with the name of its picture."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
 
     def read(self, index: int) -> str:
+        """Return the caption of a picture. Raises BadSample where its file is missing or not UTF-8."""
         file = self.folder.file(index).with_suffix(".txt")
         try:
             return file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            kind = "there is none" if isinstance(error, FileNotFoundError) else str(error)
-            raise BadSample(f"{file}: the caption cannot be read: {kind}") from error
+            reason = "there is none" if isinstance(error, FileNotFoundError) else str(error)
+            raise BadSample(f"{file}: the caption cannot be read: {reason}") from error
 
 
-class Table:
-    """Captions from a table: of each picture the last one."""
+class CaptionTable:
+    """Captions from the rows of a table, (path of a picture, caption or None); the last caption of a picture counts.
 
-    def __init__(self, folder: Folder, file: Path, lines: Iterable[tuple[str, str | None]]) -> None:
-        rows: dict[bytes, int] = {}
+    Raises ValueError where no row is about a picture of the folder.
+    """
 
-        def texts() -> Iterator[bytes]:
-            for row, (name, text) in enumerate(line for line in lines if line[1] is not None):
-                rows[os.fsencode(os.path.relpath(folder.root / name, folder.root))] = row
+    def __init__(self, folder: Folder, file: Path, rows: Iterable[tuple[str, str | None]]) -> None:
+        row_of_picture: dict[bytes, int] = {}
+
+        def encode_texts() -> Iterator[bytes]:
+            for number, (name, text) in enumerate(row for row in rows if row[1] is not None):
+                row_of_picture[os.fsencode(os.path.relpath(folder.root / name, folder.root))] = number
                 yield str(text).strip().encode("utf-8", "surrogatepass")
 
-        self.folder, self.file, self.texts = folder, file, Packed(texts())
-        self.rows = np.array([rows.get(name, -1) for name in folder.names], np.int64)
+        self.folder, self.file, self.texts = folder, file, PackedBytes(encode_texts())
+        self.rows = np.array([row_of_picture.get(name, -1) for name in folder.names], np.int64)
         if len(self.rows) and (self.rows < 0).all():
-            some = ", ".join(map(os.fsdecode, itertools.islice(rows, 3)))
+            examples = ", ".join(map(os.fsdecode, itertools.islice(row_of_picture, 3)))
             raise ValueError(
-                f"{file} has captions for other pictures than those in {folder.root}: it names {some or 'none'}; "
+                f"{file} has captions for other pictures than those in {folder.root}: it names {examples or 'none'}; "
                 f"the folder has {', '.join(map(os.fsdecode, itertools.islice(folder.names, 3)))}"
             )
 
     def read(self, index: int) -> str:
+        """Return the caption of a picture. Raises BadSample where the table has none, or one that is not UTF-8."""
         if self.rows[index] < 0:
             raise BadSample(f"{self.folder.file(index)} has no caption in {self.file.name}")
         try:
@@ -197,50 +298,51 @@ class Table:
             raise BadSample(f"{self.folder.file(index)}: its caption in {self.file.name}: {error}") from error
 
 
-def lines_of_jsonl(file: Path, file_column: str, caption_column: str) -> Iterator[tuple[str, str | None]]:
-    """(picture, caption) of each line. What is not UTF-8 stays in the text as surrogates."""
+def read_jsonl(file: Path, file_column: str, caption_column: str) -> Iterator[tuple[str, str | None]]:
+    """Yield (path of a picture, caption) of each line. What is not UTF-8 stays in the text as surrogates."""
     with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield entry_of(file, number, line.rstrip("\n"), file_column, caption_column)
+                yield parse_json_line(f"{file}, line {number}", line.rstrip("\n"), file_column, caption_column)
 
 
-def entry_of(file: Path, number: int, line: str, file_column: str, caption_column: str) -> tuple[str, str | None]:
+def parse_json_line(name: str, line: str, file_column: str, caption_column: str) -> tuple[str, str | None]:
+    """Return (path of a picture, caption) of a line. Raises ValueError, with the line's `name`, for a wrong one."""
     try:
         entry = json.loads(line)
         if not isinstance(entry, dict):
             raise TypeError
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}, line {number} is not a line of JSON with named values: {line[:80]}") from error
+        raise ValueError(f"{name} is not a line of JSON with named values: {line[:80]}") from error
     for column, kinds in ((file_column, str), (caption_column, str | None)):
         if column not in entry:
-            raise ValueError(f"{file}, line {number} has no column {column!r}; it has: {', '.join(entry)}")
+            raise ValueError(f"{name} has no column {column!r}; it has: {', '.join(entry)}")
         if not isinstance(entry[column], kinds):
             kind = type(entry[column]).__name__
-            raise ValueError(f"{file}, line {number}: column {column!r} has a {kind} where a text is needed")
+            raise ValueError(f"{name}: column {column!r} has a {kind} where a text is needed")
     return entry[file_column], entry[caption_column]
 
 
-def lines_of_csv(file: Path, file_column: str, caption_column: str) -> Iterator[tuple[str, str | None]]:
-    """(picture, caption) of each line below the line of names. What is not UTF-8 stays in the text as surrogates."""
+def read_csv(file: Path, file_column: str, caption_column: str) -> Iterator[tuple[str, str | None]]:
+    """Yield (path of a picture, caption) of each line after the header. What is not UTF-8 stays as surrogates."""
     with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         rows = csv.DictReader(lines, strict=True)
-        names = rows.fieldnames or []
+        columns = rows.fieldnames or []
         for column in (file_column, caption_column):
-            if column not in names:
-                raise ValueError(f"{file} has no column {column!r}; it has: {', '.join(names)}")
-        before = rows.line_num
+            if column not in columns:
+                raise ValueError(f"{file} has no column {column!r}; it has: {', '.join(columns)}")
+        last_line = rows.line_num
         try:
             for row in rows:
                 if None in row or None in row.values():
                     raise ValueError(
-                        f"{file}, line {rows.line_num}: its number of values is not {len(names)}, as in the line of "
+                        f"{file}, line {rows.line_num}: its number of values is not {len(columns)}, as in the line of "
                         'names; put texts that contain commas between quotes (")'
                     )
                 if row[file_column]:
                     yield row[file_column], row[caption_column] or None
-                before = rows.line_num
+                last_line = rows.line_num
         except csv.Error as error:
             raise ValueError(
-                f"{file}, line {before + 1}: the quotes in it, or behind it, do not close as they should ({error})"
+                f"{file}, line {last_line + 1}: the quotes in it, or after it, do not close as they should ({error})"
             ) from error

@@ -1,4 +1,4 @@
-"""Pictures of data sets of the Hugging Face hub."""
+"""Pictures in data sets of the Hugging Face hub."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.readers.base import BadSample, Lazily, MissingData, Record, content_of, decoded
+from datamodules.readers.base import (
+    BadSample,
+    LazyTexts,
+    ListedSource,
+    MissingData,
+    Record,
+    decode_pictures,
+    find_content,
+)
+from datamodules.readers.folder import read_file
+from datamodules.seeding import numpy_rng
 
 
 def hub_table(
@@ -17,11 +27,21 @@ def hub_table(
     data_files: str | list[str] | None = None,
     revision: str | None = None,
 ) -> Any:
-    """Some columns of a split of a data set on the Hugging Face hub (or of a local copy), as a table of `datasets`.
+    """Load some columns of a split of a data set on the Hugging Face hub, as a table of the library `datasets`.
 
-    `path` is an id, a folder, or a builder such as `parquet` with `data_files`; `subset` is the configuration of a
-    data set that has several, `revision` a branch or commit of it. Needs the extra `secateur[hf]`. Raises ValueError
-    for an unknown column, listing those there are, and MissingData where neither a network nor a cached copy is there.
+    Needs the extra `secateur[hf]`.
+
+    Args:
+        path: id of a data set, the folder of a local copy, or a builder such as `parquet` with `data_files`.
+        split: name of the split, or part of one (`train[:100]`).
+        columns: names of the columns.
+        subset: configuration of a data set that has several.
+        data_files: files that a builder reads.
+        revision: branch or commit of the data set.
+
+    Raises:
+        ValueError: there is no such column or split; the message lists those there are.
+        MissingData: the data set can neither be downloaded nor read from the cache.
     """
     try:
         import datasets  # noqa: PLC0415  an optional extra
@@ -42,11 +62,22 @@ def hub_table(
     return table.select_columns(list(dict.fromkeys(columns)))
 
 
-class HuggingFace:
-    """A split of a data set on the Hugging Face hub (or of a local copy), decoded when asked for.
+class HuggingFace(ListedSource):
+    """A split of a data set on the Hugging Face hub, or of a local copy, decoded when it is taken.
 
-    `path`, `subset`, `data_files` and `revision` are those of hub_table. The image column holds images (or encoded ones
-    as binary). Raises what hub_table does, and ValueError for a column of the wrong type.
+    Args:
+        path: see hub_table, as `split`, `subset`, `data_files` and `revision`.
+        image: column of pictures, as Image or as binary with an encoded picture in each row.
+        label: column of labels, whole numbers; None for none.
+        size: edge of the images in pixels.
+        mode: RGB, or L for grey.
+        caption: column of captions; None for none.
+        start: number of the first row that is used, of the rows in a random order that depends on their number alone.
+        stop: number after the last row that is used. The used rows stay in the order of the table.
+
+    Raises:
+        MissingData, ValueError: see hub_table; ValueError also for a column of the wrong type.
+        BadSample: (from `take`) a picture cannot be used, or a label or caption is missing.
     """
 
     def __init__(
@@ -61,19 +92,32 @@ class HuggingFace:
         subset: str | None = None,
         data_files: str | list[str] | None = None,
         revision: str | None = None,
+        start: int = 0,
+        stop: int | None = None,
     ) -> None:
         wanted = [column for column in (image, label, caption) if column is not None]
         table = hub_table(path, split, wanted, subset, data_files, revision)
         if caption is not None and getattr(table.features[caption], "dtype", "") not in ("string", "large_string"):
             raise ValueError(f"{path}: column {caption!r} has {table.features[caption]} where a caption is text")
+        if label is not None:
+            kind = str(getattr(table.features[label], "dtype", table.features[label]))
+            if not kind.startswith(("int", "uint", "bool")):
+                raise ValueError(
+                    f"{path}: column {label!r} has {kind} where labels are whole numbers; choose another column, or "
+                    "null for none"
+                )
+            self.class_names = getattr(table.features[label], "names", None)
+        if start or stop is not None:
+            total = len(table)
+            table = table.select(np.sort(numpy_rng("hub", total).permutation(total)[start:stop]))
         feature = table.features[image]
-        if hasattr(feature, "decode"):  # decoded here, so that a damaged one can be told
+        if hasattr(feature, "decode"):  # it is decoded in `take`, where a damaged one can be named
             table = table.cast_column(image, type(feature)(decode=False))
         self.table = table
         self.path, self.split, self.image, self.label, self.caption = path, split, image, label, caption
         self.size, self.mode = size, mode
         self.texts = table.select_columns([caption]) if caption is not None else None
-        self.captions = None if caption is None else Lazily(len(table), self.text)
+        self.captions = None if caption is None else LazyTexts(len(table), self.text)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -81,29 +125,47 @@ class HuggingFace:
     def name(self, index: int) -> str:
         return f"{self.path} ({self.split}), row {index}"
 
+    def raw(self, index: int) -> bytes:
+        return stored_bytes(self.table[index][self.image])
+
     def text(self, index: int) -> str:
+        """Return the caption of a row. Raises BadSample where it is missing."""
         assert self.texts is not None
-        return said(self.texts[index][self.caption], self.name(index))
+        return check_caption(self.texts[index][self.caption], self.name(index))
 
     def encoded(self, rows: dict[str, list[Any]], indices: np.ndarray) -> list[tuple[str, Path | bytes | None]]:
-        """The encoded pictures (or sounds) of some rows, each with a name to speak of it by."""
-        return [(self.name(int(i)), content_of(cell)) for i, cell in zip(indices, rows[self.image], strict=True)]
+        """Return (name, content or file) of the picture (or sound) of each of some rows."""
+        return [(self.name(int(i)), find_content(cell)) for i, cell in zip(indices, rows[self.image], strict=True)]
 
     def decode(self, encoded: list[tuple[str, Path | bytes | None]]) -> Record:
-        return decoded(encoded, self.size, self.mode)
+        return decode_pictures(encoded, self.size, self.mode)
 
     def take(self, indices: np.ndarray) -> Record:
         rows = self.table[[int(index) for index in indices]]
         record = self.decode(self.encoded(rows, indices))
-        record["label"] = np.array(rows[self.label], np.int64) if self.label else np.full(len(indices), -1, np.int64)
+        names = [self.name(int(index)) for index in indices]
+        labels = [check_label(*pair) for pair in zip(rows[self.label], names, strict=True)] if self.label else -1
+        record["label"] = np.full(len(indices), labels, np.int64)
         if self.caption is None:
             return record
-        names = [self.name(int(index)) for index in indices]
-        return record | {"caption": [said(*pair) for pair in zip(rows[self.caption], names, strict=True)]}
+        return record | {"caption": [check_caption(*pair) for pair in zip(rows[self.caption], names, strict=True)]}
 
 
-def said(text: Any, name: str) -> str:
-    """A caption. Raises BadSample where it is none."""
+def check_label(label: Any, name: str) -> int:
+    """Return the label of a row. Raises BadSample where it has none."""
+    if label is None:
+        raise BadSample(f"{name}: the label is missing (null)")
+    return int(label)
+
+
+def stored_bytes(cell: Any) -> bytes:
+    """Return the encoded content in a cell of a table, empty where it has none; BadSample where its file is not."""
+    content = find_content(cell)
+    return read_file(content) if isinstance(content, Path) else content or b""
+
+
+def check_caption(text: Any, name: str) -> str:
+    """Return a caption. Raises BadSample where it is no text, such as null."""
     if not isinstance(text, str):
         raise BadSample(f"{name}: the caption is missing")
     return text

@@ -5,19 +5,29 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.readers.base import MissingData, Record, decoded, located
-from datamodules.readers.folder import Packed
+from datamodules.readers.base import ListedSource, MissingData, Record, decode_pictures, located
+from datamodules.readers.folder import PackedBytes
 from datamodules.seeding import numpy_rng
 
 
-class Lmdb:
-    """The values of an LMDB, decoded when asked for, centre-cropped and resized to `size`; there are no labels.
+class Lmdb(ListedSource):
+    """The values of an LMDB, decoded when they are taken; there are no labels.
 
-    `path` is the folder that holds data.mdb; a relative one is looked up in $SECATEUR_DATA, too. [start, stop) is a
-    share of the keys drawn as a function of their number alone, in the order of the database. The keys are listed once
-    (three million of LSUN's take some seconds and 150 MB), the database is opened for each batch, by whatever process.
+    The keys are listed once (three million of LSUN's take some seconds and 150 MB). The database is opened for each
+    batch, by whatever process reads it. Needs the extra `secateur[lsun]`.
 
-    Needs the extra `secateur[lsun]`. Raises MissingData, with what `get` says, where it is not.
+    Args:
+        path: the folder that holds data.mdb; a relative one is looked up in $SECATEUR_DATA, too.
+        size: edge of the images in pixels.
+        mode: RGB, or L for grey.
+        start: number of the first key that is used, of the keys in a random order that depends on their number alone.
+        stop: number after the last key that is used. The used keys stay in the order of the database.
+        get: how to get the data, for the message where they are missing.
+
+    Raises:
+        MissingData: the folder has no data.mdb.
+        ValueError: it cannot be opened as an LMDB.
+        BadSample: (from `take`) a value is no picture that can be used.
     """
 
     captions = None
@@ -35,23 +45,35 @@ class Lmdb:
         if folder.is_dir() and not (folder / "data.mdb").exists():
             raise MissingData(f"{folder} has no data.mdb: `path` names the folder of an LMDB, unpacked")
         self.path, self.size, self.mode = folder, size, mode
-        with opened(folder) as environment, environment.begin() as transaction:
-            keys = Packed(bytes(key) for key in transaction.cursor().iternext(values=False))
+        with open_lmdb(folder) as environment, environment.begin() as transaction:
+            keys = PackedBytes(bytes(key) for key in transaction.cursor().iternext(values=False))
         self.keys, total = keys, len(keys)
         self.places = np.sort(numpy_rng("lmdb", total).permutation(total)[start:stop])
 
     def __len__(self) -> int:
         return len(self.places)
 
+    def name(self, index: int) -> str:
+        return f"{self.path}, key {self.key(index).decode(errors='replace')}"
+
+    def key(self, index: int) -> bytes:
+        return bytes(self.keys[int(self.places[index])])
+
+    def raw(self, index: int) -> bytes:
+        with open_lmdb(self.path) as environment, environment.begin() as transaction:
+            return bytes(transaction.get(self.key(index)))
+
+    def listing(self) -> bytes:
+        return self.keys.content + self.places.tobytes()
+
     def take(self, indices: np.ndarray) -> Record:
-        keys = [self.keys[int(self.places[index])] for index in indices]
-        with opened(self.path) as environment, environment.begin() as transaction:
-            pictures = [(f"{self.path}, key {key.decode(errors='replace')}", transaction.get(key)) for key in keys]
-        return decoded(pictures, self.size, self.mode) | {"label": np.full(len(indices), -1, np.int64)}
+        with open_lmdb(self.path) as environment, environment.begin() as transaction:
+            pictures = [(self.name(int(i)), transaction.get(self.key(int(i)))) for i in indices]
+        return decode_pictures(pictures, self.size, self.mode) | {"label": np.full(len(indices), -1, np.int64)}
 
 
-def opened(path: Path) -> Any:
-    """An LMDB, for a `with` block: one that is left open could not be opened again, nor in a forked worker."""
+def open_lmdb(path: Path) -> Any:
+    """Open an LMDB for a `with` block: left open, it could not be opened again, nor used in a forked worker."""
     try:
         import lmdb  # noqa: PLC0415  an optional extra
     except ImportError as error:

@@ -2,64 +2,81 @@
 
 A shard 00000.tar holds 000000000.jpg, 000000000.txt and 000000000.json, one sample after the other; what lies beside it
 (00000.parquet, 00000_stats.json) is not needed. Shards are indexed once and then read at any place: the order of
-samples is a function of (seed, epoch), a run is resumed at the exact sample, and neither ranks nor workers share any.
+samples is a function of (seed, epoch), a run is resumed at the exact sample, and no sample is read by two ranks or
+workers.
 """
 
 import contextlib
 import functools
 import glob
-import hashlib
 import io
 import json
 import os
 import re
 import shutil
 import tarfile
-import tempfile
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
-from datamodules.readers.base import BadSample, Lazily, MissingData, Record, data_root, decoded
+from datamodules.readers.base import BadSample, LazyTexts, ListedSource, MissingData, Record, data_root, decode_pictures
 from datamodules.readers.folder import EXTENSIONS
+from datamodules.readers.shard_index import (
+    MISSING,
+    TWICE,
+    UNPACK,
+    hash_text,
+    load_index,
+    make_once,
+    split_name,
+    split_name_at_suffix,
+)
 from datamodules.seeding import numpy_rng
 
-INDEX_VERSION = 1
-"""Goes up when the same shard would be indexed another way."""
-MISSING, TWICE = 0, 2**32 - 1
-"""Instead of a member's offset: the sample has none. Instead of its size: it has more than one."""
 IMAGE, TEXT, JSON = 0, 1, 2
 """Columns of an index: the members of a sample."""
 OPEN_FILES = 64
 """Shards that a process holds open; data sets have thousands, systems often allow a thousand."""
 CURL_HTTP_ERROR = 22
 """How curl, which webdataset calls, ends where a server says that it does not have (or give) a file."""
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+"""Endings of compressed shards, which are refused."""
 URL = re.compile(r"pipe:|[a-z0-9]+://")
 
 
-class Shards:
-    """Samples of tar files, decoded when asked for, centre-cropped and resized to `size`.
+class Shards(ListedSource):
+    """The samples of tar files, decoded when they are taken.
 
-    `path` is a folder, a pattern with * or with braces as in {00000..00021}.tar, a URL, also with braces, or a list of
-    these. A URL is what webdataset can open: https://, hf://, gs://, or "pipe:" and a command that writes a shard. Each
-    is stored once in $SECATEUR_DATA/shards, which becomes as large as all of them together. Braces and URLs need
-    `pip install -e '.[shards]'`. Other relative paths are looked up in $SECATEUR_DATA, too.
+    The name of a member is cut at its first dot into key and suffix, as webdataset does; members of one key are a
+    sample. A key with dots in it (shot_1.0.jpg) is recognised where no other member has the shorter key. Members with
+    other suffixes than those below are passed over, and so are hidden ones. Samples are shuffled once, as a function of
+    their number alone. The "original_size" of a record is original_height and original_width of the json member where
+    it has them, as img2dataset writes them.
 
-    `images` are suffixes, of which a sample's first is its picture. `caption` is the suffix of the caption (txt), a
-    field of the json member (json.caption), or null. "original_size" is original_height and original_width of the json
-    where they are there, as img2dataset writes them, else the picture's own. Samples are shuffled once, as a function
-    of their number alone, and [start, stop) of them are used.
+    Args:
+        path: a folder, a pattern with * or with braces as in {00000..00021}.tar, a URL, also with braces, or a list of
+            these. A URL is one that webdataset can open: https://, hf://, gs://, or "pipe:" and a command that writes a
+            shard; each is stored once in $SECATEUR_DATA/shards, which becomes as large as all of them together. Braces
+            and URLs need `pip install -e '.[shards]'`. Other relative paths are looked up in $SECATEUR_DATA, too.
+        size: edge of the images in pixels.
+        mode: RGB, or L for grey.
+        start: number of the first sample that is used, in the shuffled order.
+        stop: number after the last sample that is used; None for all.
+        images: suffixes of pictures; the first of these that a sample has is its picture. None for the usual ones.
+        caption: suffix of the member that is the caption, or json.FIELD for a field of the json member; None for none.
+        max_missing: share of the shards that may be missing, with a warning.
 
-    A sample that lacks picture or caption, has a member twice or cannot be read raises BadSample from `take`. Of a
-    shard that ends early the whole samples are used, with a warning. A shard that does not exist is warned of; where
-    more than `max_missing` of them do not, or all, MissingData lists them.
+    Raises:
+        MissingData: no shard exists, or more than `max_missing` of them do not; the message lists them.
+        ValueError: a shard is compressed.
+        BadSample: (from `take`) a sample lacks its picture or caption, has one twice, or cannot be read.
     """
 
     def __init__(
@@ -78,40 +95,42 @@ class Shards:
         if caption is not None and caption.startswith("json."):
             self.column, self.field, caption = JSON, caption.removeprefix("json."), "json"
         suffixes = images or [extension[1:] for extension in EXTENSIONS]
-        self.files = present([path] if isinstance(path, str) else path, max_missing)
+        self.suffixes = {*suffixes, caption or "txt", "json"}
+        self.files = find_shards([path] if isinstance(path, str) else path, max_missing)
         bar = tqdm(self.files, desc="index of shards", leave=False, disable=None)
-        tables = [indexed(file, suffixes, caption or "txt") for file in bar]
-        counts = [len(offsets) for offsets, _ in tables]
+        indices = [load_index(file, suffixes, caption or "txt") for file in bar]
+        counts = [len(index.offsets) for index in indices]
+        self.passed_over = sum((Counter(index.passed_over) for index in indices), Counter())
         order = numpy_rng("shards", sum(counts)).permutation(sum(counts))[start:stop]
-        self.shard = np.repeat(np.arange(len(tables), dtype=np.int32), counts)[order]
-        self.offset = np.concatenate([offsets for offsets, _ in tables])[order]
-        self.bytes = np.concatenate([sizes for _, sizes in tables])[order]
-        self.opened: dict[int, io.FileIO] = {}
+        self.shard = np.repeat(np.arange(len(indices), dtype=np.int32), counts)[order]
+        self.offset = np.concatenate([index.offsets for index in indices])[order]
+        self.bytes = np.concatenate([index.sizes for index in indices])[order]
+        self.open_files: dict[int, io.FileIO] = {}
         self.captions: Sequence[str] | None = None
         if caption is not None:
-            self.captions = Lazily(len(order), self.caption)
+            self.captions = LazyTexts(len(order), self.caption)
 
     def __len__(self) -> int:
         return len(self.shard)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Open files stay with their process; forked ones may share them, as reading at a place moves nothing."""
-        return self.__dict__ | {"opened": {}}
+        """Leave out open files. Forked processes may share them, as `os.pread` moves no position in a file."""
+        return self.__dict__ | {"open_files": {}}
 
     def take(self, indices: np.ndarray) -> Record:
-        places = [int(index) for index in indices]
-        record = decoded(((self.name(i), self.member(i, IMAGE)) for i in places), self.size, self.mode)
-        for row, place in enumerate(places):
-            if self.offset[place, JSON] != MISSING:
-                meta = self.meta(place)
+        numbers = [int(index) for index in indices]
+        record = decode_pictures(((self.name(i), self.member(i, IMAGE)) for i in numbers), self.size, self.mode)
+        for row, number in enumerate(numbers):
+            if self.offset[number, JSON] != MISSING:
+                meta = self.meta(number)
                 edges = meta.get("original_height"), meta.get("original_width")
                 if all(isinstance(edge, int) and edge > 0 for edge in edges):
                     record["original_size"][row] = edges
-        record["label"] = np.full(len(places), -1, np.int64)
-        return record if self.captions is None else record | {"caption": [self.caption(i) for i in places]}
+        record["label"] = np.full(len(numbers), -1, np.int64)
+        return record if self.captions is None else record | {"caption": [self.caption(i) for i in numbers]}
 
     def caption(self, index: int) -> str:
-        """The caption of a sample; BadSample where it has none that is text."""
+        """Return the caption of a sample. Raises BadSample where it has none, or one that is no text."""
         if self.column == JSON:
             text = self.meta(index).get(self.field)
             if not isinstance(text, str):
@@ -124,8 +143,18 @@ class Shards:
         except UnicodeDecodeError as error:
             raise BadSample(f"{self.name(index)}: the caption is not UTF-8 ({error})") from error
 
+    def raw(self, index: int) -> bytes:
+        return self.member(index, IMAGE)
+
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        sizes = self.bytes[indices, IMAGE].astype(np.int64)
+        return np.where(sizes == TWICE, 0, sizes)
+
+    def listing(self) -> bytes:
+        return self.shard.tobytes() + self.offset.tobytes() + self.bytes.tobytes()
+
     def meta(self, index: int) -> dict[str, Any]:
-        """The json of a sample."""
+        """Return the json member of a sample. Raises BadSample where it is no JSON object."""
         content = self.member(index, JSON)
         try:
             meta = json.loads(content)
@@ -136,46 +165,55 @@ class Shards:
         return meta
 
     def member(self, index: int, column: int) -> bytes:
-        """What one member of a sample holds."""
+        """Return the content of a member of a sample: of its IMAGE, TEXT or JSON. Raises BadSample without one."""
         offset, size = int(self.offset[index, column]), int(self.bytes[index, column])
         if offset == MISSING or size == TWICE:
             what = ("picture", "caption", "json")[column]
             raise BadSample(f"{self.name(index)} has {'no' if offset == MISSING else 'more than one'} {what}")
-        found = self.read(index, size, offset)
-        if len(found) < size:
+        content = self.read(index, size, offset)
+        if len(content) < size:
             raise BadSample(f"{self.name(index)}: the shard has become shorter since it was indexed")
-        return found
+        return content
 
     def read(self, index: int, size: int, offset: int) -> bytes:
+        """Return `size` bytes at `offset` of the shard of a sample."""
         shard = int(self.shard[index])
-        if shard not in self.opened:
-            while len(self.opened) >= OPEN_FILES:
-                self.opened.pop(next(iter(self.opened)))
-            self.opened[shard] = io.FileIO(self.files[shard])
-        return os.pread(self.opened[shard].fileno(), size, offset)
+        if shard not in self.open_files:
+            while len(self.open_files) >= OPEN_FILES:
+                self.open_files.pop(next(iter(self.open_files)))
+            self.open_files[shard] = io.FileIO(self.files[shard])
+        return os.pread(self.open_files[shard].fileno(), size, offset)
 
     def name(self, index: int) -> str:
-        """Shard and key of a sample, from the header before one of its members (a long key is cut there)."""
+        """Return shard and key of a sample, from the header before one of its members (a long key is cut there)."""
         header = self.read(index, 512, int(self.offset[index].max()) - 512)
         try:
-            key, _ = split(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)
+            key = self.key(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)
         except tarfile.HeaderError:
             key = f"sample {index}"
         return f"{self.files[self.shard[index]]}: {key}"
 
+    def key(self, member: str) -> str:
+        """Return the key of a member, whose name is cut at its first dot unless no suffix that is read follows it."""
+        key, suffix = split_name(member)
+        return key if suffix in self.suffixes else (split_name_at_suffix(member, self.suffixes) or (key, suffix))[0]
 
-# Which shards there are
+
+# Finding and fetching shards
 
 
-def present(patterns: list[str], max_missing: float) -> list[Path]:
-    """The shards that patterns name, in their order, those of URLs fetched; see Shards."""
+def find_shards(patterns: list[str], max_missing: float) -> list[Path]:
+    """Return the shards of some patterns, in their order; those of URLs are fetched. Raises what Shards raises."""
     if not 0 <= max_missing < 1:
         raise ValueError(f"data.max_missing={max_missing} is out of range; choose a fraction, 0 <= max_missing < 1")
-    names = [name for pattern in patterns for name in expanded(pattern)]
+    names = [name for pattern in patterns for name in expand_pattern(pattern)]
+    for name in names:
+        if name.lower().endswith(COMPRESSED) and not name.startswith("pipe:"):
+            raise ValueError(f"data.path: {name} is compressed, so samples in it cannot be read by number; {UNPACK}")
     files: list[Path] = []
     missing: list[str] = []
     for name in names:
-        file = fetched(name) if URL.match(name) else Path(name)
+        file = fetch_shard(name) if URL.match(name) else Path(name)
         if file.is_file():
             files.append(file)
         else:
@@ -184,7 +222,11 @@ def present(patterns: list[str], max_missing: float) -> list[Path]:
             break
     asked, absent = ", ".join(patterns), f"{', '.join(missing[:5])}{', ...' * (len(missing) > 5)}"
     if not names:
-        raise MissingData(f"data.path={asked}: no .tar file is there; name a folder, a pattern or a URL of shards")
+        packed = sum(1 for pattern in patterns if Path(pattern).is_dir() for _ in compressed_below(Path(pattern)))
+        rest = f" ({packed} compressed ones are: {UNPACK})" if packed else ""
+        raise MissingData(
+            f"data.path={asked}: no .tar file is there{rest}; name a folder, a pattern or a URL of shards"
+        )
     if len(missing) > max_missing * len(names):
         there = sorted(file.name for file in Path(missing[0]).parent.glob("*.tar"))
         beside = "" if URL.match(missing[0]) else f"; beside it there are: {', '.join(there[:5]) or 'no shards'}"
@@ -197,11 +239,16 @@ def present(patterns: list[str], max_missing: float) -> list[Path]:
     return files
 
 
-def expanded(pattern: str) -> list[str]:
-    """The shards that one pattern names, in alphabetical order where it does not say which."""
+def compressed_below(folder: Path) -> Iterator[Path]:
+    """Yield the compressed tar files below a folder."""
+    yield from (file for file in folder.rglob("*") if file.name.lower().endswith(COMPRESSED))
+
+
+def expand_pattern(pattern: str) -> list[str]:
+    """Return the names of the shards of one pattern; those of a folder or of * are in alphabetical order."""
     if "{" in pattern:
-        names = webdataset(pattern).shardlists.expand_urls(pattern)
-        return [shard for name in names for shard in expanded(name)]
+        names = import_webdataset(pattern).shardlists.expand_urls(pattern)
+        return [shard for name in names for shard in expand_pattern(name)]
     if URL.match(pattern):
         return [pattern]
     given = Path(pattern).expanduser()
@@ -215,8 +262,8 @@ def expanded(pattern: str) -> list[str]:
     return [] if glob.has_magic(pattern) else [str(given)]
 
 
-def webdataset(pattern: str) -> Any:
-    """The package, an optional extra, which knows what braces and URLs mean."""
+def import_webdataset(pattern: str) -> Any:
+    """Return the package webdataset, an optional extra that expands braces and opens URLs."""
     try:
         import webdataset  # noqa: PLC0415
     except ImportError as error:
@@ -224,24 +271,24 @@ def webdataset(pattern: str) -> Any:
     return webdataset
 
 
-def fetched(url: str) -> Path:
-    """Where the shard of a URL is stored, as a whole; it is not there if the server says that it has none.
+def fetch_shard(url: str) -> Path:
+    """Return where the shard of a URL is stored, after fetching it; the file does not exist if the server has none.
 
     Raises MissingData where there is no network, or where the transfer fails; shards that have arrived are kept.
     """
-    place = data_root() / "shards" / f"{digest(url)[:8]}-{re.sub(r'[^A-Za-z0-9.]+', '_', url)[-80:]}"
-    with contextlib.suppress(NotThere):
-        made(place, functools.partial(download, url))
+    place = data_root() / "shards" / f"{hash_text(url)[:8]}-{re.sub(r'[^A-Za-z0-9.]+', '_', url)[-80:]}"
+    with contextlib.suppress(NotOnServer):
+        make_once(place, functools.partial(download, url))
     return place
 
 
-class NotThere(Exception):
-    """A server that has no such shard."""
+class NotOnServer(Exception):
+    """The server has no such shard."""
 
 
 def download(url: str, place: Path) -> None:
-    """Write what webdataset reads from a URL into a file, with a progress bar."""
-    opener = webdataset(url).gopen
+    """Write the content of a URL into a file, with a progress bar. Raises NotOnServer, ValueError or MissingData."""
+    opener = import_webdataset(url).gopen
     if url.startswith("http"):
         check_reachable(url)
     stream = None
@@ -253,7 +300,7 @@ def download(url: str, place: Path) -> None:
         raise ValueError(f"data.path={url}: {error}; choose https://, hf://, gs:// or pipe: and a command") from error
     except OSError as error:
         if getattr(stream, "status", None) == CURL_HTTP_ERROR:
-            raise NotThere(url) from error
+            raise NotOnServer(url) from error
         raise MissingData(f"{url} could not be stored in {place.parent}: {error}; the same command goes on") from error
 
 
@@ -265,80 +312,3 @@ def check_reachable(url: str) -> None:
         pass  # somebody answers
     except OSError as error:
         raise MissingData(f"{url} cannot be reached ({error}); fetch the shards where there is a network") from error
-
-
-# What is in a shard
-
-
-def indexed(shard: Path, images: list[str], text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets int64 (N,3) and sizes uint32 (N,3) of the members of a shard's samples, from its index.
-
-    Indices are in $SECATEUR_DATA/index, one a shard, and made where there is none for this file, size and time.
-    """
-    stat = shard.stat()
-    key = [INDEX_VERSION, str(shard.resolve()), stat.st_size, stat.st_mtime_ns, images, text]
-    place = data_root() / "index" / f"{digest(json.dumps(key))[:32]}.npz"
-    made(place, functools.partial(write_index, shard, images, text))
-    with np.load(place, allow_pickle=False) as index:
-        offsets, sizes, whole = index["offsets"], index["sizes"], bool(index["whole"])
-    if not whole:
-        warnings.warn(f"{shard} is damaged or ends early: {len(offsets)} samples were found in it", stacklevel=2)
-    return offsets, sizes
-
-
-def write_index(shard: Path, images: list[str], text: str, place: Path) -> None:
-    """Read the headers of a shard, and store where the members of each of its samples are, in order of appearance."""
-    columns = (images, [text], ["json"])
-    wanted, total = {suffix for suffixes in columns for suffix in suffixes}, shard.stat().st_size
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                key, suffix = split(member.name)
-                if key and suffix in wanted and member.isreg() and member.offset_data + member.size <= total:
-                    sample = samples.setdefault(key, {})
-                    sample[suffix] = (member.offset_data, TWICE if suffix in sample else member.size)
-            with open(shard, "rb") as file:
-                file.seek(tar.offset)
-                whole = not file.read(512).strip(b"\0")
-    except tarfile.TarError:
-        whole = False
-    rows = [[first(sample, suffixes) for suffixes in columns] for sample in samples.values()]
-    if not whole and rows and (MISSING, 0) in rows[-1][:2]:
-        rows.pop()  # the sample in which the shard ends
-    table = np.array(rows, np.int64).reshape(-1, len(columns), 2)
-    np.savez(place, offsets=table[..., 0], sizes=table[..., 1].astype(np.uint32), whole=whole)
-
-
-def first(sample: dict[str, tuple[int, int]], suffixes: list[str]) -> tuple[int, int]:
-    """Offset and size of the first of some members that a sample has."""
-    return next((sample[suffix] for suffix in suffixes if suffix in sample), (MISSING, 0))
-
-
-def split(name: str) -> tuple[str, str]:
-    """Key and suffix of a member as webdataset has them: the name is cut at the first dot after its folder."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return (f"{folder}{slash}{stem}" if stem else ""), suffix.lower()
-
-
-def digest(content: str) -> str:
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def made(place: Path, make: Callable[[Path], None]) -> None:
-    """A file that is complete or absent, and made by one process while the others wait."""
-    if place.exists():
-        return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.parent / f".{place.name}.lock"):
-        if place.exists():
-            return
-        handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.stem}.", suffix=place.suffix)
-        os.close(handle)
-        try:
-            make(Path(name))
-            os.chmod(name, 0o644)
-            os.replace(name, place)
-        finally:
-            Path(name).unlink(missing_ok=True)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 TEMPORARY = "?" * 8
 """The random ending of a temporary file or folder, as a pattern: tempfile makes endings of eight characters."""
 
@@ -58,6 +60,17 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not readable JSON ({error}); delete it to have it made again") from error
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Read an array of a .npy file, mapped into memory; a damaged one is named."""
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array
+    except (ValueError, EOFError) as error:  # numpy takes what it does not know for a pickle, and advises to open it
+        raise ValueError(
+            f"{path} is damaged: it is no .npy file, or ends early; delete {path.parent} to have it made again"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Builds teacher, data and batches from a configuration, for stages and for programs that score units."""
 
 import inspect
-from typing import Any
 
 import hydra.utils
 from omegaconf import DictConfig
@@ -9,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from conf.schema import ConfigError, build
 from criteria.base import Criterion
+from datamodules.base import DataModule
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.modules.sampling import seed_batches
 
@@ -27,25 +27,28 @@ def build_teacher(cfg: DictConfig) -> NetworkBackbone:
     return build(cfg.teacher, **schedule)
 
 
-def build_data(cfg: DictConfig) -> Any:
+def build_data(cfg: DictConfig) -> DataModule:
     """Return the data module, which reads stored latents where `cfg.latents` names a folder of them.
 
     Raises ConfigError for latents of a data module that cannot read any.
     """
-    data = build(cfg.data)
+    data: DataModule = build(cfg.data)
     if cfg.latents is not None:
-        if not hasattr(data, "use_latents"):
-            raise ConfigError(f"latents={cfg.latents}: {type(data).__name__} has no use_latents; choose latents=null")
         data.use_latents(cfg.latents)
     return data
 
 
-def build_calibration_data(cfg: DictConfig, data: Any) -> Any:
+def build_calibration_data(cfg: DictConfig, data: DataModule) -> DataModule:
     """Return the data module of calibration samples: `data`, unless the configuration names another."""
-    return data if cfg.calibration.data is None else build(cfg.calibration.data)
+    if cfg.calibration.data is None:
+        return data
+    calibration: DataModule = build(cfg.calibration.data)
+    return calibration
 
 
-def make_calibration_batches(cfg: DictConfig, data: Any, criterion: Criterion, network: NetworkBackbone) -> DataLoader:
+def make_calibration_batches(
+    cfg: DictConfig, data: DataModule, criterion: Criterion, network: NetworkBackbone
+) -> DataLoader:
     """Return the batches of calibration samples.
 
     Args:
@@ -68,7 +71,7 @@ def make_calibration_batches(cfg: DictConfig, data: Any, criterion: Criterion, n
 
 
 def make_criterion_batches(
-    criterion: Criterion, cfg: DictConfig, teacher: NetworkBackbone, data: Any, calibration: DataLoader | None
+    criterion: Criterion, cfg: DictConfig, teacher: NetworkBackbone, data: DataModule, calibration: DataLoader | None
 ) -> DataLoader | None:
     """Return the batches that a criterion looks at: calibration samples, or seeds to generate samples from.
 
@@ -85,7 +88,7 @@ def make_criterion_batches(
     return seed_batches(cfg.calibration.seed, criterion.seeds, cfg.calibration.batch_size, captions)
 
 
-def make_held_out_batches(cfg: DictConfig, data: Any) -> DataLoader:
+def make_held_out_batches(cfg: DictConfig, data: DataModule) -> DataLoader:
     """Return the held-out samples on which losses are measured."""
     count, seed, batch = (cfg.evaluation[key] for key in ("loss_samples", "seed", "batch_size"))
     return data.subset("holdout", count, seed, batch, field="evaluation.loss_samples")

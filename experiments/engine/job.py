@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from datamodules.base import DataModule
 from experiments.engine.artefacts import write_json
 from experiments.engine.clock import Clock
 from experiments.engine.identity import fingerprint
@@ -31,7 +32,7 @@ class Job:
     device: torch.device
     clock: Clock
     dashboard: Dashboard
-    data: Any
+    data: DataModule
     """the data module of `cfg.data`"""
     teacher_id: str
     """fingerprint of the teacher's files; "none" in a pipeline without a teacher"""

@@ -13,8 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf import checks
 from conf.schema import ConfigError, build
+from datamodules.base import DataModule
 from experiments.engine.artefacts import read_json
 from experiments.engine.clock import Clock
+from experiments.engine.data_identity import check_data_unchanged, fingerprint_data
 from experiments.engine.identity import fingerprint
 from experiments.engine.inputs import build_data, build_teacher
 from experiments.engine.interrupt import explain_interrupt
@@ -44,14 +46,16 @@ def run_pipeline(cfg: DictConfig) -> float | None:
     stages = make_stages(cfg)
     device = torch.device(accelerator_of(cfg.trainer.accelerator))
     teacher_id = identify_teacher(cfg) if any(stage.needs_teacher for stage in stages) else "none"
-    run = Run(cfg, teacher_id)
+    data = build_data(cfg)
+    run = Run(cfg, teacher_id, fingerprint_data(cfg, data))
     if run.finished and not cfg.force:
+        check_data_unchanged(run.folder, run.fingerprints, cfg)
         print(f"finished already: {run.folder} (force=true runs it again)\n")
         print(read_json(run / "finished.json")["summary"])
         if cfg.export.push_to_hub is not None:
             check_push(run, cfg.export.push_to_hub)
     else:
-        run_stages(cfg, run, stages, device, teacher_id)
+        run_stages(cfg, run, stages, device, data, teacher_id)
     if not is_rank_zero():
         return None
     if cfg.export.push_to_hub is not None:
@@ -59,7 +63,9 @@ def run_pipeline(cfg: DictConfig) -> float | None:
     return get_first_measure(read_json(run / "metrics.json"))
 
 
-def run_stages(cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.device, teacher_id: str) -> None:
+def run_stages(
+    cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.device, data: DataModule, teacher_id: str
+) -> None:
     """Run the stages of a job one after another; a stage whose artefacts exist loads them.
 
     Args:
@@ -67,12 +73,13 @@ def run_stages(cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch
         run: its run, which is locked for other processes meanwhile.
         stages: what `make_stages` returned.
         device: the device of this process.
+        data: the data module of `cfg.data`.
         teacher_id: fingerprint of the teacher; "none" in a pipeline without a teacher.
     """
     artefacts = [path for stage in stages for path in stage.artefacts()]
     with run.open(artefacts), contextlib.ExitStack() as dashboards:
         with run.discard_on_error():
-            job = prepare(cfg, run, stages, device, teacher_id)
+            job = prepare(cfg, run, stages, device, data, teacher_id)
             dashboards.enter_context(job.dashboard)
         join_ranks(make_trainer(cfg.trainer, "", cfg.trainer.precision))
         for stage in stages:
@@ -147,12 +154,24 @@ def identify_teacher(cfg: DictConfig) -> str:
     return fingerprint(files, Path(cfg.paths.cache))
 
 
-def prepare(cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.device, teacher_id: str) -> Job:
-    """Load what all stages share, and check every stage; raises ValueError for everything that would fail later."""
+def prepare(
+    cfg: DictConfig, run: Run, stages: Sequence[Stage], device: torch.device, data: DataModule, teacher_id: str
+) -> Job:
+    """Load what all stages share, and check every stage; raises ValueError for everything that would fail later.
+
+    Args:
+        cfg: the job's configuration.
+        run: the run, which is locked for other processes.
+        stages: the stages of the job.
+        device: the device of this process.
+        data: the data module of `cfg.data`.
+        teacher_id: fingerprint of the teacher's files.
+    """
     job: Job
     clock = Clock(cfg, device, run.measured.get("seconds"), lambda seconds: job.record(seconds=seconds))
-    data = build_data(cfg)
     data.sample_shape()  # raises an error for a wrong path or column before any weight is read
+    for line in data.describe() if is_rank_zero() else ():
+        log.info(line)
     job = Job(cfg, run, device, clock, Dashboard(cfg, run), data, teacher_id)
     if any(stage.needs_teacher for stage in stages):
         with clock("load the teacher"):

@@ -28,6 +28,7 @@ from experiments.engine.artefacts import (
     write_json,
     write_text,
 )
+from experiments.engine.data_identity import DATA_FILE, check_data_unchanged, with_first_paths
 from experiments.engine.identity import (
     RESULT_VERSION,
     fingerprint,
@@ -51,7 +52,7 @@ class ForeignFolder(ValueError):
 
 
 ENTRIES = (
-    *("config.yaml", "run.log", "measured.json", "finished.json", "report.html", "figures", "sounds"),
+    *("config.yaml", DATA_FILE, "run.log", "measured.json", "finished.json", "report.html", "figures", "sounds"),
     *("wandb", "logs"),
 )
 """Names of what a run writes into its folder, beside the artefacts of its stages."""
@@ -68,12 +69,14 @@ class Run:
     Args:
         cfg: the configuration of the job.
         teacher: fingerprint of the teacher's files.
+        fingerprints: fingerprints of the data sets (see fingerprint_data); None where they have no effect.
     """
 
-    def __init__(self, cfg: DictConfig, teacher: str) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: DictConfig, teacher: str, fingerprints: dict[str, str] | None = None) -> None:
+        self.cfg, self.fingerprints = cfg, fingerprints or {}
         self.cache = Path(cfg.paths.cache)
-        key = {"config": get_effective_settings(cfg), "teacher": teacher, "version": RESULT_VERSION}
+        config = with_first_paths(get_effective_settings(cfg), self.fingerprints, self.cache)
+        key = {"config": config, "teacher": teacher, "version": RESULT_VERSION}
         if files := list_named_files(select_parts_with_files(cfg)):
             key["files"] = fingerprint(files, self.cache)
         self.id = digest(key)[:16]
@@ -171,6 +174,7 @@ class Run:
             self.claim([*ENTRIES, *paths])
             write_json(self / ".holder.json", describe_this_process())
             self.clean()
+            self.note_data()
             config = OmegaConf.create(make_portable(get_written_settings(self.cfg)))
             text = f"# run {self.id}; ROOT is the folder of secateur\n{OmegaConf.to_yaml(config)}"
             write_text(self / "config.yaml", text)
@@ -242,6 +246,14 @@ class Run:
             advice = "; a plan of your own goes in by selection=given selection.units=[...]" * name.startswith("plan")
             log.warning("%s is not what this run has written: %s%s", path, outcome, advice)
 
+    def note_data(self) -> None:
+        """Write the fingerprints of the run's data. Raises ChangedData where the run was begun with other data."""
+        if self.cfg.force:
+            remove(self / DATA_FILE)
+        check_data_unchanged(self.folder, self.fingerprints, self.cfg)
+        before = read_json(self / DATA_FILE) if (self / DATA_FILE).exists() else {}
+        write_json(self / DATA_FILE, before | self.fingerprints)
+
     def clear(self, paths: Sequence[str]) -> None:
         """Remove some of the files and folders of the run, which is not finished from then on."""
         remove(self / "finished.json")  # first, as a run that is interrupted here is not finished
@@ -254,10 +266,10 @@ class Run:
 
         Files that no run has made stay.
         """
-        artefacts = (
-            [name for name in self.entries() if name not in ("config.yaml", "run.log")] if is_rank_zero() else []
+        early = ("config.yaml", DATA_FILE, "run.log")  # written before the block
+        is_new = is_rank_zero() and not any(
+            os.path.lexists(self / name) for name in self.entries() if name not in early
         )
-        is_new = is_rank_zero() and not any(os.path.lexists(self / name) for name in artefacts)
         try:
             yield
         except BaseException:

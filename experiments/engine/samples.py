@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from conf.schema import build
-from experiments.engine.artefacts import digest, write_folder
+from experiments.engine.artefacts import digest, read_array, write_folder
 from experiments.engine.cache import is_intact, lock_entry, write_shared_folder
 from experiments.engine.identity import RESULT_VERSION, get_effective_settings
 from experiments.engine.job import TEACHER, Job
@@ -81,7 +81,7 @@ class SampleEvaluation:
         if is_rank_zero() and not run_folder.exists():
             with write_folder(run_folder) as partial:
                 link_or_copy(folder / "images.npy", partial / "images.npy")
-        return np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+        return read_array(folder / "images.npy")
 
     def hash_protocol(self) -> str:
         """Return a hash of all that the teacher's samples depend on, the name of their shared folder."""

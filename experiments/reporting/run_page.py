@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
 
-from experiments.engine.artefacts import read_json
+from experiments.engine.artefacts import read_array, read_json
 from experiments.engine.identity import read_config
 from experiments.engine.measures import describe_protocol
 from experiments.engine.texts import read_texts
@@ -101,7 +100,7 @@ def draw_histories(histories: Mapping[str, Path], folder: Path) -> dict[str, Pat
 def draw_sample_images(folder: Path, networks: Sequence[str]) -> Path | None:
     """Draw the samples of all networks side by side as samples.png; None where the run has no images."""
     paths = {name: folder / "samples" / name / "images.npy" for name in networks}
-    images = {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in paths.items() if path.exists()}
+    images = {name: read_array(path) for name, path in paths.items() if path.exists()}
     return figures.draw_sample_grids(images, folder / "figures" / "samples.png") if images else None
 
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import soundfile
 import wandb
 from omegaconf import OmegaConf
 
 from conf.schema import build
 from datamodules.audio import Mel
+from experiments.engine.artefacts import read_array
 from experiments.reporting.pages import data_address
 
 
@@ -22,7 +22,7 @@ def write_sounds(folder: Path, mel: Mel, count: int = 8) -> dict[str, list[Path]
     """
     files: dict[str, list[Path]] = {}
     for path in sorted((folder / "samples").glob("*/images.npy")):
-        mels = np.load(path, mmap_mode="r", allow_pickle=False)[:count]
+        mels = read_array(path)[:count]
         if mels.shape[1:] != (mel.bins, mel.frames, 1):
             continue
         network = path.parent.name

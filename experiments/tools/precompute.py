@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from conf import checks, schema
 from conf.schema import ConfigError, build
-from datamodules.bad_samples import LEAST, Skipped
+from datamodules.bad_samples import MIN_COUNTED, BadSampleCounter
+from datamodules.base import DataModule
 from datamodules.images import ImageSet
 from datamodules.latents import FLIPPED, POSTERIOR
 from datamodules.readers.base import BadSample, MissingData
@@ -99,12 +100,12 @@ def identify_latents(cfg: DictConfig, backbone: DiffusionBackbone, content: str)
     }
 
 
-def check_latents(cfg: DictConfig, data: Any, backbone: Any) -> None:
+def check_latents(cfg: DictConfig, data: DataModule, backbone: Any) -> None:
     """Raise ValueError where stored latents belong to another VAE, text encoder or data set than this job's.
 
     The content of the data is not compared where the pictures are no longer on this machine.
     """
-    manifest = getattr(data, "manifest", None)
+    manifest = data.manifest
     if manifest is None:
         return
     try:
@@ -197,7 +198,7 @@ class Precomputation:
         """Write the missing shards of a split; returns each shard's note, None where another process works on it."""
         notes: list[dict[str, Any] | None] = []
         total, size = len(self.data.source(split)), self.options.samples_per_shard
-        skipped = Skipped(f"data.{split}", self.data.max_bad_fraction, max(total, LEAST))
+        skipped = BadSampleCounter(f"data.{split}", self.data.max_bad_fraction, max(total, MIN_COUNTED))
         for start in range(0, total, size):
             note = self.folder / f"{split}-{start // size:05d}.json"
             if not note.exists():
@@ -212,7 +213,7 @@ class Precomputation:
         skipped.report()
         return notes
 
-    def write_shard(self, split: str, indices: np.ndarray, note: Path, skipped: Skipped) -> None:
+    def write_shard(self, split: str, indices: np.ndarray, note: Path, skipped: BadSampleCounter) -> None:
         """Write one shard, then its note, a JSON file that stands for a complete shard.
 
         Args:
@@ -256,7 +257,7 @@ class Precomputation:
         return tensors
 
 
-def iterate_captions(data: Any, split: str) -> Iterator[str]:
+def iterate_captions(data: DataModule, split: str) -> Iterator[str]:
     """Yield the captions of a split, without those that cannot be read."""
     captions = data.source(split).captions
     if captions is None:

@@ -43,6 +43,8 @@ class NetworkBackbone(nn.Module):
     """is it a language model?"""
     classifies = False
     """is it an image classifier?"""
+    class_names: Mapping[str, int] = {}
+    """{name of a class: its label}, where the network takes or gives classes that have names"""
     generates = False
     """does it draw samples from seeds?"""
     stratifies_timesteps = False

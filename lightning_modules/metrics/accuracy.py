@@ -80,7 +80,7 @@ class Accuracy:
     @torch.no_grad()
     def __call__(self, backbone: ClassifierBackbone, device: torch.device) -> float:
         backbone.to(device).eval()
-        skipped = self.data.counted("holdout", len(self.samples))
+        skipped = self.data.new_counter("holdout", len(self.samples))
 
         def classify(part: np.ndarray) -> np.ndarray:
             """Return for each image whether its label is among the `top` classes."""

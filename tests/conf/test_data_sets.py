@@ -18,9 +18,10 @@ import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from PIL import Image
+from support.config import composed
 from support.images import pictures
 
-from conf.schema import build
+from conf.schema import ROOT, build
 from datamodules.images import Images
 from datamodules.readers.base import BadSample, MissingData
 from datamodules.readers.folder import Folder
@@ -66,7 +67,7 @@ def test_an_lmdb_gives_all_its_pictures_in_the_order_of_its_keys(tmp_path):
     assert (source.take(np.array([4, 0]))["image"] == record["image"][[4, 0]]).all()
 
 
-def test_two_parts_of_an_lmdb_share_nothing_and_are_read_in_one_process(tmp_path):
+def test_two_parts_of_an_lmdb_share_no_picture(tmp_path):
     folder = str(write_lmdb(tmp_path / "church", numbered(40)))
     held_out, train = Lmdb(folder, 8, stop=10), Lmdb(folder, 8, start=10)
     found = [numbers(part.take(np.arange(len(part)))) for part in (held_out, train)]
@@ -85,7 +86,7 @@ def test_an_lmdb_is_read_by_forked_workers_as_by_one_process(tmp_path):
     assert all(torch.equal(*pair) for pair in zip(batches(0), batches(2), strict=True))
 
 
-def test_a_bad_value_of_an_lmdb_is_named_by_its_key_and_no_lmdb_at_all_by_its_folder(tmp_path):
+def test_a_bad_value_of_an_lmdb_is_named_by_its_key(tmp_path):
     folder = write_lmdb(tmp_path / "church", numbered(3))
     with lmdb.open(str(folder)) as environment, environment.begin(write=True) as transaction:
         transaction.put(b"0123", b"no picture")
@@ -158,7 +159,7 @@ def test_what_is_wrong_with_a_parquet_file_is_said(tmp_path):
     for column, said in (
         ({"image": "kind"}, "'kind' has int64 where encoded pictures are needed"),
         ({"label": "text"}, "'text' has string where whole numbers are needed"),
-        ({"caption": "kind"}, "'kind' has int64 where text are needed"),
+        ({"caption": "kind"}, "'kind' has int64 where texts are needed"),
     ):
         with pytest.raises(ValueError, match=said):
             Parquet(**{"path": path, "image": "image", "size": 8} | column)
@@ -270,7 +271,7 @@ def test_the_faces_of_celeba_are_cropped_as_ddim_does(configure, data_here):
     assert (source.take(np.array([place]))["image"][0] == picture[121 - 64 : 121 + 64, 89 - 64 : 89 + 64]).all()
 
 
-def test_the_labels_of_imagenet_are_places_of_its_classes_in_alphabetical_order(configure, data_here):
+def test_imagenet_numbers_its_classes_in_alphabetical_order(configure, data_here):
     data = build(configure(*imagenet(data_here)).data)
     for split in ("train", "holdout"):
         source = data.source(split)
@@ -279,7 +280,7 @@ def test_the_labels_of_imagenet_are_places_of_its_classes_in_alphabetical_order(
 
 
 @pytest.mark.parametrize("choice", ["lsun_church", "lsun_bedroom", "celeba", "imagenet"])
-def test_data_that_are_not_here_say_what_to_get_and_where_to_put_it(configure, data_here, choice):
+def test_missing_data_name_their_source_and_folder(configure, data_here, choice):
     with pytest.raises(MissingData) as caught:
         build(configure(f"data={choice}").data).image_shape()
     message = str(caught.value)
@@ -287,11 +288,25 @@ def test_data_that_are_not_here_say_what_to_get_and_where_to_put_it(configure, d
 
 
 @pytest.mark.parametrize("choice", ["mri", "hubble", "pokemon"])
-def test_a_data_set_of_the_hub_is_described_and_is_looked_for_there(configure, choice, monkeypatch):
+def test_a_data_set_of_the_hub_is_looked_for_there(configure, choice, monkeypatch):
     asked = []
     monkeypatch.setattr("datasets.load_dataset", lambda path, *_, split, **__: asked.append((path, split)) or 1 / 0)
     cfg = configure(f"data={choice}")
-    for split in ("train", "holdout"):
+    made = ("train", "holdout")
+    for split in made:
         with pytest.raises(MissingData, match=cfg.data.train.path):
             build(cfg.data).source(split)
-    assert [path for path, _ in asked] == [cfg.data.train.path] * 2 and asked[0] != asked[1]
+    assert [path for path, _ in asked] == [cfg.data.train.path] * 2
+    shares = [(cfg.data[split].split, cfg.data[split].get("start"), cfg.data[split].get("stop")) for split in made]
+    assert shares[0] != shares[1]
+
+
+PICTURES = [
+    path.stem for path in (ROOT / "conf" / "data").glob("*.yaml") if "datamodules.texts" not in path.read_text()
+]
+
+
+@pytest.mark.parametrize("choice", sorted(PICTURES))
+def test_the_limit_of_bad_samples_can_be_set_without_a_plus(choice):
+    given = [] if choice in ("bookcorpus", "stories") else ["data.max_bad_fraction=0.5"]
+    assert composed(f"data={choice}", *given).data.get("max_bad_fraction", 0.5) == 0.5

@@ -200,7 +200,7 @@ def test_conditions_of_a_text_model_reach_the_teacher(shrunk, configure, monkeyp
     monkeypatch.setattr(Select, "run", lambda self, job: found.append(self.score.scores) or 1 / 0)
     for text in ("the cat", "at 9"):
         monkeypatch.setattr(
-            "datamodules.readers.folder.captions_of", lambda root, folder, *_, text=text: [text] * len(folder)
+            "datamodules.readers.folder.open_captions", lambda folder, *_, text=text: [text] * len(folder)
         )
         with pytest.raises(ZeroDivisionError):
             run_pipeline(configure(*shrunk("laptop_diff_sd15_33"), "force=true"))

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from support.images import pictures
 
 from conf.schema import Trainer
-from datamodules.bad_samples import ATTEMPTS, LEAST, Skipped, TooManyBadSamples
+from datamodules.bad_samples import ATTEMPTS, MIN_COUNTED, BadSampleCounter, TooManyBadSamples
 from datamodules.images import Images, ImageSet, image_folder
 from datamodules.readers.arrays import Arrays
-from datamodules.readers.base import BadSample, Lazily, Record
+from datamodules.readers.base import BadSample, LazyTexts, Record
 from datamodules.readers.folder import Folder
 from datamodules.seeding import derive
 from experiments.engine.pipeline import run_pipeline
@@ -99,7 +100,7 @@ class Holed(Arrays):
     def __init__(self, count: int, bad: set[int]) -> None:
         super().__init__(pictures(count), np.arange(count))
         self.bad = bad
-        self.captions = Lazily(count, self.text)
+        self.captions = LazyTexts(count, self.text)
 
     def text(self, index: int) -> str:
         if index in self.bad:
@@ -125,7 +126,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
-def test_a_bad_sample_is_replaced_by_one_that_seed_and_position_choose():
+def test_a_replacement_is_a_function_of_seed_and_position():
     source, clean = Holed(12, BADS), Arrays(pictures(12), np.arange(12))
     for position in range(24):
         batch = ImageSet(source, seed=3, flip=True).__getitems__([position])
@@ -157,7 +158,7 @@ def test_a_replacement_does_not_depend_on_what_else_is_in_the_batch():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_workers_and_resuming_do_not_change_which_samples_replace_bad_ones(workers):
+def test_workers_and_resuming_do_not_change_replacements(workers):
     undisturbed = list(islice(holed().train_dataloader(), 6))
     assert sum(len(batch.get("skipped", [])) for batch in undisturbed) == 9  # three passes
     loader = holed(num_workers=workers).train_dataloader()
@@ -169,7 +170,7 @@ def test_workers_and_resuming_do_not_change_which_samples_replace_bad_ones(worke
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_have_batches_of_one_length_and_together_those_of_one_process(world):
+def test_batches_of_ranks_with_bad_samples_are_those_of_one_process(world):
     loaders = []
     for rank in range(world):
         data = holed()
@@ -183,7 +184,7 @@ def test_ranks_have_batches_of_one_length_and_together_those_of_one_process(worl
         assert sorted(skipped) == sorted(batch.get("skipped", []))
 
 
-def test_a_subset_stays_fixed_and_says_once_what_was_replaced(capsys):
+def test_a_subset_with_replacements_is_fixed_and_reports_once(capsys):
     data = holed()
     loaded = list(data.subset("train", 12, seed=0, batch_size=5))
     index = torch.cat([batch["index"] for batch in loaded])
@@ -197,7 +198,7 @@ def test_a_subset_stays_fixed_and_says_once_what_was_replaced(capsys):
     assert capsys.readouterr().out.count("data.holdout: 3 of 12 samples were replaced (25.00%)") == 1
 
 
-def test_captions_and_pictures_of_a_split_are_replaced_as_in_its_subsets():
+def test_captions_and_pictures_are_replaced_as_in_subsets():
     data = holed()
     captions, record = data.captions("train", 12), data.take("train", np.arange(12))
     assert captions == record["caption"] == [f"picture {label}" for label in record["label"]]
@@ -211,18 +212,19 @@ def test_captions_and_pictures_of_a_split_are_replaced_as_in_its_subsets():
 # Too many
 
 
-def test_the_count_stops_above_a_fraction_of_what_was_seen_with_five_messages():
-    skipped = Skipped("data.train", 0.01)
+def test_too_many_bad_samples_are_an_error_with_five_messages():
+    skipped = BadSampleCounter("data.train", 0.01)
     clean, bad = {"index": range(100)}, {"index": range(100), "skipped": ["why"]}
     for number in range(5):
         skipped.add({"index": range(4), "skipped": [f"picture {number}"]})  # a fifth of few is no reason
     with pytest.raises(TooManyBadSamples) as caught:
         skipped.add({"index": range(4), "skipped": ["the sixth"]})
     assert str(caught.value) == (
-        "data.train: 6 of 24 samples cannot be used, more than data.max_bad_fraction=0.01 allows (of at least 500); "
-        "mend the data or raise it. The first:\n" + "\n".join(f"  picture {number}" for number in range(5))
+        "data.train: 6 of 24 samples cannot be used, more than data.max_bad_fraction=0.01 allows (of at least 500). "
+        "Repair the data, or raise the limit (+data.max_bad_fraction=... where the data set's file has no such field). "
+        "The first:\n" + "\n".join(f"  picture {number}" for number in range(5))
     )
-    many = Skipped("data.train", 0.01)
+    many = BadSampleCounter("data.train", 0.01)
     for _ in range(10):
         many.add(bad)  # exactly a hundredth
     many.add(clean)
@@ -230,12 +232,12 @@ def test_the_count_stops_above_a_fraction_of_what_was_seen_with_five_messages():
     with pytest.raises(TooManyBadSamples, match="13 of 1201 samples"):
         many.add({"index": range(1), "skipped": ["why"]})
     with pytest.raises(TooManyBadSamples, match="1 of 100 samples"):
-        Skipped("data.train", 0.0).add(bad)
-    assert LEAST == 500
+        BadSampleCounter("data.train", 0.0).add(bad)
+    assert MIN_COUNTED == 500
 
 
 def test_a_count_goes_over_a_resume():
-    before, after = Skipped("data.train", 0.01), Skipped("data.train", 0.01)
+    before, after = BadSampleCounter("data.train", 0.01), BadSampleCounter("data.train", 0.01)
     for _ in range(4):
         before.add({"index": range(4), "skipped": ["why"]})
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
@@ -259,7 +261,7 @@ class Idle(pl.LightningModule):
 
 
 def test_a_resumed_training_counts_on(tmp_path):
-    conf = Trainer(accelerator="cpu", precision="32-true", steps=7, checkpoint_every=3)
+    conf = OmegaConf.structured(Trainer(accelerator="cpu", precision="32-true", steps=7, checkpoint_every=3))
     undisturbed, resumed = holed(), holed()
     fit(Idle(), undisturbed, conf, tmp_path, "idle")
     (tmp_path / "checkpoints" / "idle" / "step=0000006.ckpt").unlink()
@@ -271,7 +273,7 @@ def test_a_resumed_training_counts_on(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_data_of_bad_samples_alone_stop_at_once_and_name_five(workers):
+def test_data_with_only_bad_samples_stop_at_once(workers):
     data = holed(bad=set(range(12)), num_workers=workers)
     for use in (data.image_shape, lambda: next(iter(data.train_dataloader()))):
         with pytest.raises(TooManyBadSamples) as caught:
@@ -280,7 +282,7 @@ def test_data_of_bad_samples_alone_stop_at_once_and_name_five(workers):
         assert str(caught.value).count(" is bad\n") + str(caught.value).endswith(" is bad") >= 5
 
 
-def test_a_subset_with_more_than_its_share_stops_whatever_the_order():
+def test_a_subset_with_too_many_bad_samples_stops_in_any_order():
     for bad, stops in ((range(0, 600, 100), False), (range(0, 600, 99), True)):  # six are a hundredth
         data = holed(count=600, bad=set(bad), max_bad_fraction=0.01)
         for seed in range(3):
@@ -319,7 +321,7 @@ def damaged(tmp_path: Path, overrides: list[str]) -> Callable[..., list[str]]:
     return make
 
 
-def test_a_job_goes_on_without_its_bad_samples_says_so_and_keeps_count(configure, damaged, tmp_path, capsys, quick_end):
+def test_a_job_replaces_and_counts_its_bad_samples(configure, damaged, tmp_path, capsys, quick_end):
     run_pipeline(configure(*damaged(2)))
     out = capsys.readouterr().out
     files = [str(tmp_path / "pictures" / f"{number}.png") for number in range(2)]

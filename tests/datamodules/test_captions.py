@@ -113,7 +113,7 @@ def test_a_picture_without_a_caption_is_a_bad_sample_and_named(tmp_path, write, 
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
-def test_a_caption_that_is_not_utf_8_is_a_bad_sample_and_others_are_not(tmp_path, kind):
+def test_a_caption_that_is_not_utf_8_is_a_bad_sample(tmp_path, kind):
     write_pictures(tmp_path, 2)
     latin, good = "größer".encode("latin-1"), "größer".encode()
     bytes_of = {
@@ -153,7 +153,7 @@ def test_a_table_of_other_pictures_is_refused_with_names_of_both(tmp_path):
         Folder(str(tmp_path), 4, captions="c.csv")
 
 
-def test_a_file_of_captions_that_is_not_there_is_named_with_the_choices(tmp_path):
+def test_a_missing_table_of_captions_is_named_with_the_choices(tmp_path):
     write_pictures(tmp_path)
     with pytest.raises(MissingData) as caught:
         Folder(str(tmp_path), 4, captions="meta.jsonl")
@@ -206,12 +206,12 @@ def test_captions_are_a_column_of_a_hugging_face_data_set(table):
     assert (record["original_size"].tolist(), record["crop"].tolist()) == ([[4, 6]] * 2, [[0, 1]] * 2)
 
 
-def test_a_hugging_face_data_set_has_captions_only_where_they_are_asked_for(table):
+def test_a_hugging_face_data_set_has_captions_on_request(table):
     source = HuggingFace(table(["one", "two"]), "train", "image", None, 4)
     assert source.captions is None and "caption" not in source.take(np.array([0]))
 
 
-def test_a_column_of_captions_that_is_not_there_or_no_text_is_named(table):
+def test_a_missing_or_wrong_column_of_captions_is_named(table):
     path = table(["one", None])
     for column, said in (
         ("caption", "has no column 'caption'; it has: image, text"),
@@ -270,10 +270,11 @@ def test_captioned_folder_is_a_folder_of_captioned_pictures(configure, tmp_path)
 
 def test_the_column_of_captions_is_one_word_on_the_command_line(configure, table):
     path = table([f"picture {n}" for n in range(6)])
-    given = [f"data.train.path={path}", "data.train.caption=text", "data.train.size=4", "data.train.split='train[2:]'"]
-    made = build(configure("data=hf_images", *given, "data.holdout.split='train[:2]'", "data.batch_size=2").data)
-    assert list(made.source("train").captions) == [f"picture {n}" for n in range(2, 6)]
-    assert list(made.source("holdout").captions) == ["picture 0", "picture 1"]
+    given = [f"data.train.path={path}", "data.train.caption=text", "data.train.size=4", "data.train.start=2"]
+    made = build(configure("data=hf_images", *given, "data.batch_size=2").data)
+    train, holdout = (list(made.source(split).captions) for split in ("train", "holdout"))
+    assert (len(train), len(holdout)) == (4, 2)
+    assert sorted(train + holdout) == [f"picture {n}" for n in range(6)]
 
 
 # Sizes
@@ -290,9 +291,7 @@ def test_the_column_of_captions_is_one_word_on_the_command_line(configure, table
         (4, 12, 16, (16, 0)),
     ],
 )
-def test_a_picture_knows_its_size_and_where_it_was_cut_in_pixels_of_the_resized_one(
-    tmp_path, width, height, size, crop
-):
+def test_a_record_has_original_size_and_crop_in_resized_pixels(tmp_path, width, height, size, crop):
     Image.new("RGB", (width, height)).save(tmp_path / "a.png")
     record = Folder(str(tmp_path), size).take(np.array([0]))
     assert record["image"].shape == (1, size, size, 3)
@@ -315,7 +314,7 @@ def test_sizes_reach_training_as_tensors_one_row_a_picture(tmp_path):
     [
         (["1.png,a cat, on a mat", "2.png,a dog"], r"captions\.csv, line 2: its number of values is not 2, as in"),
         (["1.png,a cat", "2.png"], r"captions\.csv, line 3: its number of values is not 2, as in"),
-        (['1.png,"a cat', "2.png,a dog"], r"captions\.csv, line 2: the quotes in it, or behind it, do not close"),
+        (['1.png,"a cat', "2.png,a dog"], r"captions\.csv, line 2: the quotes in it, or after it, do not close"),
     ],
     ids=["comma", "missing", "quote"],
 )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.images import pictures
 
 from conf.schema import build
-from datamodules.base import Stream
+from datamodules.base import EndlessShuffle
 from datamodules.images import Images, ImageSet
 from datamodules.readers.arrays import Arrays
 from datamodules.seeding import derive, numpy_rng, torch_rng
@@ -34,7 +34,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 # Seeds
 
 
-def test_a_seed_is_the_same_on_every_machine_and_another_for_other_parts():
+def test_a_derived_seed_depends_on_its_parts_alone():
     assert derive(0, "order", 1) == int.from_bytes(hashlib.sha256(b"0/order/1").digest()[:8], "little") >> 1
     assert len({derive(0), derive(1), derive(0, 0), derive(0, "a"), derive("a", 0), derive(0, 1), derive(1, 0)}) == 7
     assert torch.equal(torch.rand(3, generator=torch_rng(0, "a")), torch.rand(3, generator=torch_rng(0, "a")))
@@ -47,15 +47,15 @@ def test_a_seed_is_the_same_on_every_machine_and_another_for_other_parts():
 @quickly
 @given(st.integers(1, 30), st.integers(0, 5), st.integers(1, 4))
 def test_every_pass_of_the_stream_is_a_permutation(length, seed, passes):
-    positions = list(islice(Stream(length, seed, 0, 1), passes * length))
+    positions = list(islice(EndlessShuffle(length, seed, 0, 1), passes * length))
     for number in range(passes):
         part = positions[number * length : (number + 1) * length]
         assert sorted(part) == list(range(number * length, (number + 1) * length))
 
 
-def test_the_order_is_a_function_of_the_seed_and_is_another_in_every_pass():
+def test_the_order_depends_on_seed_and_pass():
     def order(seed: int) -> list[int]:
-        return list(islice(Stream(50, seed, 0, 1), 100))
+        return list(islice(EndlessShuffle(50, seed, 0, 1), 100))
 
     assert order(0) == order(0) != order(1)
     assert [position - 50 for position in order(0)[50:]] != order(0)[:50]
@@ -65,8 +65,8 @@ def test_the_order_is_a_function_of_the_seed_and_is_another_in_every_pass():
 @given(st.integers(1, 20), st.integers(1, 5), st.integers(0, 3))
 def test_ranks_together_see_exactly_what_one_process_sees(length, world, seed):
     rounds = 3 * length
-    ranks = [list(islice(Stream(length, seed, rank, world), rounds)) for rank in range(world)]
-    alone = list(islice(Stream(length, seed, 0, 1), rounds * world))
+    ranks = [list(islice(EndlessShuffle(length, seed, rank, world), rounds)) for rank in range(world)]
+    alone = list(islice(EndlessShuffle(length, seed, 0, 1), rounds * world))
     assert [ranks[place % world][place // world] for place in range(rounds * world)] == alone
 
 
@@ -76,7 +76,7 @@ def on_rank(rank: int, world: int, **options: object) -> Images:
     return data
 
 
-def test_the_batches_of_two_ranks_together_are_those_of_one_process():
+def test_batches_of_two_ranks_are_together_those_of_one_process():
     alone = islice(images(train=9, crop=1).train_dataloader(), 8)
     loaders = [iter(on_rank(rank, 2, train=9, crop=1).train_dataloader()) for rank in range(2)]
     for batch in alone:
@@ -99,7 +99,7 @@ def test_pixels_are_mapped_from_0_and_255_to_minus_1_and_1():
 
 @quickly
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=12), st.integers(0, 3))
-def test_an_image_depends_on_seed_and_position_and_not_on_its_batch(positions, seed):
+def test_an_image_depends_on_seed_and_position_alone(positions, seed):
     data = ImageSet(Arrays(pictures(7)), seed, flip=True, crop=2)
     together = data.__getitems__(positions)
     for place, position in enumerate(positions):
@@ -116,7 +116,7 @@ def test_augmentation_changes_with_the_pass_and_the_seed():
     assert not torch.equal(pixels(0, 0), pixels(0, 1)) and not torch.equal(pixels(0, 0), pixels(1, 0))
 
 
-def test_a_flip_is_a_mirror_image_and_happens_about_every_other_time():
+def test_about_every_other_image_is_mirrored():
     plain = ImageSet(Arrays(pictures(1))).__getitems__([0])["image"][0]
     flipped = ImageSet(Arrays(pictures(1)), flip=True).__getitems__(list(range(200)))["image"]
     mirrored = [torch.equal(image, plain.flip(2)) for image in flipped]
@@ -124,7 +124,7 @@ def test_a_flip_is_a_mirror_image_and_happens_about_every_other_time():
     assert 70 < sum(mirrored) < 130
 
 
-def test_a_crop_is_a_window_of_the_padded_image_and_every_window_occurs():
+def test_a_crop_is_any_window_of_the_padded_image():
     image = pictures(1)[0]
     padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
     windows = {padded[top : top + 6, left : left + 6].tobytes() for top in range(3) for left in range(3)}
@@ -136,7 +136,7 @@ def test_a_crop_is_a_window_of_the_padded_image_and_every_window_occurs():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_resumed_in_the_middle_of_a_pass_gives_the_batches_that_were_to_come(workers):
+def test_a_loader_resumed_within_a_pass_gives_the_remaining_batches(workers):
     options = {"train": 11, "batch_size": 4, "crop": 2, "num_workers": workers}
     undisturbed = list(islice(images(**options).train_dataloader(), 9))
     for taken in (1, 4):  # within the first pass of 2.75 batches, and within the second
@@ -167,7 +167,7 @@ def test_a_subset_is_fixed_without_replacement_and_not_augmented(batch_size):
     assert torch.equal(batch["image"], ImageSet(Arrays(pictures(30))).__getitems__(batch["index"].tolist())["image"])
 
 
-def test_a_subset_is_another_for_another_seed_and_the_whole_split_is_a_permutation():
+def test_subsets_of_two_seeds_differ():
     def chosen(seed: int, count: int) -> list[int]:
         return next(iter(images(train=30).subset("train", count, seed, 30)))["index"].tolist()
 
@@ -190,7 +190,7 @@ def test_the_embedded_sample_is_split_without_overlap(configure):
 
 
 @pytest.mark.parametrize(("batch_size", "looked_at"), [(10, 30), (2, 50)])
-def test_the_content_of_up_to_64_batches_stands_for_all_in_the_key_of_scores(monkeypatch, batch_size, looked_at):
+def test_the_key_of_scores_reads_up_to_64_batches(monkeypatch, batch_size, looked_at):
     batches = images(train=300).subset("train", 300, 0, batch_size)
     expected = hashlib.sha256()
     for number, batch in enumerate(batches):
@@ -225,15 +225,13 @@ def test_fewer_images_than_a_batch_names_both_numbers():
     assert len(next(iter(images(train=10, batch_size=10).train_dataloader()))["index"]) == 10
 
 
-def test_a_batch_that_the_ranks_cannot_share_names_both_numbers():
+def test_a_batch_that_ranks_cannot_share_is_refused():
     with pytest.raises(ValueError, match=r"data\.batch_size=4 cannot be shared by 3 ranks"):
         on_rank(0, 3).train_dataloader()
 
 
 @pytest.mark.parametrize(("size", "channels"), [(16, 3), (8, 1)])
-def test_images_that_the_teacher_does_not_take_are_refused_with_both_shapes(
-    configure, overrides, tmp_path, size, channels
-):
+def test_images_of_another_shape_are_refused_with_both_shapes(configure, overrides, tmp_path, size, channels):
     path = tmp_path / "other.npz"
     other = np.zeros((64, size, size, channels), np.uint8)
     np.savez(path, x_train=other, x_test=other, y_train=np.zeros(64), y_test=np.zeros(64))

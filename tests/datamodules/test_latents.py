@@ -86,7 +86,7 @@ def test_sizes_and_crops_go_along_for_sdxl(text_job, sdxl, configure, tmp_path):
     assert found[0]["conditions"]["added_cond_kwargs"]["time_ids"][0, :2].tolist() == [20, 16]
 
 
-def test_draws_of_the_posterior_differ_between_epochs_and_not_between_calls(stored, configure):
+def test_posterior_draws_differ_between_epochs_and_not_between_calls(stored, configure):
     job, _ = stored
     teacher, drawn = build_teacher(configure(*job)), []
     for _ in range(2):
@@ -101,7 +101,7 @@ def test_draws_of_the_posterior_differ_between_epochs_and_not_between_calls(stor
     assert all(torch.equal(a, b) for index in drawn[0] for a, b in zip(drawn[0][index], drawn[1][index], strict=True))
 
 
-def test_a_job_on_stored_latents_runs_neither_vae_nor_text_encoder(stored, configure, quick_end, monkeypatch):
+def test_a_job_on_stored_latents_needs_no_vae_or_text_encoder(stored, configure, quick_end, monkeypatch):
     job, _ = stored
 
     def refuse(*args, **kwargs):
@@ -116,7 +116,7 @@ def test_a_job_on_stored_latents_runs_neither_vae_nor_text_encoder(stored, confi
     assert (run / "networks" / "distilled").exists()
 
 
-def test_a_run_is_told_apart_by_its_latents_not_by_where_they_lie(stored, configure, tmp_path):
+def test_moved_latents_are_the_same_run(stored, configure, tmp_path):
     from experiments.engine.identity import get_effective_settings
 
     job, folder = stored
@@ -156,13 +156,13 @@ def test_latents_of_something_else_are_refused(
     if change == "data":
         job = [*job, "data.holdout_images=7"]
     elif change == "pictures":  # under the same path
-        decoded = folders.decoded
-        monkeypatch.setattr(folders, "decoded", lambda *of: (record := decoded(*of)) | {"image": 0 * record["image"]})
-    elif change == "captions":
-        lines_of_jsonl = folders.lines_of_jsonl
+        decoded = folders.decode_pictures
         monkeypatch.setattr(
-            folders, "lines_of_jsonl", lambda *of: ((file, f"{text}!") for file, text in lines_of_jsonl(*of))
+            folders, "decode_pictures", lambda *of: (record := decoded(*of)) | {"image": 0 * record["image"]}
         )
+    elif change == "captions":
+        read_jsonl = folders.read_jsonl
+        monkeypatch.setattr(folders, "read_jsonl", lambda *of: ((file, f"{text}!") for file, text in read_jsonl(*of)))
     else:
         other = tmp_path / "other"
         shutil.copytree(text_teacher, other)
@@ -186,14 +186,21 @@ def test_shards_of_another_size_are_no_continuation(stored, configure):
         precompute(configure(*job, "precompute.samples_per_shard=20"))
 
 
+@pytest.mark.parametrize("name", ["train-00000", "text-00000"])
+def test_a_damaged_shard_is_named_with_its_remedy(stored, configure, name):
+    job, folder = stored
+    file = folder / f"{name}.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"{name}\.safetensors cannot be read .*delete it, .*experiments\.precompute"):
+        batches(configure(*job), 1)
+
+
 def test_text_states_of_other_captions_are_no_continuation(stored, configure, monkeypatch):
     job, folder = stored
     for name in ("manifest.json", "started.json"):
         (folder / name).unlink()
-    lines_of_jsonl = folders.lines_of_jsonl
-    monkeypatch.setattr(
-        folders, "lines_of_jsonl", lambda *of: ((file, f"{text}!") for file, text in lines_of_jsonl(*of))
-    )
+    read_jsonl = folders.read_jsonl
+    monkeypatch.setattr(folders, "read_jsonl", lambda *of: ((file, f"{text}!") for file, text in read_jsonl(*of)))
     with pytest.raises(ValueError, match=r"text-00000\.safetensors has other captions"):
         precompute(configure(*job))
 
@@ -262,7 +269,7 @@ def test_text_states_are_stored_once_a_caption(text_job, captioned, configure, t
     states = build_teacher(configure(*job)).surroundings.text(["cat 1, cut"], torch.device("cpu"))
     found = table.find(["cat 1, cut"])["encoder_hidden_states"]
     assert torch.equal(found, states["encoder_hidden_states"].half().float())
-    with pytest.raises(ValueError, match="no stored text for the caption 'dog'"):
+    with pytest.raises(ValueError, match="no stored text state for the caption 'dog'"):
         table.find(["dog"])
 
 

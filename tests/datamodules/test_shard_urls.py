@@ -26,7 +26,7 @@ def test_a_url_is_stored_once(laion, tmp_path, data_folder_of_its_own):
     assert sorted(file.read_bytes() for file in stored) == sorted(file.read_bytes() for file in laion.glob("*.tar"))
 
 
-def test_a_transfer_that_fails_is_named_and_leaves_no_half_shard(laion, data_folder_of_its_own):
+def test_a_failed_transfer_leaves_no_partial_shard(laion, data_folder_of_its_own):
     url = f"pipe:head -c 3000 {laion}/00000.tar; exit 3"
     with pytest.raises(MissingData) as caught:
         Shards(url, 6)

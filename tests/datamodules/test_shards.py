@@ -17,6 +17,7 @@ from support.shards import PER_SHARD, everything, numbers, png, sample, says, wr
 
 from conf.schema import build
 from datamodules.images import image_shards
+from datamodules.readers import shard_index
 from datamodules.readers import shards as module
 from datamodules.readers.base import BadSample, MissingData
 from datamodules.readers.shards import Shards
@@ -70,12 +71,12 @@ def test_a_record_has_picture_caption_size_and_crop(laion):
 
 
 @pytest.mark.parametrize("meta", [None, {}, {"original_width": None, "original_height": 3}, {"original_width": "9"}])
-def test_without_an_original_size_in_the_json_the_picture_has_its_own(tmp_path, meta):
+def test_a_json_without_an_original_size_leaves_the_picture_its_own(tmp_path, meta):
     write(tmp_path / "0.tar", [{"__key__": "0", "png": png(0), "txt": "a"} | ({} if meta is None else {"json": meta})])
     assert everything(Shards(str(tmp_path), 3))["original_size"].tolist() == [[6, 8]]
 
 
-def test_a_caption_may_be_a_field_of_the_json_another_member_or_none(laion):
+def test_a_caption_is_a_member_or_a_field_of_the_json(laion):
     assert set(Shards(str(laion), 3, caption="json.caption").captions) == {f"json {n}" for n in range(3 * PER_SHARD)}
     write(laion / "more" / "0.tar", [{"__key__": "0", "png": png(0), "cap.txt": " é\n"}])
     assert everything(Shards(str(laion / "more"), 3, caption="cap.txt"))["caption"] == ["é"]
@@ -156,11 +157,53 @@ def test_of_a_shard_that_ends_early_the_whole_samples_are_used(laion):
         assert told == ([] if size in [member.offset for member in every] else expected)
 
 
-@pytest.mark.parametrize("content", [b"", b"no tar" * 1000, b"\x1f\x8b" + b"x" * 2000], ids=["empty", "text", "gz"])
+@pytest.mark.parametrize("content", [b"", b"no tar" * 1000], ids=["empty", "text"])
 def test_a_file_that_is_no_tar_has_no_samples_and_is_named(laion, content):
     (laion / "00001.tar").write_bytes(content)
     with pytest.warns(UserWarning, match=r"00001\.tar is damaged or ends early: 0 samples"):
         assert len(Shards(str(laion), 6)) == 2 * PER_SHARD
+
+
+@pytest.mark.parametrize("name", ["00001.tar", "00003.tar.gz", "00004.TGZ"])
+def test_a_compressed_shard_is_refused_by_name(laion, name):
+    (laion / name).write_bytes(b"\x1f\x8b" + b"x" * 2000)
+    with pytest.raises(ValueError, match=rf"{name} is compressed.*unpack it \(gunzip"):
+        Shards(str(laion / name), 6)
+
+
+def test_a_folder_of_compressed_shards_alone_says_so(tmp_path):
+    (tmp_path / "0.tar.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(MissingData, match=r"no \.tar file is there \(1 compressed ones are: unpack"):
+        Shards(str(tmp_path), 6)
+
+
+def test_members_with_dots_in_their_names_are_read(tmp_path):
+    names = [*(f"img_{n}" for n in range(3)), *(f"shot_1.{n}" for n in range(3)), "a/v1.2/x.y"]
+    contents = {
+        f"{name}.{end}": png(n) if end == "png" else b"a" for n, name in enumerate(names) for end in ("png", "txt")
+    }
+    contents |= {
+        "img_0.seg.png": b"no picture",
+        "img_0.cls": b"3",
+        "img_1.cls": b"3",
+        "._img_9.png": b"",
+        ".c/q.png": b"",
+    }
+    source = Shards(str(members(tmp_path / "dots.tar", contents)), 6)
+    record = everything(source)
+    keys = [source.name(index).rpartition(": ")[2] for index in range(len(source))]
+    assert dict(zip(keys, numbers(record), strict=True)) == {name: n for n, name in enumerate(names)}
+    assert source.passed_over == {".png": 1, ".cls": 2}
+
+
+def test_a_damaged_index_is_named_and_made_again(laion, data_folder_of_its_own, caplog):
+    before = everything(Shards(str(laion), 6))["caption"]
+    index = sorted((data_folder_of_its_own / "index").glob("*.npz"))[0]
+    for content in (b"", b"PK no zip", index.read_bytes()[:200]):
+        index.write_bytes(content)
+        assert everything(Shards(str(laion), 6))["caption"] == before
+        assert f"{index}, the index of {laion}" in caplog.text and "is made again" in caplog.text
+        caplog.clear()
 
 
 BAD = {
@@ -192,7 +235,7 @@ def test_a_json_without_the_caption_is_a_bad_sample(tmp_path, meta):
         everything(Shards(str(tmp_path), 6, caption="json.caption"))
 
 
-def test_a_shard_that_shrinks_after_it_was_indexed_gives_a_bad_sample(laion):
+def test_a_shard_that_shrank_after_indexing_gives_a_bad_sample(laion):
     source = Shards(str(laion / "00000.tar"), 6)
     last = int(source.offset[:, module.IMAGE].argmax())
     cut(laion / "00000.tar", int(source.offset[last, module.IMAGE]) + 10)
@@ -213,13 +256,13 @@ def test_bad_samples_are_replaced_in_training_and_counted(laion):
 
 def test_a_shard_is_indexed_once_until_it_changes(laion, monkeypatch, data_folder_of_its_own):
     indexed: list[str] = []
-    write_index = module.write_index
+    write_index = shard_index.write_index
 
     def counted(shard: Path, *rest: Any) -> None:
         indexed.append(shard.name)
         write_index(shard, *rest)
 
-    monkeypatch.setattr(module, "write_index", counted)
+    monkeypatch.setattr(shard_index, "write_index", counted)
     before = everything(Shards(str(laion), 6))
     assert indexed == ["00000.tar", "00001.tar", "00002.tar"]
     again = everything(Shards(str(laion), 6, start=0, stop=None))
@@ -232,14 +275,14 @@ def test_a_shard_is_indexed_once_until_it_changes(laion, monkeypatch, data_folde
 
 
 def test_processes_that_index_at_once_do_it_once(laion, tmp_path, monkeypatch):
-    write_index = module.write_index
+    write_index = shard_index.write_index
 
     def counted(shard: Path, *rest: Any) -> None:
         with open(tmp_path / "indexed", "a") as file:
             file.write(f"{shard.name}\n")
         write_index(shard, *rest)
 
-    monkeypatch.setattr(module, "write_index", counted)
+    monkeypatch.setattr(shard_index, "write_index", counted)
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=Shards, args=(str(laion), 6)) for _ in range(3)]
     for process in processes:
@@ -255,7 +298,7 @@ def test_an_interrupted_index_leaves_nothing_behind(laion, monkeypatch, data_fol
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.np, "savez", fail)
+        patch.setattr(shard_index.np, "savez", fail)
         with pytest.raises(OSError, match="No space left"):
             Shards(str(laion), 6)
     assert [file.name for file in (data_folder_of_its_own / "index").glob("*.npz")] == []
@@ -282,7 +325,7 @@ def test_only_headers_are_read_to_index(tmp_path, monkeypatch):
 # Order, workers, resuming
 
 
-def test_holdout_and_training_share_nothing_and_come_from_all_shards(laion):
+def test_holdout_and_training_share_no_sample_and_cover_all_shards(laion):
     made = image_shards(str(laion), 6, holdout_images=6, batch_size=3)
     held, trained = (says(everything(made.source(split))) for split in ("holdout", "train"))
     assert len(held) == 6 and sorted(held + trained) == list(range(3 * PER_SHARD))
@@ -311,15 +354,15 @@ def test_batches_are_the_same_with_workers_and_after_resuming(laion):
 def test_a_source_can_be_sent_to_another_process_with_open_files(laion):
     source = Shards(str(laion), 6)
     expected = everything(source)
-    assert source.opened
+    assert source.open_files
     copy = pickle.loads(pickle.dumps(source))  # noqa: S301  as workers that do not fork are given it
-    assert not copy.opened and everything(copy)["caption"] == expected["caption"] == list(copy.captions)
+    assert not copy.open_files and everything(copy)["caption"] == expected["caption"] == list(copy.captions)
 
 
 def test_no_more_files_are_open_than_allowed(laion, monkeypatch):
     monkeypatch.setattr(module, "OPEN_FILES", 2)
     source = Shards(str(laion), 6)
-    assert says(everything(source)) == numbers(everything(source)) and len(source.opened) == 2
+    assert says(everything(source)) == numbers(everything(source)) and len(source.open_files) == 2
 
 
 # As a choice of data

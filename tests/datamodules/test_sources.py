@@ -49,7 +49,7 @@ def test_a_relative_path_is_looked_for_in_the_data_folder(archive, monkeypatch):
     assert f"{archive.parent}/other.npz does not exist: put it there, or set $SECATEUR_DATA" in str(caught.value)
 
 
-def test_without_a_setting_the_data_folder_is_in_the_cache_of_the_user(monkeypatch):
+def test_the_default_data_folder_is_in_the_cache_of_the_user(monkeypatch):
     monkeypatch.delenv("SECATEUR_DATA", raising=False)
     monkeypatch.setenv("HOME", "/home/somebody")
     assert data_root() == Path("/home/somebody/.cache/secateur")
@@ -67,7 +67,7 @@ class Bomb:
 
 def test_a_pickled_npz_is_refused_unopened(tmp_path):
     np.savez(tmp_path / "set.npz", x=np.array([Bomb(tmp_path / "trace")], object))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    with pytest.raises(ValueError, match=r"set\.npz: array 'x' cannot be read: .*pickled objects, .*never opened"):
         Npz(str(tmp_path / "set.npz"), "x")
     assert not (tmp_path / "trace").exists()
 
@@ -78,6 +78,35 @@ def test_an_array_that_is_not_of_uint8_images_is_refused_and_named(tmp_path, wro
     np.savez(tmp_path / "set.npz", x=wrong)
     with pytest.raises(ValueError, match=r"set\.npz.*'x'.*uint8"):
         Npz(str(tmp_path / "set.npz"), "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\0\0\x08\x03" + b"\0" * 99, "an IDX file, as MNIST comes; convert it"),
+        (b"\x93NUMPY\x01\0", r"a single array \(\.npy\); save it as \.npz"),
+        (b"\x1f\x8b\x08\0", r"compressed by gzip; unpack it first"),
+        (b"\x80\x04\x95", "pickled, which is never opened"),
+        (b"", r"no known format \(or damaged\)"),
+    ],
+)
+def test_a_file_that_is_no_npz_is_named_by_its_format(tmp_path, content, kind):
+    (tmp_path / "set").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"set is no \.npz archive but {kind}"):
+        Npz(str(tmp_path / "set"), "x")
+
+
+@pytest.mark.parametrize("labels", [np.array([0.0, 1.7]), np.array([0.0, np.nan]), np.array(["cat", "dog"])])
+def test_labels_that_are_not_whole_numbers_are_refused(tmp_path, labels):
+    np.savez(tmp_path / "set.npz", x=pictures(2), y=labels)
+    with pytest.raises(ValueError, match=r"set\.npz, array 'y': the labels are .*whole numbers from 0 on"):
+        Npz(str(tmp_path / "set.npz"), "x", "y")
+
+
+def test_labels_of_another_number_than_images_are_refused(archive, tmp_path):
+    np.savez(tmp_path / "other.npz", x=pictures(5), y=np.arange(4))
+    with pytest.raises(ValueError, match=r"array 'y' has the shape \(4,\); of 5 images it is \(5,\)"):
+        Npz(str(tmp_path / "other.npz"), "x", "y")
 
 
 # Tiles
@@ -103,7 +132,7 @@ def test_tiles_may_be_grey_and_without_labels(tmp_path):
     assert Tiles(str(tmp_path / "sheet.png"), tile=8).take(np.arange(6))["image"].shape == (6, 8, 8, 3)
 
 
-def test_names_of_classes_become_captions_with_the_fitting_article():
+def test_captions_of_classes_have_the_fitting_article():
     source = Arrays(pictures(3), np.array([1, 0, 1]), names=["airplane", "dog"], caption="a photo of a {}")
     assert list(source.captions) == ["a photo of a dog", "a photo of an airplane", "a photo of a dog"]
     assert source.take(np.array([2, 1]))["caption"] == ["a photo of a dog", "a photo of an airplane"]
@@ -150,7 +179,7 @@ def constant(found: np.ndarray) -> list[int]:
     return list(colour)
 
 
-def test_a_folder_is_labelled_by_the_folders_inside_in_an_order_of_its_own(tmp_path):
+def test_labels_number_the_subfolders_in_alphabetical_order(tmp_path):
     for place, name in enumerate(["b/2.png", "a/9.PNG", "b/1.webp", "a/10.jpeg", "c/deep/x.bmp"]):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4), (place, 0, 0)).save(tmp_path / name)
@@ -172,7 +201,7 @@ def labels_by_name(root: Path) -> dict[str, int]:
     return {folder.file(i).relative_to(root).as_posix(): int(label) for i, label in enumerate(folder.labels)}
 
 
-def test_what_programs_keep_beside_pictures_is_no_class_and_no_picture(tmp_path):
+def test_hidden_files_and_folders_are_no_samples(tmp_path):
     for name in ("b/1.png", "c/2.png"):
         write_picture(tmp_path / name)
     before = labels_by_name(tmp_path)
@@ -182,13 +211,13 @@ def test_what_programs_keep_beside_pictures_is_no_class_and_no_picture(tmp_path)
     assert labels_by_name(tmp_path) == before
 
 
-def test_a_picture_beside_the_folders_of_classes_shifts_no_label(tmp_path):
+def test_a_picture_outside_the_classes_shifts_no_label(tmp_path):
     for name in ("b/1.png", "c/2.png", "0.png"):
         write_picture(tmp_path / name)
     assert labels_by_name(tmp_path) == {"b/1.png": 0, "c/2.png": 1, "0.png": 2}
 
 
-def test_links_to_folders_of_pictures_are_followed_and_circles_are_not(tmp_path):
+def test_links_to_folders_are_followed_unless_they_are_circular(tmp_path):
     write_picture(tmp_path / "elsewhere" / "1.png")
     write_picture(tmp_path / "set" / "b" / "2.png")
     (tmp_path / "set" / "a").symlink_to(tmp_path / "elsewhere")
@@ -293,19 +322,28 @@ def test_classes_are_numbered_as_in_another_folder(tmp_path):
         Folder(str(tmp_path / "val"), 4, classes=str(tmp_path / "train"))
 
 
-def test_pictures_become_grey_where_one_channel_is_asked_for(tmp_path):
+def test_pictures_become_grey_in_mode_L(tmp_path):
     assert constant(one_picture(tmp_path, Image.new("RGB", (9, 9), (255, 255, 255)), mode="L")) == [255]
 
 
-def test_a_folder_that_is_not_there_or_has_no_pictures_is_named(tmp_path):
+def test_a_missing_or_empty_folder_is_named(tmp_path):
     with pytest.raises(MissingData, match="no such folder does not exist: ask for it, or set"):
         Folder(str(tmp_path / "no such folder"), 8, get="ask for it")
     with pytest.raises(MissingData, match=r"test_sources\.py is not a folder"):
         Folder(__file__, 8)
-    data = image_folder(str(tmp_path), size=8, holdout_images=1, batch_size=2)
-    with pytest.raises(ValueError, match=r"data\.train is empty") as caught:
+    for name in ("a.heic", "b.HEIC", "c.gif", ".d.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(MissingData) as caught:
+        Folder(str(tmp_path), 8)
+    assert f"{tmp_path} has no pictures (.png, .jpg" in str(caught.value)
+    assert str(caught.value).endswith("it has other files: .heic (2), .gif (1)")
+
+
+def test_a_split_without_samples_names_its_folder(tmp_path):
+    write_picture(tmp_path / "a.png")
+    data = image_folder(str(tmp_path), size=4, holdout_images=1, batch_size=2)
+    with pytest.raises(ValueError, match=rf"data\.train is empty: Folder of {tmp_path} has no samples"):
         data.train_dataloader()
-    assert str(tmp_path) in str(caught.value)
 
 
 # Hugging Face
@@ -347,6 +385,40 @@ def test_a_folder_of_pictures_is_read_as_a_hub_data_set_with_labels(hub_cache):
     assert [constant(image)[0] for image in found["image"]] == [1, 0] == found["label"].tolist()
 
 
+@pytest.fixture
+def sorted_set(hub_cache: Path) -> str:
+    """A data set sorted by its label, with a column of scores, in which the last row has no label."""
+    (hub_cache / "sorted").mkdir()
+    rows = {"image": [Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(20)]}
+    rows |= {"label": [*(n // 10 for n in range(19)), None], "score": [n / 7 for n in range(20)]}
+    features = Features({"image": ImageColumn(), "label": Value("int64"), "score": Value("float32")})
+    Dataset.from_dict(rows, features=features).to_parquet(hub_cache / "sorted" / "train.parquet")
+    return str(hub_cache / "sorted")
+
+
+def test_held_out_rows_of_a_hub_data_set_come_from_everywhere(configure, sorted_set):
+    given = [f"data.train.path={sorted_set}", "data.train.size=8", "data.train.start=8"]
+    data = build(configure("data=hf_images", *given).data)
+    seen = {}
+    for split, count in (("holdout", 8), ("train", 12)):
+        record = data.source(split).take(np.arange(count))
+        seen[split] = [constant(image)[0] for image in record["image"]]
+        assert len(data.source(split)) == count and {number // 10 for number in seen[split]} == {0, 1}
+    assert sorted(seen["train"] + seen["holdout"]) == list(range(20))
+
+
+def test_a_row_without_a_label_is_a_bad_sample(sorted_set):
+    source = HuggingFace(sorted_set, "train", "image", "label", 8)
+    assert source.take(np.array([18]))["label"].tolist() == [1]
+    with pytest.raises(BadSample, match=r"\(train\), row 19: the label is missing \(null\)"):
+        source.take(np.array([19]))
+
+
+def test_a_column_of_labels_that_are_not_whole_numbers_is_refused(sorted_set):
+    with pytest.raises(ValueError, match="column 'score' has float32 where labels are whole numbers"):
+        HuggingFace(sorted_set, "train", "image", "score", 8)
+
+
 def test_files_are_read_by_a_builder(parquet):
     found = HuggingFace("parquet", "train", "picture", "kind", 8, data_files=f"{parquet}/*.parquet")
     taken = found.take(np.array([2, 0]))
@@ -373,9 +445,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 @pytest.mark.parametrize("path", ["nobody/has-such-a-data-set", "/no/such/folder"])
-def test_a_data_set_that_is_neither_here_nor_to_be_had_fails_at_once_and_says_what_to_do(
-    hub_cache, no_waiting, monkeypatch, path
-):
+def test_a_data_set_that_cannot_be_downloaded_fails_at_once(hub_cache, no_waiting, monkeypatch, path):
     monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", True)
     with pytest.raises(MissingData) as caught:
         HuggingFace(path, "train", "image", None, 8)
@@ -399,7 +469,7 @@ def test_the_first_place_that_has_the_data_is_taken():
     assert first_available(local=absent("not here"), copy=lambda: here, hub=absent("nor there")) is here
 
 
-def test_data_that_are_in_none_of_the_places_name_every_place():
+def test_data_missing_from_all_places_name_each_place():
     with pytest.raises(MissingData) as caught:
         first_available(local=absent("no file at /here"), hub=absent("no network"))
     lines = str(caught.value).splitlines()
@@ -411,7 +481,7 @@ def test_a_place_whose_data_are_wrong_is_not_passed_over(archive):
         first_available(local=lambda: Npz(str(archive), "images"), hub=lambda: Arrays(pictures(2)))
 
 
-def test_cifar10_names_the_file_and_the_hub_where_it_has_neither(configure, hub_cache, monkeypatch):
+def test_missing_cifar10_names_its_file_and_the_hub(configure, hub_cache, monkeypatch):
     monkeypatch.setenv("SECATEUR_DATA", str(hub_cache))
     monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", True)
     data = build(configure("data=cifar10").data)

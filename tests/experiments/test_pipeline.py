@@ -20,7 +20,6 @@ from support.results import files, read_markdown, stamps, the_run
 
 from conf.schema import ROOT, build
 from criteria.selection.base import InfeasibleBudget
-from datamodules.images import Images
 from experiments.engine.artefacts import StaleArtefact, UnwritableDirectory, check_fresh, digest, read_json
 from experiments.engine.clock import OutOfMemory
 from experiments.engine.identity import fingerprint
@@ -34,7 +33,7 @@ from lightning_modules.export.verify import ExportMismatch, verify
 WEIGHTS = "diffusion_pytorch_model.pruned.safetensors"
 NETWORK = {"config.json", WEIGHTS}
 FINISHED = {
-    *(".lock", ".holder.json", ".manifest.json", "config.yaml", "scores.json", "plan.json", "run.log"),
+    *(".lock", ".holder.json", ".manifest.json", "config.yaml", "data.json", "scores.json", "plan.json", "run.log"),
     *("history/distil.csv", "metrics.json", "measured.json", "report.html", "finished.json"),
     *("figures/scores.png", "figures/losses.png"),
     *("checkpoints/distil/step=0000002.ckpt", "checkpoints/distil/step=0000004.ckpt"),
@@ -82,6 +81,7 @@ def test_a_finished_run_consists_of_exactly_these_files(configure, sampling, tea
     assert files(run) == FINISHED | SAMPLED
     kinds = sorted(re.sub(r"[0-9a-f]{16,}", "ID", name) for name in files(runs / ".cache"))
     assert kinds == [
+        "data/ID.json",  # where data of this content were first seen
         *["fingerprints/ID.json"] * 3,  # weights, their configuration, the noise schedule
         *("samples/ID.lock", "samples/ID.sha256", "samples/ID/images.npy", "scores/ID.json", "scores/ID.lock"),
         *("statistics/ID.safetensors", "statistics/ID.safetensors.sha256"),
@@ -119,7 +119,6 @@ def test_a_finished_job_does_not_run_again(finished, monkeypatch, capsys):
     for name in ("diffusion.load.load_teacher", "diffusion.load.load_network"):
         monkeypatch.setattr(f"lightning_modules.backbones.{name}", forbidden)
     monkeypatch.setattr(hashlib, "file_digest", forbidden)
-    monkeypatch.setattr(Images, "source", forbidden)
     run_pipeline(cfg)
     assert stamps(run) == before
     printed = capsys.readouterr().out

@@ -2,18 +2,24 @@
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from PIL import Image
 from support.config import composed, recipe
+from support.images import pictures
 from support.process import ROOT
 
 from conf import schema
+from conf.schema import build
 from experiments.engine import identity as run_module
 from experiments.engine.artefacts import digest, read_json
+from experiments.engine.data_identity import ChangedData, check_data_unchanged, fingerprint_data
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.run import Run
 from lightning_modules.backbones.files import weight_files
@@ -243,3 +249,67 @@ def test_a_job_runs_in_a_folder_with_spaces_and_accents(configure, overrides, tm
     assert (folder / "finished.json").exists() and (folder / "export" / "model_index.json").exists()
     plain = Run(configure(*overrides), read_json(folder / "plan.json")["teacher"])
     assert (plain.folder.name, plain.id) == (folder.name, read_json(folder / "metrics.json")["run_id"])
+
+
+# Data
+
+
+@pytest.fixture
+def pictures_job(tmp_path: Path) -> Callable[[str], list[str]]:
+    """pictures_job(folder) -> arguments of a job on its 12 pictures, which ends where its data have been checked."""
+
+    def make(folder: str) -> list[str]:
+        data = ["data=image_folder", f"data.path={tmp_path / folder}", "data.size=8", "data.holdout_images=4"]
+        return [*data, f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"]
+
+    return make
+
+
+def write_pictures(folder: Path, seed: int) -> None:
+    folder.mkdir(exist_ok=True)
+    for number, picture in enumerate(pictures(12, 8, seed)):
+        Image.fromarray(picture).save(folder / f"{number}.png")
+
+
+def run_of(cfg) -> Run:
+    return Run(cfg, "teacher", fingerprint_data(cfg, build(cfg.data)))
+
+
+def test_data_that_changed_under_the_same_path_are_refused(configure, pictures_job, tmp_path):
+    write_pictures(tmp_path / "set", seed=0)
+    cfg = configure(*pictures_job("set"))
+    with (first := run_of(cfg)).opened():
+        pass
+    write_pictures(tmp_path / "set", seed=1)
+    with (
+        pytest.raises(ChangedData, match=rf"data=image_folder: .*not those that {first.folder} .*force=true"),
+        run_of(cfg).opened(),
+    ):
+        pass
+    with (forced := run_of(configure(*pictures_job("set"), "force=true"))).opened():
+        pass
+    with run_of(cfg).opened():
+        pass
+    assert forced.id == first.id == run_of(cfg).id
+
+
+def test_a_run_of_moved_data_is_the_same_run(configure, pictures_job, tmp_path):
+    write_pictures(tmp_path / "set", seed=0)
+    first = run_of(configure(*pictures_job("set")))
+    assert first.id == identity(configure(*pictures_job("set")))  # as it was before there were fingerprints
+    (tmp_path / "set").rename(tmp_path / "moved")
+    write_pictures(tmp_path / "set", seed=1)
+    assert run_of(configure(*pictures_job("moved"))).id == first.id
+    assert run_of(configure(*pictures_job("moved"), "data.flip=false")).id != first.id
+
+
+def test_a_run_without_a_fingerprint_still_counts(configure, pictures_job, tmp_path):
+    write_pictures(tmp_path / "set", seed=0)
+    cfg = configure(*pictures_job("set"))
+    with (run := run_of(cfg)).opened():
+        pass
+    (run / "data.json").unlink()
+    write_pictures(tmp_path / "set", seed=1)
+    check_data_unchanged(run.folder, run_of(cfg).fingerprints, cfg)
+    shutil.rmtree(tmp_path / "set")  # nothing to compare with
+    assert run_of(cfg).fingerprints == {}

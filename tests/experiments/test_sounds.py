@@ -78,3 +78,12 @@ def test_resized_samples_are_not_written_as_sounds(tmp_path):
     (tmp_path / "samples" / "teacher").mkdir(parents=True)
     np.save(tmp_path / "samples" / "teacher" / "images.npy", np.zeros((2, 64, 64, 1), np.uint8))
     assert write_sounds(tmp_path, MEL) == {} and not (tmp_path / "sounds").exists()
+
+
+def test_a_damaged_array_is_named_with_its_remedy(tmp_path):
+    path = tmp_path / "samples" / "pruned" / "images.npy"
+    path.parent.mkdir(parents=True)
+    for content in (b"no array", b"\x93NUMPY\x01\0", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{path} is damaged: .*delete {path.parent} to have it made again"):
+            write_sounds(tmp_path, MEL)

@@ -2,8 +2,10 @@
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from support.results import the_run
 
 from conf.schema import ROOT, build
 from criteria.selection.base import Pool
+from datamodules.images import image_folder
 from datamodules.readers.folder import Folder
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.stages.select import Select
@@ -203,6 +206,37 @@ def job(sampling: list[str], imagenet: Path, tmp_path: Path) -> Callable[[str], 
         return found if recipe.startswith("pretrain") else [*found, *evaluation]
 
     return make
+
+
+def test_a_folder_that_is_no_class_of_a_dit_is_refused(imagenet, tmp_path):
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=4,
+        patch_size=2,
+        num_embeds_ada_norm=3,
+        norm_type="ada_norm_zero",
+    )
+    wnids = ["n01440764", "n01443537", "n01484850"]
+    root = tmp_path / "pictures"
+    shutil.copytree(imagenet / "train", root)
+    for place, names in (([0, 1, 2], wnids), ([2, 0, 1], [wnids[1], wnids[2], wnids[0]]), ([0, 1, 2], [])):
+        pipeline = SimpleNamespace(labels={name: place for place, name in enumerate(names)})
+        dit = DiTBackbone(transformer, DDPMScheduler(), SimpleNamespace(pipeline=pipeline))
+        data = image_folder(str(root), 16, holdout_images=8, batch_size=2)
+        data.match_classes(dit.class_names, dit.null_class)
+        source = data.source("train")
+        expected = [place[wnids.index(source.file(index).parent.name)] for index in range(len(source))]
+        assert data.training(0).__getitems__(list(range(len(source))))["label"].tolist() == expected
+    shutil.copytree(root / wnids[0], root / "stray")
+    data = image_folder(str(root), 16, holdout_images=8, batch_size=2)
+    for names, message in ((wnids, "does not have: stray"), ([], r"has 4 classes \(.*stray\), the teacher has 3")):
+        pipeline = SimpleNamespace(labels={name: place for place, name in enumerate(names)})
+        with pytest.raises(ValueError, match=message):
+            DiTBackbone(transformer, DDPMScheduler(), SimpleNamespace(pipeline=pipeline)).check_data(data)
 
 
 @pytest.mark.parametrize("size", ["b", "l"])

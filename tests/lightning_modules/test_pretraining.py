@@ -198,7 +198,7 @@ def test_stored_captions_stand_in_for_the_text_encoder(trained, parts):
         encoder.empty_text(2, cpu)["encoder_hidden_states"].half().float(),
     )
     with pytest.raises(
-        ValueError, match=r"no stored text for the caption 'a cow'; stored are 3, .*a cat; a dog; an owl"
+        ValueError, match=r"no stored text state for the caption 'a cow'; 3 captions are stored, .*a cat; a dog; an owl"
     ):
         teacher.surroundings.text(["a cow"], cpu)
 

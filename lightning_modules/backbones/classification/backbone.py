@@ -156,6 +156,7 @@ class ClassifierBackbone(NetworkBackbone):
             raise ValueError(
                 f"its images are {data.image_shape()}, the teacher takes {self.image_shape()} (channels, height, width)"
             )
+        data.match_classes(self.class_names, self.classes)
         count = len(data.source("train"))
         labels = data.take("train", np.linspace(0, count - 1, min(256, count)).astype(int)).get("label")
         if labels is None or len(set(labels)) == 1 < len(labels):

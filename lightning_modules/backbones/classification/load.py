@@ -18,7 +18,14 @@ from lightning_modules.backbones.classification.image_networks import (
     build,
     fit,
 )
-from lightning_modules.backbones.files import WEIGHTS, find_model, is_image_network, network_folder, unreadable
+from lightning_modules.backbones.files import (
+    WEIGHTS,
+    find_model,
+    is_image_network,
+    network_folder,
+    read_config,
+    unreadable,
+)
 from lightning_modules.backbones.loading import load_network
 
 NAMED: dict[str, dict[str, Any]] = {
@@ -80,7 +87,19 @@ def load_classifier(
     with torch.device("meta"):
         network = build(config)
     read_into(network, weights_file(place) if place.is_dir() else place)
-    return ClassifierBackbone(network, **options)
+    backbone = ClassifierBackbone(network, **options)
+    if place.is_dir() and (place / "config.json").exists():
+        backbone.class_names = names_of_classes(read_config(place))
+    return backbone
+
+
+def names_of_classes(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return {name: label} from the config.json of transformers (`id2label`) or timm (`label_names`), {} where unnamed.
+
+    The names that transformers fills in itself (LABEL_0) are none.
+    """
+    names = config.get("id2label") or dict(enumerate(config.get("label_names") or ()))
+    return {str(name): int(label) for label, name in names.items() if str(name) != f"LABEL_{label}"}
 
 
 def weights_file(folder: Path) -> Path:

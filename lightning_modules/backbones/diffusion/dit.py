@@ -25,6 +25,16 @@ class DiTBackbone(TransformerBackbone):
         """The label of "no class", for classifier-free guidance."""
         return self.network.config.num_embeds_ada_norm
 
+    @property
+    def class_names(self) -> dict[str, int]:  # type: ignore[override]
+        """{name: label}, of the `id2label` of a DiTPipeline; several names may have one label."""
+        pipeline = None if self.surroundings is None else self.surroundings.pipeline
+        return dict(getattr(pipeline, "labels", None) or {})
+
+    def check_data(self, data: Any) -> None:
+        data.match_classes(self.class_names, self.null_class)
+        super().check_data(data)
+
     def conditions(self, batch: Batch, device: torch.device) -> dict[str, Any]:
         """Return the labels of a batch, or for images to generate the seed modulo the number of classes.
 

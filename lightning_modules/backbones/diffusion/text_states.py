@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from conf.nested import flatten_dict
-from datamodules.latents import SHARED
+from datamodules.latents import SHARED, open_shard
 from lightning_modules.backbones.diffusion.pipeline_parts import Surroundings
 
 ROWS = 8192
@@ -40,7 +39,7 @@ def store_texts(
         part = ["", *texts][start : start + ROWS]
         about = {"captions": hashlib.sha256("\0".join(part).encode()).hexdigest()}
         if path.exists():
-            if safe_open(path, "pt").metadata() != about:
+            if open_shard(path).metadata() != about:
                 raise ValueError(f"{path} has other captions than the data; choose another folder, or delete it")
             continue
         states: dict[str, list[Tensor]] = {}
