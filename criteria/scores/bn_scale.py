@@ -15,7 +15,8 @@ class BnScale(Criterion[Weighted]):
 
     Network slimming first trains with an L1 penalty on the gammas; here they are taken as they are in the network.
     Ours: the mean, where several norms belong to a unit. Norms in front of the layers that read the channels (DenseNet,
-    where each layer normalises all channels before it for itself) count as much as those behind.
+    where each layer normalises all channels before it for itself) count as much as those behind. Scores are an order of
+    the units: also a unit whose removal changes nothing has scales.
     """
 
     needs = Needs.NOTHING

@@ -8,7 +8,8 @@ class Magnitude(Criterion[Weighted]):
     """s_i = sum (or mean) of |w| over the parameters that belong to unit i, of one `level`.
 
     Shortened LLaMA sums over all weight matrices of a block. A criterion by magnitude is a baseline of LAPTOP-Diff
-    (arXiv 2404.11098) too, whose reduction is not known.
+    (arXiv 2404.11098) too, whose reduction is not known. Scores are an order of the units: also a unit whose removal
+    changes nothing has weights.
     """
 
     needs = Needs.NOTHING

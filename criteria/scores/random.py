@@ -7,7 +7,7 @@ from datamodules.seeding import torch_rng
 
 
 class Random(Criterion[Backbone]):
-    """Uniform scores from `seed`; `selection=ranked` takes them as a random order of the units.
+    """Uniform scores from `seed`, which are an order of the units and no harms: `selection=ranked` takes them as one.
 
     Average over several seeds: criterion.seed=0,1,2.
     """

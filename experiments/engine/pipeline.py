@@ -28,7 +28,7 @@ from experiments.engine.stage import Stage, check_names
 from experiments.reporting.dashboard import Dashboard
 from experiments.reporting.run_page import report_run
 from experiments.tools.precompute import check_latents
-from lightning_modules.backbones.files import weight_files
+from lightning_modules.backbones.files import list_weight_files
 from lightning_modules.export.export import check_hub, push
 from lightning_modules.metrics.cost import peak_memory
 from lightning_modules.training.trainer import accelerator_of, make_callbacks, make_trainer
@@ -150,7 +150,7 @@ def apply_settings(cfg: DictConfig, stage: Stage) -> DictConfig:
 
 def identify_teacher(cfg: DictConfig) -> str:
     """Return the fingerprint of the teacher's files, without loading its weights."""
-    files = weight_files(cfg.teacher.path, cfg.teacher.get("tokenizer"), cfg.teacher.get("get"))
+    files = list_weight_files(cfg.teacher.path, cfg.teacher.get("tokenizer"), cfg.teacher.get("get"))
     return fingerprint(files, Path(cfg.paths.cache))
 
 

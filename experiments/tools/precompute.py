@@ -32,7 +32,7 @@ from experiments.engine.artefacts import digest, read_json, write_json
 from experiments.engine.identity import get_effective_settings
 from experiments.engine.inputs import build_teacher
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
-from lightning_modules.backbones.diffusion.pipeline_parts import Surroundings
+from lightning_modules.backbones.diffusion.pipeline_parts import PipelineParts
 from lightning_modules.backbones.diffusion.text_states import store_texts
 from lightning_modules.metrics.published import digest_of_weights
 from lightning_modules.training.trainer import accelerator_of
@@ -86,14 +86,14 @@ def identify_latents(cfg: DictConfig, backbone: DiffusionBackbone, content: str)
 
     `content` is the hash of the data's content. Raises ValueError for a network without a VAE.
     """
-    surroundings = backbone.surroundings
-    if surroundings is None or not surroundings.encodes:
+    pipeline_parts = backbone.pipeline_parts
+    if pipeline_parts is None or not pipeline_parts.has_vae:
         raise ValueError("latents=... is for models with a VAE; this one works on images. Leave it out")
     data = {key: value for key, value in get_effective_settings(cfg)["data"].items() if key not in NO_EFFECT}
-    encoders = [module for module in surroundings.modules() if module is not surroundings.vae]
+    encoders = [module for module in pipeline_parts.modules() if module is not pipeline_parts.vae]
     return {
-        "vae": digest_of_weights(surroundings.vae),
-        "text": digest([digest_of_weights(*encoders), surroundings.vocabularies()]),
+        "vae": digest_of_weights(pipeline_parts.vae),
+        "text": digest([digest_of_weights(*encoders), pipeline_parts.describe_vocabularies()]),
         "data": digest(data),
         "content": content,
         "version": str(VERSION),
@@ -158,9 +158,9 @@ class Precomputation:
         }
 
     @property
-    def surroundings(self) -> Surroundings:
-        assert self.backbone.surroundings is not None
-        return self.backbone.surroundings
+    def pipeline_parts(self) -> PipelineParts:
+        assert self.backbone.pipeline_parts is not None
+        return self.backbone.pipeline_parts
 
     def run(self) -> Path:
         """Write the text states, then the shards that no other process works on, then the manifest if all are there."""
@@ -176,7 +176,7 @@ class Precomputation:
             captions = [text for split in SPLITS for text in iterate_captions(self.data, split)]
             dtype, size = getattr(torch, self.options.dtype), self.options.batch_size
             with FileLock(self.folder / ".text.lock"):
-                self.texts = store_texts(self.surroundings, captions, self.folder, size, dtype, self.device)
+                self.texts = store_texts(self.pipeline_parts, captions, self.folder, size, dtype, self.device)
         splits = {split: self.write_split(split) for split in SPLITS}
         if any(shard is None for shards in splits.values() for shard in shards):
             log.info("%s: other processes are making the other shards", self.folder)
@@ -247,7 +247,7 @@ class Precomputation:
         image = batch["image"].to(self.device)
         tensors: dict[str, torch.Tensor] = {}
         for prefix, pictures in (("", image), (FLIPPED, image.flip(-1))) if flips else (("", image),):
-            for name, value in zip(POSTERIOR, self.surroundings.posterior(pictures), strict=True):
+            for name, value in zip(POSTERIOR, self.pipeline_parts.encode_posterior(pictures), strict=True):
                 tensors[prefix + name] = value.cpu()
         for name, value in batch.items():
             if isinstance(value, np.ndarray):

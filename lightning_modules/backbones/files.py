@@ -1,4 +1,4 @@
-"""Files of networks: where they are looked up, which make up a teacher, and whether their weights are sound."""
+"""Files of networks: finding them, listing those of a teacher, choosing and checking the weights."""
 
 import contextlib
 import json
@@ -20,26 +20,27 @@ from lightning_modules.backbones.diffusion.pruned_unet import VARIANT
 
 log = logging.getLogger(__name__)
 COMPONENTS = ("unet", "transformer")
+"""Folders of the denoiser in pipelines of diffusers"""
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.th")
-"""Endings of weights; all but the first are pickles, which are read with weights_only=True alone."""
+"""Patterns of weight files; all but the first are pickles, which are only read with weights_only=True"""
 WEIGHT_FILE = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?"
     r"\.(?P<ending>safetensors|bin)"
 )
 """Names that diffusers and transformers give to weights, such as model.fp16-00001-of-00002.safetensors"""
 ADAPTER = "adapter_config.json"
-"""The file by which transformers recognises an adapter of peft, which it then puts into the network it loads"""
+"""The file by which transformers recognises an adapter of peft, which it then adds to the network it loads"""
 MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
-"""What loaders of diffusers and transformers say of tensors that do not fit the network"""
+"""Kinds of tensors that do not fit the network, as the loaders of diffusers and transformers report them"""
 LFS_POINTER = b"version https://git-lfs"
-"""How the text begins that Git leaves in the place of a large file until `git lfs pull` is run"""
+"""The first bytes of the text that stands in for a large file until `git lfs pull` is run"""
 
 
 def find_model(path: str, get: str | None = None) -> Path:
-    """The folder of a pipeline or a network, or the file of a network: as given, in $SECATEUR_DATA, or by a hub id.
+    """Return the folder of a pipeline or network, or the file of a network, that `path` names.
 
-    What a hub id names is downloaded, or taken from the cache. Raises MissingData at once where it is neither here nor
-    to be had, saying what to download and how: `get`, where it is given.
+    It is looked up as given and in $SECATEUR_DATA; a hub id is downloaded or taken from the cache. Raises MissingData
+    at once where none of these has it, saying what to download and how (`get`, where it is given).
     """
     for name in (path, f"shared/resnet_cifar10/{path}"):
         with contextlib.suppress(MissingData):
@@ -55,14 +56,21 @@ def find_model(path: str, get: str | None = None) -> Path:
         names = hub_files(path)
         index = hub_folder(path, ["model_index.json"], names)
         if (index / "model_index.json").exists():
-            options = {"safety_checker": None, "local_files_only": names is None, "variant": only_variant(names or ())}
+            options = {
+                "safety_checker": None,
+                "local_files_only": names is None,
+                "variant": choose_variant(names or ()),
+            }
             return Path(DiffusionPipeline.download(path, **options))
         safe = any(name.endswith(".safetensors") for name in names or ())
         return hub_folder(path, [*ENDINGS, ".safetensors" if safe else ".bin"], names)
 
 
-def network_folder(pipeline: Path) -> Path:
-    """The folder of the denoiser: its own in a pipeline, or the pipeline's where everything lies side by side."""
+def find_network_folder(pipeline: Path) -> Path:
+    """Return the folder with the network of a pipeline: a folder of COMPONENTS, or `pipeline` itself.
+
+    Raises MissingData where there is no config.json or no weights, and ValueError for an adapter.
+    """
     for folder in (*(pipeline / name for name in COMPONENTS), pipeline):
         check_no_adapter(folder)
         if (folder / "config.json").exists():
@@ -75,24 +83,25 @@ def network_folder(pipeline: Path) -> Path:
     )
 
 
-def weight_files(path: str, tokenizer: str | None = None, get: str | None = None) -> list[Path]:
-    """The files that make a teacher what it is: for its fingerprint, without reading a weight.
+def list_weight_files(path: str, tokenizer: str | None = None, get: str | None = None) -> list[Path]:
+    """Return the files that a teacher's fingerprint is computed from, sorted; no weights are read.
 
-    `tokenizer` is where that of a language model lies, if not beside its weights; `get` says how to get what is absent.
+    `tokenizer` is the path of a language model's tokenizer, where it is not beside the weights; `get` says how to get
+    files that are missing.
     """
-    place, others = find_model(path, get), tokenizer_files(tokenizer) if tokenizer not in (None, path) else []
-    if place.is_file():
-        return sorted([place, *others])
-    network = network_folder(place)
-    if not (place / "model_index.json").exists():
-        place = network
-    wanted = (*WEIGHTS, *(f"*{ending}" for ending in ENDINGS))
-    found = [file for ending in wanted for file in place.rglob(ending) if "safety_checker" not in file.parts]
-    return sorted([*found, *others])
+    folder, further_files = find_model(path, get), tokenizer_files(tokenizer) if tokenizer not in (None, path) else []
+    if folder.is_file():
+        return sorted([folder, *further_files])
+    denoiser = find_network_folder(folder)
+    if not (folder / "model_index.json").exists():
+        folder = denoiser
+    patterns = (*WEIGHTS, *(f"*{ending}" for ending in ENDINGS))
+    files = [file for pattern in patterns for file in folder.rglob(pattern) if "safety_checker" not in file.parts]
+    return sorted([*files, *further_files])
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What a folder's config.json says. Raises ValueError where it cannot be read."""
+    """Return the content of a folder's config.json. Raises ValueError where it cannot be read."""
     try:
         return dict(json.loads((folder / "config.json").read_text()))
     except ValueError as error:
@@ -100,12 +109,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def is_image_network(folder: Path) -> bool:
-    """Does a folder hold an image classifier as `image_networks.save` writes it?"""
+    """Tell whether a folder holds an image classifier as `image_networks.save` writes it."""
     return "image_size" in (config := read_config(folder)) and "architecture" in config
 
 
-def damaged(folder: Path) -> str:
-    """The names of a folder's safetensors that cannot be opened, in parentheses; "" where there is none."""
+def list_damaged(folder: Path) -> str:
+    """Return the names of a folder's safetensors that cannot be opened, as " (a, b)"; "" where all can."""
     names = []
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -117,7 +126,7 @@ def damaged(folder: Path) -> str:
 
 
 def check_no_adapter(folder: Path) -> None:
-    """Raise ValueError for a folder with an adapter of peft, which transformers would put into the network unasked."""
+    """Raise ValueError for a folder with an adapter of peft: transformers would add it to the network unasked."""
     if (folder / ADAPTER).exists():
         raise ValueError(
             f"{folder} holds an adapter ({ADAPTER}). An adapter alone is no network, and beside whole weights it is "
@@ -128,17 +137,17 @@ def check_no_adapter(folder: Path) -> None:
 
 
 def choose_weights(folder: Path) -> tuple[bool, str | None]:
-    """Return whether a folder's weights are read from safetensors, and which variant of them (None: the usual file).
+    """Return whether to read a folder's weights from safetensors, and which variant of them (None: no variant).
 
-    A warning is logged for pickled weights, and for a variant, such as the half-precision `fp16`. Raises ValueError
-    where there are several variants and no usual file.
+    Pickled weights and a variant, such as the half-precision `fp16`, are read only where nothing else is there, and a
+    warning is logged. Raises ValueError for several variants without a file that is no variant.
     """
     names = [file.name for file in folder.iterdir()]
     pickled = [file for ending in WEIGHTS[1:] for file in folder.glob(ending)]
     is_safe = not pickled or any(name.endswith(".safetensors") for name in names)
     if not is_safe:
         log.warning("%s has no safetensors: its pickled weights are read with weights_only=True", folder)
-    variants = variants_without_usual_file(names, "safetensors" if is_safe else "bin")
+    variants = list_only_variants(names, "safetensors" if is_safe else "bin")
     if len(variants) > 1:
         raise ValueError(
             f"{folder} has weights of several variants and none without one: {', '.join(variants)}; leave one of them "
@@ -149,28 +158,28 @@ def choose_weights(folder: Path) -> tuple[bool, str | None]:
     return is_safe, variants[0] if variants else None
 
 
-def variants_without_usual_file(names: Iterable[str], ending: str) -> list[str]:
-    """Return the variants among names of weights in one folder; none where the usual file lies there, too."""
+def list_only_variants(names: Iterable[str], ending: str) -> list[str]:
+    """Return the variants among the file names of one folder; none where there are weights that are no variant."""
     matches = [match for name in names if (match := WEIGHT_FILE.fullmatch(name)) and match["ending"] == ending]
     variants = {match["variant"] for match in matches} - {VARIANT}  # PrunedUNet... asks for its variant itself
     return [] if None in variants else sorted(variants)
 
 
-def only_variant(names: Sequence[str]) -> str | None:
-    """Return the variant that diffusers is to download of a repository where some part has only variants of weights."""
+def choose_variant(names: Sequence[str]) -> str | None:
+    """Return the variant to download where some part of a repository has its weights only as variants, else None."""
     folders = {PurePosixPath(name).parent for name in names}
     for folder in sorted(folders):
         inside = [PurePosixPath(name).name for name in names if PurePosixPath(name).parent == folder]
         ending = "safetensors" if any(name.endswith(".safetensors") for name in inside) else "bin"
-        if variants := variants_without_usual_file(inside, ending):
+        if variants := list_only_variants(inside, ending):
             return variants[0]
     return None
 
 
 def check_weights(network: nn.Module, info: dict[str, Any], path: Path, refused: Sequence[str] = MISFITS) -> None:
-    """Raise ValueError for weights that do not fit their configuration or are not finite, naming the tensors.
+    """Raise ValueError for weights that do not fit their configuration or are not finite, naming tensors.
 
-    `info` is what the loader says ({kind of misfit: names of tensors}); `refused` are the kinds that are an error.
+    `info` is the report of a loader, {kind of misfit: names of tensors}; `refused` are the kinds that are an error.
     """
     misfits = [f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}" for kind in refused if info[kind]]
     if misfits:
@@ -179,7 +188,7 @@ def check_weights(network: nn.Module, info: dict[str, Any], path: Path, refused:
 
 
 def check_finite(network: nn.Module, path: Path) -> None:
-    """Raise ValueError naming the first tensor of a network that was not read or has a value that is not finite."""
+    """Raise ValueError for the first tensor of a network that was not loaded, or has a value that is not finite."""
     for key, tensor in network.state_dict().items():
         if tensor.is_meta:
             raise ValueError(f"the weights in {path} do not fit its config.json (missing_keys: {key})")
@@ -187,8 +196,11 @@ def check_finite(network: nn.Module, path: Path) -> None:
             raise ValueError(f"the weights in {path} are not finite: {key}")
 
 
-def unreadable(path: Path, error: Exception) -> ValueError:
-    """Return the error to raise for weights, a file or all in a folder, that a reader failed at with `error`."""
+def explain_unreadable(path: Path, error: Exception) -> ValueError:
+    """Return the error to raise where reading the weights in a file or folder failed with `error`.
+
+    Pointers of Git LFS, and pickles that are refused, are named with what to do about them.
+    """
     files = [path] if path.is_file() else [file for ending in WEIGHTS for file in sorted(path.glob(ending))]
     for file in files:
         with file.open("rb") as content:
@@ -203,11 +215,11 @@ def unreadable(path: Path, error: Exception) -> ValueError:
                 "Convert it to safetensors in the program that wrote it, so: `import safetensors.torch; "
                 f"safetensors.torch.save_model(model, {converted!r}, metadata={{'format': 'pt'}})`"
             )
-    return ValueError(f"the weights in {path}{'' if path.is_file() else damaged(path)} cannot be read: {error}")
+    return ValueError(f"the weights in {path}{'' if path.is_file() else list_damaged(path)} cannot be read: {error}")
 
 
 def is_unsafe_pickle(file: Path) -> bool:
-    """Tell whether PyTorch refuses a file of weights because of what is pickled in it."""
+    """Tell whether PyTorch refuses a file of weights because of the objects pickled in it."""
     try:
         torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:

@@ -1,6 +1,10 @@
-"""Prefix reuse: run a network again from some module on, with what came before it read back instead of computed."""
+"""Prefix reuse: outputs without each unit, where modules before the unit return their recorded outputs.
+
+The dense pass records the outputs of all modules; a pass without a unit computes only from the unit on.
+"""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,45 +13,49 @@ from torch import Tensor, nn
 
 from lightning_modules.backbones.diffusion.pipeline_parts import by_sample
 
+GRAPHS_PER_FUNCTION = 256
+"""Limit of compilation: parts of one class have many shapes, each a graph; those beyond the limit would not be
+compiled."""
+
 
 class Replay:
-    """Records the outputs of a network's parts in one pass and reads them back in the next.
+    """Records the outputs of a network's parts in one pass, and returns them instead of computing them in the next.
 
-    The parts are the largest modules that contain no unit, and the units themselves; what lies between them (skip
-    connections, concatenations) is cheap and runs again every time. Parts are told apart by the order of their
-    calls, so a part that is called twice is recorded twice. The same values go in, so the same bits come out.
+    Parts are the units, and the largest modules that contain no unit. What is computed between them (skip connections,
+    concatenations) is cheap and computed every time. A part that is called twice is recorded twice, in the order of the
+    calls. The same bits come out, since the same values go in.
+
+    `forwards`: {part: its compiled forward function}, to which those of missing parts are added; None compiles nothing.
     """
 
     def __init__(self, network: nn.Module, units: Sequence[nn.Module], forwards: Any = None) -> None:
         self.network = network
         self.forwards: dict[nn.Module, Callable[..., Any]] = {} if forwards is None else forwards
-        """compiled forward functions of parts; filled with those of all parts where it is given"""
-        self.parts = {part: list(part.modules()) for part in parts(network, set(units))}
+        self.parts = {part: list(part.modules()) for part in find_parts(network, set(units))}
         self.record: list[tuple[nn.Module, Any]] = []
         if forwards is not None:
-            # One class of parts comes in many shapes, each a graph; beyond the limit the rest would run eagerly.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_PER_FUNCTION)
             for part in self.parts.keys() - self.forwards.keys():
                 self.forwards[part] = torch.compile(part.forward)
 
-    def held(self) -> int:
-        """Bytes of the recorded tensors."""
-        found = {id(tensor): tensor for _, output in self.record for tensor in tensors(output)}
-        return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+    def recorded_bytes(self) -> int:
+        """Return the bytes of the recorded tensors, each counted once."""
+        recorded = {id(tensor): tensor for _, output in self.record for tensor in find_tensors(output)}
+        return sum(tensor.numel() * tensor.element_size() for tensor in recorded.values())
 
     def first_change(self) -> int:
-        """The place, in the recorded pass, of the first call of a part that is gone or has other modules inside now.
+        """Return how many recorded calls come before the first part that was removed or has other modules inside.
 
-        That is not always a removed unit itself: units may be inside other units, and the last basic block of a
-        Transformer2D takes along what comes before it there. Where nothing changed, it is the end.
+        This part is not always the removed unit: units may be inside other units, and with the last basic block of a
+        Transformer2D the modules before it are removed too. Where nothing changed, all calls are counted.
         """
-        there = set(self.network.modules())
-        changed = {part for part, inside in self.parts.items() if part not in there or list(part.modules()) != inside}
-        return next((place for place, (part, _) in enumerate(self.record) if part in changed), len(self.record))
+        present = set(self.network.modules())
+        changed = {part for part, inside in self.parts.items() if part not in present or list(part.modules()) != inside}
+        return next((count for count, (part, _) in enumerate(self.record) if part in changed), len(self.record))
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Run the network once inside; its parts' outputs are kept."""
+        """Record the outputs of the parts in the one forward pass inside."""
         self.record = []
 
         def run(part: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -59,16 +67,16 @@ class Replay:
             yield
 
     @contextlib.contextmanager
-    def reusing(self, upto: int) -> Iterator[None]:
-        """Run the network once inside; the first `upto` calls of parts return what was recorded."""
-        place = 0
+    def replaying(self, count: int) -> Iterator[None]:
+        """Let the first `count` calls of parts, in the one forward pass inside, return what was recorded."""
+        calls = 0
 
         def run(part: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            nonlocal place
-            place += 1
-            if place > upto:
+            nonlocal calls
+            calls += 1
+            if calls > count:
                 return forward(*args, **kwargs)
-            recorded, output = self.record[place - 1]
+            recorded, output = self.record[calls - 1]
             assert recorded is part, "the network's parts were not called in the recorded order"
             return output
 
@@ -79,72 +87,71 @@ class Replay:
     def _patched(self, run: Callable[..., Any]) -> Iterator[None]:
         try:
             for part in self.parts:
-                part.forward = _bound(run, part, self.forwards.get(part, part.forward))
+                part.forward = functools.partial(run, part, self.forwards.get(part, part.forward))
             yield
         finally:
             for part in self.parts:
                 part.__dict__.pop("forward", None)
 
 
-def _bound(run: Callable[..., Any], part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: run(part, forward, *args, **kwargs)
-
-
-def parts(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]:
-    """The units, and the largest modules that have none inside."""
-    is_whole = module in units or units.isdisjoint(module.modules())
-    if is_whole and not isinstance(module, nn.ModuleList):  # a list is not called
+def find_parts(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the units inside a module, and the largest modules that contain no unit."""
+    is_part = module in units or units.isdisjoint(module.modules())
+    if is_part and not isinstance(module, nn.ModuleList):  # a list is not called
         yield module
         return
     for child in module.children():
-        yield from parts(child, units)
+        yield from find_parts(child, units)
 
 
-def tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in a module's output."""
+def find_tensors(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a module's output."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, list | tuple | dict):
         for part in output.values() if isinstance(output, dict) else output:
-            yield from tensors(part)
+            yield from find_tensors(part)
 
 
 def outputs_without_each(
     backbone: Any, inputs: dict[str, Any], names: Sequence[str]
 ) -> Iterator[tuple[str | None, Tensor]]:
-    """(None, the whole network's output), then (name, output without that unit), within `backbone.memory_bound`."""
+    """Yield (None, the dense output), then (name, the output with only that unit removed).
+
+    The activations of a dense pass are held meanwhile. With a `backbone.memory_bound` the batch is divided into parts
+    whose activations are at most so many bytes; raises ValueError where those of one sample are more.
+    """
     count = len(inputs["sample"])
-    size = count if backbone.memory_bound is None else fitting(backbone, inputs, names)
+    size = count if backbone.memory_bound is None else count_fitting_samples(backbone, inputs, names)
     if size >= count:
-        yield from reusing(backbone, inputs, names)
+        yield from replay_batch(backbone, inputs, names)
         return
-    found: dict[str | None, list[Tensor]] = {}
+    outputs: dict[str | None, list[Tensor]] = {}
     for start in range(0, count, size):
-        for name, output in reusing(backbone, part_of(inputs, slice(start, start + size)), names):
-            found.setdefault(name, []).append(output)
-    yield from ((name, torch.cat(outputs)) for name, outputs in found.items())
+        for name, output in replay_batch(backbone, take_samples(inputs, slice(start, start + size)), names):
+            outputs.setdefault(name, []).append(output)
+    yield from ((name, torch.cat(parts)) for name, parts in outputs.items())
 
 
-def reusing(backbone: Any, inputs: dict[str, Any], names: Sequence[str]) -> Iterator[tuple[str | None, Tensor]]:
-    """The same for one batch, with its dense pass's activations held."""
+def replay_batch(backbone: Any, inputs: dict[str, Any], names: Sequence[str]) -> Iterator[tuple[str | None, Tensor]]:
+    """Yield the outputs of `outputs_without_each` for a whole batch at once."""
     units = [backbone.network.get_submodule(name) for name in names]
     replay = Replay(backbone.network, units, backbone.compiled)
     with replay.recording():
         dense = backbone.predict(inputs)
     yield None, dense
     for name in names:
-        # A stand-in stands where the unit stood, so the parts before it answer from the record.
-        with backbone.without([name]), replay.reusing(replay.first_change()):
+        with backbone.without([name]), replay.replaying(replay.first_change()):
             output = backbone.predict(inputs)
         yield name, output
 
 
-def fitting(backbone: Any, inputs: dict[str, Any], names: Sequence[str]) -> int:
-    """How many samples' activations keep to the memory bound; raises ValueError where not one's do."""
+def count_fitting_samples(backbone: Any, inputs: dict[str, Any], names: Sequence[str]) -> int:
+    """Return the number of samples whose activations fit the memory bound; raises ValueError for less than one."""
     replay = Replay(backbone.network, [backbone.network.get_submodule(name) for name in names])
     with replay.recording():
-        backbone.predict(part_of(inputs, slice(0, 1)))
-    held, bound = replay.held(), backbone.memory_bound
+        backbone.predict(take_samples(inputs, slice(0, 1)))
+    held, bound = replay.recorded_bytes(), backbone.memory_bound
     if held > bound:
         raise ValueError(
             f"calibration.memory_gib={bound / 2**30:.3g} is less than the activations of one sample, "
@@ -153,6 +160,6 @@ def fitting(backbone: Any, inputs: dict[str, Any], names: Sequence[str]) -> int:
     return bound // held
 
 
-def part_of(inputs: Any, samples: slice) -> Any:
-    """Some samples of a batch."""
+def take_samples(inputs: Any, samples: slice) -> Any:
+    """Return some samples of a batch of inputs."""
     return by_sample(inputs, lambda values: values[samples])

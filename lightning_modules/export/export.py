@@ -1,4 +1,4 @@
-"""A folder that opens with diffusers (or transformers, or torch) alone, and the proof that it does."""
+"""Writing exports: folders that open with diffusers, transformers or torch alone."""
 
 from pathlib import Path
 from typing import Any
@@ -6,39 +6,39 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 
-from lightning_modules.backbones.base import NetworkBackbone, output_of
-from lightning_modules.export.verify import difference
+from lightning_modules.backbones.base import NetworkBackbone, run_network
+from lightning_modules.export.verify import compare_outputs
 
 
 def export(student: NetworkBackbone, folder: Path, card: str = "") -> None:
-    """Write what the network's library opens by itself, with a model card: see the backbones' `save_export`."""
+    """Write the student as its library opens it (see the backbones' `save_export`), with the text of a model card."""
     student.network.to("cpu")
     student.save_export(folder)
     (folder / "README.md").write_text(card)
 
 
-def dense_twin(teacher: NetworkBackbone, student: NetworkBackbone) -> Any:
-    """The teacher's own class and shape with the student's weights, and zeros where bypassed units were.
+def make_dense_twin(teacher: NetworkBackbone, student: NetworkBackbone) -> Any:
+    """Return a network of the teacher's class and shape with the student's weights, and zeros for bypassed units.
 
-    For tools that know only the stock network. Equal to the student, as a block whose last layer is zero does nothing.
-    Raises ValueError where that does not hold: of operators that were replaced, channels, restaged networks.
+    It is for tools that know only the stock network. It computes what the student does, because a block whose last
+    layer is zero does nothing. Raises ValueError where it does not: for replaced operators, channels and restaging.
     """
-    state = student.network.state_dict()
+    student_state = student.network.state_dict()
     twin = type(teacher.network).from_config(dict(teacher.network.config))
-    back = {new: old for old, new in student.moved.items()}
-    prefixes = sorted(back, key=len, reverse=True)
+    old_prefixes = {new: old for old, new in student.moved.items()}
+    new_prefixes = sorted(old_prefixes, key=len, reverse=True)
 
-    def old_name(key: str) -> str:
-        at = next((prefix for prefix in prefixes if key.startswith(prefix + ".")), None)
-        return key if at is None else back[at] + key[len(at) :]
+    def teacher_name(key: str) -> str:
+        prefix = next((prefix for prefix in new_prefixes if key.startswith(prefix + ".")), None)
+        return key if prefix is None else old_prefixes[prefix] + key[len(prefix) :]
 
-    kept = {old_name(key): value for key, value in state.items()}
+    kept = {teacher_name(key): value for key, value in student_state.items()}
     shapes = {key: value.shape for key, value in twin.state_dict().items()}
-    filled = {key: kept.get(key, torch.zeros(shape)) for key, shape in shapes.items()}
-    if all(filled[key].shape == shape for key, shape in shapes.items()):
-        twin.load_state_dict(filled)
+    state = {key: kept.get(key, torch.zeros(shape)) for key, shape in shapes.items()}
+    if all(state[key].shape == shape for key, shape in shapes.items()):
+        twin.load_state_dict(state)
         arguments = student.random_arguments()
-        if difference(output_of(twin, arguments), output_of(student.network, arguments))[1]:
+        if compare_outputs(run_network(twin, arguments), run_network(student.network, arguments))[1]:
             return twin
     raise ValueError(
         "export.dense_twin=true: no network of the teacher's shape computes what this student does; only a plan that "
@@ -47,9 +47,11 @@ def dense_twin(teacher: NetworkBackbone, student: NetworkBackbone) -> Any:
 
 
 def check_hub(repository: str) -> None:
-    """Raise ValueError where nothing could be pushed: no token, no network, or no name of a repository."""
+    """Raise ValueError where an export could not be pushed: no <owner>/<name>, no token, or no network."""
     if repository.count("/") != 1:
-        raise ValueError(f"export.push_to_hub={repository!r} is no id of a model on the hub; choose <owner>/<name>")
+        raise ValueError(
+            f"export.push_to_hub={repository!r} is not the id of a model on the hub; choose <owner>/<name>"
+        )
     try:
         HfApi().whoami()
     except Exception as error:
@@ -60,7 +62,7 @@ def check_hub(repository: str) -> None:
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload an export to the Hugging Face hub as a private model; returns its address."""
+    """Upload an export to the Hugging Face hub as a private model, and return its address."""
     api = HfApi()
     address = api.create_repo(repository, private=True, exist_ok=True)
     api.upload_folder(folder_path=folder, repo_id=repository)

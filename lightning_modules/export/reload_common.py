@@ -1,6 +1,6 @@
-"""What the programs share that open an export in a process that must not need the exporting project.
+"""Shared by the programs that open an export in a process without the exporting project.
 
-They are run as scripts: python reload_<library>.py FOLDER INPUTS OUTPUT THREADS [further words]
+They are run as scripts: python reload_<library>.py FOLDER INPUTS OUTPUT THREADS [further arguments]
 """
 
 import sys
@@ -13,7 +13,7 @@ PROJECT = ("conf", "criteria", "datamodules", "experiments", "lightning_modules"
 
 
 class ProjectIsAbsent:
-    """Refuses every import of the exporting project, as on a machine without it."""
+    """Makes every import of the exporting project fail, as on a machine without it."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name.partition(".")[0] in PROJECT:
@@ -21,20 +21,20 @@ class ProjectIsAbsent:
 
 
 def read_command() -> tuple[str, dict[str, Any], list[str]]:
-    """Return the folder of the export, the arguments of its network, and the further words of the command line."""
+    """Return the export's folder, the arguments of its network, and the further arguments of the command line."""
     sys.meta_path.insert(0, ProjectIsAbsent())
-    folder, inputs, _, threads, *words = sys.argv[1:]
+    folder, inputs, _, threads, *further = sys.argv[1:]
     torch.set_num_threads(int(threads))
     arguments: dict[str, Any] = {}
     for path, value in load_file(inputs).items():
         *parents, name = path.split("/")
-        place = arguments
+        inner = arguments
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[name] = value
-    return folder, arguments, words
+            inner = inner.setdefault(parent, {})
+        inner[name] = value
+    return folder, arguments, further
 
 
 def write_outputs(outputs: dict[str, torch.Tensor]) -> None:
-    """Write what the export computes to the file that the command line names."""
+    """Write the outputs of the export to the file that the command line names."""
     save_file({name: value.contiguous() for name, value in outputs.items()}, sys.argv[3])

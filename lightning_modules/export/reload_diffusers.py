@@ -1,4 +1,4 @@
-"""Opens an export with diffusers alone. Further words: the network's name in the pipeline, 1 to trust its class."""
+"""Opens an export with diffusers alone. Further arguments: the network's name in the pipeline, 1 to trust its code."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Opens an export with transformers alone. Further word: a text for its tokenizer, empty where it has none."""
+"""Opens an export with transformers alone. Further argument: a text for its tokenizer, empty where it has none."""
 
 import reload_common
 import torch

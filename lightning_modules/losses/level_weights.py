@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.backbones.base import hidden
+from lightning_modules.backbones.removal import get_feature_map
 from lightning_modules.training.ranks import mean_over_ranks
 
 NORMALIZATIONS = ("teacher_energy", "teacher_norm", "running", "none")
@@ -81,7 +81,7 @@ def features(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            maps[name] = hidden(output)
+            maps[name] = get_feature_map(output)
 
         return hook
 

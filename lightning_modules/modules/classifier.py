@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_modules.backbones.classification.backbone import ClassifierBackbone
 from lightning_modules.backbones.classification.image_networks import ImageNetwork, build, save
-from lightning_modules.backbones.classification.load import named
+from lightning_modules.backbones.classification.load import make_network_config
 from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, sum_over_ranks
 
 
@@ -81,5 +81,5 @@ def new_classifier(
         image_size: edge of the images in pixels; None is the architecture's usual one.
     """
     torch.manual_seed(seed)
-    network = build(named(architecture, classes=classes, mean=mean, std=std, image_size=image_size))
+    network = build(make_network_config(architecture, classes=classes, mean=mean, std=std, image_size=image_size))
     return Classifier(network, optimizer, lr_scheduler, seed, dump)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
-from lightning_modules.backbones.diffusion.new import new_backbone
+from lightning_modules.backbones.diffusion.new import build_new_backbone
 from lightning_modules.backbones.diffusion.pipeline_parts import TEXT_FOLDER, move
 from lightning_modules.backbones.diffusion.text_states import store_texts
 from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, sum_over_ranks
@@ -48,8 +48,8 @@ class Denoiser(TrainedModule):
 
     def drop_captions(self, conditions: dict[str, Any], batch: dict[str, Any], count: int) -> dict[str, Any]:
         """Return the conditions of `count` samples, each with probability `drop_text` those of the empty caption."""
-        assert self.backbone.surroundings is not None
-        empty = batch.get("empty_text") or self.backbone.surroundings.empty_text(1, self.device)
+        assert self.backbone.pipeline_parts is not None
+        empty = batch.get("empty_text") or self.backbone.pipeline_parts.encode_empty_text(1, self.device)
         chosen = torch.rand(count) < self.drop_text  # drawn on the CPU: the same on every device
         return replace_chosen(conditions, move(empty, self.device), chosen.to(self.device))
 
@@ -70,17 +70,17 @@ class Denoiser(TrainedModule):
     def save(self, folder: Path) -> None:
         """Write what `teacher.path` loads, in half precision: the pipeline, or the network and its noise schedule."""
         backbone = self.backbone.half()
-        surroundings = backbone.surroundings
-        if surroundings is None:
+        pipeline_parts = backbone.pipeline_parts
+        if pipeline_parts is None:
             backbone.save(folder)
             backbone.noise_scheduler.save_pretrained(folder)
             return
         if self.captions is not None:
-            store_texts(surroundings, self.captions, folder / TEXT_FOLDER)
-            surroundings.pipeline.register_modules(text_encoder=None, tokenizer=None)
-        for module in surroundings.modules():
+            store_texts(pipeline_parts, self.captions, folder / TEXT_FOLDER)
+            pipeline_parts.pipeline.register_modules(text_encoder=None, tokenizer=None)
+        for module in pipeline_parts.modules():
             module.half()
-        surroundings.save(backbone.network, folder)
+        pipeline_parts.save(backbone.network, folder)
 
 
 def replace_chosen(conditions: dict[str, Any], empty: dict[str, Any], chosen_N: Tensor) -> dict[str, Any]:
@@ -112,18 +112,18 @@ def new_denoiser(
     """Return a Denoiser around a network with new weights.
 
     Args:
-        network: configuration of the network; see `new_backbone`.
-        noise_scheduler: see `new_backbone`.
+        network: configuration of the network; see `build_new_backbone`.
+        noise_scheduler: see `build_new_backbone`.
         optimizer: see TrainedModule.
         lr_scheduler: see TrainedModule.
         seed: seed of the weights, and of training.
         dump: see TrainedModule.
-        vae: see `new_backbone`.
-        text_encoder: see `new_backbone`.
-        text_tokens: see `new_backbone`.
+        vae: see `build_new_backbone`.
+        text_encoder: see `build_new_backbone`.
+        text_tokens: see `build_new_backbone`.
         captions: see Denoiser.
         drop_text: see Denoiser.
     """
     torch.manual_seed(seed)
-    backbone = new_backbone(network, noise_scheduler, vae, text_encoder, text_tokens)
+    backbone = build_new_backbone(network, noise_scheduler, vae, text_encoder, text_tokens)
     return Denoiser(backbone, drop_text, captions, optimizer, lr_scheduler, seed, dump)

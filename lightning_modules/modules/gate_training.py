@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from criteria.scores.bottleneck import Bottleneck
-from lightning_modules.backbones.prefix_reuse import part_of
+from lightning_modules.backbones.prefix_reuse import take_samples
 from lightning_modules.modules.base import NonFiniteLoss, advise_on_non_finite, sum_over_ranks
 
 
@@ -40,7 +40,7 @@ class BottleneckTraining(pl.LightningModule):
         size = len(next(value for value in batch.values() if isinstance(value, Tensor)))
         idle = self.global_rank >= size  # of a last batch that is smaller than the ranks: a sample that does not count
         rows = slice(0, 1) if idle else slice(self.global_rank, None, ranks)
-        task_N = criterion.task_losses(part_of(batch, rows), gates).double() * (not idle)
+        task_N = criterion.task_losses(take_samples(batch, rows), gates).double() * (not idle)
         own = task_N.sum()
         counted = own.new_tensor(0 if idle else len(task_N))
         total = sum_over_ranks(self, torch.stack([own.detach(), counted])).to(own.device)

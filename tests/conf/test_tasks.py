@@ -44,12 +44,12 @@ def test_explicit_overrides_win_over_a_task(configure):
 def test_the_embedded_text_model_names_its_captions_for_an_unknown_one(configure):
     teacher = build_teacher(configure("task=t2i"))
     captions = [f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in NAMES]
-    states = teacher.surroundings.text(captions, torch.device("cpu"))["encoder_hidden_states"]
-    empty = teacher.surroundings.empty_text(1, torch.device("cpu"))["encoder_hidden_states"]
+    states = teacher.pipeline_parts.encode_text(captions, torch.device("cpu"))["encoder_hidden_states"]
+    empty = teacher.pipeline_parts.encode_empty_text(1, torch.device("cpu"))["encoder_hidden_states"]
     assert states.shape == (10, 16, 384) and empty.shape == (1, 16, 384)
     assert len({tensor.numpy().tobytes() for tensor in (*states, *empty)}) == 11
     with pytest.raises(ValueError, match=r"no stored text for the caption 'a photo of a moth'.*a photo of an airplane"):
-        teacher.surroundings.text(["a photo of a moth"], torch.device("cpu"))
+        teacher.pipeline_parts.encode_text(["a photo of a moth"], torch.device("cpu"))
 
 
 def test_the_embedded_text_model_is_a_stock_pipeline(configure):
@@ -57,8 +57,8 @@ def test_the_embedded_text_model_is_a_stock_pipeline(configure):
     stock = DiffusionPipeline.from_pretrained(ROOT / "assets" / "cifar10_t2i", text_encoder=None, tokenizer=None)
     assert type(stock) is StableDiffusionPipeline
     stock.set_progress_bar_config(disable=True)
-    texts = teacher.surroundings.text(["a photo of a ship"], torch.device("cpu"))["encoder_hidden_states"]
-    empty = teacher.surroundings.empty_text(1, torch.device("cpu"))["encoder_hidden_states"]
+    texts = teacher.pipeline_parts.encode_text(["a photo of a ship"], torch.device("cpu"))["encoder_hidden_states"]
+    empty = teacher.pipeline_parts.encode_empty_text(1, torch.device("cpu"))["encoder_hidden_states"]
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     options = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 32, "output_type": "np"}
     found = stock(prompt_embeds=texts, negative_prompt_embeds=empty, latents=latents, **options).images

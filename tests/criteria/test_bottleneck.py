@@ -128,7 +128,7 @@ def test_the_distance_of_gates_to_open_or_closed_counts_groups_alike():
     assert float(binary_loss(gates)) == pytest.approx(((0.4 + 0.2) / 4 + 0.5) / 2)
 
 
-def test_the_gates_of_the_lowest_loss_behind_the_share_are_kept():
+def test_the_gates_of_the_lowest_late_loss_are_kept():
     criterion = gated(ratio=0.5, keep_after=0.6)
     criterion.start(Gated(), Gated().units("channel"), 0)
     for place, loss in enumerate([0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.5, 0.7, 0.6, 0.6]):  # behind the seventh
@@ -182,12 +182,12 @@ def test_one_batch_is_no_training():
         ({"ratio": 0.5, "level": "layer"}, "criterion.level='layer' is unknown; choose one of: depth, operator, chan"),
     ],
 )
-def test_a_field_out_of_range_says_so(fields, said):
+def test_a_field_out_of_range_is_refused(fields, said):
     with pytest.raises(ValueError, match=said):
         gated(**fields)
 
 
-def test_a_cost_that_is_not_counted_is_a_reason():
+def test_a_budget_that_is_not_counted_is_refused():
     backbone: Any = Gated()
     reason = gated(ratio=0.5, budget="latency").supports(backbone)
     assert reason == "gates are trained for a cost that is counted; choose selection.budget from: params, macs"
@@ -202,7 +202,7 @@ def backbone(request):
     return tiny_classifier() if request.param == "classifier" else tiny_backbone(request.param)
 
 
-def test_the_contract(backbone):
+def test_every_criterion_keeps_the_contract(backbone):
     """Every unit once, between 0 and 1, the same again bit for bit, and the network is as it was."""
     level = "channel" if "flops" in backbone.totals() else "depth"
     with untouched(backbone):
@@ -289,7 +289,7 @@ def test_two_ranks_share_every_batch_and_come_to_the_same_gates(tmp_path):
 # Scales of batch norms
 
 
-def test_the_scale_of_a_batch_norm_is_the_mean_size_of_the_gammas_that_go_with_a_channel():
+def test_bn_scale_is_the_mean_absolute_gamma_of_a_channel():
     backbone = tiny_classifier()
     scores = under_trainer(BnScale(), backbone)
     network = backbone.network

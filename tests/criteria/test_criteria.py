@@ -154,13 +154,13 @@ def untouched(backbone: Any) -> Iterator[None]:
     for name, module in modules.items():
         assert not module._forward_hooks and not module._forward_pre_hooks and not module._backward_hooks, name
         assert "forward" not in vars(module), name
-    surroundings = getattr(backbone, "surroundings", None)
-    for around in surroundings.modules() if surroundings else ():
+    pipeline_parts = getattr(backbone, "pipeline_parts", None)
+    for around in pipeline_parts.modules() if pipeline_parts else ():
         assert not around.training and not any(p.requires_grad or p.grad is not None for p in around.parameters())
 
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)
-def test_the_contract(make, backbone, name):
+def test_every_criterion_keeps_the_contract(make, backbone, name):
     """Every unit once, finite, repeatable, the same however it is driven, and the network is as it was."""
     assert make(name).supports(backbone) is None, "a pair that cannot be belongs into UNSUPPORTED, with its reason"
     with untouched(backbone):
@@ -242,12 +242,12 @@ def test_a_constant_added_to_every_score_is_noticed():
 
 
 @pytest.mark.parametrize(("name", "family"), UNSUPPORTED)
-def test_a_pair_that_cannot_be_has_its_reason(make, backbone, name, family):
+def test_an_unsupported_pair_has_its_reason(make, backbone, name, family):
     assert UNSUPPORTED[name, family] in make(name).supports(backbone)
 
 
 @pytest.mark.parametrize(("name", "family"), [pair for pair in UNSUPPORTED if pair[1] in ("UNet2DModel", "dit")])
-def test_a_pair_that_cannot_be_ends_the_job_before_it_scores(
+def test_an_unsupported_pair_ends_the_job_before_scoring(
     make, configure, overrides, backbone, name, family, tmp_path, monkeypatch
 ):
     reason = make(name).supports(backbone)
@@ -321,7 +321,7 @@ class Breaks(UNetBackbone):
 
 
 @pytest.mark.parametrize("drive", [bare, under_trainer])
-def test_an_output_that_is_not_finite_without_a_unit_is_an_error_naming_the_unit(drive):
+def test_an_output_that_is_not_finite_without_a_unit_names_the_unit(drive):
     backbone = Breaks(tiny_backbone("UNet2DModel").network, DDPMScheduler())
     with pytest.raises(ValueError, match=r"the score of unit 'mid_block\.resnets\.1' is nan: .* not finite without it"):
         drive(OutputLoss(), backbone)

@@ -27,7 +27,7 @@ EVERY = {
 
 
 @pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
-def test_scores_depend_neither_on_the_batch_size_nor_on_the_order_of_samples(make):
+def test_scores_do_not_depend_on_batch_size_or_sample_order(make):
     found = scored(make())
     for other in (batches(1), batches(4), batches(SAMPLES), batches()[::-1]):
         close(scored(make(), of=other), found)
@@ -58,7 +58,7 @@ def test_a_criterion_can_be_started_again(make):
 
 @torch.no_grad()
 @pytest.mark.parametrize("seed", [0, 1])
-def test_task_loss_and_its_standard_error_are_those_of_the_paired_difference(seed):
+def test_task_loss_is_the_mean_of_paired_differences(seed):
     backbone, inputs = whole_batch(seed)
     found = scored(TaskLoss(), seed=seed)
     dense = backbone.losses(backbone.predict(inputs), inputs)
@@ -88,7 +88,7 @@ def test_task_loss_is_negative_where_the_removal_helps():
 
 
 @torch.no_grad()
-def test_block_influence_is_one_minus_the_cosine_of_what_goes_in_and_what_comes_out():
+def test_block_influence_is_one_minus_the_cosine_of_input_and_output():
     backbone, inputs = whole_batch()
     found, x = scored(BlockInfluence()), inputs["sample"].numpy()
     for unit in "abc":
@@ -158,7 +158,7 @@ def test_scoring_settles_once_no_plan_changed_over_the_last_batches():
         assert criterion.stops_after(Fake()) == expected
 
 
-def test_scoring_never_settles_where_it_is_not_asked_to_or_where_no_ratio_can_be_had():
+def test_scoring_never_settles_without_stable_for_or_a_feasible_ratio():
     script = [[1.0, 2.0, 3.0]] * 6
     assert Scripted(script, ratios=GRID).stops_after(Fake()) is None
     assert Scripted(script, batches_at_least=1, stable_for=1, ratios=[0.1, 0.5]).stops_after(Fake()) is None
@@ -171,7 +171,7 @@ def test_scores_that_are_not_finite_settle_nothing():
 
 
 @pytest.mark.parametrize("make", [OutputLoss, TaskLoss])
-def test_a_criterion_that_settles_has_the_scores_of_the_batches_it_saw(make):
+def test_a_criterion_that_settles_has_the_scores_of_its_batches(make):
     criterion, backbone = make(batches_at_least=2, stable_for=1, ratios=[2 / 3]), Fake()
     criterion.start(backbone, backbone.units(), 0)
     seen = []

@@ -46,7 +46,7 @@ def numbered(data: Images, spread: bool) -> dict[int, torch.Tensor]:
     return {int(n): image for batch in batches for n, image in zip(batch["number"], batch["image"], strict=True)}
 
 
-def test_spread_batches_are_the_same_samples_in_an_order_in_which_every_batch_is_like_all():
+def test_spread_batches_hold_the_same_samples_evenly_mixed():
     images = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 3), dtype=np.uint8)
     data = Images(lambda: Arrays(images), lambda: Arrays(images), batch_size=4)
     plain, spread = numbered(data, False), numbered(data, True)
@@ -58,7 +58,7 @@ def test_spread_batches_are_the_same_samples_in_an_order_in_which_every_batch_is
     assert list(spread) == list(numbered(data, True))
 
 
-def test_batches_are_spread_where_a_part_of_them_has_to_speak_for_all():
+def test_batches_are_spread_if_scoring_may_stop_early():
     diffusion, classifier = tiny_backbone("UNet2DModel"), tiny_classifier()
     assert not OutputLoss().spreads_batches(diffusion) and not BlockInfluence().spreads_batches(diffusion)
     assert OutputLoss(stable_for=3, ratios=[0.5]).spreads_batches(classifier)

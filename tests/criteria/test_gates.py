@@ -82,8 +82,8 @@ def test_a_classifier_under_gates_of_zero_and_one_is_the_pruned_network(network)
     for budget, total in student.totals().items():
         assert float(network.soft_cost(gates, budget, "channel")) == total
         assert network.totals()[budget] - network.cost(gone, budget) == total
-    assert student.channels.whole("macs") == student.macs().linear
-    assert student.channels.whole("params") == student.params()
+    assert student.channels.total_cost("macs") == student.macs().linear
+    assert student.channels.total_cost("params") == student.params()
 
 
 def test_open_gates_of_channels_change_no_bit_and_others_are_not_touched(network):
@@ -119,7 +119,7 @@ def test_soft_costs_have_the_gradient_of_the_product_of_widths():
 
 
 @pytest.mark.parametrize("family", DEPTH)
-def test_gates_of_units_of_depth_are_without_at_zero_and_the_network_at_one(family):
+def test_depth_gates_remove_at_zero_and_keep_at_one(family):
     backbone = tiny_backbone(family)
     inputs = backbone.calibration_inputs(tiny_batch(backbone), seed=0)
     everything = [unit.name for unit in backbone.units()]

@@ -23,7 +23,7 @@ def latents(without: str = "", steps: int = 1, guidance: float = 1.0) -> np.ndar
 
 
 @pytest.mark.parametrize("squared", [False, True])
-def test_ld_pruner_adds_the_distances_of_the_means_and_of_the_standard_deviations(squared):
+def test_ld_pruner_sums_distances_of_means_and_standard_deviations(squared):
     found = scored(LDPruner(IDENTITY, 3, guidance=2.0, squared=squared))
     dense = latents(steps=3, guidance=2.0)
     for unit in "abc":
@@ -70,7 +70,7 @@ class Diverging(Fake):
 
 
 @pytest.mark.parametrize("says_so", [False, True])
-def test_ld_pruner_ranks_a_unit_without_which_generation_diverges_above_all_others(says_so):
+def test_ld_pruner_ranks_a_unit_that_prevents_divergence_highest(says_so):
     plain = scored(LDPruner(IDENTITY, 1))
     backbone = Diverging("b", says_so)
     found = scored(LDPruner(IDENTITY, 1), backbone)
@@ -94,7 +94,7 @@ def test_an_unknown_level_lists_the_choices():
 
 
 @pytest.mark.parametrize("make", [LDPruner, ClipScore])
-def test_what_generates_needs_seeds_and_a_network_that_generates(make):
+def test_criteria_that_generate_need_seeds_and_a_generating_network(make):
     assert make(IDENTITY, 1).needs == "seeds" and make(IDENTITY, 1, seeds=7).seeds == 7
     assert make(IDENTITY, 1).supports(Fake()) is None
     assert make(IDENTITY, 1).supports(nn.Linear(1, 1)) == "it generates nothing"
@@ -157,7 +157,7 @@ def test_clip_score_needs_a_network_that_takes_text():
     assert ClipScore(IDENTITY, 1).supports(backbone) == "it takes no text to compare its images with"
 
 
-def test_a_clip_model_that_is_not_here_is_named_with_the_command_that_downloads_it(tmp_path):
+def test_a_missing_clip_model_is_named_with_its_download_command(tmp_path):
     for path in ("nobody/no-such-model", str(tmp_path)):
         with pytest.raises(
             ValueError, match=rf"criterion\.path='{path}' is neither a folder .* run `hf download {path}`"

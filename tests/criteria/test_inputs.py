@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from support.pipeline_parts import TEXT, calls_of, load_tiny_teacher, named, tensors, training_batch
 from support.pipelines import FACTOR, LATENT, tiny_pipeline
-from support.surroundings import TEXT, calls_of, named, opened, tensors, training_batch
 from torch import Tensor
 
 from datamodules.seeding import torch_rng
@@ -41,7 +41,7 @@ def clean_and_noise(backbone: DiffusionBackbone, inputs: dict[str, Any]) -> tupl
     ],
 )
 def test_calibration_noises_scaled_draws_of_the_posterior(kind, shift, scale, tmp_path):
-    backbone, numbers = opened(tiny_pipeline(kind, tmp_path)), [2, 0, 1]
+    backbone, numbers = load_tiny_teacher(tiny_pipeline(kind, tmp_path)), [2, 0, 1]
     batch = training_batch(backbone, numbers)
     inputs = backbone.calibration_inputs(batch, seed=7)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_calibration_noises_scaled_draws_of_the_posterior(kind, shift, scale, tm
 
 @pytest.mark.parametrize("kind", ["sd", "sd3"])
 def test_calibration_is_a_function_of_seed_and_sample_number(kind, tmp_path):
-    backbone = opened(tiny_pipeline(kind, tmp_path))
+    backbone = load_tiny_teacher(tiny_pipeline(kind, tmp_path))
 
     def inputs(numbers: list[int], seed: int = 0) -> dict[str, Tensor]:
         found = backbone.calibration_inputs(training_batch(backbone, numbers), seed)
@@ -76,7 +76,7 @@ def test_calibration_is_a_function_of_seed_and_sample_number(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_flow_matching_takes_the_schedulers_timesteps(kind, tmp_path):
-    backbone = opened(tiny_pipeline(kind, tmp_path))
+    backbone = load_tiny_teacher(tiny_pipeline(kind, tmp_path))
     schedule = backbone.noise_scheduler
     for inputs in (
         backbone.calibration_inputs(training_batch(backbone, [0, 1, 2]), 0),
@@ -93,7 +93,7 @@ def test_flow_matching_takes_the_schedulers_timesteps(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", TEXT)
 def test_training_and_calibration_give_the_encodings_of_the_captions(kind, tmp_path):
-    backbone, pipeline = opened(tiny_pipeline(kind, tmp_path)), DiffusionPipeline.from_pretrained(tmp_path)
+    backbone, pipeline = load_tiny_teacher(tiny_pipeline(kind, tmp_path)), DiffusionPipeline.from_pretrained(tmp_path)
     batch = training_batch(backbone, [0, 1, 2])
     prompts = {"prompt": batch["caption"]} | ({"prompt_2": None} if kind in ("sd3", "flux") else {})
     prompts |= {"prompt_3": None} if kind == "sd3" else {}
@@ -116,7 +116,7 @@ def test_training_and_calibration_give_the_encodings_of_the_captions(kind, tmp_p
 
 
 def test_sdxl_is_told_the_original_size_and_the_crop(tmp_path):
-    backbone = opened(tiny_pipeline("sdxl", tmp_path))
+    backbone = load_tiny_teacher(tiny_pipeline("sdxl", tmp_path))
     batch = training_batch(backbone, [0, 2])
     expected = [[30, 40, 0, 5, PIXELS, PIXELS], [32, 42, 2, 7, PIXELS, PIXELS]]
     for inputs in (backbone.calibration_inputs(batch, 0), backbone.training_inputs(batch)):
@@ -129,7 +129,7 @@ def test_sdxl_is_told_the_original_size_and_the_crop(tmp_path):
 
 
 def test_training_draws_from_the_global_generator(tmp_path):
-    backbone = opened(tiny_pipeline("sd", tmp_path))
+    backbone = load_tiny_teacher(tiny_pipeline("sd", tmp_path))
 
     def inputs(seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)
@@ -145,7 +145,7 @@ def test_training_draws_from_the_global_generator(tmp_path):
 
 @pytest.mark.parametrize("kind", TEXT)
 def test_data_without_captions_are_refused(kind, tmp_path):
-    backbone = opened(tiny_pipeline(kind, tmp_path))
+    backbone = load_tiny_teacher(tiny_pipeline(kind, tmp_path))
     batch = training_batch(backbone, [0])
     del batch["caption"]
     for make in (backbone.training_inputs, lambda batch: backbone.calibration_inputs(batch, 0)):
@@ -157,7 +157,7 @@ def test_data_without_captions_are_refused(kind, tmp_path):
 
 @pytest.mark.parametrize(("label", "said"), [(None, "none"), (-1, "none"), (1001, "1001")])
 def test_data_without_fitting_labels_are_refused(label, said, tmp_path):
-    backbone = opened(tiny_pipeline("dit", tmp_path))
+    backbone = load_tiny_teacher(tiny_pipeline("dit", tmp_path))
     batch = training_batch(backbone, [0])
     batch.pop("label") if label is None else batch["label"].fill_(label)
     with pytest.raises(

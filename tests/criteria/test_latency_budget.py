@@ -38,7 +38,7 @@ def test_savings_are_the_differences_of_measured_times(monkeypatch):
     assert WHOLE not in {unit.name for unit in units}
 
 
-def test_a_joint_loss_is_the_mean_squared_distance_of_the_students_output_from_the_networks():
+def test_the_joint_loss_is_the_mean_squared_output_difference():
     backbone = tiny_backbone("UNet2DModel")
     from support.networks import tiny_batch
 
@@ -73,7 +73,7 @@ def test_a_job_with_a_latency_budget_states_what_the_built_student_saves(
     assert ("did not add up" in capsys.readouterr().out) == (not 0.5 <= achieved <= 0.6)
 
 
-def test_what_is_measured_identifies_a_run_only_where_it_decides_the_plan(configure):
+def test_measured_costs_identify_a_run_only_if_they_decide_the_plan(configure):
     def ids(*given: str) -> set[str]:
         batches = ("evaluation.latency_batch=1", "evaluation.latency_batch=16")
         return {Run(configure(*given, batch), "teacher").id for batch in batches}

@@ -107,7 +107,7 @@ def test_neighbours_fit_the_budget_and_keep_the_rules(problem):
 
 @thoroughly
 @given(problem=problems(), data=st.data())
-def test_the_answer_never_measures_worse_than_the_knapsacks_and_is_always_the_same(problem, data):
+def test_refinement_is_repeatable_and_never_worse_than_the_knapsack(problem, data):
     assume(problem.subsets())
     count = len(problem.costs)
     pair = st.floats(-2, 2, allow_subnormal=False)
@@ -147,7 +147,7 @@ def test_too_few_evaluations_are_refused(evaluations):
         Refined(50)
 
 
-def test_a_budget_that_cannot_be_met_is_what_the_knapsack_says():
+def test_an_infeasible_budget_has_the_knapsacks_message():
     with pytest.raises(InfeasibleBudget, match=r"the nearest achievable 0\.2500 and 0\.5000"):
         Refined(0.3, 0.0).select(EQUAL, SCORES, together_worse)
 

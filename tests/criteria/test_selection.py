@@ -31,7 +31,7 @@ thoroughly = settings(derandomize=True, database=None, deadline=None, max_exampl
 
 @thoroughly
 @given(problems())
-def test_the_knapsack_finds_a_set_where_there_is_one_and_none_where_there_is_none(problem):
+def test_the_knapsack_finds_a_set_exactly_if_one_exists(problem):
     chosen = problem.solved(Knapsack)
     assert (chosen is not None) == bool(problem.subsets())
     assert chosen is None or chosen in problem.subsets()
@@ -54,7 +54,7 @@ def test_the_knapsack_does_the_least_harm_that_any_set_does(problem):
 @example(
     Problem([4905482, 2253960, 4793250, 639086, 1400849, 9302506, 3852896, 6497675], [0.0] * 8, 3 * 10**7, 0.5, 0.125)
 )
-def test_of_sets_that_do_the_same_harm_the_knapsack_takes_the_one_that_overshoots_least(problem):
+def test_the_knapsack_breaks_ties_by_the_least_overshoot(problem):
     subsets = problem.subsets()
     assume(subsets)
     chosen = problem.solved(Knapsack)
@@ -82,7 +82,7 @@ def test_no_other_way_of_choosing_does_less_harm_than_the_knapsack(problem):
     assert least <= problem.harm(problem.solved(Greedy)) and least <= problem.harm(problem.solved(Ranked))
 
 
-def test_units_whose_removal_helps_are_taken_up_to_the_tolerance_and_no_further():
+def test_units_with_negative_scores_are_taken_up_to_the_tolerance():
     problem = Problem([10, 10, 10, 10], [-1.0, -1.0, -1.0, -1.0], 40, 0.25, 0.25)
     assert problem.spent(problem.solved(Knapsack)) == 20
 
@@ -124,7 +124,7 @@ def test_the_ends_of_the_window_are_those_of_the_decimal_numbers(ratio, toleranc
     ratio=st.integers(1, 99).map(lambda n: n / 100),
     tolerance=st.sampled_from([0.0, 0.01, 0.07, 0.2]),
 )
-def test_what_is_removed_lies_in_the_window_in_exact_arithmetic(way, costs, ratio, tolerance):
+def test_the_removed_cost_lies_in_the_window_exactly(way, costs, ratio, tolerance):
     problem = Problem(costs, [float(i % 3) for i in range(len(costs))], 100, ratio, tolerance)
     assert (problem.solved(way) is not None) == bool(problem.subsets())
     assert problem.solved(way) in [*problem.subsets(), None]
@@ -206,7 +206,7 @@ def test_a_target_is_the_ratio_that_leaves_it(way, problem):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_at_most_the_target_is_left_and_the_tolerance_is_a_fraction_of_the_whole(way):
+def test_at_most_the_target_is_left_and_at_least_the_tolerance_below_it(way):
     def removed(target: float, tolerance: float) -> list[str]:
         return way(target=target, tolerance=tolerance).select(POOL, SCORES)
 
@@ -217,7 +217,7 @@ def test_at_most_the_target_is_left_and_the_tolerance_is_a_fraction_of_the_whole
             removed(target, tolerance - 0.001)
 
 
-def test_a_target_that_cannot_be_had_names_the_nearest_and_the_smallest_cost():
+def test_an_infeasible_target_names_the_nearest_and_the_smallest_cost():
     message = (
         "selection.target=25 (tolerance 0.1) of macs cannot be had: the smallest cost that can be had is 10 of 40, "
     )
@@ -276,7 +276,7 @@ def test_ranked_takes_the_lowest_scores_that_can_still_meet_the_budget(problem):
 
 @thoroughly
 @given(problems())
-def test_greedy_takes_the_lowest_scores_per_cost_that_can_still_meet_the_budget(problem):
+def test_greedy_takes_the_lowest_feasible_scores_per_cost(problem):
     assume(problem.subsets())
     order = sorted(range(len(problem.costs)), key=lambda i: (problem.scores[i] / problem.costs[i], i))
     assert problem.solved(Greedy) == in_order(problem, order)
@@ -302,7 +302,7 @@ def test_a_protected_unit_stays_even_where_it_is_the_cheapest(way):
 @pytest.mark.parametrize("way", WAYS)
 @settings(thoroughly, max_examples=40)
 @given(problem=problems(), data=st.data())
-def test_choosing_beside_protected_units_is_choosing_among_the_others(way, problem, data):
+def test_protected_units_leave_the_choice_among_the_others(way, problem, data):
     protected = data.draw(st.sets(st.sampled_from([unit.name for unit in problem.pool.units])))
     others = [unit for unit in problem.pool.units if unit.name not in protected]
     found = []
@@ -316,7 +316,7 @@ def test_choosing_beside_protected_units_is_choosing_among_the_others(way, probl
     assert found[0] is None or not protected & set(found[0])
 
 
-def test_a_protected_unit_that_is_not_there_is_named_with_the_nearest():
+def test_an_unknown_protected_unit_is_named_with_the_nearest():
     with pytest.raises(ValueError, match=re.escape("selection.protected: 'mid_block.attention.0'")) as caught:
         Knapsack(0.5, 0.0, protected=["mid_block.attention.0"]).select(POOL, SCORES)
     assert "the nearest are: mid_block.attentions.0" in str(caught.value)
@@ -327,7 +327,7 @@ def test_given_units_are_taken_whatever_they_come_to():
     assert Given(NAMES).select(POOL, {}) == NAMES
 
 
-def test_a_given_unit_that_is_not_there_is_named_with_the_nearest():
+def test_an_unknown_given_unit_is_named_with_the_nearest():
     with pytest.raises(ValueError, match=re.escape("selection.units: 'up_block.0.resnet.0'")) as caught:
         Given([NAMES[0], "up_block.0.resnet.0"]).check(POOL)
     assert "the nearest are: up_blocks.0.resnets.0" in str(caught.value)
@@ -338,14 +338,14 @@ def test_giving_no_unit_at_all_is_an_error():
         Given([]).check(POOL)
 
 
-def test_two_given_units_of_which_one_is_inside_the_other_are_refused():
+def test_given_units_that_contain_one_another_are_refused():
     units = [Unit("outer", "attention", 10, 10), Unit("inner", "conv", 5, 5, inside="outer")]
     assert Given(["inner"]).select(Pool(units, {"params": 20}), {}) == ["inner"]
     with pytest.raises(ValueError, match=r"'inner' is inside 'outer'; list only one of the two"):
         Given(["inner", "outer"]).check(Pool(units, {"params": 20}))
 
 
-def test_the_cost_that_given_units_are_stated_in_is_one_of_the_networks_own():
+def test_given_units_refuse_a_budget_that_the_network_lacks():
     assert Given(NAMES[:1], budget="latency").select(POOL, {}) == NAMES[:1]  # measured at the end
     with pytest.raises(
         ValueError, match=r"selection\.budget='flops' has no total in this pool; choose .*: params, macs"
@@ -394,7 +394,7 @@ def test_a_ratio_outside_0_to_1_is_refused(way, ratio):
         way(ratio)
 
 
-def test_a_percentage_is_answered_with_the_fraction_it_stands_for():
+def test_a_percentage_is_refused_with_the_matching_fraction():
     with pytest.raises(ValueError, match=re.escape("(a fraction, not a percentage: 0.5?)")):
         Knapsack(50)
 

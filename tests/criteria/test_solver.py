@@ -62,7 +62,7 @@ def test_the_nearest_costs_are_found_with_and_without_enumeration(bits, problem,
 
 @thoroughly
 @given(problem=problems(SMALL), data=st.data())
-def test_what_is_left_after_some_units_went_adds_up_to_the_whole(problem, data):
+def test_removed_and_remaining_costs_add_up_to_the_whole(problem, data):
     taken = set(data.draw(st.sampled_from(problem.allowed())))
     left = data.draw(st.sets(st.sampled_from(sorted({*range(len(problem.costs))} - taken) or [0]))) - taken
     rest = problem.program.remaining(taken, left)

@@ -46,7 +46,7 @@ def test_the_target_stands_beside_the_cost_that_it_is_of():
         assert lines == plain | {head: f"{plain[head]} (target {shown})"}
 
 
-def test_a_network_with_attention_has_a_line_for_it_and_one_without_flops_none():
+def test_the_table_of_costs_has_attention_and_flops_only_where_they_exist():
     unet = {name: value for name, value in RESNET56.items() if not name.endswith("flops")}
     unet |= {"teacher/macs": 1_515_000_000, "teacher/macs_attention": 84_000_000, "student/macs_attention": 45_000_000}
     assert dict(list_costs(unet | {"macs_tokens": 12})) == {
@@ -56,7 +56,7 @@ def test_a_network_with_attention_has_a_line_for_it_and_one_without_flops_none()
     }
 
 
-def test_what_was_requested_is_a_ratio_also_where_a_target_was_given():
+def test_the_requested_ratio_is_also_known_for_a_target():
     asked = [
         requested(OmegaConf.create(selection), {"params": 80, "flops": 400})
         for selection in (

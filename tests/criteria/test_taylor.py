@@ -27,7 +27,7 @@ def summed(products: dict[str, list[Tensor]]) -> list[float]:
     return [sum(float(product.detach().abs().sum()) for product in products[unit]) for unit in "abc"]
 
 
-def test_taylor_takes_absolute_values_of_products_averaged_over_all_samples():
+def test_taylor_takes_absolute_values_after_the_mean_over_samples():
     backbone, inputs = whole_batch()
     expected = summed(gradients(backbone, inputs))
     np.testing.assert_allclose(column(scored(Taylor())), expected, rtol=1e-5)
@@ -35,7 +35,7 @@ def test_taylor_takes_absolute_values_of_products_averaged_over_all_samples():
     assert (np.mean(by_sample, axis=0) > 1.01 * np.array(expected)).all()  # signs do cancel between samples
 
 
-def test_taylor_is_the_first_order_of_the_loss_in_a_scale_of_the_weights():
+def test_taylor_is_the_derivative_of_the_loss_by_a_scale_of_the_weights():
     """d loss(s * w) / ds at s = 1 is the sum of the signed products, of one unit of one weight."""
     backbone = Fake()
     backbone.freed_weights = lambda unit, tensors: [tensors[f"{unit.name}.weight"]]
@@ -54,7 +54,7 @@ def test_taylor_is_the_first_order_of_the_loss_in_a_scale_of_the_weights():
         np.testing.assert_allclose(score, abs(losses[1] - losses[0]) / 2e-5, rtol=1e-4)
 
 
-def test_taylor_drops_the_parts_of_the_schedule_whose_loss_is_small_beside_the_largest():
+def test_taylor_drops_the_parts_of_the_schedule_with_a_small_loss():
     """Six samples of known loss in three parts; the threshold is a fraction of the largest part's mean."""
     backbone, inputs = whole_batch()
     losses = backbone.losses(backbone.predict(inputs), inputs).detach()
@@ -68,11 +68,11 @@ def test_taylor_drops_the_parts_of_the_schedule_whose_loss_is_small_beside_the_l
         np.testing.assert_allclose(column(found), expected, rtol=1e-5)
 
 
-def test_taylor_with_more_parts_than_samples_keeps_every_sample_at_a_threshold_of_zero():
+def test_taylor_at_a_threshold_of_zero_keeps_every_sample():
     close(scored(Taylor(threshold=0.0, buckets=50)), scored(Taylor()))
 
 
-def test_taylor_puts_a_timestep_at_the_end_of_the_schedule_into_the_last_part():
+def test_taylor_counts_the_last_timestep_in_the_last_part():
     """Those of a flow are no whole numbers and end at the number of steps, not one below."""
     criterion, backbone = Taylor(threshold=0.5, buckets=4), Fake()
     criterion.start(backbone, backbone.units(), 0)
@@ -90,7 +90,7 @@ def test_taylor_counts_a_parameter_of_two_units_in_both_and_sums_it_once():
     np.testing.assert_allclose(found, [a, a + b, a], rtol=1e-9)
 
 
-def test_taylor_gives_a_weight_that_plays_no_part_in_the_output_no_harm():
+def test_taylor_gives_an_unused_weight_a_score_of_zero():
     backbone = Fake()
     backbone.spare = nn.Parameter(torch.ones(3, dtype=torch.float64))
     freed_weights = backbone.freed_weights

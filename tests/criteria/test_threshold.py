@@ -29,7 +29,7 @@ def thresholded(ratio: float | None, scores: Sequence[float], pool: Pool = WIDE,
     return Threshold(ratio, **options).select(pool, dict(zip(names, scores, strict=True)))
 
 
-def test_a_threshold_takes_the_lowest_scores_until_the_exact_cost_is_in_the_window():
+def test_a_threshold_takes_the_lowest_scores_until_the_budget_is_met():
     assert thresholded(0.15, [3.0, 1.0, 4.0, 2.0, 5.0, 0.0]) == ["a:1"]
     assert thresholded(0.3, [3.0, 1.0, 4.0, 2.0, 5.0, 0.0], tolerance=0.05) == ["a:1", "b:0"]
     assert thresholded(0.4, [3.0, 1.0, 4.0, 2.0, 5.0, 0.0], tolerance=0.05) == ["a:0", "a:1", "b:0"]
@@ -45,12 +45,12 @@ def test_all_units_of_one_score_go_where_the_budget_has_room_for_them():
     assert thresholded(0.15, [9.0, 1.0, 9.0, 1.0, 9.0, 0.0], tolerance=0.2) == ["a:1", "b:0"]
 
 
-def test_within_a_tie_units_go_one_by_one_in_the_order_of_the_forward_pass():
+def test_ties_are_removed_one_by_one_in_the_order_of_the_forward_pass():
     assert thresholded(0.15, [1.0, 1.0, 9.0, 1.0, 9.0, 0.0]) == ["a:0"]
     assert thresholded(0.3, [1.0, 1.0, 9.0, 0.0, 9.0, 0.0], tolerance=0.05) == ["a:0", "b:0"]
 
 
-def test_a_threshold_that_cannot_be_had_names_the_nearest_ratios():
+def test_an_infeasible_threshold_names_the_nearest_ratios():
     with pytest.raises(InfeasibleBudget, match=r"ratio is 0\.433, the nearest achievable 0\.1667 and 0\.3333"):
         thresholded(0.2, [1.0] * 6)
     with pytest.raises(InfeasibleBudget, match=r"ratio is 0\.433, the nearest achievable 0\.4333$"):
@@ -60,7 +60,7 @@ def test_a_threshold_that_cannot_be_had_names_the_nearest_ratios():
 
 
 @pytest.mark.parametrize("wanted", [{"ratio": 0.5}, {"target": 16.0}])
-def test_a_budget_that_all_channels_together_cannot_meet_is_refused_before_they_are_scored(wanted):
+def test_a_budget_beyond_all_channels_is_refused_before_scoring(wanted):
     with pytest.raises(InfeasibleBudget, match="cannot be had"):
         Threshold(**wanted).check(WIDE)
     Threshold(**{name: value - 0.1 if name == "ratio" else value + 1 for name, value in wanted.items()}).check(WIDE)
@@ -92,7 +92,7 @@ def towards(target: float, scores: Sequence[float], **options: object) -> list[s
     return thresholded(None, scores, target=target, **options)
 
 
-def test_of_all_thresholds_the_one_nearest_to_the_target_is_taken_on_either_side():
+def test_the_threshold_nearest_to_the_target_is_taken_on_either_side():
     scores = [3.0, 1.0, 4.0, 2.0, 5.0, 0.0]  # 25, 20 and 17 of 30 can be left
     assert [towards(target, scores) for target in (29, 27.6)] == [[], []]
     for target, removed in ((27.4, ["a:1"]), (25, ["a:1"]), (22.6, ["a:1"]), (22.4, ["a:1", "b:0"])):
@@ -104,11 +104,11 @@ def test_of_two_sets_equally_near_the_smaller_network_is_taken():
     assert towards(22.5, [3.0, 1.0, 4.0, 2.0, 5.0, 0.0]) == ["a:1", "b:0"]
 
 
-def test_where_all_scores_are_the_same_units_go_in_the_order_of_the_forward_pass():
+def test_equal_scores_are_removed_in_the_order_of_the_forward_pass():
     assert [towards(target, [0.0] * 6) for target in (25, 20, 17)] == [["a:0"], ["a:0", "a:1"], ["a:0", "a:1", "b:0"]]
 
 
-def test_a_target_below_what_is_left_of_every_group_names_the_smallest_cost():
+def test_a_target_below_one_unit_per_group_names_the_smallest_cost():
     with pytest.raises(
         InfeasibleBudget, match=r"selection\.target=16\.9 .* params .* 17 of 30, the nearest achievable 17$"
     ):
@@ -125,7 +125,7 @@ def test_a_group_of_one_unit_has_none_to_lose():
 
 
 @pytest.mark.parametrize("target", [30, 31.5, 0, -1])
-def test_a_target_that_is_no_part_of_the_whole_is_refused_before_there_are_scores(target):
+def test_a_target_that_is_not_below_the_whole_cost_is_refused_early(target):
     with pytest.raises(ValueError, match=r"selection\.target=.* the whole network has 30 params"):
         Threshold(target=target).check(WIDE)
 
@@ -207,7 +207,7 @@ def test_no_other_threshold_is_nearer_to_the_target(wide, target):
 
 
 @pytest.mark.parametrize("budget", ["params", "macs", "flops"])
-def test_the_student_that_is_built_costs_what_was_chosen_within_half_a_units_step(budget):
+def test_the_built_student_is_within_half_a_unit_of_the_target(budget):
     teacher = tiny_classifier()
     units, total = teacher.units("channel"), teacher.totals()[budget]
     scores = {unit.name: float(i * 7 % 11) for i, unit in enumerate(units)}
@@ -268,7 +268,7 @@ def test_a_group_with_protected_units_loses_the_same_share_of_others():
     assert removed == ["a:2", "a:3", "a:4", "a:5", "b:1", "b:2"]
 
 
-def test_an_equal_share_that_cannot_be_had_names_the_nearest_ratios():
+def test_an_infeasible_equal_share_names_the_nearest_ratios():
     with pytest.raises(InfeasibleBudget, match=r"ratio is 0\.110, the nearest achievable 0\.1100$"):
         EqualShare(0.12).check(SHARED)
 
@@ -293,7 +293,7 @@ def test_a_group_is_protected_by_its_name():
     assert thresholded(0.15, [0.0, 0.0, 0.0, 1.0, 2.0, 0.0], protected=["a"]) == ["b:0"]
 
 
-def test_what_is_neither_unit_nor_group_is_named_with_the_nearest():
+def test_an_unknown_unit_or_group_is_named_with_the_nearest():
     units = [Unit(f"stages.{i}.conv1:{k}", "channel", 0, 0, level=Level.CHANNEL) for i in range(3) for k in range(2)]
     near = "'stages.1.conv' is not a unit of this network; the nearest are: stages.1.conv1, stages.2.conv1, "
     with pytest.raises(ValueError, match=re.escape(f"selection.protected: {near}")):

@@ -114,7 +114,7 @@ def test_a_student_has_what_a_plan_of_everything_leaves(family, level):
     check(backbone, [unit for unit in backbone.units(level) if unit.inside not in names], level)
 
 
-def test_an_sdxl_student_loses_the_shared_part_of_a_transformer_that_is_emptied():
+def test_an_sdxl_student_loses_the_shared_part_of_an_emptied_transformer():
     backbone = backbone_of("sdxl_base")
     emptied, kept = backbone.shared()[0], backbone.shared()[5]
     names = {*emptied.units, *kept.units[:-1], "mid_block.resnets.0", "up_blocks.0.resnets.2"}

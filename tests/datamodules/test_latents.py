@@ -17,7 +17,7 @@ from datamodules.readers.base import MissingData
 from experiments.engine.inputs import build_data, build_teacher
 from experiments.engine.pipeline import run_pipeline
 from experiments.tools.precompute import check_latents, identify_latents, precompute
-from lightning_modules.backbones.diffusion.pipeline_parts import Surroundings
+from lightning_modules.backbones.diffusion.pipeline_parts import PipelineParts
 
 
 def tensors(nested: dict) -> dict[str, torch.Tensor]:
@@ -109,8 +109,8 @@ def test_a_job_on_stored_latents_needs_no_vae_or_text_encoder(stored, configure,
 
     cfg = configure(*job, "distillation=output_only")
     with monkeypatch.context() as patched:
-        patched.setattr(Surroundings, "posterior", refuse)
-        patched.setattr(Surroundings, "encoded", refuse)
+        patched.setattr(PipelineParts, "encode_posterior", refuse)
+        patched.setattr(PipelineParts, "encode_captions", refuse)
         run_pipeline(cfg)
     run = next(Path(cfg.paths.runs).glob("debug/*/finished.json")).parent
     assert (run / "networks" / "distilled").exists()
@@ -266,7 +266,7 @@ def test_text_states_are_stored_once_a_caption(text_job, captioned, configure, t
     job = [*text_job, f"data.path={folder}", f"latents={tmp_path}/latents"]
     table = TextTable(precompute(configure(*job)))
     assert sorted(table) == ["", "cat 0, cut", "cat 1, cut"]
-    states = build_teacher(configure(*job)).surroundings.text(["cat 1, cut"], torch.device("cpu"))
+    states = build_teacher(configure(*job)).pipeline_parts.encode_text(["cat 1, cut"], torch.device("cpu"))
     found = table.find(["cat 1, cut"])["encoder_hidden_states"]
     assert torch.equal(found, states["encoder_hidden_states"].half().float())
     with pytest.raises(ValueError, match="no stored text state for the caption 'dog'"):

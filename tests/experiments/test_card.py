@@ -40,7 +40,7 @@ def test_the_metadata_of_a_card_has_the_measured_figures(configure):
     assert plain.data.eval_results is None and plain.data.base_model is None
 
 
-def test_a_card_names_no_licence_for_other_weights(configure, tmp_path):
+def test_a_card_claims_no_licence_for_weights_from_another_path(configure, tmp_path):
     for path in (str(tmp_path / "mine"), "someone/model"):
         card = compose_model_card(configure(f"teacher.path={path}"), PLAN, SCORES, {}, BARE)
         assert "license: unknown" in card and "apache" not in card and "ddpm_cifar10" not in card
@@ -53,11 +53,11 @@ def test_a_card_without_scores_names_no_criterion(configure):
     assert "restage: `tiny`" in card and "Criterion" not in card
 
 
-def test_a_card_without_a_text_encoder_shows_how_to_call_the_network(configure):
+def test_a_card_says_how_to_use_stored_text_states(configure):
     parts, captions = ["text_encoder", "tokenizer"], ["", "a photo of a ship"]
-    around = SimpleNamespace(missing=lambda: parts, table=captions)
+    around = SimpleNamespace(absent_parts=lambda: parts, table=captions)
     network = tiny_backbone("UNet2DModel")
-    network.surroundings = around
+    network.pipeline_parts = around
     card = compose_model_card(configure("task=t2i"), PLAN, {}, {}, network)
     assert "from_pretrained(folder, trust_remote_code=True, text_encoder=None, tokenizer=None)" in card
     assert "negative_prompt_embeds=states[:1]" in card
@@ -65,7 +65,7 @@ def test_a_card_without_a_text_encoder_shows_how_to_call_the_network(configure):
     assert "text_encoder" not in compose_model_card(configure(), PLAN, {}, {}, BARE)
 
 
-def test_a_card_of_a_language_model_is_loaded_by_transformers(configure):
+def test_a_card_of_a_language_model_shows_transformers(configure):
     card = compose_model_card(configure(), PLAN, SCORES, {}, tiny_language())
     assert "library_name: transformers" in card and "AutoModelForCausalLM.from_pretrained(folder)" in card
     assert "DiffusionPipeline" not in card

@@ -114,7 +114,7 @@ class OnlyResnets(UNetBackbone):
 def load_only_resnets(path, noise_scheduler=None):
     """Return a teacher of which only ResNet blocks are units."""
     teacher = load_teacher(path, noise_scheduler)
-    return OnlyResnets(teacher.network, teacher.noise_scheduler, teacher.surroundings, **teacher.options)
+    return OnlyResnets(teacher.network, teacher.noise_scheduler, teacher.pipeline_parts, **teacher.options)
 
 
 class Count(Stage):

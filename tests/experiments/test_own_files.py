@@ -14,7 +14,7 @@ from experiments.engine.identity import fingerprint, read_config
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.run import ForeignFolder, Run
 from experiments.reporting.set_page import report_set
-from lightning_modules.backbones.files import weight_files
+from lightning_modules.backbones.files import list_weight_files
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def precious(tmp_path) -> Path:
 
 
 def folder_of(cfg: Any) -> Path:
-    return Run(cfg, fingerprint(weight_files(cfg.teacher.path), Path(cfg.paths.cache))).folder
+    return Run(cfg, fingerprint(list_weight_files(cfg.teacher.path), Path(cfg.paths.cache))).folder
 
 
 @pytest.mark.parametrize("force", ["false", "true"])

@@ -26,7 +26,7 @@ from experiments.engine.identity import fingerprint
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.run import Run, RunBusy
 from experiments.reporting.set_page import collect_runs, report_set
-from lightning_modules.backbones.files import weight_files
+from lightning_modules.backbones.files import list_weight_files
 from lightning_modules.export.export import export
 from lightning_modules.export.verify import ExportMismatch, verify
 
@@ -66,7 +66,7 @@ def forget_hashes(run: Path) -> None:
 
 
 def identity(cfg: Any) -> Run:
-    return Run(cfg, fingerprint(weight_files(cfg.teacher.path), Path(cfg.paths.cache)))
+    return Run(cfg, fingerprint(list_weight_files(cfg.teacher.path), Path(cfg.paths.cache)))
 
 
 # What a job leaves behind

@@ -1,9 +1,11 @@
 """Ranks that are not at the same place: one is late, sees a file that another does not see yet, or has ended."""
 
+import functools
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities import rank_zero_only
+from support.jobs import QUICK_END
 from support.ranks import two_ranks
 from support.results import the_run
 
@@ -38,15 +41,10 @@ def job(overrides: list[str]) -> list[str]:
 ON_TWO = ["trainer=ddp", "trainer.accelerator=cpu"]
 
 
-def late(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
-    """Let rank 0 come to a function a second late."""
-    function = getattr(owner, name)
-
-    def delayed(*arguments: Any) -> Any:
-        time.sleep(is_rank_zero())
-        return function(*arguments)
-
-    patch.setattr(owner, name, delayed)
+def call_late(run: Run, method: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a method of a run, a second late on rank 0."""
+    time.sleep(is_rank_zero())
+    return method(run, *arguments)
 
 
 def pruned(rank: int, cfg: DictConfig) -> None:
@@ -54,57 +52,66 @@ def pruned(rank: int, cfg: DictConfig) -> None:
     assert torch.distributed.get_world_size() == 2
 
 
-def test_a_rank_waits_for_the_student_that_rank_0_writes(configure, job, tmp_path, monkeypatch, quick_end):
-    late(monkeypatch, Run, "write_folder")
-    with two_ranks(pruned, configure(*job, *ON_TWO)):
+def test_a_rank_waits_for_the_student_that_rank_0_writes(configure, job, tmp_path):
+    late = {"experiments.engine.run.Run.write_folder": functools.partialmethod(call_late, Run.write_folder)}
+    with two_ranks(pruned, configure(*job, *ON_TWO), patches=QUICK_END | late):
         pass
     assert (the_run(tmp_path / "runs") / "finished.json").exists()
 
 
-def test_a_rank_of_a_forced_job_reads_nothing_of_the_old_run(configure, job, tmp_path, monkeypatch, quick_end):
+def note_and_meet(folder: Path, meet: Callable[..., None], trainer: Any) -> None:
+    """Meet the other rank; rank 1 leaves a file behind before."""
+    if not is_rank_zero():
+        (folder / "rank 1 goes").touch()
+    meet(trainer)
+
+
+def clean_late(run: Run, folder: Path, clean: Callable[..., None]) -> None:
+    """Clean a run's folder a second after rank 1 could begin to read."""
+    until = time.monotonic() + 20
+    while is_rank_zero() and not (folder / "rank 1 goes").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(is_rank_zero())
+    clean(run)
+
+
+def test_a_rank_of_a_forced_job_reads_nothing_of_the_old_run(configure, job, tmp_path, quick_end):
     run_pipeline(configure(*job))
     run = the_run(tmp_path / "runs")
     before = read_json(run / "scores.json")
     write_json(run / "scores.json", before | {"key": "of another teacher"})
-    join_ranks, clean = pipeline.join_ranks, Run.clean
-
-    def noted(trainer: Any) -> None:
-        if not is_rank_zero():
-            (tmp_path / "rank 1 goes").touch()
-        join_ranks(trainer)
-
-    def delayed(folder: Run) -> None:
-        """Clean a second after rank 1 could begin to read."""
-        until = time.monotonic() + 20
-        while is_rank_zero() and not (tmp_path / "rank 1 goes").exists() and time.monotonic() < until:
-            time.sleep(0.01)
-        time.sleep(is_rank_zero())
-        clean(folder)
-
-    monkeypatch.setattr(pipeline, "join_ranks", noted)
-    monkeypatch.setattr(Run, "clean", delayed)
-    with two_ranks(pruned, configure(*job, *ON_TWO, "force=true")):
+    patches = {
+        "experiments.engine.pipeline.join_ranks": functools.partial(note_and_meet, tmp_path, pipeline.join_ranks),
+        "experiments.engine.run.Run.clean": functools.partialmethod(clean_late, tmp_path, Run.clean),
+    }
+    with two_ranks(pruned, configure(*job, *ON_TWO, "force=true"), patches=QUICK_END | patches):
         pass
     assert read_json(run / "scores.json") == before
 
 
-def test_ranks_agree_on_scores_that_another_job_has_just_made(configure, overrides, tmp_path, monkeypatch, quick_end):
+def note_and_ask(folder: Path, cached: Callable[..., Any], *arguments: Any) -> Any:
+    """Ask for cached scores; each rank leaves a file behind before."""
+    (folder / f"rank {int(not is_rank_zero())} asks").touch()
+    return cached(*arguments)
+
+
+def refuse_to_score(*_: Any) -> None:
+    pytest.fail("scores are there")
+
+
+def test_ranks_agree_on_scores_that_another_job_has_just_made(configure, overrides, tmp_path, quick_end):
     """Rank 0 waits for that job; before that, rank 1 sees no scores."""
     job = [*overrides, "distillation=none", "evaluation.loss_samples=4"]
     run_pipeline(configure(*job))
     (scores,) = tmp_path.glob("runs/.cache/scores/*.json")
-    cached = score_stage.cached
-
-    def noted(*arguments: Any) -> Any:
-        (tmp_path / f"rank {int(not is_rank_zero())} asks").touch()
-        return cached(*arguments)
-
-    monkeypatch.setattr(score_stage, "cached", noted)
-    monkeypatch.setattr(score_stage, "score", lambda *_: pytest.fail("scores are there"))
+    patches = {
+        "experiments.engine.stages.score.cached": functools.partial(note_and_ask, tmp_path, score_stage.cached),
+        "experiments.engine.stages.score.score": refuse_to_score,
+    }
     other = scores.rename(tmp_path / "other.json")
     with (
         FileLock(scores.with_suffix(".lock")) as lock,
-        two_ranks(pruned, configure(*job, *ON_TWO, "selection.ratio=0.4")),
+        two_ranks(pruned, configure(*job, *ON_TWO, "selection.ratio=0.4"), patches=QUICK_END | patches),
     ):
         while len(list(tmp_path.glob("rank * asks"))) < 2:
             time.sleep(0.01)

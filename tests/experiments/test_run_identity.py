@@ -22,7 +22,7 @@ from experiments.engine.artefacts import digest, read_json
 from experiments.engine.data_identity import ChangedData, check_data_unchanged, fingerprint_data
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.run import Run
-from lightning_modules.backbones.files import weight_files
+from lightning_modules.backbones.files import list_weight_files
 
 NO_EFFECT = [
     "paths.runs=/elsewhere",
@@ -186,7 +186,7 @@ def test_a_file_with_the_prompts_is_part_of_the_run(configure, tmp_path):
 
 def test_the_readme_shows_the_run_id_of_the_default_job(tmp_path):
     cfg = composed(f"paths.runs={tmp_path}")
-    teacher = run_module.fingerprint(weight_files(cfg.teacher.path, None), tmp_path)
+    teacher = run_module.fingerprint(list_weight_files(cfg.teacher.path, None), tmp_path)
     folder = Run(cfg, teacher).folder
     assert f"runs/{cfg.name}/{folder.name}/report.html" in (schema.ROOT / "README.md").read_text()
 

@@ -26,7 +26,7 @@ PICTURES = np.stack([MEL.picture(wave) for wave in (tone(300), tone(1200), noise
 # The embedded classifier
 
 
-def test_the_classifier_has_the_network_and_the_normalisation_it_was_trained_with(tmp_path):
+def test_the_classifier_has_its_training_normalisation(tmp_path):
     torch.manual_seed(0)
     network = CifarResNet(1, mean=[0.25], std=[0.25]).eval()
     save_file(network.state_dict(), tmp_path / "model.safetensors")
@@ -45,7 +45,7 @@ def test_the_classifier_has_the_network_and_the_normalisation_it_was_trained_wit
 def test_networks_for_colour_are_as_before():
     network = load_resnet(ROOT / "assets/resnet20/model.safetensors", blocks=3)
     assert network.mean == (0.4914, 0.4822, 0.4465) and network.conv1.weight.shape == (16, 3, 3, 3)
-    with pytest.raises(ValueError, match=r"mean=\[0\.5\] and std=\[0\.1, 0\.2\] are to have a value a channel each"):
+    with pytest.raises(ValueError, match=r"mean=\[0\.5\] and std=\[0\.1, 0\.2\]: both need one value per channel"):
         CifarResNet(1, mean=[0.5], std=[0.1, 0.2])
 
 
@@ -95,7 +95,7 @@ def test_the_sounds_made_of_digits_are_still_heard_as_them(sample):
     assert (heard == holdout["label"][:64]).mean() > 0.95
 
 
-def test_pictures_of_another_shape_and_weights_that_are_not_there_are_refused(tmp_path):
+def test_pictures_of_another_shape_and_missing_weights_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"frechet_digits takes images of \(1, 48, 48\).*choose evaluation=fad_clap"):
         Digits(str(WEIGHTS)).check((3, 32, 32))
     with pytest.raises(MissingData, match=r"python train\.py experiment=pretrain_digits_classifier makes it"):
@@ -258,7 +258,7 @@ def test_a_clap_that_fuses_features_is_refused(tmp_path):
         Clap(MEL, path)
 
 
-def test_clap_that_is_neither_here_nor_to_be_had_says_what_to_do():
+def test_a_missing_clap_is_refused_with_a_remedy():
     with pytest.raises(MissingData, match=r"laion/clap-htsat-unfused.*name its folder, or choose"):
         Clap(MEL, "/no/such/folder")
 

@@ -13,7 +13,7 @@ from support.networks import UNETS, bypasses, same_tensors, tiny_backbone, tiny_
 
 from datamodules.readers.base import MissingData
 from lightning_modules.backbones.diffusion.load import load_teacher
-from lightning_modules.backbones.files import weight_files
+from lightning_modules.backbones.files import list_weight_files
 from lightning_modules.backbones.loading import load_network
 from lightning_modules.export.export import export
 
@@ -50,7 +50,7 @@ def test_a_conditional_network_without_its_pipeline_is_refused(tmp_path):
 
 def test_a_network_in_the_unet_folder_of_a_pipeline_is_found(teacher_folder, tmp_path):
     shutil.copytree(teacher_folder, tmp_path / "pipeline" / "unet")
-    assert weight_files(str(tmp_path / "pipeline")) == [
+    assert list_weight_files(str(tmp_path / "pipeline")) == [
         tmp_path / "pipeline" / "unet" / name for name in ("config.json", WEIGHTS, "scheduler_config.json")
     ]
 
@@ -92,7 +92,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder):
         assert "not finite: conv_in.bias" in refusal(folder)
 
 
-def test_a_missing_folder_says_what_is_wanted(tmp_path):
+def test_a_missing_folder_is_reported_with_what_is_expected(tmp_path):
     message = refusal(tmp_path / "absent", MissingData)
     assert f"teacher.path='{tmp_path / 'absent'}' does not exist" in message
     assert "config.json" in message and "*.safetensors" in message and "hub id" in message
@@ -136,7 +136,7 @@ def test_pickled_weights_are_never_opened(folder, tmp_path):
     assert not (tmp_path / "boom").exists()
 
 
-def test_weights_that_are_tensors_in_a_pickle_are_read_without_executing_it_and_said_so(folder, caplog):
+def test_pickled_tensors_are_read_without_execution_and_logged(folder, caplog):
     expected = load_teacher(str(folder), DDPMScheduler()).state_dict()
     torch.save(load_file(folder / WEIGHTS), folder / "diffusion_pytorch_model.bin")
     (folder / WEIGHTS).unlink()

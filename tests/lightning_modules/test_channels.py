@@ -11,7 +11,12 @@ from support.networks import UNETS, same_tensors
 from support.process import ROOT
 from torch import Tensor, nn
 
-from lightning_modules.backbones.diffusion.pruned_unet import axes, mend, resize, sizes
+from lightning_modules.backbones.diffusion.pruned_unet import (
+    channel_axes,
+    list_sizes,
+    resize_layers,
+    update_channel_counts,
+)
 from lightning_modules.backbones.width.graph import Channels
 from lightning_modules.metrics.cost import count_macs
 
@@ -101,9 +106,9 @@ def make(name: str) -> nn.Module:
 def unread(channels: Channels, names: Iterable[str]) -> nn.Module:
     """A copy in which nothing reads the channels of these blocks."""
     masked = copy.deepcopy(channels.network)
-    for (layer, side), indices in channels.together(names).items():
+    for (layer, side), indices in channels.merge_cuts(names).items():
         if side == "in":
-            (tensor, dim), *_ = axes(masked.get_submodule(layer), side)
+            (tensor, dim), *_ = channel_axes(masked.get_submodule(layer), side)
             getattr(masked.get_submodule(layer), tensor).index_fill_(dim, indices, 0)
     return masked
 
@@ -232,7 +237,7 @@ def test_slicing_keeps_the_other_weights_and_fits_the_sizes(channels: Channels) 
             assert torch.equal(p.flatten(), dense[key][~gone[key]])
             assert p.requires_grad == dense[key].requires_grad
         assert run(sliced).shape == run(network).shape
-        for path, size in sizes(sliced).items():
+        for path, size in list_sizes(sliced).items():
             module = sliced.get_submodule(path)
             if isinstance(module, nn.GroupNorm):
                 before = network.get_submodule(path).num_groups
@@ -250,14 +255,14 @@ def test_removing_nothing_gives_equal_bits(channels: Channels) -> None:
 def test_sizes_rebuild_a_sliced_network(name: str, channels: Channels) -> None:
     for names in subsets(channels):
         sliced = channels.sliced(names)
-        stored = json.loads(json.dumps(sizes(sliced)))
+        stored = json.loads(json.dumps(list_sizes(sliced)))
         rebuilt = make(name)
-        resize(rebuilt, stored)
+        resize_layers(rebuilt, stored)
         assert not same_tensors(rebuilt.state_dict(), sliced.state_dict())
         rebuilt.load_state_dict(sliced.state_dict())
         assert torch.equal(run(rebuilt), run(sliced))
         empty = make(name).to("meta")
-        resize(empty, stored)
+        resize_layers(empty, stored)
         empty.load_state_dict(sliced.state_dict(), assign=True)
         assert torch.equal(run(empty), run(sliced))
 
@@ -297,7 +302,7 @@ def test_it_is_deterministic_and_leaves_the_network_alone(name: str, channels: C
 @pytest.mark.parametrize("name", UNETS)
 def test_heads_inputs_and_outputs_stay_whole(name: str, channels: Channels) -> None:
     whole = {"conv_out"} | {
-        layer for layer in sizes(channels.network) if layer.rpartition(".")[2] in ("to_q", "to_k", "to_v")
+        layer for layer in list_sizes(channels.network) if layer.rpartition(".")[2] in ("to_q", "to_k", "to_v")
     }
     cut = {key for blocks in channels.blocks.values() for cuts in blocks for key in cuts}
     assert len(whole) > 10
@@ -312,7 +317,7 @@ def test_heads_inputs_and_outputs_stay_whole(name: str, channels: Channels) -> N
 def test_mending_a_stock_network_changes_nothing(name: str) -> None:
     network = make(name)
     before = {path: {k: v for k, v in vars(m).items() if k[0] != "_"} for path, m in network.named_modules()}
-    mend(network)
+    update_channel_counts(network)
     assert {path: {k: v for k, v in vars(m).items() if k[0] != "_"} for path, m in network.named_modules()} == before
 
 
@@ -363,6 +368,6 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="no tensor with a gradient"):
         Channels(make("Cnn"), torch.no_grad()(run))
     with pytest.raises(ValueError, match=r"sizes\['nowhere'\]=\[1, 2\] fits no layer of this Cnn"):
-        resize(make("Cnn"), {"nowhere": [1, 2]})
+        resize_layers(make("Cnn"), {"nowhere": [1, 2]})
     with pytest.raises(ValueError, match=r"sizes\['norm'\]=\[1, 2\]"):
-        resize(make("Cnn"), {"norm": [1, 2]})
+        resize_layers(make("Cnn"), {"norm": [1, 2]})

@@ -77,7 +77,7 @@ def test_accuracy_says_what_it_was_taken_of():
     assert protocols[0].items() >= {"data": "drawn", "images": 30, "top": 2}.items()
 
 
-def test_the_data_that_scores_are_made_on_are_not_the_ones_that_are_measured():
+def test_scoring_data_and_measured_data_are_apart():
     measure, backbone, data = Accuracy("drawn"), tiny_classifier(), drawn()
     measure.check(backbone, data)
     measure.check(backbone, drawn(5, labels=np.full(5, -1)))
@@ -278,7 +278,7 @@ def test_a_classifier_is_distilled_from_the_unpruned_one(configure, pictures, im
         (["noise_scheduler=linear"], "this teacher has none"),
     ],
 )
-def test_what_does_not_go_with_a_classifier_is_said_before_it_is_scored(configure, pictures, given, message):
+def test_choices_that_do_not_suit_a_classifier_are_refused_early(configure, pictures, given, message):
     group = given[0].partition("=")[0]
     kept = [
         word
@@ -358,7 +358,7 @@ def test_the_recipe_of_a_network_is_the_papers(configure, name):
 
 
 @pytest.mark.data
-def test_the_teacher_of_the_task_is_as_accurate_and_costs_as_much_as_the_paper_says(configure):
+def test_the_tasks_teacher_has_the_accuracy_and_the_cost_of_the_paper(configure):
     cfg = configure("task=classification", "evaluation.metrics.accuracy.images=500")
     try:
         data, teacher = build(cfg.data), build(cfg.teacher)
@@ -373,7 +373,7 @@ def test_the_teacher_of_the_task_is_as_accurate_and_costs_as_much_as_the_paper_s
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_autobot_on_resnet56_reaches_the_papers_accuracy_right_after_pruning(tmp_path):
+def test_autobot_on_resnet56_reaches_the_papers_accuracy_after_pruning(tmp_path):
     """The paper's settings but for the length of the fine-tuning; 84.47 +- 0.44 right after pruning there (85.58 in its
     table), 82.3 to 85.3 over ten seeds here."""
     try:

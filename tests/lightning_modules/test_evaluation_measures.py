@@ -46,13 +46,13 @@ def test_the_kernel_distance_of_few_images_is_the_formula():
     assert value(KernelDistance, x, y, subsets=3) == pytest.approx(mmd(x, y), rel=1e-12)
 
 
-def test_the_kernel_distance_is_unbiased_where_both_sets_are_of_one_distribution():
+def test_the_kernel_distance_of_one_distribution_is_unbiased():
     values = [value(KernelDistance, drawn(40, seed=k), drawn(40, seed=100 + k), subsets=1) for k in range(200)]
     assert abs(np.mean(values)) < 4 * np.std(values) / 200**0.5 and min(values) < 0
     assert value(KernelDistance, drawn(40), drawn(40, seed=1) + 2, subsets=1) > 10 * max(values)
 
 
-def test_the_kernel_distance_is_a_function_of_the_images_and_leaves_the_global_generator_alone():
+def test_the_kernel_distance_is_repeatable_and_leaves_the_global_generator():
     np.random.seed(5)
     found = [value(KernelDistance, drawn(40), drawn(30, seed=1), subset_size=8) for _ in range(2)]
     assert found[0] == found[1] == value(KernelDistance, drawn(40), drawn(30, seed=1), subset_size=8)
@@ -72,13 +72,13 @@ def test_the_kernel_distance_is_clean_fids():
 # Precision and recall
 
 
-def test_precision_and_recall_of_a_set_and_itself_are_one_and_of_sets_apart_are_none():
+def test_precision_and_recall_are_1_for_equal_and_0_for_distant_sets():
     x = drawn(20)
     for measure in (Precision, Recall):
         assert value(measure, x, x) == 1 and value(measure, x, x + 100) == 0
 
 
-def test_precision_and_recall_tell_a_share_of_a_mode_from_a_mode_too_many():
+def test_precision_and_recall_tell_a_missing_mode_from_a_surplus_mode():
     """Two modes in the reference: samples of one only are all in it, and reach half of it; and the other way round."""
     one, two = drawn(20) * 0.01, drawn(20, seed=1) * 0.01 + 10
     both = np.concatenate([one, two])
@@ -98,14 +98,14 @@ def test_the_manifold_reaches_to_the_kth_neighbour():
 
 
 @pytest.mark.parametrize("splits", [1, 4])
-def test_the_inception_score_of_sure_and_even_answers_is_the_number_of_classes_and_of_equal_ones_one(splits):
+def test_the_inception_score_ranges_from_one_to_the_number_of_classes(splits):
     sure = np.log(np.eye(4)[np.tile(np.arange(4), 100)].clip(1e-16))
     assert value(InceptionScore, sure, splits=1) == pytest.approx(4)
     assert 3.5 < value(InceptionScore, sure, splits=splits) <= 4 + 1e-9
     assert value(InceptionScore, np.log(np.full((8, 4), 0.25)), splits=splits) == pytest.approx(1)
 
 
-def test_the_inception_score_is_a_function_of_the_images_and_leaves_the_global_generator_alone():
+def test_the_inception_score_is_repeatable_and_leaves_the_global_generator():
     logits = torch.from_numpy(drawn(50)).log_softmax(1).numpy()
     state = torch.random.get_rng_state()
     assert value(InceptionScore, logits) == value(InceptionScore, logits)
@@ -115,7 +115,7 @@ def test_the_inception_score_is_a_function_of_the_images_and_leaves_the_global_g
 ANSWERS = np.log(np.array([[0.8, 0.1, 0.1], [0.1, 0.1, 0.8], [0.3, 0.4, 0.3], [0.9, 0.05, 0.05]]))
 
 
-def test_class_accuracy_is_the_share_of_samples_in_the_class_of_their_caption_or_label():
+def test_class_accuracy_is_the_share_of_samples_in_the_requested_class():
     given = Given(ANSWERS)
     measure = ClassAccuracy(given, ["cat", "dog", "ship"])
     captions = ["A cat.", 'a photo of the "Ship"', "dog on a hill", "one ship"]
@@ -124,13 +124,13 @@ def test_class_accuracy_is_the_share_of_samples_in_the_class_of_their_caption_or
 
 
 @pytest.mark.parametrize("caption", ["a catfish", "", "a cat and a dog"])
-def test_a_caption_without_one_class_is_said_before_anything_is_generated(caption):
+def test_a_caption_without_exactly_one_class_is_refused_early(caption):
     measure = ClassAccuracy(Given(ANSWERS), ["cat", "dog", "ship"])
     with pytest.raises(ValueError, match=re.escape(f"caption {caption!r} has to name one of these classes: cat, dog")):
         measure.check((3, 4, 4), ["a cat", caption], None)
 
 
-def test_class_accuracy_without_anything_asked_for_or_with_other_classes_is_refused():
+def test_class_accuracy_without_requested_classes_is_refused():
     measure = ClassAccuracy(Given(ANSWERS), ["cat", "dog", "ship"])
     with pytest.raises(ValueError, match="by labels or captions, and this teacher takes neither"):
         measure.check((3, 4, 4), None, None)
@@ -140,7 +140,7 @@ def test_class_accuracy_without_anything_asked_for_or_with_other_classes_is_refu
         ClassAccuracy(Given(ANSWERS), ["cat", "dog"])
 
 
-def test_class_accuracy_of_the_embedded_sample_with_its_own_labels_is_that_of_the_classifier(configure):
+def test_class_accuracy_of_real_images_is_the_accuracy_of_the_classifier(configure):
     """On training images, which it knows."""
     record = build(configure().data).source("holdout").take(np.arange(100))
     measure = build(configure("evaluation=class_accuracy").evaluation.metrics.class_accuracy)
@@ -170,7 +170,7 @@ def test_distances_of_real_images_grow_with_the_noise_in_them(configure):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_are_resized_as_pil_does_it_and_left_alone_where_they_have_the_size(channels):
+def test_images_are_resized_by_pil_unless_they_have_the_size(channels):
     images = np.full((2, 8, 8, channels), 200, np.uint8)
     images[0, :4] = 0
     found = resized(images, 4)

@@ -14,13 +14,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from support.networks import bypasses, replacements, same_tensors
+from support.pipeline_parts import load_tiny_teacher
 from support.pipelines import FACTOR, LATENT, tiny_pipeline
-from support.surroundings import opened
 from test_teachers import CALL
 
-from lightning_modules.backbones.base import Change, output_of
+from lightning_modules.backbones.base import Change, run_network
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone, is_stock
-from lightning_modules.export.export import dense_twin, export
+from lightning_modules.export.export import export, make_dense_twin
 from lightning_modules.export.verify import verify
 
 PIXELS = LATENT * FACTOR
@@ -52,7 +52,7 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 
 
 def tiny(kind: str, tmp_path: Path) -> DiffusionBackbone:
-    return opened(tiny_pipeline(kind, tmp_path / "the_teacher"))
+    return load_tiny_teacher(tiny_pipeline(kind, tmp_path / "the_teacher"))
 
 
 def exported(student: DiffusionBackbone, folder: Path) -> Path:
@@ -76,7 +76,7 @@ def check_equal(network: Any, student: DiffusionBackbone) -> None:
     """Fail unless a network that was read from an export is the student's."""
     assert same_tensors(network.state_dict(), student.network.state_dict())
     arguments = student.random_arguments()
-    found, expected = output_of(network, arguments), output_of(student.network, arguments)
+    found, expected = run_network(network, arguments), run_network(student.network, arguments)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -93,7 +93,7 @@ def test_an_export_opens_with_diffusers_and_is_the_student(kind, tmp_path):
     teacher = tiny(kind, tmp_path)
     student = teacher.pruned(bypasses(GONE[kind]))
     folder = exported(student, tmp_path / "export")
-    assert teacher.surroundings.pipeline.components[teacher.component] is teacher.network
+    assert teacher.pipeline_parts.pipeline.components[teacher.component] is teacher.network
 
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert (f"{student.component}/pruned_unet.py" in files) == (kind in CUSTOM) == (not is_stock(student.network))
@@ -103,9 +103,9 @@ def test_an_export_opens_with_diffusers_and_is_the_student(kind, tmp_path):
     assert not [file for file in files if b"the_teacher" in (folder / file).read_bytes()]  # where it lay here
 
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=kind in CUSTOM)
-    assert type(pipeline) is type(teacher.surroundings.pipeline)
+    assert type(pipeline) is type(teacher.pipeline_parts.pipeline)
     check_equal(getattr(pipeline, student.component), student)
-    assert pipeline.scheduler.config == teacher.surroundings.pipeline.scheduler.config
+    assert pipeline.scheduler.config == teacher.pipeline_parts.pipeline.scheduler.config
     made = image(pipeline, kind)
     teachers = image(DiffusionPipeline.from_pretrained(tmp_path / "the_teacher"), kind)
     assert made.shape == teachers.shape == (1, PIXELS, PIXELS, 3)
@@ -113,10 +113,10 @@ def test_an_export_opens_with_diffusers_and_is_the_student(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "ldm"])
-def test_an_export_with_a_class_of_its_own_is_refused_where_it_is_not_trusted(kind, tmp_path):
+def test_an_export_with_its_own_class_needs_trust_remote_code(kind, tmp_path):
     teacher = tiny(kind, tmp_path)
     folder = exported(teacher.pruned(bypasses(GONE[kind])), tmp_path / "export")
-    for cls in (DiffusionPipeline, type(teacher.surroundings.pipeline)):
+    for cls in (DiffusionPipeline, type(teacher.pipeline_parts.pipeline)):
         with refused():
             cls.from_pretrained(folder)
     with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):  # and not with random numbers in it
@@ -142,13 +142,13 @@ def test_transformers_lose_layers_and_stay_stock(tmp_path):
         ("dit", DiTTransformer2DModel, {"num_layers": 2}),
         ("flux", FluxTransformer2DModel, {"num_layers": 1, "num_single_layers": 2}),
     ):
-        student = opened(tiny_pipeline(kind, tmp_path / kind)).pruned(bypasses(GONE[kind]))
+        student = load_tiny_teacher(tiny_pipeline(kind, tmp_path / kind)).pruned(bypasses(GONE[kind]))
         folder = exported(student, tmp_path / f"{kind}_export")
         network = cls.from_pretrained(folder / "transformer", low_cpu_mem_usage=False)
         assert {name: network.config[name] for name in layers} == layers
 
 
-def test_a_transformer_without_blocks_is_bypassed_as_a_whole_in_an_export_too(tmp_path):
+def test_an_emptied_transformer_is_bypassed_as_a_whole_in_an_export(tmp_path):
     student = tiny("sdxl", tmp_path).pruned(bypasses(GONE["sdxl"]))
     folder = exported(student, tmp_path / "export")
     unet = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).unet
@@ -166,7 +166,7 @@ def test_other_kinds_of_plans_are_exported_the_same_way(level, kind, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     check_equal(pipeline.unet, student)
     assert np.isfinite(image(pipeline, "sd")).all()
-    check_equal(opened(folder).network, student)
+    check_equal(load_tiny_teacher(folder).network, student)
 
 
 # An export is a teacher
@@ -176,25 +176,25 @@ def test_other_kinds_of_plans_are_exported_the_same_way(level, kind, tmp_path):
 @torch.no_grad()
 def test_an_export_can_be_loaded_pruned_and_exported_again(kind, tmp_path):
     student = tiny(kind, tmp_path).pruned(bypasses(GONE[kind]))
-    again = opened(exported(student, tmp_path / "once"))
+    again = load_tiny_teacher(exported(student, tmp_path / "once"))
     assert type(again.network) is type(student.network)
     assert again.noise_scheduler.config == student.noise_scheduler.config
     check_equal(again.network, student)
     batch = {"seed": torch.tensor([1, 2]), "caption": ["a cat", "the hat"], "label": torch.tensor([0, 5])}
-    sampler = type(again.surroundings.pipeline.scheduler).from_config
+    sampler = type(again.pipeline_parts.pipeline.scheduler).from_config
     images = [one.decode(one.generate(batch, sampler, 2, 3.0)).int() for one in (student, again)]
     assert (images[0] - images[1]).abs().max() <= 1 and images[0].float().std() > 1
 
     twice = again.pruned(bypasses([again.units()[0].name]))
-    assert twice.params() < again.params() < opened(tmp_path / "the_teacher").params()
+    assert twice.params() < again.params() < load_tiny_teacher(tmp_path / "the_teacher").params()
     folder = exported(twice, tmp_path / "twice")
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=kind in CUSTOM)
     check_equal(getattr(pipeline, twice.component), twice)
-    check_equal(opened(folder).network, twice)
+    check_equal(load_tiny_teacher(folder).network, twice)
 
 
 def test_a_restaged_export_can_lose_blocks(tmp_path):
-    small = opened(exported(tiny("sd", tmp_path).pruned(restaged("small")), tmp_path / "small"))
+    small = load_tiny_teacher(exported(tiny("sd", tmp_path).pruned(restaged("small")), tmp_path / "small"))
     smaller = small.pruned(bypasses(["up_blocks.2.attentions.0"]))
     folder = exported(smaller, tmp_path / "smaller")
     with refused():
@@ -212,10 +212,10 @@ def test_a_restaged_export_can_lose_blocks(tmp_path):
     [("sdxl", bypasses(GONE["sdxl"])), ("sd", restaged("tiny")), ("flux", bypasses(GONE["flux"]))],
     ids=["sdxl", "restaged", "flux"],
 )
-def test_an_export_is_proved_in_a_process_that_does_not_have_this_project(kind, changes, tmp_path):
+def test_an_export_is_verified_without_this_project(kind, changes, tmp_path):
     student = tiny(kind, tmp_path).pruned(changes)
     folder = exported(student, tmp_path / "export")
-    largest = float(output_of(student.network, student.random_arguments()).abs().max())
+    largest = float(run_network(student.network, student.random_arguments()).abs().max())
     assert 0 <= verify(student, folder) <= 1e-5 * largest
 
 
@@ -225,7 +225,7 @@ def test_an_export_is_proved_in_a_process_that_does_not_have_this_project(kind, 
 def test_only_plans_of_whole_blocks_have_a_dense_twin(tmp_path):
     teacher = tiny("sd", tmp_path)
     student = teacher.pruned(bypasses(GONE["sd"]))
-    twin = dense_twin(teacher, student)
+    twin = make_dense_twin(teacher, student)
     assert type(twin) is UNet2DConditionModel
     assert twin.state_dict().keys() == teacher.network.state_dict().keys()
     norm = next(unit.name for unit in teacher.units("operator") if unit.kind == "norm")
@@ -233,4 +233,4 @@ def test_only_plans_of_whole_blocks_have_a_dense_twin(tmp_path):
     channels = [{"unit": teacher.units("channel")[0].name, "kind": "slice"}]
     for changes in (replacements([norm]), replacements([conv]), channels, restaged("base"), restaged("tiny")):
         with pytest.raises(ValueError, match=r"export\.dense_twin=true: no network of the teacher's shape"):
-            dense_twin(teacher, teacher.pruned(changes))
+            make_dense_twin(teacher, teacher.pruned(changes))

@@ -36,7 +36,7 @@ from lightning_modules.backbones.diffusion.pruned_unet import Pointwise
 from lightning_modules.backbones.diffusion.sd3 import SD3Backbone
 from lightning_modules.backbones.diffusion.unet import UNetBackbone
 from lightning_modules.backbones.loading import load_network
-from lightning_modules.export.export import dense_twin
+from lightning_modules.export.export import make_dense_twin
 
 WITH_OPERATORS = (*UNETS, *SMALLER)
 LEVELS = [(family, "depth") for family in FAMILIES] + [(family, "operator") for family in WITH_OPERATORS]
@@ -277,7 +277,7 @@ def test_dual_attentions_stay_with_their_renumbered_blocks():
 @torch.no_grad()
 def test_the_dense_twin_equals_the_student(backbone, inputs):
     student = backbone.pruned(bypasses(some(backbone, "depth")))
-    twin = backbone.adopt(dense_twin(backbone, student))
+    twin = backbone.adopt(make_dense_twin(backbone, student))
     assert type(twin.network) is type(backbone.network) and not twin.network.training
     expected = student.predict(inputs)
     torch.testing.assert_close(twin.predict(inputs), expected, rtol=1e-5, atol=1e-6)

@@ -12,13 +12,13 @@ from transformers import LlamaForCausalLM
 
 from datamodules.readers.base import MissingData
 from datamodules.texts.tokenizers import load_tokenizer
-from lightning_modules.backbones.files import weight_files
+from lightning_modules.backbones.files import list_weight_files
 from lightning_modules.backbones.language.load import load_language_model, read_network
 
 
 def test_a_gguf_file_that_is_damaged_is_named(tmp_path):
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF\3\0\0\0")
-    assert weight_files(str(tmp_path / "tiny.gguf")) == [tmp_path / "tiny.gguf"]
+    assert list_weight_files(str(tmp_path / "tiny.gguf")) == [tmp_path / "tiny.gguf"]
     for read in (load_language_model, load_tokenizer):
         with pytest.raises(ValueError, match=r"tiny\.gguf cannot be read"):
             read(str(tmp_path / "tiny.gguf"))

@@ -28,13 +28,13 @@ from lightning_modules.backbones.classification.image_networks import (
     BasicBlock,
     ImageNetwork,
     build,
-    fit,
+    fit_widths,
     load,
     save,
 )
-from lightning_modules.backbones.classification.load import NAMED, load_classifier, load_resnet, named
+from lightning_modules.backbones.classification.load import ARGUMENTS, load_classifier, load_resnet, make_network_config
 from lightning_modules.backbones.diffusion.load import load_teacher
-from lightning_modules.backbones.files import weight_files
+from lightning_modules.backbones.files import list_weight_files
 from lightning_modules.backbones.loading import load_network
 
 # What networks cost, as AutoBot's logs have it
@@ -103,7 +103,7 @@ PRUNED: dict[str, tuple[list[int], int, int]] = {
 
 def on_meta(name: str, **arguments: Any) -> ImageNetwork:
     with torch.device("meta"):
-        return build(named(name, **arguments))
+        return build(make_network_config(name, **arguments))
 
 
 def image_of(network: ImageNetwork, images: int = 2) -> Tensor:
@@ -182,21 +182,21 @@ def narrowed(name: str, widths: list[int], **arguments: Any) -> dict[str, Tensor
 
 
 @pytest.mark.parametrize("name", PRUNED)
-def test_the_networks_that_autobot_pruned_are_built_from_their_weights_and_cost_what_it_logged(name):
+def test_autobots_pruned_networks_cost_what_autobot_logged(name):
     widths, *logged = PRUNED[name]
-    network = fit(on_meta(name), narrowed(name, widths))
+    network = fit_widths(on_meta(name), narrowed(name, widths))
     assert [module.out_channels for module in network.modules() if isinstance(module, nn.Conv2d)] == widths
     assert list(cost(network)) == list(totals(network)) == logged
 
 
-def test_the_target_of_autobots_resnet50_counts_shortcuts_as_if_they_took_one_channel_in():
+def test_autobots_resnet50_target_counts_shortcuts_with_one_input():
     """Its log stops 522,112 FLOPs from a target of 1,750 M, and the network that it built has 1,974 M.
 
     The gates that its soft count has in front of the 1x1 convolutions of the shortcuts of stages 2 to 4 are behind no
     activation: nothing but the cost pulls at them, and all but one of each close. What is built takes the whole stream.
     Here gates are those of the channels that can go, and the soft count of 0 and 1 is that of the network.
     """
-    network = fit(on_meta("resnet50"), narrowed("resnet50", PRUNED["resnet50"][0])).to("meta")
+    network = fit_widths(on_meta("resnet50"), narrowed("resnet50", PRUNED["resnet50"][0])).to("meta")
     channels = ClassifierBackbone(network).channels
     counted = PRUNED["resnet50"][2]
     for stage in (2, 3, 4):
@@ -237,11 +237,11 @@ def small(name: str) -> ImageNetwork:
             if name == "resnet8" and (key == "conv1" or key.startswith("stages.1")):
                 widths[-1] = module.out_channels
     state = random_state(narrowed(name, widths, classes=5, image_size=SMALL[name]))
-    return fit(network, state).eval()
+    return fit_widths(network, state).eval()
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_narrow_network_is_in_its_folder_and_comes_back_in_the_same_bits(tmp_path, name):
+def test_a_narrow_network_is_saved_and_loaded_in_the_same_bits(tmp_path, name):
     network = small(name)
     save(network, tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -260,9 +260,9 @@ def test_a_narrow_network_is_in_its_folder_and_comes_back_in_the_same_bits(tmp_p
     assert seen == list(network.stage_names)
 
 
-def test_a_block_without_some_of_its_channels_is_one_whose_channels_give_nothing():
-    dense = build(named("resnet8", image_size=8)).double().eval()
-    fit(dense, {key: tensor.double() for key, tensor in random_state(dense.state_dict()).items()})
+def test_a_block_without_some_channels_equals_one_with_zeroed_channels():
+    dense = build(make_network_config("resnet8", image_size=8)).double().eval()
+    fit_widths(dense, {key: tensor.double() for key, tensor in random_state(dense.state_dict()).items()})
     block = "stages.2.0"
     inner, kept = torch.tensor([1, 2, 40]), torch.tensor([0, 5, 17, 63])
     state = dict(dense.state_dict())
@@ -272,7 +272,7 @@ def test_a_block_without_some_of_its_channels_is_one_whose_channels_give_nothing
     for key in ("bn2.weight", "bn2.bias", "bn2.running_mean", "bn2.running_var"):
         state[f"{block}.{key}"] = state[f"{block}.{key}"][kept]
     state[f"{block}.kept"] = kept
-    sliced = fit(build(named("resnet8", image_size=8)).double(), state).eval()
+    sliced = fit_widths(build(make_network_config("resnet8", image_size=8)).double(), state).eval()
     part: Any = dense.get_submodule(block)
     gone = torch.ones(64, dtype=torch.bool)
     with torch.no_grad():
@@ -285,10 +285,10 @@ def test_a_block_without_some_of_its_channels_is_one_whose_channels_give_nothing
     assert sliced.get_submodule(block).conv2.weight.any()  # a network has tensors of its own
 
 
-def test_half_precision_is_widened_and_a_network_trains_after_it_was_fitted():
-    network = build(named("resnet8", image_size=8))
+def test_half_precision_weights_are_widened_and_can_be_trained():
+    network = build(make_network_config("resnet8", image_size=8))
     half = {key: t.half() if t.is_floating_point() else t for key, t in network.state_dict().items()}
-    fit(network, half)
+    fit_widths(network, half)
     assert {t.dtype for t in network.state_dict().values()} == {torch.float32, torch.int64}
     F.cross_entropy(network.train()(torch.rand(4, 3, 8, 8)), torch.tensor([0, 1, 2, 3])).backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
@@ -300,7 +300,7 @@ def test_half_precision_is_widened_and_a_network_trains_after_it_was_fitted():
 @pytest.mark.parametrize(
     ("folder", "blocks", "given"), [("resnet20", 3, {}), ("digits_classifier", 1, {"mean": [0.25], "std": [0.25]})]
 )
-def test_the_embedded_classifiers_give_the_bits_of_their_layers_one_by_one(folder, blocks, given):
+def test_the_embedded_classifiers_equal_their_layers_bit_for_bit(folder, blocks, given):
     path = ROOT / "assets" / folder / "model.safetensors"
     network = load_resnet(path, blocks, **given)
     assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
@@ -335,7 +335,7 @@ def test_the_embedded_classifiers_give_the_bits_of_their_layers_one_by_one(folde
         ({"architecture": "vgg16_bn", "depth": 3}, "architecture='vgg16_bn' cannot be made of .*'depth'"),
         ({"architecture": "cifar_resnet"}, "architecture='cifar_resnet' cannot be made of .*blocks"),
         ({"architecture": "torchvision", "name": "vgg11"}, "name='vgg11' is unknown; choose one of: resnet18, "),
-        ({"architecture": "googlenet", "mean": [0.5]}, r"mean=\[0.5\] and std=\[0.247, .*\] are to have a value"),
+        ({"architecture": "googlenet", "mean": [0.5]}, r"mean=\[0.5\] and std=\[0.247, .*\]: both need one value"),
     ],
 )
 def test_an_architecture_that_is_not_known_is_refused(config, message):
@@ -351,33 +351,38 @@ KEY = "stages.1.0.conv1.weight"
     [
         ({KEY: None}, f"the weights lack {re.escape(KEY)} \\(1 in all\\): .*'blocks': 1"),
         ({"fc.weight": torch.zeros(10, 64)}, r"the weights have an unknown fc\.weight \(1 in all\)"),
-        ({KEY: torch.zeros(32, 16, 5, 5)}, r"conv1\.weight is \(32, 16, 5, 5\), and another width of \(32, 16, 3, 3\)"),
-        ({KEY: torch.zeros(32, 16)}, r"conv1\.weight is \(32, 16\), and another width"),
+        (
+            {KEY: torch.zeros(32, 16, 5, 5)},
+            r"conv1\.weight is \(32, 16, 5, 5\), which is no other width of \(32, 16, 3",
+        ),
+        ({KEY: torch.zeros(32, 16)}, r"conv1\.weight is \(32, 16\), which is no other width"),
         ({KEY: torch.full((32, 16, 3, 3), torch.nan)}, f"the weights are not finite: {re.escape(KEY)}"),
         ({KEY: torch.zeros(32, 15, 3, 3)}, "the widths of the weights do not fit one another: "),
         ({KEY: torch.zeros(31, 16, 3, 3)}, "the widths of the weights do not fit one another: "),
-        ({"bn1.bias": torch.zeros(15)}, "the tensors of bn1 are of several widths"),
+        ({"bn1.bias": torch.zeros(15)}, "the tensors of bn1 have different widths"),
         ({"stages.1.0.kept": torch.arange(1, 33)}, r"stages\.1\.0\.kept=\[1, .*, 32\]: .* different channels of 32"),
         ({"stages.1.0.kept": torch.zeros(32, dtype=torch.long)}, "different channels of 32"),
         ({"stages.1.0.kept": torch.arange(31)}, "the widths of the weights do not fit one another: "),
         (
             {"linear.weight": torch.zeros(11, 64), "linear.bias": torch.zeros(11)},
-            "classes=10, and the weights know 11",
+            "classes=10, and the weights have 11",
         ),
     ],
 )
-def test_weights_that_make_no_network_are_refused_by_the_name_of_the_tensor(changed, message):
-    state = {**build(named("resnet8")).state_dict(), **changed}
+def test_weights_that_do_not_fit_are_refused_by_the_name_of_the_tensor(changed, message):
+    state = {**build(make_network_config("resnet8")).state_dict(), **changed}
     with pytest.raises(ValueError, match=message):
-        fit(build(named("resnet8")), {key: tensor for key, tensor in state.items() if tensor is not None})
+        fit_widths(
+            build(make_network_config("resnet8")), {key: tensor for key, tensor in state.items() if tensor is not None}
+        )
 
 
 # Files
 
 
 def resnet8(**given: Any) -> ImageNetwork:
-    network = build(named("resnet8", image_size=8, **given))
-    return fit(network, random_state(network.state_dict())).eval()
+    network = build(make_network_config("resnet8", image_size=8, **given))
+    return fit_widths(network, random_state(network.state_dict())).eval()
 
 
 def same(backbone: Any, network: ImageNetwork) -> bool:
@@ -399,7 +404,7 @@ def test_a_checkpoint_of_cifar_resnets_as_published_is_read(tmp_path, last):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet40", "vgg16_bn"])
-def test_weights_under_the_names_of_others_are_read_narrow_and_in_half_precision_too(tmp_path, name):
+def test_published_names_are_read_at_any_width_and_in_half_precision(tmp_path, name):
     network = small(name)
     names = {"resnet18": (r"^network\.", ""), "densenet40": (r"^fc\.", "linear.")}.get(name, ("^$", ""))
     state = {re.sub(*names, key): tensor for key, tensor in network.state_dict().items()}
@@ -419,8 +424,8 @@ def test_a_folder_says_by_itself_what_it_holds(tmp_path):
     assert same(load_classifier(str(tmp_path)), network)
     backbone = load_classifier(str(tmp_path), "resnet8", mean=[0.1] * 3, block=4, smoothing=0.1)
     assert same(backbone, network) and backbone.options == {"block": 4, "smoothing": 0.1}
-    assert weight_files(str(tmp_path)) == [tmp_path / "config.json", tmp_path / "model.safetensors"]
-    with pytest.raises(ValueError, match=r"teacher\.architecture='resnet20', and .* holds .*'blocks': 1"):
+    assert list_weight_files(str(tmp_path)) == [tmp_path / "config.json", tmp_path / "model.safetensors"]
+    with pytest.raises(ValueError, match=r"teacher\.architecture='resnet20', and .* has .*'blocks': 1"):
         load_classifier(str(tmp_path), "resnet20")
     with pytest.raises(ValueError, match=r"teacher\.smoothing=1\.0 is out of range"):
         load_classifier(str(tmp_path), smoothing=1.0)
@@ -452,7 +457,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path, capsys):
         with pytest.raises(ValueError, match=message):
             load_classifier(str(tmp_path / name), "resnet8")
     assert "executed" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"teacher\.architecture is to say .*: vgg16_bn, densenet40, googlenet, resn"):
+    with pytest.raises(ValueError, match=r"teacher\.architecture is needed .*: vgg16_bn, densenet40, googlenet, resn"):
         load_classifier(str(tmp_path / "other.pt"))
     with pytest.raises(ValueError, match="architecture='lenet' is unknown; choose one of: vgg16_bn, "):
         load_classifier(str(tmp_path / "other.pt"), "lenet")
@@ -488,7 +493,7 @@ def test_a_teacher_that_is_not_here_says_how_it_is_had(name, tmp_path, monkeypat
     ways = {"resnet20": "run curl -LO https", "resnet56": "run curl -LO https", "resnet50": "run `hf download timm/"}
     expected = ways.get(name, f"experiment=pretrain_cifar10_classifier pretrain.architecture={name} and set")
     with pytest.raises(MissingData, match=re.escape(expected)):
-        weight_files(cfg.path, get=cfg.get("get"))
+        list_weight_files(cfg.path, get=cfg.get("get"))
     with pytest.raises(InstantiationException, match=re.escape(expected)):
         schema.build(cfg)
 
@@ -498,7 +503,7 @@ def test_a_teacher_that_is_not_here_says_how_it_is_had(name, tmp_path, monkeypat
 def test_the_published_weights_know_the_test_images(name, right):
     cfg = composed(f"teacher={name}").teacher
     try:
-        source, _ = Npz("cifar10.npz", "x_test", "y_test"), weight_files(cfg.path)
+        source, _ = Npz("cifar10.npz", "x_test", "y_test"), list_weight_files(cfg.path)
     except MissingData as error:
         pytest.skip(str(error))
     record = source.take(np.arange(1000))
@@ -520,7 +525,7 @@ def test_a_classifier_is_trained_and_its_folder_is_a_teacher(configure, tmp_path
     assert run.name.startswith("resnet8-seed0")
     assert {t.dtype for t in load_file(run / "weights" / "model.safetensors").values()} == {torch.float16, torch.int64}
     backbone = load_classifier(str(run / "weights"), "resnet8")
-    assert backbone.network.config == named("resnet8", classes=3, image_size=8) | {
+    assert backbone.network.config == make_network_config("resnet8", classes=3, image_size=8) | {
         "mean": [0.4914, 0.4822, 0.4465],
         "std": [0.2470, 0.2435, 0.2616],
     }
@@ -541,13 +546,13 @@ def test_the_recipes_of_the_embedded_classifiers_make_the_same_networks(recipe, 
     assert {key: value for key, value in given.items() if value is not None} == expected
     module = schema.build(found, optimizer=None, lr_scheduler=None, seed=3, dump=Path())()
     torch.manual_seed(3)
-    fresh = build(named(**expected)).state_dict()
+    fresh = build(make_network_config(**expected)).state_dict()
     assert module.network.state_dict().keys() == fresh.keys()
     assert all(torch.equal(tensor, fresh[key]) for key, tensor in module.network.state_dict().items())
 
 
 def test_resnets_for_cifar_are_named_after_their_layers():
-    names = [name for name, config in NAMED.items() if config["architecture"] == "cifar_resnet"]
+    names = [name for name, config in ARGUMENTS.items() if config["architecture"] == "cifar_resnet"]
     for name in names:
         layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in on_meta(name).modules())
         assert name == f"resnet{layers}"

@@ -28,7 +28,7 @@ from datamodules.readers.base import MissingData
 from datamodules.texts.tokenizers import from_sentencepiece, load_tokenizer
 from datamodules.texts.tokens import found
 from lightning_modules.backbones.diffusion.load import load_teacher
-from lightning_modules.backbones.files import find_model, weight_files
+from lightning_modules.backbones.files import find_model, list_weight_files
 from lightning_modules.backbones.language.load import load_language_model
 from lightning_modules.backbones.loading import load_network
 
@@ -72,7 +72,7 @@ def test_a_folder_loads_with_the_same_bits_and_is_written_again(tie, folder, tmp
     backbone.save(tmp_path / "again")
     assert str(tmp_path) not in (tmp_path / "again" / "config.json").read_text()
     assert same_tensors(load_network(tmp_path / "again").state_dict(), saved.state_dict())
-    assert weight_files(str(folder)) == [folder / n for n in ("config.json", "generation_config.json", WEIGHTS)]
+    assert list_weight_files(str(folder)) == [folder / n for n in ("config.json", "generation_config.json", WEIGHTS)]
 
 
 def test_half_precision_is_read_as_float32(folder):
@@ -89,9 +89,12 @@ def test_the_tokenizer_beside_the_weights_is_found_and_can_be_another(folder, tm
         backbone = load_language_model(str(folder), given, length=8)
         assert backbone.tokenizer.encode("w5 w63 w1") == [5, 63, 1]
     other = words(tmp_path / "other")
-    files = weight_files(str(folder), str(other))
-    assert set(files) - set(weight_files(str(folder))) == {other / "tokenizer.json", other / "tokenizer_config.json"}
-    assert files == sorted(files) and weight_files(str(folder), str(folder)) == weight_files(str(folder))
+    files = list_weight_files(str(folder), str(other))
+    assert set(files) - set(list_weight_files(str(folder))) == {
+        other / "tokenizer.json",
+        other / "tokenizer_config.json",
+    }
+    assert files == sorted(files) and list_weight_files(str(folder), str(folder)) == list_weight_files(str(folder))
     with pytest.raises(MissingData, match=r"none of the files tokenizer\.json"):
         load_tokenizer(str(tmp_path))
 
@@ -161,7 +164,7 @@ def test_an_adapter_beside_whole_weights_is_refused(folder):
     """transformers would put it into the network, and the student would be saved as an adapter."""
     load_language_model(str(folder), length=8)
     (folder / "adapter_config.json").write_text("{}")
-    for read in (lambda path: load_language_model(path, length=8), weight_files):
+    for read in (lambda path: load_language_model(path, length=8), list_weight_files):
         with pytest.raises(ValueError, match=rf"{folder} holds an adapter .*merge_and_unload.* adapter_\* files"):
             read(str(folder))
 
@@ -195,7 +198,7 @@ def test_a_diffusion_network_and_a_language_model_are_told_apart(folder, teacher
 
 
 def test_a_model_on_the_hub_that_cannot_be_reached_says_how_to_get_it():
-    for read in (load_language_model, weight_files):
+    for read in (load_language_model, list_weight_files):
         wanted = r"run `hf download nobody/no-model --local-dir FOLDER`, then set teacher\.path to FOLDER"
         with pytest.raises(MissingData, match=wanted):
             read("nobody/no-model")
@@ -233,7 +236,7 @@ def test_a_model_in_the_cache_of_the_hub_is_found_offline(tmp_path, monkeypatch)
     tiny_llama().save_pretrained(words(repository / "snapshots" / commit))
     backbone = load_language_model("somebody/tiny", "somebody/tiny", length=8)
     assert backbone.params() == sum(p.numel() for p in tiny_llama().parameters()) and backbone.tokenizer is not None
-    assert {file.parent.name for file in weight_files("somebody/tiny", "somebody/tiny")} == {commit}
+    assert {file.parent.name for file in list_weight_files("somebody/tiny", "somebody/tiny")} == {commit}
 
 
 # Checkpoints of llama2.c
@@ -291,8 +294,8 @@ def test_a_checkpoint_of_llama2c_is_the_network_it_was_made_from(tie, tmp_path, 
     backbone.save(tmp_path / "saved")
     assert same_tensors(load_network(tmp_path / "saved").state_dict(), network.state_dict())
     words(tmp_path / "words")
-    assert weight_files("tiny.bin") == [tmp_path / "tiny.bin"]
-    assert weight_files("tiny.bin", "words") == sorted([tmp_path / "tiny.bin", *(tmp_path / "words").iterdir()])
+    assert list_weight_files("tiny.bin") == [tmp_path / "tiny.bin"]
+    assert list_weight_files("tiny.bin", "words") == sorted([tmp_path / "tiny.bin", *(tmp_path / "words").iterdir()])
 
 
 def test_a_checkpoint_of_llama2c_that_is_damaged_or_none_is_refused(tmp_path):

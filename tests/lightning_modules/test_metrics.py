@@ -44,7 +44,7 @@ def drawn(count: int, dimension: int, seed: int = 0) -> np.ndarray:
 # The distance
 
 
-def test_a_scipy_that_clean_fid_cannot_use_is_refused_before_anything_is_measured(monkeypatch):
+def test_a_scipy_that_clean_fid_cannot_use_is_refused_early(monkeypatch):
     measure = Frechet(ResNet20(RESNET20))
     measure.check((3, 32, 32), None, None)
     monkeypatch.setattr("scipy.linalg.sqrtm", lambda A: A)
@@ -57,7 +57,7 @@ def test_a_set_is_at_no_distance_from_itself():
     assert abs(statistics.distance(statistics)) < 1e-9
 
 
-def test_the_distance_of_two_gaussians_of_independent_features_is_the_closed_form():
+def test_the_distance_of_two_independent_gaussians_is_the_closed_form():
     """|m1 - m2|^2 + sum (s1 - s2)^2 for diagonal covariances."""
     mean, deviation = np.array([[0.0, 1.0, -2.0], [3.0, 1.0, 2.0]]), np.array([[1.0, 2.0, 0.5], [4.0, 2.0, 3.0]])
     one, other = (Statistics(m, np.diag(s**2), 100) for m, s in zip(mean, deviation, strict=True))
@@ -140,7 +140,7 @@ def sample() -> np.ndarray:
     return data.source("train").take(np.arange(512))["image"]
 
 
-def test_the_embedded_features_are_pooled_and_do_not_depend_on_the_other_images(sample):
+def test_embedded_features_do_not_depend_on_the_other_images(sample):
     features = ResNet20(str(RESNET20))
     found = features(sample[:300])
     assert found.shape == (300, features.dimension) and found.dtype == np.float64 and (found >= 0).all()
@@ -152,12 +152,12 @@ def test_the_fingerprint_of_the_features_is_that_of_the_weights():
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 3), (2, 32, 32, 1), (2, 64, 64, 3), (2, 3, 32, 32)])
-def test_the_embedded_features_refuse_images_of_another_shape_and_name_the_way_out(shape):
+def test_the_embedded_features_refuse_images_of_another_shape(shape):
     with pytest.raises(ValueError, match=r"frechet_resnet20 takes images of \(3, 32, 32\).*choose evaluation=fid"):
         ResNet20(str(RESNET20))(np.zeros(shape, np.uint8))
 
 
-def test_features_whose_weights_are_not_there_say_what_makes_them(tmp_path):
+def test_features_without_weights_name_the_command_that_makes_them(tmp_path):
     path = str(tmp_path / "model.safetensors")
     message = f"path={path!r} does not exist: python train.py experiment=pretrain_resnet20 makes it"
     with pytest.raises(MissingData, match=re.escape(message)):
@@ -197,9 +197,7 @@ def no_inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cleanfid.inception_torchscript.check_download_inception", refuse)
 
 
-def test_fid_without_weights_and_network_fails_before_anything_runs_and_says_what_to_do(
-    no_inception, configure, overrides, tmp_path
-):
+def test_fid_without_weights_fails_at_once_with_a_remedy(no_inception, configure, overrides, tmp_path):
     with pytest.raises(Exception, match=INCEPTION) as caught:
         run_pipeline(configure(*overrides, "evaluation=fid"))
     for way_out in (
@@ -256,7 +254,7 @@ class Published(nn.Module):
 
 @pytest.mark.parametrize("network", [Bare, Published])
 @pytest.mark.parametrize("size", [32, 299])
-def test_inception_features_are_those_of_the_layers_in_either_kind_of_file(tmp_path, network, size):
+def test_inception_features_are_the_same_from_both_kinds_of_file(tmp_path, network, size):
     torch.jit.save(torch.jit.script(network()), tmp_path / INCEPTION)
     images = np.full((2, size, size, 3), [0, 128, 192], np.uint8)
     found = Inception(str(tmp_path / INCEPTION))(images)
@@ -279,7 +277,7 @@ def test_fid_is_zero_for_identical_images_and_larger_for_noise(sample, monkeypat
 
 
 @pytest.mark.data
-def test_the_embedded_resnet20_reads_at_least_91_percent_of_the_test_images():
+def test_the_embedded_resnet20_is_at_least_91_percent_accurate():
     test = Npz(str(local("cifar10.npz")), "x_test", "y_test")
     network = load_resnet(RESNET20, blocks=3)
     pixels = torch.from_numpy(test.images).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -367,7 +365,7 @@ def test_attention_costs_its_two_products_whichever_backend_is_active(backend):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
-def test_an_attention_block_costs_four_projections_and_two_products_whichever_way_it_computes(processor, frozen):
+def test_an_attention_costs_four_projections_and_two_products(processor, frozen):
     network = Attention(query_dim=16, heads=2, dim_head=8, norm_num_groups=4, bias=True, residual_connection=True)
     network.set_processor(processor())
     network.requires_grad_(not frozen)
@@ -392,7 +390,7 @@ def test_a_networks_count_does_not_depend_on_its_state(teacher):
 # Time and memory
 
 
-def test_latencies_are_taken_in_turns_after_a_round_that_does_not_count():
+def test_latencies_are_measured_in_turns_after_a_warm_up_round():
     calls: list[str] = []
     found = latencies({name: lambda name=name: calls.append(name) for name in "ab"}, 3, torch.device("cpu"))
     assert calls == list("ab" * 4)

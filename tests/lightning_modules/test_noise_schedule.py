@@ -46,7 +46,7 @@ from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.diffusion.schedule import add_noise, check_sampler, make_sampler, training_schedule
 from lightning_modules.backbones.diffusion.unet import UNetBackbone, check_channels
-from lightning_modules.backbones.files import weight_files
+from lightning_modules.backbones.files import list_weight_files
 from lightning_modules.export.export import export
 from lightning_modules.modules.distillation import Distillation
 
@@ -143,10 +143,10 @@ def test_the_configuration_gives_a_bare_network_its_schedule(saved_with, build_t
 
 def test_another_schedule_beside_the_same_weights_is_another_teacher(saved_with, tmp_path):
     path = saved_with(DDPMScheduler())
-    before = fingerprint(weight_files(path), tmp_path / "cache")
+    before = fingerprint(list_weight_files(path), tmp_path / "cache")
     config = Path(path) / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
-    assert fingerprint(weight_files(path), tmp_path / "cache") != before
+    assert fingerprint(list_weight_files(path), tmp_path / "cache") != before
 
 
 def test_an_export_samples_with_the_schedule_that_was_given(tmp_path):

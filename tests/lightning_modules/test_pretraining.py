@@ -19,7 +19,7 @@ from datamodules.seeding import torch_rng
 from experiments.engine.inputs import build_data
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.backbones.diffusion.load import load_teacher
-from lightning_modules.backbones.diffusion.new import new_backbone
+from lightning_modules.backbones.diffusion.new import build_new_backbone
 from lightning_modules.modules.denoiser import Denoiser, new_denoiser
 
 SIZE = 4
@@ -111,7 +111,7 @@ def trained(job, configure, tmp_path: Path, tmp_path_factory: pytest.TempPathFac
 # Autoencoders
 
 
-def test_latents_of_a_new_autoencoder_have_unit_variance_by_the_factor_in_its_configuration(job, trained, configure):
+def test_scaled_latents_of_a_new_autoencoder_have_unit_variance(job, trained, configure):
     run = trained("cifar10_vae")
     vae = AutoencoderKL.from_pretrained(run / "weights", torch_dtype=torch.float32)
     metrics = json.loads((run / "metrics.json").read_text())
@@ -131,7 +131,7 @@ def test_latents_of_a_new_autoencoder_have_unit_variance_by_the_factor_in_its_co
 
 
 @pytest.mark.parametrize("recipe", NETWORKS)
-def test_a_new_model_is_a_stock_pipeline_and_a_teacher_that_generates_the_same(trained, recipe):
+def test_a_new_model_generates_alike_as_stock_pipeline_and_as_teacher(trained, recipe):
     run = trained(recipe)
     metrics = json.loads((run / "metrics.json").read_text())
     assert np.isfinite(metrics["test_task_loss"]) and metrics["test_images"] == 16
@@ -152,7 +152,7 @@ def test_a_new_model_is_a_stock_pipeline_and_a_teacher_that_generates_the_same(t
     elif recipe == "cifar10_dit":
         options |= {"class_labels": [0, 2], "guidance_scale": 1.0}
     else:
-        states = teacher.surroundings.text(CAPTIONS[:2], torch.device("cpu"))["encoder_hidden_states"]
+        states = teacher.pipeline_parts.encode_text(CAPTIONS[:2], torch.device("cpu"))["encoder_hidden_states"]
         options |= {"prompt_embeds": states, "guidance_scale": 1.0, "height": 8, "width": 8}
     stock = np.asarray(pipeline(**options, output_type="np").images)
     np.testing.assert_allclose(made.numpy() / 255, stock, atol=0.51 / 255)
@@ -187,20 +187,20 @@ def test_stored_captions_stand_in_for_the_text_encoder(trained, parts):
     weights = trained("cifar10_t2i") / "weights"
     assert not (weights / "text_encoder").exists() and not (weights / "tokenizer").exists()
     network = json.loads((weights / "unet" / "config.json").read_text())
-    encoder = new_backbone(network, SCHEDULE, **parts, text_tokens=TOKENS).surroundings
+    encoder = build_new_backbone(network, SCHEDULE, **parts, text_tokens=TOKENS).pipeline_parts
     teacher, cpu = load_teacher(str(weights)), torch.device("cpu")
-    assert list(teacher.surroundings.table) == ["", *CAPTIONS]
-    found = teacher.surroundings.text(CAPTIONS, cpu)["encoder_hidden_states"]
+    assert list(teacher.pipeline_parts.table) == ["", *CAPTIONS]
+    found = teacher.pipeline_parts.encode_text(CAPTIONS, cpu)["encoder_hidden_states"]
     assert found.shape == (3, TOKENS, 8)
-    assert torch.equal(found, encoder.text(CAPTIONS, cpu)["encoder_hidden_states"].half().float())
+    assert torch.equal(found, encoder.encode_text(CAPTIONS, cpu)["encoder_hidden_states"].half().float())
     assert torch.equal(
-        teacher.surroundings.empty_text(2, cpu)["encoder_hidden_states"],
-        encoder.empty_text(2, cpu)["encoder_hidden_states"].half().float(),
+        teacher.pipeline_parts.encode_empty_text(2, cpu)["encoder_hidden_states"],
+        encoder.encode_empty_text(2, cpu)["encoder_hidden_states"].half().float(),
     )
     with pytest.raises(
         ValueError, match=r"no stored text state for the caption 'a cow'; 3 captions are stored, .*a cat; a dog; an owl"
     ):
-        teacher.surroundings.text(["a cow"], cpu)
+        teacher.pipeline_parts.encode_text(["a cow"], cpu)
 
 
 def text_denoiser(parts: dict[str, str], drop_text: float) -> Denoiser:
@@ -214,10 +214,13 @@ def text_denoiser(parts: dict[str, str], drop_text: float) -> Denoiser:
     return new_denoiser(network, SCHEDULE, seed=0, **options, **parts, text_tokens=TOKENS, drop_text=drop_text)
 
 
-def test_captions_are_dropped_for_a_share_of_the_samples_and_replaced_by_the_empty_one(parts):
+def test_dropped_captions_are_replaced_by_the_empty_one(parts):
     denoiser = text_denoiser(parts, drop_text=0.3)
-    surroundings, cpu = denoiser.backbone.surroundings, torch.device("cpu")
-    own, empty = surroundings.text([CAPTIONS[i % 3] for i in range(200)], cpu), surroundings.empty_text(1, cpu)
+    pipeline_parts, cpu = denoiser.backbone.pipeline_parts, torch.device("cpu")
+    own, empty = (
+        pipeline_parts.encode_text([CAPTIONS[i % 3] for i in range(200)], cpu),
+        pipeline_parts.encode_empty_text(1, cpu),
+    )
     torch.manual_seed(5)
     chosen = torch.rand(200) < 0.3
     assert 40 < int(chosen.sum()) < 80
@@ -232,7 +235,7 @@ def test_captions_are_dropped_for_a_share_of_the_samples_and_replaced_by_the_emp
 
 
 @pytest.mark.parametrize(("drop_text", "seen"), [(0.0, CAPTIONS), (1.0, [""] * 3)])
-def test_the_loss_is_that_under_the_captions_that_are_left(parts, drop_text, seen):
+def test_the_loss_uses_the_captions_that_are_not_dropped(parts, drop_text, seen):
     denoiser = text_denoiser(parts, drop_text)
     batch = {"image": torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), "caption": CAPTIONS}
     torch.manual_seed(1)
@@ -273,13 +276,13 @@ def test_the_seed_alone_decides_the_fresh_weights(parts):
         ("PixArtTransformer2DModel", {}, ValueError, r"training from nothing is for UNet2DModel, UNet2DConditionModel"),
     ],
 )
-def test_what_cannot_be_put_together_is_refused_by_the_field(parts, name, changed, error, message):
+def test_parts_that_do_not_fit_are_refused_by_field(parts, name, changed, error, message):
     transformers = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 4, "caption_channels": 8}
     network = UNET | {"_class_name": name} | ({} if "UNet" in name else transformers)
     if "UNet" in name:
         network |= {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     with pytest.raises(error, match=message):
-        new_backbone(network, SCHEDULE, **(parts | changed))
+        build_new_backbone(network, SCHEDULE, **(parts | changed))
 
 
 @pytest.mark.parametrize("value", [None, torch.nan])
@@ -292,4 +295,4 @@ def test_a_vae_with_missing_or_damaged_weights_is_refused(parts, tmp_path, value
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     network = UNET | blocks | {"_class_name": "UNet2DModel"}
     with pytest.raises(ValueError, match=rf"the weights in {folder} .*(missing_keys|not finite): {key}"):
-        new_backbone(network, SCHEDULE, vae=str(folder))
+        build_new_backbone(network, SCHEDULE, vae=str(folder))

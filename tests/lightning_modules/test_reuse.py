@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.networks import tiny_backbone, tiny_batch
 
-from lightning_modules.backbones import prefix_reuse as replay
+from lightning_modules.backbones import prefix_reuse
 from lightning_modules.backbones.prefix_reuse import Replay
 
 
@@ -22,8 +22,8 @@ def case():
 def held_of_one(backbone, inputs) -> int:
     recorder = Replay(backbone.network, [backbone.network.get_submodule(unit.name) for unit in backbone.units()])
     with torch.no_grad(), recorder.recording():
-        backbone.predict(replay.part_of(inputs, slice(0, 1)))
-    return recorder.held()
+        backbone.predict(prefix_reuse.take_samples(inputs, slice(0, 1)))
+    return recorder.recorded_bytes()
 
 
 @pytest.mark.parametrize(("samples", "parts"), [(1, 5), (2, 3), (4, 2), (5, 1)])
@@ -31,13 +31,13 @@ def test_a_memory_bound_is_kept_by_taking_the_batch_in_parts(case, samples, part
     backbone, inputs = case
     whole, one = outputs(backbone, inputs), held_of_one(backbone, inputs)
     held = []
-    monkeypatch.setattr(
-        replay,
-        "Replay",
-        type(
-            "Watched", (Replay,), {"first_change": lambda self: held.append(self.held()) or Replay.first_change(self)}
-        ),
-    )
+
+    class Watched(Replay):
+        def first_change(self) -> int:
+            held.append(self.recorded_bytes())
+            return super().first_change()
+
+    monkeypatch.setattr(prefix_reuse, "Replay", Watched)
     backbone.memory_bound = samples * one
     found = outputs(backbone, inputs)
     assert max(held) == samples * one and len(held) == parts * len(backbone.units())
@@ -53,7 +53,7 @@ def test_a_bound_below_one_sample_is_refused(case):
         outputs(backbone, inputs)
 
 
-def test_compiled_parts_give_the_same_outputs_and_no_bypass_compiles_anything(case, monkeypatch):
+def test_compiled_parts_give_the_same_outputs_and_bypasses_compile_nothing(case, monkeypatch):
     """Traced, but not lowered: what is tested is which graphs are made."""
     backbone, inputs = case
     eager, compile_part, graphs = outputs(backbone, inputs), torch.compile, []

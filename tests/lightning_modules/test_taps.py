@@ -14,11 +14,11 @@ from support.distillation import REMOVED, STAGES, distillation, losses_of, outpu
 from support.networks import TRANSFORMERS, bypasses, tiny_backbone, tiny_batch
 
 from lightning_modules.backbones.diffusion.load import load_teacher
-from lightning_modules.backbones.diffusion.pruned_unet import removable
+from lightning_modules.backbones.diffusion.pruned_unet import list_depth_units
 from lightning_modules.losses.level_weights import features
 from lightning_modules.modules.distillation import WEIGHTS, Distillation, tap_names
 
-UNITS = list(removable(tiny_backbone("UNet2DModel").network))
+UNITS = list(list_depth_units(tiny_backbone("UNet2DModel").network))
 
 
 def taps_of(removed: list[str], **options: Any) -> list[str]:

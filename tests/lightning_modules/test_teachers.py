@@ -77,7 +77,7 @@ def test_a_tiny_pipeline_is_the_same_in_every_call(kind: str, tmp_path: Path) ->
     assert all(tensor.isfinite().all() for file in weights for tensor in load_file(first / file).values())
 
 
-def test_an_unknown_kind_is_answered_with_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_kind_is_refused_with_the_choices(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"kind='sd15' is unknown; choose one of: sd, sd_v, .*, bk"):
         tiny_pipeline("sd15", tmp_path)
 
@@ -101,7 +101,7 @@ def test_every_configuration_is_counted_here() -> None:
 
 
 @pytest.mark.parametrize("teacher", [*PUBLISHED, NOT_IN_DIFFUSERS])
-def test_a_teacher_file_says_what_it_is(teacher: str) -> None:
+def test_a_teacher_file_states_name_size_and_download(teacher: str) -> None:
     file = TEACHERS / f"{teacher}.yaml"
     header, cfg = file.read_text(), OmegaConf.load(file)
     assert cfg.name == teacher and cfg._target_ == "lightning_modules.backbones.diffusion.load.load_teacher"
@@ -112,7 +112,7 @@ def test_a_teacher_file_says_what_it_is(teacher: str) -> None:
 
 
 @pytest.mark.parametrize("teacher", PUBLISHED)
-def test_only_unets_with_several_blocks_in_a_transformer_ask_what_a_unit_is(teacher: str) -> None:
+def test_only_unets_with_several_basic_blocks_set_transformers(teacher: str) -> None:
     inside = [
         len(module.transformer_blocks)
         for module in published(teacher).modules()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,13 +95,30 @@ def text_job(overrides: list[str], captioned: Path, text_teacher: Path) -> list[
     return [*kept, *data, f"teacher.path={text_teacher}"]
 
 
+def report_no_difference(student: Any, folder: Path) -> float:
+    """Stand for the reload of the export in a process of its own, which takes most of a tiny job's time."""
+    return 0.0
+
+
+def report_nothing(folder: Path) -> str:
+    """Stand for the pictures and pages of a run."""
+    return "summary"
+
+
+UNVERIFIED = {"experiments.engine.stages.export.verify": report_no_difference}
+QUICK_END = UNVERIFIED | {"experiments.engine.pipeline.report_run": report_nothing}
+"""{dotted name: what stands there instead in a job that ends sooner}"""
+
+
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the reload of the export in a process of its own, which takes most of a tiny job's time."""
-    monkeypatch.setattr("experiments.engine.stages.export.verify", lambda student, folder: 0.0)
+    """Leave out the reload of the export."""
+    for name, function in UNVERIFIED.items():
+        monkeypatch.setattr(name, function)
 
 
 @pytest.fixture
 def quick_end(unverified: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the pictures as well."""
-    monkeypatch.setattr("experiments.engine.pipeline.report_run", lambda folder: "summary")
+    for name, function in QUICK_END.items():
+        monkeypatch.setattr(name, function)

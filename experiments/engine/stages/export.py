@@ -8,7 +8,7 @@ from experiments.engine.ranks import barrier, is_rank_zero
 from experiments.engine.stage import Stage
 from experiments.engine.stages.select import Select
 from experiments.reporting.card import compose_model_card
-from lightning_modules.export.export import check_hub, dense_twin, export
+from lightning_modules.export.export import check_hub, export, make_dense_twin
 from lightning_modules.export.verify import verify
 
 
@@ -41,7 +41,7 @@ class Export(Stage):
                 export(job.student, partial, self.card(job))
                 job.record(export_max_difference=verify(job.student, partial))
                 if job.cfg.export.dense_twin:
-                    dense_twin(job.teacher, job.student).save_pretrained(partial / "dense_twin")
+                    make_dense_twin(job.teacher, job.student).save_pretrained(partial / "dense_twin")
         barrier()
 
     def card(self, job: Job) -> str:

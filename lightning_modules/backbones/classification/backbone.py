@@ -19,73 +19,76 @@ from criteria.base import Batch, Level, Unit, parse_level
 from lightning_modules.backbones.base import Change, NetworkBackbone
 from lightning_modules.backbones.classification import image_networks
 from lightning_modules.backbones.classification.image_networks import BasicBlock, ImageNetwork
-from lightning_modules.backbones.width.blocks import Cuts, multiplies, without
-from lightning_modules.backbones.width.graph import Channels, block_length, check_block
+from lightning_modules.backbones.width.blocks import Cuts, delete_indices, multiplies
+from lightning_modules.backbones.width.graph import Channels, check_block, get_block_length
 
 
 class ConvolutionChannels(Channels):
-    """The output channels of convolutions, in groups of those that can only go together, by torch-pruning's graph.
+    """The output channels of convolutions, in groups of coupled channels; the outputs of linear layers stay.
 
-    One exception: the streams of CIFAR ResNets with option A shortcuts, which that graph cannot slice, stay whole, as
-    in the paper; the outputs of each block's `conv2` are a group of their own, which lose their place in what is added
-    to the stream (see BasicBlock), and whose gates are behind `bn2`. The outputs of linear layers stay, too.
+    torch-pruning's graph cannot slice the streams of CIFAR ResNets with option A shortcuts: they stay whole, as in
+    AutoBot. There the outputs of each block's `conv2` are a group of their own, gated behind `bn2`: a removed channel
+    is no longer added to the stream (see BasicBlock).
     """
 
     network: Any  # an ImageNetwork
 
     def __init__(self, network: Any, forward: Callable[[nn.Module], Any], block: int) -> None:
         check_block(block)
-        self.adders = {name: part for name, part in network.named_modules() if isinstance(part, BasicBlock)}
+        self.basic_blocks = {name: part for name, part in network.named_modules() if isinstance(part, BasicBlock)}
         ignored: list[nn.Module] = [part for part in network.modules() if isinstance(part, nn.Linear)]
-        ignored += [network.conv1] if self.adders else []
-        ignored += [part.conv2 for part in self.adders.values()]
-        further = {f"{name}.conv2": added(name, part, block) for name, part in self.adders.items()}
-        outlets = [f"{name}.bn2" for name in self.adders]
+        ignored += [network.conv1] if self.basic_blocks else []
+        ignored += [part.conv2 for part in self.basic_blocks.values()]
+        further = {f"{name}.conv2": divide_outputs(name, part, block) for name, part in self.basic_blocks.items()}
+        outlets = [f"{name}.bn2" for name in self.basic_blocks]
         super().__init__(network, forward, block, ignored, further, outlets)
 
     def layer_cost(self, layer: str, into: Any, out: Any, budget: str) -> Any:
-        """As Blocks has it; FLOPs (`flops`) are those of an image, as AutoBot's tables have them, counted by thop.
+        """Return the cost of a layer as Blocks does, and for `flops` that of one image as AutoBot's tables count it.
 
-        That is the multiply-accumulates, one addition for each output of a convolution with a bias, two operations for
-        each element that a norm normalises, and what the network says of `pooling`. Nothing else counts.
+        AutoBot counts as thop does: multiply-accumulates, one addition per output of a convolution with a bias, two
+        operations per element that a norm normalises, and the operations in the network's `pooling`. Nothing else
+        counts.
         """
         if budget != "flops":
             return super().layer_cost(layer, into, out, budget)
         module = self.network.get_submodule(layer)
-        each = 0 if multiplies(module) else 2
+        per_output = 0 if multiplies(module) else 2
         if isinstance(module, nn.Conv2d) and module.bias is not None:
-            each = 1
+            per_output = 1
         pooled = sum(self.network.pooling.get((layer, side), 0) * n for side, n in (("in", into), ("out", out)))
-        return super().layer_cost(layer, into, out, "macs") + each * self.uses[layer] * out + pooled
+        return super().layer_cost(layer, into, out, "macs") + per_output * self.uses[layer] * out + pooled
 
     def sliced(self, names: Iterable[str]) -> ImageNetwork:
-        """A network of its own without these blocks, in eval mode; raises what `together` raises."""
+        """Return a new network without these blocks, in eval mode; raises ValueError as `merge_cuts` does."""
         removed, state = self.remaining(names)
-        for name, part in self.adders.items():
-            gone = removed.get((f"{name}.conv2", "out"))
-            if gone is not None:
+        for name, part in self.basic_blocks.items():
+            removed_outputs = removed.get((f"{name}.conv2", "out"))
+            if removed_outputs is not None:
                 kept = torch.arange(part.channels) if part.kept is None else part.kept
-                state[f"{name}.kept"] = without(kept, 0, gone).to(state[f"{name}.conv2.weight"].device)
+                kept = delete_indices(kept, 0, removed_outputs)
+                state[f"{name}.kept"] = kept.to(state[f"{name}.conv2.weight"].device)
         with torch.device("meta"):
             student = image_networks.build(self.network.config)
-        return image_networks.fit(student, state).eval()
+        return image_networks.fit_widths(student, state).eval()
 
 
-def added(name: str, part: BasicBlock, block: int) -> list[Cuts]:
-    """The blocks of the outputs of a ResNet block's last convolution."""
+def divide_outputs(name: str, part: BasicBlock, block: int) -> list[Cuts]:
+    """Return the Cuts of the blocks of outputs of a ResNet block's last convolution; none for a single output."""
     count = part.conv2.out_channels
     if count < 2:
         return []
     return [
         {(f"{name}.conv2", "out"): indices, (f"{name}.bn2", "out"): indices}
-        for indices in torch.arange(count).split(block_length(count, block))
+        for indices in torch.arange(count).split(get_block_length(count, block))
     ]
 
 
 class ClassifierBackbone(NetworkBackbone):
-    """A network that classifies images. Option: `block`, the most channels of a unit (1, as in AutoBot).
+    """A network that classifies images. Its units are blocks of output channels of convolutions.
 
-    `smoothing` softens the targets of the loss (label smoothing; 0.1 for ImageNet in AutoBot).
+    Options: `block`, the most channels per unit (1 by default, as in AutoBot); `smoothing`, the label smoothing of the
+    loss (0 by default; AutoBot takes 0.1 for ImageNet).
     """
 
     library = "torch"
@@ -94,18 +97,19 @@ class ClassifierBackbone(NetworkBackbone):
     slices = "channels"
 
     def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the images it takes."""
+        """Return (channels, height, width) of the images that the network takes."""
         size = self.network.config["image_size"]
         return len(self.network.mean), size, size
 
     @property
     def classes(self) -> int:
+        """The number of classes."""
         return self.network.config["classes"]
 
     @property
     def width_changes_stages(self) -> bool:  # type: ignore[override]
-        """The streams of ResNets with option A shortcuts keep their width."""
-        return not self.channels.adders
+        """Whether the outputs of stages lose channels: not in ResNets with option A shortcuts, whose streams stay."""
+        return not self.channels.basic_blocks
 
     def twin(self, network: nn.Module) -> Self:
         return type(self)(network, **self.options)
@@ -113,11 +117,11 @@ class ClassifierBackbone(NetworkBackbone):
     # Units and their removal
 
     def units(self, level: str = "channel") -> list[Unit]:
-        """Output channels of convolutions; raises ValueError for the other levels."""
+        """Return the blocks of output channels; raises ValueError for a level other than channel."""
         if parse_level(level) != Level.CHANNEL:
             raise ValueError(
-                f"criterion.level={level!r}: of an image classifier channels go; choose criterion.level=channel and "
-                "one of criterion=bottleneck, magnitude, taylor, bn_scale, random"
+                f"criterion.level={level!r}: only channels can be removed from an image classifier; choose "
+                "criterion.level=channel and one of criterion=bottleneck, magnitude, taylor, bn_scale, random"
             )
         return self.channels.units()
 
@@ -128,13 +132,13 @@ class ClassifierBackbone(NetworkBackbone):
         return ConvolutionChannels(self.network, lambda network: network(images), self.options.get("block", 1))
 
     def totals(self) -> dict[str, int]:
-        return super().totals() | {"flops": self.channels.whole("flops")}
+        return super().totals() | {"flops": self.channels.total_cost("flops")}
 
     def freed_weights(self, unit: Unit, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         return self.channels.weights(unit.name, tensors)
 
     def survivors(self) -> list[str]:
-        """None: there are no units of depth."""
+        """Return no names: there are no units of depth."""
         return []
 
     def pruned(self, changes: Sequence[Change]) -> Self:
@@ -149,9 +153,9 @@ class ClassifierBackbone(NetworkBackbone):
     # What the network takes and gives
 
     def check_data(self, data: Any) -> None:
-        """Samples that are no images of this size, and images without labels, or with labels of other classes."""
+        """Raise ValueError for images of another shape, without labels, or with labels that the network lacks."""
         if not hasattr(data, "image_shape"):
-            raise ValueError(f"{type(data).__name__} gives no images, and the teacher is an image classifier")
+            raise ValueError(f"{type(data).__name__} has no images, which an image classifier needs")
         if data.image_shape() != self.image_shape():
             raise ValueError(
                 f"its images are {data.image_shape()}, the teacher takes {self.image_shape()} (channels, height, width)"
@@ -161,14 +165,14 @@ class ClassifierBackbone(NetworkBackbone):
         labels = data.take("train", np.linspace(0, count - 1, min(256, count)).astype(int)).get("label")
         if labels is None or len(set(labels)) == 1 < len(labels):
             raise ValueError(
-                "its images have no labels (or all the same one), and the teacher is an image classifier; choose data "
-                "with labels, such as data=cifar10, or pictures in a folder a class"
+                "its images have no labels, or all the same one, and the teacher is an image classifier; choose data "
+                "with labels, such as data=cifar10, or a folder of images per class"
             )
         if labels.max() >= self.classes:
-            raise ValueError(f"it has the label {labels.max()}, and the teacher knows {self.classes} classes")
+            raise ValueError(f"it has the label {labels.max()}, and the teacher has {self.classes} classes, from 0 on")
 
     def training_inputs(self, batch: Batch) -> Batch:
-        """{"sample": (N,channels,height,width) in [-1,1], "target": (N,)}."""
+        """Return {"sample": (N,channels,height,width) in [-1,1], "target": labels (N,)}."""
         return {"sample": batch["image"], "target": batch["label"]}
 
     def calibration_inputs(self, batch: Batch, seed: int, purpose: str = "calibration") -> Batch:
@@ -181,16 +185,16 @@ class ClassifierBackbone(NetworkBackbone):
         }
 
     def predict(self, inputs: Batch) -> Tensor:
-        """Logits (N,C)."""
+        """Return the logits (N,C)."""
         return self.network(inputs["sample"])
 
     def losses(self, output: Tensor, inputs: Batch) -> Tensor:
-        """Cross-entropy of each image, (N,)."""
+        """Return the cross-entropy of each image, (N,)."""
         smoothing = self.options.get("smoothing", 0.0)
         return F.cross_entropy(output.float(), inputs["target"], reduction="none", label_smoothing=smoothing)
 
     def distance(self, output: Tensor, reference: Tensor, inputs: Batch) -> Tensor:
-        """Kullback-Leibler divergence of the classes' distributions from the teacher's, the mean over images."""
+        """Return the mean over images of KL(teacher || student), the divergence of the class probabilities."""
         log_s, log_t = (logits.float().log_softmax(-1) for logits in (output, reference))
         return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
@@ -205,7 +209,7 @@ class ClassifierBackbone(NetworkBackbone):
     # Exports
 
     def save_export(self, folder: Path) -> None:
-        """Write config.json and weights, and beside them the file of the class, which needs torch and safetensors."""
+        """Write config.json, weights, and the file of the network's class, which needs torch and safetensors."""
         self.save(folder)
         shutil.copyfile(image_networks.__file__, folder / "image_networks.py")
 

@@ -1,7 +1,8 @@
 """Image classifiers whose channels can be narrowed: networks for CIFAR, and ResNets of torchvision.
 
-This file travels with exported networks: torch and safetensors are all it needs (torchvision for torchvision's). A
-folder with config.json and model.safetensors opens with `load(folder)`; how wide each layer is, its weights say.
+This file travels with exported networks: it needs torch and safetensors only, and torchvision for torchvision's
+networks. `load(folder)` opens a folder with config.json and model.safetensors; the width of each layer is that of its
+weights.
 
 Tensors are named by shape: B images, C channels, H rows, W columns.
 """
@@ -23,16 +24,23 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ImageNetwork(nn.Module):
-    """(B,C,H,W) images in [-1,1] -> (B,classes) logits, each channel normalised by its `mean` and `std` (of [0,1]).
+    """Base class: classifies images (B,C,H,W) with values in [-1,1], giving logits (B,classes).
 
-    `config` is what `build` makes the network of: `named`, the architecture and arguments of its own, and those that
-    all have. How wide its layers are does not stand there. Raises ValueError where mean and std differ in length.
+    `config` has all arguments from which `build` makes the network again; it does not have the widths of layers. Raises
+    ValueError where `mean` and `std` differ in length.
+
+    Args:
+        named: {"architecture": its name in ARCHITECTURES}, and the arguments of that architecture alone.
+        classes: number of classes.
+        mean: mean of each channel, of values in [0,1]; images are normalised by it.
+        std: standard deviation of each channel, likewise.
+        image_size: rows and columns of an image.
     """
 
     stage_names: Sequence[str]
     pooling: Mapping[tuple[str, str], int] = {}
-    """{(layer, "in" or "out"): the operations of average pooling for each of its channels}, as thop counts them: an
-    AvgPool2d 1 an output, an AdaptiveAvgPool2d of k x k inputs k^2 + 1"""
+    """{(layer, "in" or "out"): operations of average pooling per channel of the layer}, counted as thop does: 1 per
+    output of an AvgPool2d, k^2 + 1 per output of an AdaptiveAvgPool2d over k x k inputs"""
 
     def __init__(
         self,
@@ -44,20 +52,21 @@ class ImageNetwork(nn.Module):
     ) -> None:
         super().__init__()
         if len(mean) != len(std):
-            raise ValueError(f"mean={list(mean)} and std={list(std)} are to have a value a channel each")
+            raise ValueError(f"mean={list(mean)} and std={list(std)}: both need one value per channel")
         self.mean, self.std = tuple(mean), tuple(std)
         self.config = named | {"classes": classes, "mean": list(mean), "std": list(std), "image_size": image_size}
 
-    def normalised(self, image_BCHW: Tensor) -> Tensor:
+    def normalize(self, image_BCHW: Tensor) -> Tensor:
+        """Return images (B,C,H,W) of values in [-1,1] with the mean and the standard deviation taken out."""
         mean, std = image_BCHW.new_tensor(self.mean), image_BCHW.new_tensor(self.std)
         return (image_BCHW / 2 + 0.5 - mean[:, None, None]) / std[:, None, None]
 
     def stage_modules(self) -> dict[str, nn.Module]:
-        """The modules whose outputs can be compared with another network's, by path, in forward order."""
+        """Return the modules, by path, whose outputs a distillation can compare, in the order of the forward pass."""
         return {name: self.get_submodule(name) for name in self.stage_names}
 
 
-def draw(network: nn.Module) -> None:
+def draw_weights(network: nn.Module) -> None:
     """Initial weights of convolutions and linear layers: He et al. 2015 (arXiv 1502.01852)."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -111,19 +120,22 @@ class CifarResNet(ImageNetwork):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.pooling = {("linear", "in"): (-(-self.config["image_size"] // 4)) ** 2 + 1}
         self.linear = nn.Linear(64, self.config["classes"])
-        draw(self)
+        draw_weights(self)
 
     def features(self, image_BCHW: Tensor) -> Tensor:
-        """(B,C,H,W) images in [-1,1] -> (B,64) pooled features of the last stage."""
-        x_BCHW = F.relu(self.bn1(self.conv1(self.normalised(image_BCHW))))
+        """Return the pooled features (B,64) of the last stage, for images (B,C,H,W) with values in [-1,1]."""
+        x_BCHW = F.relu(self.bn1(self.conv1(self.normalize(image_BCHW))))
         return self.avgpool(self.stages(x_BCHW)).flatten(1)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         return self.linear(self.features(image_BCHW))
 
 
-def convolutions(channels_in: int, *layers: tuple[int, int]) -> list[nn.Module]:
-    """Convolutions with biases, each with its BatchNorm and ReLU, by their output channels and kernel sizes."""
+def make_convolutions(channels_in: int, *layers: tuple[int, int]) -> list[nn.Module]:
+    """Return convolutions with biases, each followed by BatchNorm and ReLU.
+
+    `layers` are (output channels, kernel size) of each convolution.
+    """
     modules: list[nn.Module] = []
     for channels, kernel in layers:
         modules += [nn.Conv2d(channels_in, channels, kernel, padding=kernel // 2), nn.BatchNorm2d(channels), nn.ReLU()]
@@ -132,9 +144,9 @@ def convolutions(channels_in: int, *layers: tuple[int, int]) -> list[nn.Module]:
 
 
 class Vgg16(ImageNetwork):
-    """VGG-16 with BatchNorm for CIFAR, as HRank (arXiv 2002.10179) and AutoBot have it, with its names of layers.
+    """VGG-16 with BatchNorm for CIFAR, with the layers and the names of HRank (arXiv 2002.10179) and AutoBot.
 
-    13 convolutions with biases, then two linear layers, the first one with a BatchNorm.
+    13 convolutions with biases, then two linear layers, the first with a BatchNorm.
     """
 
     stage_names = ("features.pool2", "features.pool5", "features.pool9", "features.pool13", "features.relu16")
@@ -144,21 +156,21 @@ class Vgg16(ImageNetwork):
         self.features, before = nn.Sequential(), len(self.mean)
         for i, width in enumerate((64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)):
             kinds = ("conv", "norm", "relu") if width else ("pool",)
-            parts = convolutions(before, (width, 3)) if width else [nn.MaxPool2d(2)]
+            parts = make_convolutions(before, (width, 3)) if width else [nn.MaxPool2d(2)]
             for kind, part in zip(kinds, parts, strict=True):
                 self.features.add_module(f"{kind}{i}", part)
             before = width or before
         head = {"linear1": nn.Linear(512, 512), "norm1": nn.BatchNorm1d(512), "relu1": nn.ReLU()}
         self.classifier = nn.Sequential(OrderedDict(head | {"linear2": nn.Linear(512, self.config["classes"])}))
-        draw(self)
+        draw_weights(self)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        x_BCHW = self.features(self.normalised(image_BCHW))
+        x_BCHW = self.features(self.normalize(image_BCHW))
         return self.classifier(F.avg_pool2d(x_BCHW, self.config["image_size"] // 16).flatten(1))
 
 
 class DenseLayer(nn.Module):
-    """BatchNorm, ReLU and a 3x3 convolution, whose outputs come after the inputs."""
+    """BatchNorm, ReLU and a 3x3 convolution, whose outputs are concatenated to the inputs."""
 
     def __init__(self, channels_in: int, growth: int) -> None:
         super().__init__()
@@ -171,7 +183,7 @@ class DenseLayer(nn.Module):
 
 
 class Transition(nn.Module):
-    """BatchNorm, ReLU and a 1x1 convolution, then half as many rows and columns."""
+    """BatchNorm, ReLU, a 1x1 convolution and a pooling that halves rows and columns."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -187,8 +199,8 @@ class Transition(nn.Module):
 class DenseNet(ImageNetwork):
     """The DenseNets for CIFAR without bottlenecks or compression (Huang et al. 2016, arXiv 1608.06993, section 3).
 
-    Three blocks of `layers` layers, each of which adds `growth` channels to the 2 * growth of the first convolution;
-    12 and 12 make DenseNet-40 as HRank and AutoBot have it, with its names of layers.
+    The first convolution has 2 * `growth` channels; each of the `layers` layers in each of three blocks adds `growth`
+    channels. 12 layers of growth 12 are DenseNet-40, with the names of HRank and AutoBot.
     """
 
     stage_names = ("dense1", "dense2", "dense3")
@@ -209,27 +221,28 @@ class DenseNet(ImageNetwork):
         self.pooling = {("trans1.conv1", "out"): (size // 2) ** 2, ("trans2.conv1", "out"): (size // 4) ** 2}
         self.pooling |= {("fc", "in"): 1}
         self.fc = nn.Linear(width[-1], self.config["classes"])
-        draw(self)
+        draw_weights(self)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        x_BCHW = self.trans1(self.dense1(self.conv1(self.normalised(image_BCHW))))
+        x_BCHW = self.trans1(self.dense1(self.conv1(self.normalize(image_BCHW))))
         x_BCHW = self.dense3(self.trans2(self.dense2(x_BCHW)))
         return self.fc(self.avgpool(self.relu(self.bn(x_BCHW))).flatten(1))
 
 
 class Inception(nn.Module):
-    """Four branches side by side: 1x1; 1x1 and 3x3; 1x1 and two 3x3; pooling and 1x1.
+    """Four parallel branches: 1x1; 1x1 and 3x3; 1x1 and two 3x3; pooling and 1x1.
 
-    `widths`: the outputs of the branches (four), and of the first convolution of the second and of the third one.
+    `widths` are the output channels of the four branches, then those of the first convolution of the second and of the
+    third branch.
     """
 
     def __init__(self, channels_in: int, widths: Sequence[int]) -> None:
         super().__init__()
         one, three, five, pooled, into_three, into_five = widths
-        self.branch1x1 = nn.Sequential(*convolutions(channels_in, (one, 1)))
-        self.branch3x3 = nn.Sequential(*convolutions(channels_in, (into_three, 1), (three, 3)))
-        self.branch5x5 = nn.Sequential(*convolutions(channels_in, (into_five, 1), (five, 3), (five, 3)))
-        self.branch_pool = nn.Sequential(nn.MaxPool2d(3, 1, 1), *convolutions(channels_in, (pooled, 1)))
+        self.branch1x1 = nn.Sequential(*make_convolutions(channels_in, (one, 1)))
+        self.branch3x3 = nn.Sequential(*make_convolutions(channels_in, (into_three, 1), (three, 3)))
+        self.branch5x5 = nn.Sequential(*make_convolutions(channels_in, (into_five, 1), (five, 3), (five, 3)))
+        self.branch_pool = nn.Sequential(nn.MaxPool2d(3, 1, 1), *make_convolutions(channels_in, (pooled, 1)))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         branches = (self.branch1x1, self.branch3x3, self.branch5x5, self.branch_pool)
@@ -237,7 +250,7 @@ class Inception(nn.Module):
 
 
 class GoogLeNet(ImageNetwork):
-    """GoogLeNet (Szegedy et al. 2014, arXiv 1409.4842) for CIFAR as HRank and AutoBot have it, with its names.
+    """GoogLeNet (Szegedy et al. 2014, arXiv 1409.4842) for CIFAR, with the layers and names of HRank and AutoBot.
 
     One convolution and nine Inception blocks: 64 convolutions with BatchNorm.
     """
@@ -257,7 +270,7 @@ class GoogLeNet(ImageNetwork):
 
     def __init__(self, **common: Any) -> None:
         super().__init__({"architecture": "googlenet"}, **common)
-        self.pre_layers = nn.Sequential(*convolutions(len(self.mean), (192, 3)))
+        self.pre_layers = nn.Sequential(*make_convolutions(len(self.mean), (192, 3)))
         before = 192
         for name, widths in self.WIDTHS.items():
             self.add_module(f"inception_{name}", Inception(before, widths))
@@ -267,17 +280,17 @@ class GoogLeNet(ImageNetwork):
         self.avgpool = nn.AvgPool2d(self.config["image_size"] // 4, 1)
         self.pooling = {("linear", "in"): 1}
         self.linear = nn.Linear(before, self.config["classes"])
-        draw(self)
+        draw_weights(self)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        x_BCHW = self.normalised(image_BCHW)
+        x_BCHW = self.normalize(image_BCHW)
         for module in list(self.children())[:-1]:  # they are in the order of the forward pass
             x_BCHW = module(x_BCHW)
         return self.linear(x_BCHW.flatten(1))
 
 
 class Torchvision(ImageNetwork):
-    """A ResNet of torchvision (`name`: resnet18, resnet34, resnet50, resnet101, resnet152), which is its `network`."""
+    """A ResNet of torchvision, its `network`; `name` is one of NAMES."""
 
     stage_names = ("network.layer1", "network.layer2", "network.layer3", "network.layer4")
     NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -299,7 +312,7 @@ class Torchvision(ImageNetwork):
         self.pooling = {("network.fc", "in"): (-(-image_size // 32)) ** 2 + 1}
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        return self.network(self.normalised(image_BCHW))
+        return self.network(self.normalize(image_BCHW))
 
 
 ARCHITECTURES: dict[str, type[ImageNetwork]] = {
@@ -312,7 +325,7 @@ ARCHITECTURES: dict[str, type[ImageNetwork]] = {
 
 
 def build(config: Mapping[str, Any]) -> ImageNetwork:
-    """A fresh network. Raises ValueError for an unknown architecture, and for arguments that it does not take."""
+    """Return a new network; raises ValueError for an unknown architecture, or arguments that it does not take."""
     arguments = dict(config)
     name = arguments.pop("architecture", None)
     if name not in ARCHITECTURES:
@@ -326,11 +339,11 @@ def build(config: Mapping[str, Any]) -> ImageNetwork:
 LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
 
 
-def fit(network: ImageNetwork, state: Mapping[str, Tensor]) -> ImageNetwork:
-    """Give each layer the widths of its tensors in `state`, then these tensors, in the network's precision.
+def fit_widths(network: ImageNetwork, state: Mapping[str, Tensor]) -> ImageNetwork:
+    """Give each layer the widths of its tensors in `state`, and then these tensors, in the network's precision.
 
-    BasicBlocks get what they keep. Raises ValueError, naming the tensor, for one that is missing, unknown, of another
-    kernel size or not finite, and for widths that do not fit one another.
+    Raises ValueError, naming the tensor, for a tensor that is missing, unknown, of another kernel size or not finite,
+    and for widths that do not fit one another.
     """
     for name, module in network.named_modules():
         if isinstance(module, BasicBlock):
@@ -356,7 +369,7 @@ def resize(module: Any, name: str, state: Mapping[str, Tensor]) -> None:
         if old is None or new is None:
             continue
         if new.dim() != old.dim() or new.shape[2:] != old.shape[2:]:
-            raise ValueError(f"{name}.{key} is {tuple(new.shape)}, and another width of {tuple(old.shape)} is wanted")
+            raise ValueError(f"{name}.{key} is {tuple(new.shape)}, which is no other width of {tuple(old.shape)}")
         sized = old.new_empty(new.shape)
         setattr(module, key, nn.Parameter(sized, old.requires_grad) if key in module._parameters else sized)
     weight = module.weight
@@ -369,16 +382,16 @@ def resize(module: Any, name: str, state: Mapping[str, Tensor]) -> None:
 
 
 def check_widths(network: ImageNetwork) -> None:
-    """Raise ValueError where the widths of layers do not fit one another, or a BasicBlock keeps nonsense."""
+    """Raise ValueError where widths of layers do not fit one another, or a BasicBlock keeps impossible channels."""
     for name, module in network.named_modules():
         if isinstance(module, BasicBlock) and module.kept is not None:
             kept = module.kept.tolist()
             if sorted(set(kept)) != sorted(kept) or not all(0 <= c < module.channels for c in kept):
-                raise ValueError(f"{name}.kept={kept}: these are to be different channels of {module.channels}")
+                raise ValueError(f"{name}.kept={kept}: these have to be different channels of {module.channels}")
         if isinstance(module, LAYERS):
             tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
             if len({len(tensor) for tensor in tensors if tensor.dim()}) > 1:
-                raise ValueError(f"the tensors of {name} are of several widths")
+                raise ValueError(f"the tensors of {name} have different widths")
     size = network.config["image_size"]
     meta = {key: tensor.to("meta") for key, tensor in network.state_dict().items()}
     try:
@@ -387,19 +400,22 @@ def check_widths(network: ImageNetwork) -> None:
     except RuntimeError as error:
         raise ValueError(f"the widths of the weights do not fit one another: {error}") from error
     if classes != network.config["classes"]:
-        raise ValueError(f"classes={network.config['classes']}, and the weights know {classes}")
+        raise ValueError(f"classes={network.config['classes']}, and the weights have {classes}")
 
 
 def save(network: ImageNetwork, folder: str | Path) -> None:
-    """config.json and model.safetensors."""
+    """Write config.json and model.safetensors."""
     (Path(folder) / "config.json").write_text(json.dumps(network.config, indent=2) + "\n")
     state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
     save_file(state, Path(folder) / "model.safetensors")
 
 
 def load(folder: str | Path) -> ImageNetwork:
-    """The network in a folder, float32 and in eval mode, at the widths of its weights; what `build` and `fit` raise."""
+    """Return the network in a folder, float32 and in eval mode, with the widths of its weights.
+
+    Raises ValueError as `build` and `fit_widths` do.
+    """
     config = json.loads((Path(folder) / "config.json").read_text())
     with torch.device("meta"):
         network = build(config)
-    return fit(network, load_file(Path(folder) / "model.safetensors")).eval()
+    return fit_widths(network, load_file(Path(folder) / "model.safetensors")).eval()

@@ -15,7 +15,7 @@ from criteria.base import Batch
 from datamodules.seeding import torch_rng
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.diffusion import pruned_unet
-from lightning_modules.backbones.diffusion.pipeline_parts import Surroundings, move
+from lightning_modules.backbones.diffusion.pipeline_parts import PipelineParts, move
 from lightning_modules.backbones.diffusion.schedule import (
     add_noise,
     check_sampler,
@@ -34,7 +34,7 @@ class DiffusionBackbone(NetworkBackbone):
     Args:
         network: the network, a model of diffusers.
         noise_scheduler: a diffusers scheduler; see `training_schedule` for the schedule that follows from it.
-        surroundings: the other parts of the pipeline (VAE, text encoders), frozen and outside the module tree; None
+        pipeline_parts: the other parts of the pipeline (VAE, text encoders), frozen and outside the module tree; None
             where the network works on images and takes no conditions.
         options: options of the subclass.
     """
@@ -47,13 +47,13 @@ class DiffusionBackbone(NetworkBackbone):
     """name of the network among the components of its pipeline"""
 
     def __init__(
-        self, network: nn.Module, noise_scheduler: Any, surroundings: Surroundings | None = None, **options: Any
+        self, network: nn.Module, noise_scheduler: Any, pipeline_parts: PipelineParts | None = None, **options: Any
     ) -> None:
         super().__init__(network, **options)
-        self.noise_scheduler, self.surroundings = training_schedule(noise_scheduler), surroundings
+        self.noise_scheduler, self.pipeline_parts = training_schedule(noise_scheduler), pipeline_parts
 
     def twin(self, network: nn.Module) -> Self:
-        return type(self)(network, self.noise_scheduler, self.surroundings, **self.options)
+        return type(self)(network, self.noise_scheduler, self.pipeline_parts, **self.options)
 
     # Batches
 
@@ -99,12 +99,12 @@ class DiffusionBackbone(NetworkBackbone):
         `rngs` has one generator per sample for the VAE's posterior; None takes the global generator.
         """
         if "latent_mean" in batch:
-            assert self.surroundings is not None
-            return self.surroundings.drawn(batch["latent_mean"], batch["latent_std"], rngs)
+            assert self.pipeline_parts is not None
+            return self.pipeline_parts.draw_latents(batch["latent_mean"], batch["latent_std"], rngs)
         image = batch["image"]
-        if self.surroundings is None or not self.surroundings.encodes:
+        if self.pipeline_parts is None or not self.pipeline_parts.has_vae:
             return image
-        return self.surroundings.encode(image, rngs)
+        return self.pipeline_parts.encode(image, rngs)
 
     def noise_batch(self, batch: Batch, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Batch:
         """Return the network's inputs and target for clean samples (N,C,H,W), noise and steps of the schedule (N,)."""
@@ -119,7 +119,7 @@ class DiffusionBackbone(NetworkBackbone):
     @property
     def takes_text(self) -> bool:
         """Whether the network is conditioned on captions."""
-        return self.surroundings is not None and self.surroundings.takes_text
+        return self.pipeline_parts is not None and self.pipeline_parts.takes_text
 
     @torch.no_grad()
     def conditions(self, batch: Batch, device: torch.device) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class DiffusionBackbone(NetworkBackbone):
             return batch["conditions"]
         if not self.takes_text:
             return {}
-        assert self.surroundings is not None
+        assert self.pipeline_parts is not None
         if "text" in batch:  # stored by a precomputation
             return self.complete_conditions(move(batch["text"], device), batch, device)
         if "caption" not in batch:
@@ -139,15 +139,17 @@ class DiffusionBackbone(NetworkBackbone):
                 "the teacher takes text, but the data have no captions; choose data with captions "
                 "(data=captioned_folder, or a `caption` column)"
             )
-        return self.complete_conditions(self.surroundings.text(batch["caption"], device), batch, device)
+        return self.complete_conditions(self.pipeline_parts.encode_text(batch["caption"], device), batch, device)
 
     def empty_conditions(self, batch: Batch, conditions: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of the unconditional pass of classifier-free guidance."""
         if not self.takes_text:
             return conditions
-        assert self.surroundings is not None
+        assert self.pipeline_parts is not None
         device = next(self.network.parameters()).device
-        return self.complete_conditions(self.surroundings.empty_text(len(batch["seed"]), device), batch, device)
+        return self.complete_conditions(
+            self.pipeline_parts.encode_empty_text(len(batch["seed"]), device), batch, device
+        )
 
     def complete_conditions(self, conditions: dict[str, Any], batch: Batch, device: torch.device) -> dict[str, Any]:
         """Return the conditions with the sizes, crops or guidance scale that some networks take besides."""
@@ -249,8 +251,8 @@ class DiffusionBackbone(NetworkBackbone):
     @torch.no_grad()
     def decode(self, samples: Tensor) -> Tensor:
         """Return the images of generated samples, uint8 (N,H,W,C), on the CPU."""
-        if self.surroundings is not None and self.surroundings.encodes:
-            samples = self.surroundings.decode(samples)
+        if self.pipeline_parts is not None and self.pipeline_parts.has_vae:
+            samples = self.pipeline_parts.decode(samples)
         return ((samples.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
     # Shapes, costs, files
@@ -271,10 +273,10 @@ class DiffusionBackbone(NetworkBackbone):
     def image_shape(self) -> tuple[int, int, int]:
         """Return (channels, height, width) of the images that such samples stand for."""
         channels, height, width = self.data_shape()
-        if self.surroundings is None or not self.surroundings.encodes:
+        if self.pipeline_parts is None or not self.pipeline_parts.has_vae:
             return channels, height, width
-        factor = self.surroundings.factor
-        return self.surroundings.image_channels, height * factor, width * factor
+        factor = self.pipeline_parts.pixels_per_latent
+        return self.pipeline_parts.image_channels, height * factor, width * factor
 
     def example_inputs(self, batch: int, device: torch.device | str) -> Batch:
         """Return inputs of the right shape, all zeros, for counting operations and timing."""
@@ -303,7 +305,7 @@ class DiffusionBackbone(NetworkBackbone):
         `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens it where only diffusers is installed.
         Without `trust_remote_code` diffusers refuses it, rather than opening a stock network with untrained parts.
         """
-        parts = self.surroundings
+        parts = self.pipeline_parts
         assert parts is not None, "a teacher is loaded with its pipeline"
         parts.to(torch.device("cpu"))
         parts.save(self.network, folder)
@@ -328,8 +330,8 @@ class DiffusionBackbone(NetworkBackbone):
         return self.arguments(inputs)
 
     def card_usage(self) -> str:
-        parts = self.surroundings
-        without, captions = ([], []) if parts is None else (parts.missing(), list(parts.table or ()))
+        parts = self.pipeline_parts
+        without, captions = ([], []) if parts is None else (parts.absent_parts(), list(parts.table or ()))
         absent = "".join(f", {name}=None" for name in without)
         return f"""    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True{absent})
 

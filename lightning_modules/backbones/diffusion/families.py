@@ -1,4 +1,4 @@
-"""Which backbone a diffusion transformer of diffusers gets."""
+"""The backbone class of each diffusion transformer of diffusers."""
 
 from typing import Any
 
@@ -25,6 +25,6 @@ FAMILIES: dict[Any, type[TransformerBackbone]] = {
 CLASSES: dict[str, Any] = {cls.__name__: cls for cls in FAMILIES}
 
 
-def family(network: nn.Module) -> type[TransformerBackbone]:
-    """The backbone of a transformer's class."""
+def backbone_class(network: nn.Module) -> type[TransformerBackbone]:
+    """Return the backbone class for a network whose class is among FAMILIES."""
     return FAMILIES[type(network)]

@@ -1,4 +1,4 @@
-"""Pipelines around new networks, for training from nothing: which parts a network of a class works with."""
+"""Networks with fresh weights and the pipelines they work in, for training from nothing."""
 
 from pathlib import Path
 from typing import Any
@@ -20,48 +20,58 @@ from datamodules.readers.base import MissingData
 from lightning_modules.backbones.diffusion import dit_weights, families, unet
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.load import REFUSED_OF_PARTS
-from lightning_modules.backbones.diffusion.pipeline_parts import Surroundings
+from lightning_modules.backbones.diffusion.pipeline_parts import PipelineParts
 from lightning_modules.backbones.files import check_weights
 from lightning_modules.backbones.loading import CLASSES
 
 
-def new_backbone(
+def build_new_backbone(
     network: dict[str, Any],
     noise_scheduler: Any,
     vae: str | None = None,
     text_encoder: str | None = None,
     text_tokens: int = 77,
 ) -> DiffusionBackbone:
-    """A network with fresh weights, from the global generator, in a pipeline of the class that it works in.
+    """Return a network with fresh weights, drawn from the global generator, in the stock pipeline for its class.
 
-    `network` is a diffusers configuration with its `_class_name`; `vae` and `text_encoder` are folders or hub ids.
-    Raises ValueError for a class that is unknown here, and MissingData for parts that cannot be read.
+    Raises ValueError for an unknown class and for weights of parts that are incomplete or not finite, and MissingData
+    for parts that cannot be read.
+
+    Args:
+        network: its configuration in diffusers, with `_class_name`.
+        noise_scheduler: the noise schedule and prediction type to train under.
+        vae: a folder or hub id of an AutoencoderKL; None for a network that works on images.
+        text_encoder: a folder or hub id of a text encoder with its tokenizer; only for a UNet2DConditionModel.
+        text_tokens: the length to which captions are padded or cut.
     """
     name = network["_class_name"]
     if name not in CLASSES:
         raise ValueError(f"pretrain.network._class_name={name!r} is unknown; choose one of: {', '.join(CLASSES)}")
-    made: Any = CLASSES[name].from_config(dict(network))
-    if isinstance(made, DiTTransformer2DModel):
-        dit_weights.initialise(made)
-    family: Any = families.family(made) if name in families.CLASSES else unet.UNetBackbone
-    pipeline = new_pipeline(made, noise_scheduler, vae, text_encoder, text_tokens)
-    surroundings = None if pipeline is None else Surroundings(pipeline, family.component)
-    return family(made, noise_scheduler, surroundings)
+    denoiser: Any = CLASSES[name].from_config(dict(network))
+    if isinstance(denoiser, DiTTransformer2DModel):
+        dit_weights.initialise(denoiser)
+    backbone_class: Any = families.backbone_class(denoiser) if name in families.CLASSES else unet.UNetBackbone
+    pipeline = build_pipeline(denoiser, noise_scheduler, vae, text_encoder, text_tokens)
+    pipeline_parts = None if pipeline is None else PipelineParts(pipeline, backbone_class.component)
+    return backbone_class(denoiser, noise_scheduler, pipeline_parts)
 
 
-def new_pipeline(
+def build_pipeline(
     network: nn.Module, noise_scheduler: Any, vae: str | None, text_encoder: str | None, text_tokens: int
 ) -> Any:
-    """The stock pipeline around a network; None for one that works on images and takes no conditions."""
+    """Return the stock pipeline around a network; None for one that works on images and takes no conditions.
+
+    The arguments are those of `build_new_backbone`.
+    """
     if vae is None:
         if isinstance(network, UNet2DModel):
             return None
         raise ValueError(f"pretrain.vae=null: a {type(network).__name__} works on latents; name a folder with a VAE")
-    decoder = part(AutoencoderKL, vae, "pretrain.vae")
+    autoencoder = load_part(AutoencoderKL, vae, "pretrain.vae")
     if isinstance(network, UNet2DModel):
-        return LDMPipeline(vqvae=decoder, unet=network, scheduler=noise_scheduler)
+        return LDMPipeline(vqvae=autoencoder, unet=network, scheduler=noise_scheduler)
     if isinstance(network, DiTTransformer2DModel):
-        return DiTPipeline(transformer=network, vae=decoder, scheduler=noise_scheduler)
+        return DiTPipeline(transformer=network, vae=autoencoder, scheduler=noise_scheduler)
     if not isinstance(network, UNet2DConditionModel):
         raise ValueError(
             f"pretrain.network._class_name={type(network).__name__!r}: training from nothing is for UNet2DModel, "
@@ -69,12 +79,12 @@ def new_pipeline(
         )
     if text_encoder is None:
         raise ValueError("pretrain.text_encoder=null: a UNet2DConditionModel takes text; name a folder or a hub id")
-    tokenizer = part(AutoTokenizer, text_encoder, "pretrain.text_encoder")
+    tokenizer = load_part(AutoTokenizer, text_encoder, "pretrain.text_encoder")
     tokenizer.model_max_length = text_tokens
-    encoder = part(AutoModel, text_encoder, "pretrain.text_encoder")
-    encoder.config.use_attention_mask = True  # the pipeline then tells the encoder what is padding
+    encoder = load_part(AutoModel, text_encoder, "pretrain.text_encoder")
+    encoder.config.use_attention_mask = True  # so that the pipeline masks the padding
     return StableDiffusionPipeline(
-        vae=decoder,
+        vae=autoencoder,
         text_encoder=encoder,
         tokenizer=tokenizer,
         unet=network,
@@ -85,8 +95,12 @@ def new_pipeline(
     )
 
 
-def part(cls: Any, path: str, field: str) -> Any:
-    """A pretrained part, in float32; ValueError for a network whose weights are incomplete or not finite."""
+def load_part(cls: Any, path: str, field: str) -> Any:
+    """Return a pretrained network in float32, or a tokenizer, of class `cls`, from a folder or a hub id.
+
+    Raises MissingData, naming the configuration's `field`, where it cannot be read, and ValueError for weights that are
+    incomplete or not finite.
+    """
     local = Path(path).expanduser()
     is_network = cls is not AutoTokenizer
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True} if is_network else {}
@@ -98,6 +112,6 @@ def part(cls: Any, path: str, field: str) -> Any:
         ) from error
     if not is_network:
         return loaded
-    network, info = loaded
-    check_weights(network, info, Path(path), REFUSED_OF_PARTS)
+    network, loading_info = loaded
+    check_weights(network, loading_info, Path(path), REFUSED_OF_PARTS)
     return network

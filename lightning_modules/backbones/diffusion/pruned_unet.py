@@ -18,16 +18,18 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 VARIANT = "pruned"
-"""diffusion_pytorch_model.pruned.safetensors"""
+"""The variant under which weights are saved, as diffusion_pytorch_model.pruned.safetensors"""
 
 OPERATORS = (nn.Conv2d, nn.GroupNorm, nn.LayerNorm, Attention)
+"""Classes of modules that are operators in LD-Pruner's sense (arXiv 2404.11936)"""
 
 
 class Bypass(nn.Module):
-    """What stays of a removed unit: the identity, or the 1x1 `conv_shortcut` of a ResNet block that changes channels.
+    """Replaces a removed unit by the identity, or by the 1x1 `conv_shortcut` of a ResNet block that changes channels.
 
-    Equal, bit for bit, to the unit with its last layer (`conv2`, `to_out`, `proj_out`) zeroed. (An attention's output
-    has other strides than its input, after which a convolution may round otherwise; the bypass keeps the input's.)
+    It equals the unit with its last layer (`conv2`, `to_out`, `proj_out`) zeroed, bit for bit. (An attention's output
+    has other strides than its input, with which a later convolution may round differently; the bypass keeps those of
+    the input.)
     """
 
     def __init__(self, unit: nn.Module) -> None:
@@ -49,17 +51,18 @@ class Bypass(nn.Module):
 
 
 class Nothing(nn.Module):
-    """What stays of an attention whose output is added to a residual stream outside of it: zeros."""
+    """Replaces an attention whose output is added to a residual stream outside of it: returns zeros."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states * 0  # not zeros_like: what comes before gets a gradient, of zeros, as DDP wants
+        return hidden_states * 0  # not zeros_like: DDP needs a gradient (of zeros) for the layers before
 
 
 class Pointwise(nn.Module):
-    """A 1x1 convolution in the place of a larger one: same channels, and each output at its kernel's centre.
+    """Replaces a convolution by a 1x1 convolution of the same channels, at the centre of each position of the kernel.
 
-    Its weights are the sum of the kernel's taps (`sum`: equal on constant images) or the centre tap (`centre`). The
-    choice of both is ours: LD-Pruner (arXiv 2404.11936) only says that the replacement is a 1x1 convolution.
+    `init` says where its weights start: from the sum of the kernel's taps (`sum`, equal on constant images), or from
+    the centre tap (`centre`). Both are our choice: LD-Pruner (arXiv 2404.11936) only says that the replacement is a 1x1
+    convolution.
     """
 
     def __init__(self, conv: nn.Conv2d, init: str) -> None:
@@ -91,8 +94,11 @@ class Pointwise(nn.Module):
         return self.conv(x[:, :, top : top + height, left : left + width])
 
 
-def stand_in(module: nn.Module, pointwise: str = "sum") -> nn.Module:
-    """What takes a removed module's place: a bypass for a block, for an operator nothing or a cheaper one."""
+def make_stand_in(module: nn.Module, pointwise: str = "sum") -> nn.Module:
+    """Return the module that takes the place of a removed one: a bypass for a block, a cheaper module for an operator.
+
+    `pointwise` is the `init` of a `Pointwise`.
+    """
     if isinstance(module, Attention) and not adds_input(module):
         return Nothing()
     if isinstance(module, nn.GroupNorm | nn.LayerNorm):
@@ -105,81 +111,82 @@ def stand_in(module: nn.Module, pointwise: str = "sum") -> nn.Module:
 
 
 def adds_input(attention: Attention) -> bool:
-    """Tell whether an attention adds its input to its output, so that the identity stands in for it.
+    """Tell whether an attention adds its input to its output itself, so that the identity can replace it.
 
-    Those of SimpleCrossAttn blocks (DeepFloyd IF, Kandinsky 2) do so in their processor, whatever the attention says.
+    In SimpleCrossAttn blocks (DeepFloyd IF, Kandinsky 2) the processor does so although `residual_connection` is False.
     """
     return attention.residual_connection or isinstance(attention.processor, ADDED_KV_ATTENTION_PROCESSORS)
 
 
-def stages(unet: Any) -> dict[str, Any]:
-    """Down, middle and up blocks by module path, in the order of the forward pass."""
-    found = {f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)}
+def list_stages(unet: Any) -> dict[str, Any]:
+    """Return the down, middle and up blocks by module path, in the order of the forward pass."""
+    stages = {f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)}
     if unet.mid_block is not None:
-        found["mid_block"] = unet.mid_block
-    return found | {f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)}
+        stages["mid_block"] = unet.mid_block
+    return stages | {f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)}
 
 
-def blocks(unet: nn.Module) -> dict[str, nn.Module]:
-    """The ResNet blocks, attentions and Transformer2D modules (or their bypasses), in the order of the forward pass.
+def list_blocks(unet: nn.Module) -> dict[str, nn.Module]:
+    """Return ResNet blocks, attentions and Transformer2D modules, or their bypasses, by module path.
 
-    They are the entries of the `resnets` and `attentions` lists of the stages; samplers, embeddings and the first and
-    last convolutions are not among them.
+    They are the entries of the `resnets` and `attentions` lists of the stages, in the order of the forward pass.
+    Samplers, embeddings and the first and last convolutions are not among them.
     """
-    found = {}
-    for stage, block in stages(unet).items():
+    blocks = {}
+    for stage, block in list_stages(unet).items():
         resnets, attentions = list(block.resnets), list(getattr(block, "attentions", None) or [])
         pairs = [(f"{stage}.resnets.{i}", unit, 2 * i) for i, unit in enumerate(resnets)]
-        # In a middle block the first ResNet block comes alone and each attention precedes its ResNet block.
+        # A middle block starts with one ResNet block; each of its attentions comes before the next ResNet block.
         pairs += [(f"{stage}.attentions.{i}", unit, 2 * i + 1) for i, unit in enumerate(attentions) if unit is not None]
         assert stage != "mid_block" or len(resnets) == len(attentions) + 1
-        found.update({name: unit for name, unit, _ in sorted(pairs, key=lambda pair: pair[2])})
-    return found
+        blocks.update({name: unit for name, unit, _ in sorted(pairs, key=lambda pair: pair[2])})
+    return blocks
 
 
-def removable(unet: nn.Module, transformers: str = "block") -> dict[str, nn.Module]:
-    """The depth units of a U-Net (or their bypasses) by module path, in the order of the forward pass.
+def list_depth_units(unet: nn.Module, transformers: str = "block") -> dict[str, nn.Module]:
+    """Return the depth units of a U-Net, or their bypasses, by module path, in the order of the forward pass.
 
-    A Transformer2D of several basic blocks is that many units (`block`) or one (`module`); with one block it is one.
+    A Transformer2D with several basic blocks is as many units (`transformers="block"`) or one (`"module"`); with one
+    basic block it is one unit.
     """
-    found: dict[str, nn.Module] = {}
-    for name, unit in blocks(unet).items():
-        inner = basic_blocks(unit)
+    units: dict[str, nn.Module] = {}
+    for name, unit in list_blocks(unet).items():
+        inner = list_basic_blocks(unit)
         if transformers == "block" and len(inner) > 1:
-            found |= {f"{name}.transformer_blocks.{i}": block for i, block in enumerate(inner)}
+            units |= {f"{name}.transformer_blocks.{i}": block for i, block in enumerate(inner)}
         else:
-            found[name] = unit
-    return found
+            units[name] = unit
+    return units
 
 
-def basic_blocks(unit: nn.Module) -> list[nn.Module]:
-    """The basic blocks of a Transformer2D (or their bypasses); other units have none."""
+def list_basic_blocks(unit: nn.Module) -> list[nn.Module]:
+    """Return the basic blocks of a Transformer2D, or their bypasses; an empty list for other units."""
     return list(getattr(unit, "transformer_blocks", ())) if isinstance(unit, Transformer2DModel) else []
 
 
-def operators(unet: nn.Module) -> dict[str, nn.Module]:
-    """LD-Pruner's operators: every convolution, normalisation and attention, by module path, but what replaced one."""
+def list_operators(unet: nn.Module) -> dict[str, nn.Module]:
+    """Return LD-Pruner's operators by module path: instances of OPERATORS, except those inside a `Pointwise`."""
     replaced = {id(module.conv) for module in unet.modules() if isinstance(module, Pointwise)}
     return {n: part for n, part in unet.named_modules() if isinstance(part, OPERATORS) and id(part) not in replaced}
 
 
-def remove(unet: nn.Module, names: Iterable[str], pointwise: str = "sum") -> dict[str, nn.Module]:
-    """Put stand-ins where units were, in place; returns what was there, for `put`.
+def remove_units(unet: nn.Module, names: Iterable[str], pointwise: str = "sum") -> dict[str, nn.Module]:
+    """Replace units by their stand-ins, in place; returns the replaced modules, with which `put_modules` undoes it.
 
     A Transformer2D whose basic blocks are all bypassed is bypassed as a whole.
     """
     removed = {name: unet.get_submodule(name) for name in names}
-    put(unet, {name: stand_in(module, pointwise) for name, module in removed.items()})
+    put_modules(unet, {name: make_stand_in(module, pointwise) for name, module in removed.items()})
     for name in {name.partition(".transformer_blocks.")[0] for name in removed if ".transformer_blocks." in name}:
         whole = unet.get_submodule(name)
-        if isinstance(whole, Transformer2DModel) and all(isinstance(b, Bypass) for b in basic_blocks(whole)):
+        if isinstance(whole, Transformer2DModel) and all(isinstance(b, Bypass) for b in list_basic_blocks(whole)):
             removed = {name: whole} | removed  # first, so that its blocks are put back into it, not into its bypass
-            put(unet, {name: Bypass(whole)})
+            put_modules(unet, {name: Bypass(whole)})
     return removed
 
 
-def put(unet: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Set modules by path."""
+def put_modules(unet: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules into a network, in place: {module path: module}."""
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")
         setattr(unet.get_submodule(parent), child, module)
@@ -187,7 +194,7 @@ def put(unet: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 # Widths
 
-SIZE: dict[type, tuple[str, ...]] = {
+SIZE_ATTRIBUTES: dict[type, tuple[str, ...]] = {
     _ConvNd: ("in_channels", "out_channels"),
     nn.Linear: ("in_features", "out_features"),
     nn.Embedding: ("num_embeddings", "embedding_dim"),
@@ -195,84 +202,84 @@ SIZE: dict[type, tuple[str, ...]] = {
     nn.LayerNorm: ("normalized_shape",),
     _NormBase: ("num_features",),
 }
-"""The attributes that say how large a layer is, by its class."""
+"""{class of a layer: the attributes with its size}"""
 
 
-def size(module: nn.Module) -> list[int]:
-    """A layer's size, in the order of SIZE; empty for a module that has none."""
-    for cls, attributes in SIZE.items():
+def get_size(module: nn.Module) -> list[int]:
+    """Return a layer's size, in the order of SIZE_ATTRIBUTES; an empty list for a module that has none."""
+    for cls, attributes in SIZE_ATTRIBUTES.items():
         if isinstance(module, cls):
             values = [getattr(module, attribute) for attribute in attributes]
             return list(values[0]) if isinstance(module, nn.LayerNorm) else values
     return []
 
 
-def sizes(network: nn.Module) -> dict[str, list[int]]:
-    """The size of every layer by module path: JSON-able."""
-    return {name: size(module) for name, module in network.named_modules() if size(module)}
+def list_sizes(network: nn.Module) -> dict[str, list[int]]:
+    """Return the size of every layer by module path: JSON-able."""
+    return {name: get_size(module) for name, module in network.named_modules() if get_size(module)}
 
 
-def resize(network: nn.Module, sizes: Mapping[str, Sequence[int]]) -> None:
-    """Give layers these sizes, in place; tensors whose shape changes are zeros, for `load_state_dict` to fill.
+def resize_layers(network: nn.Module, sizes: Mapping[str, Sequence[int]]) -> None:
+    """Give layers these sizes, in place; tensors whose shape changes become zeros, for `load_state_dict` to fill.
 
-    Raises ValueError for a path that is no layer with so many sizes.
+    Raises ValueError for a path that is not a layer with as many numbers in its size.
     """
     modules = dict(network.named_modules())
     for name, new in sizes.items():
         module = modules.get(name, network)
-        old = size(module)
+        old = get_size(module)
         if len(old) != len(new) or name not in modules:
             raise ValueError(f"sizes[{name!r}]={list(new)} fits no layer of this {type(network).__name__}")
         if old == list(new):
             continue
-        if isinstance(module, _ConvNd) and depthwise(module):
+        if isinstance(module, _ConvNd) and is_depthwise(module):
             module.groups = new[1]
         if isinstance(module, nn.LayerNorm):
             module.normalized_shape = tuple(new)
         else:
-            attributes = next(attributes for cls, attributes in SIZE.items() if isinstance(module, cls))
+            attributes = next(attributes for cls, attributes in SIZE_ATTRIBUTES.items() if isinstance(module, cls))
             for attribute, value in zip(attributes, new, strict=True):
                 setattr(module, attribute, value)
         for side in ("in", "out"):
-            for tensor, dim in axes(module, side):
-                refit(module, tensor, dim, width_of(module, side))
-    mend(network)
+            for tensor, dim in channel_axes(module, side):
+                resize_tensor(module, tensor, dim, get_width(module, side))
+    update_channel_counts(network)
 
 
-def width_of(module: nn.Module, side: str) -> int:
-    """The extent of a layer's tensors along the dimension that `axes` gives for a side."""
+def get_width(module: nn.Module, side: str) -> int:
+    """Return how long a layer's tensors are along the dimension that `channel_axes` gives for a side (in | out)."""
     if isinstance(module, (nn.GroupNorm, nn.LayerNorm, _NormBase)):
-        return size(module)[0]
-    return size(module)[1] if side == "out" else size(module)[0] // getattr(module, "groups", 1)
+        return get_size(module)[0]
+    return get_size(module)[1] if side == "out" else get_size(module)[0] // getattr(module, "groups", 1)
 
 
-def axes(module: nn.Module, side: str) -> list[tuple[str, int]]:
-    """(tensor, dimension) of everything in a layer that a channel of one side takes with it."""
+def channel_axes(module: nn.Module, side: str) -> list[tuple[str, int]]:
+    """Return (tensor, dimension) for every tensor of a layer that shrinks with the channels of one side (in | out)."""
     if isinstance(module, nn.Embedding):
         return [("weight", 1)] if side == "out" else []
     if not isinstance(module, (_ConvNd, nn.Linear)):
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         return [(name, 0) for name, tensor in tensors if tensor.dim() == 1 and side == "out"]
     dims = {"out": 0, "in": 1}
-    if getattr(module, "transposed", False) and not depthwise(module):
+    if getattr(module, "transposed", False) and not is_depthwise(module):
         dims = {"out": 1, "in": 0}
     return [("weight", dims[side])] + ([("bias", 0)] if side == "out" and module.bias is not None else [])
 
 
-def depthwise(module: nn.Module) -> bool:
-    """Is this a convolution whose every channel is a group, so that inputs and outputs are the same channels?"""
+def is_depthwise(module: nn.Module) -> bool:
+    """Tell whether a module is a convolution with one group per channel, so that inputs and outputs correspond."""
     return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
 
 
-def refit(module: nn.Module, name: str, dim: int, extent: int) -> None:
-    """Replace a parameter or buffer by zeros of another extent in one dimension."""
+def resize_tensor(module: nn.Module, name: str, dim: int, extent: int) -> None:
+    """Replace a parameter or buffer by zeros with length `extent` in one dimension."""
     old = getattr(module, name)
     new = old.detach().new_zeros([*old.shape[:dim], extent, *old.shape[dim + 1 :]])
     setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
 
-def mend(network: nn.Module) -> None:
-    """Let the attributes in which diffusers' modules keep channel counts say what their layers have."""
+def update_channel_counts(network: nn.Module) -> None:
+    """Set the attributes in which diffusers' modules keep numbers of channels to those of their layers."""
     for module in network.modules():
         if isinstance(module, (Downsample2D, Upsample2D)):
             for conv in [part for part in module.modules() if isinstance(part, _ConvNd)]:
@@ -294,21 +301,21 @@ def mend(network: nn.Module) -> None:
 
 
 class _Pruned:
-    """Builds the stock network, gives it the widths in its configuration's `sizes`, removes its `removed_units`."""
+    """Makes the stock network, then resizes the layers in its configuration's `sizes` and removes `removed_units`."""
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         config = dict(config)
         removed, other_sizes = list(config.pop("removed_units", ())), dict(config.pop("sizes", {}))
-        made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)  # type: ignore[misc]
-        model = made[0] if return_unused_kwargs else made
-        resize(model, other_sizes)
-        remove(model, removed)
+        result = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)  # type: ignore[misc]
+        model = result[0] if return_unused_kwargs else result
+        resize_layers(model, other_sizes)
+        remove_units(model, removed)
         model.register_to_config(removed_units=removed, sizes=other_sizes)
-        return made
+        return result
 
-    # The weights have a name of their own, so that opening them as the stock class fails instead of filling what is
-    # not there with random numbers.
+    # The file of weights has another name than the stock class expects: opening it as the stock class then fails, and
+    # does not fill removed parts with random numbers.
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(*args, **{**kwargs, "variant": VARIANT})  # type: ignore[misc]

@@ -17,7 +17,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from lightning_modules.backbones.diffusion.pipeline_parts import quietly
+from lightning_modules.backbones.diffusion.pipeline_parts import hide_diffusers_warnings
 
 FLOW = "flow_prediction"
 """the prediction type of a rectified flow"""
@@ -128,7 +128,7 @@ def make_sampler(sampler: Callable[..., Any], schedule: Any) -> Any:
     config = _portable_config(schedule)
     if prediction_type(schedule) == FLOW:
         config |= {"use_flow_sigmas": True, "prediction_type": FLOW, "flow_shift": schedule.config.shift}
-    with quietly():  # diffusers warns of fields that one of its classes does not have
+    with hide_diffusers_warnings():  # diffusers warns of fields that one of its classes does not have
         made = sampler(config)
     if made.config.get("variance_type") in LEARNED and not takes_variance(made):
         made.register_to_config(variance_type=None)

@@ -1,8 +1,9 @@
-"""Storing what text encoders say of captions, in the format that `datamodules.latents.TextTable` reads."""
+"""Storing the states of text encoders, in the format that `datamodules.latents.TextTable` reads."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,60 +13,80 @@ from tqdm import tqdm
 
 from conf.nested import flatten_dict
 from datamodules.latents import SHARED, open_shard
-from lightning_modules.backbones.diffusion.pipeline_parts import Surroundings
+from lightning_modules.backbones.diffusion.pipeline_parts import PipelineParts
 
-ROWS = 8192
-"""captions a shard"""
+ROWS_PER_SHARD = 8192
+"""Captions per shard: 1.3 GB of half-precision states with 77 tokens of width 1024"""
 
 
 def store_texts(
-    surroundings: Surroundings,
+    pipeline_parts: PipelineParts,
     captions: Sequence[str],
     folder: Path,
     batch_size: int = 64,
     dtype: torch.dtype = torch.float16,
     device: torch.device | None = None,
 ) -> dict[str, int]:
-    """Write text-*.safetensors of the distinct captions, the empty one first; returns {caption: row}.
+    """Write the text states of the distinct captions as text-*.safetensors, and return {caption: row}.
 
-    Shards that are there already are left alone, so that a call that was stopped goes on.
+    Row 0 is the empty caption, as the unconditional pass of guidance takes it. Shards that exist are left alone, so
+    that a call that was interrupted can be repeated. Raises ValueError for an existing shard of other captions, and
+    FloatingPointError for states that are not finite.
+
+    Args:
+        pipeline_parts: the pipeline with the text encoders.
+        captions: in any order and number.
+        folder: where the shards go; it is created.
+        batch_size: captions that are encoded at once.
+        dtype: the type in which floating-point states are stored.
+        device: where the text encoders run; None is the CPU.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = {caption: row for row, caption in enumerate(dict.fromkeys(captions), 1)}
     device = device or torch.device("cpu")
-    texts = list(rows)
-    for number, start in enumerate(range(0, len(texts) + 1, ROWS)):
+    texts = ["", *rows]
+    for number, start in enumerate(range(0, len(texts), ROWS_PER_SHARD)):
         path = folder / f"text-{number:05d}.safetensors"
-        part = ["", *texts][start : start + ROWS]
-        about = {"captions": hashlib.sha256("\0".join(part).encode()).hexdigest()}
+        shard_texts = texts[start : start + ROWS_PER_SHARD]
+        metadata = {"captions": hashlib.sha256("\0".join(shard_texts).encode()).hexdigest()}
         if path.exists():
-            if open_shard(path).metadata() != about:
+            if open_shard(path).metadata() != metadata:
                 raise ValueError(f"{path} has other captions than the data; choose another folder, or delete it")
             continue
         states: dict[str, list[Tensor]] = {}
-        for at in tqdm(range(0, len(part), batch_size), desc=f"text {number:<15}", disable=len(part) <= batch_size):
-            some = part[at : at + batch_size]
-            groups = [(some, False)]
-            if start == at == 0:  # what the unconditional pass of guidance takes
-                groups = [([""], True), (some[1:], False)]
-            for group, empty in groups:
-                if not group:
-                    continue
-                found = surroundings.empty_text(1, device) if empty else surroundings.text(group, device)
-                for name, value in flatten_dict(found).items():
-                    stored = (value.to(dtype) if value.is_floating_point() else value).cpu()
-                    if not stored.isfinite().all():
-                        raise FloatingPointError(
-                            f"text states ({name}) are not finite as {dtype}, of one of the captions {group}"
-                        )
-                    states.setdefault(name, []).append(stored)
-        # What all captions share comes once, the rest with a row each.
+        for first in tqdm(
+            range(0, len(shard_texts), batch_size),
+            desc=f"text {number:<15}",
+            disable=len(shard_texts) <= batch_size,
+        ):
+            batch = shard_texts[first : first + batch_size]
+            if start == first == 0:
+                append_states(states, pipeline_parts.encode_empty_text(1, device), dtype, [""])
+                batch = batch[1:]
+            if batch:
+                append_states(states, pipeline_parts.encode_text(batch, device), dtype, batch)
         tensors = {name: parts[0] if name in SHARED else torch.cat(parts) for name, parts in states.items()}
-        letters = [caption.encode() for caption in part]
-        tensors["caption_bytes"] = torch.from_numpy(np.frombuffer(b"".join(letters) or b"\0", np.uint8).copy())
-        tensors["caption_ends"] = torch.tensor(np.cumsum([len(text) for text in letters]))
+        encoded = [caption.encode() for caption in shard_texts]
+        tensors["caption_bytes"] = torch.from_numpy(np.frombuffer(b"".join(encoded) or b"\0", np.uint8).copy())
+        tensors["caption_ends"] = torch.tensor(np.cumsum([len(caption) for caption in encoded]))
         partial = path.with_name(f".{path.name}")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial, about)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata)
         partial.chmod(0o644)  # safetensors makes files that only their owner can read
         partial.replace(path)
     return rows
+
+
+def append_states(
+    states: dict[str, list[Tensor]], arguments: dict[str, Any], dtype: torch.dtype, captions: Sequence[str]
+) -> None:
+    """Append the tensors of nested `arguments`, on the CPU and as `dtype`, to the lists in `states`.
+
+    Raises FloatingPointError, naming the captions, for a value that is not finite in that type.
+    """
+    for name, value in flatten_dict(arguments).items():
+        stored = (value.to(dtype) if value.is_floating_point() else value).cpu()
+        if not stored.isfinite().all():
+            raise FloatingPointError(
+                f"text states ({name}) are not finite as {dtype}, of one of the captions {captions}"
+            )
+        states.setdefault(name, []).append(stored)

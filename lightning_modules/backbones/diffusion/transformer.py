@@ -16,7 +16,7 @@ from criteria.base import Batch, Level, Unit, parse_level
 from criteria.selection.base import check_names
 from lightning_modules.backbones.base import Change
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
-from lightning_modules.backbones.diffusion.pruned_unet import put
+from lightning_modules.backbones.diffusion.pruned_unet import put_modules
 
 JOINT = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
 """Classes of blocks with a text stream beside the image stream; they return the text stream first."""
@@ -89,7 +89,7 @@ class TransformerBackbone(DiffusionBackbone):
 
     def remove(self, names: Iterable[str]) -> dict[str, nn.Module]:
         removed = {name: self.network.get_submodule(name) for name in names}
-        put(self.network, {name: Skip(block) for name, block in removed.items()})
+        put_modules(self.network, {name: Skip(block) for name, block in removed.items()})
         return removed
 
     def pruned(self, changes: Sequence[Change]) -> Self:

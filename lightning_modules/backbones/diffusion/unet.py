@@ -20,16 +20,16 @@ from lightning_modules.backbones.diffusion.pruned_unet import (
     Bypass,
     PrunedUNet2DConditionModel,
     PrunedUNet2DModel,
-    basic_blocks,
-    blocks,
-    operators,
-    removable,
-    remove,
-    sizes,
-    stages,
-    stand_in,
+    list_basic_blocks,
+    list_blocks,
+    list_depth_units,
+    list_operators,
+    list_sizes,
+    list_stages,
+    make_stand_in,
+    remove_units,
 )
-from lightning_modules.backbones.diffusion.restage import restage, student_config
+from lightning_modules.backbones.diffusion.restage import make_student_config, restage
 from lightning_modules.backbones.width.graph import Channels
 
 CLASSES = {
@@ -82,7 +82,7 @@ class UNetBackbone(DiffusionBackbone):
         if level == Level.DEPTH:
             return [self.describe_unit(name, self.network.get_submodule(name), level) for name in self.survivors()]
         order = self.forward_order()
-        modules = operators(self.network)
+        modules = list_operators(self.network)
         return [self.describe_unit(name, modules[name], level) for name in sorted(modules, key=order.__getitem__)]
 
     def describe_unit(self, name: str, module: nn.Module, level: Level) -> Unit:
@@ -92,7 +92,7 @@ class UNetBackbone(DiffusionBackbone):
         if isinstance(module, ResnetBlock2D) and module.conv_shortcut is not None:
             kept_params = sum(p.numel() for p in module.conv_shortcut.parameters())
             kept_macs = macs.of(f"{name}.conv_shortcut")
-        elif isinstance(module, nn.Conv2d) and not isinstance(stand_in(module), nn.Identity):
+        elif isinstance(module, nn.Conv2d) and not isinstance(make_stand_in(module), nn.Identity):
             taps = module.kernel_size[0] * module.kernel_size[1]
             kept_params = module.weight.numel() // taps + (0 if module.bias is None else len(module.bias))
             kept_macs = macs.of(name) // taps
@@ -112,11 +112,11 @@ class UNetBackbone(DiffusionBackbone):
         if level != "depth" or self.transformers != "block":
             return []
         macs, parts = self.macs(), []
-        for name, module in blocks(self.network).items():
-            if len(basic_blocks(module)) > 1:
+        for name, module in list_blocks(self.network).items():
+            if len(list_basic_blocks(module)) > 1:
                 kept = {
                     f"{name}.transformer_blocks.{i}": block
-                    for i, block in enumerate(basic_blocks(module))
+                    for i, block in enumerate(list_basic_blocks(module))
                     if not isinstance(block, Bypass)
                 }
                 params = [sum(p.numel() for p in part.parameters()) for part in (module, *kept.values())]
@@ -148,25 +148,25 @@ class UNetBackbone(DiffusionBackbone):
         config = self.network.config
         stock = CLASSES[type(self.network).__name__.removeprefix("Pruned")]
         with torch.device("meta"):
-            full = sizes(stock.from_config({key: value for key, value in config.items() if key != "sizes"}))
-        changed = {name: size for name, size in sizes(sliced).items() if full.get(name) != size}
+            full = list_sizes(stock.from_config({key: value for key, value in config.items() if key != "sizes"}))
+        changed = {name: size for name, size in list_sizes(sliced).items() if full.get(name) != size}
         cls = CLASSES["Pruned" + stock.__name__]
         return self.student(copy_network(sliced, {"removed_units": [], **config, "sizes": changed}, cls))
 
     def survivors(self) -> list[str]:
-        units = removable(self.network, self.transformers)
+        units = list_depth_units(self.network, self.transformers)
         return [name for name, module in units.items() if not isinstance(module, Bypass)]
 
     def remove(self, names: Iterable[str]) -> dict[str, nn.Module]:
-        return remove(self.network, names, self.options.get("pointwise", "sum"))
+        return remove_units(self.network, names, self.options.get("pointwise", "sum"))
 
     def stand_in(self, unit: nn.Module) -> nn.Module:
-        return stand_in(unit, self.options.get("pointwise", "sum"))
+        return make_stand_in(unit, self.options.get("pointwise", "sum"))
 
     def check_plan(self, changes: Sequence[Change]) -> None:
         for change in changes:
             if change["kind"] == "restage":
-                student_config(self.network.config, change["variant"])
+                make_student_config(self.network.config, change["variant"])
 
     def pruned(self, changes: Sequence[Change]) -> Self:
         kinds = {change["kind"] for change in changes}
@@ -192,7 +192,7 @@ class UNetBackbone(DiffusionBackbone):
         return self.student(network, stage_pairs(variants[0], len(self.network.down_blocks)) if variants else None)
 
     def stages(self) -> dict[str, nn.Module]:
-        return stages(self.network)
+        return list_stages(self.network)
 
     # What the network takes
 

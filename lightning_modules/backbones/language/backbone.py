@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from criteria.base import Batch, Level, Unit, parse_level
 from criteria.selection.base import check_names
 from lightning_modules.backbones.base import Change, NetworkBackbone
-from lightning_modules.backbones.diffusion.pruned_unet import put
+from lightning_modules.backbones.diffusion.pruned_unet import put_modules
 from lightning_modules.backbones.language.width import DecoderChannels, listening
 
 LAYERS = "model.layers"
@@ -114,7 +114,7 @@ class LanguageBackbone(NetworkBackbone):
 
     def remove(self, names: Iterable[str]) -> dict[str, nn.Module]:
         removed = {name: self.network.get_submodule(name) for name in names}
-        put(self.network, {name: Skip() for name in removed})
+        put_modules(self.network, {name: Skip() for name in removed})
         return removed
 
     def pruned(self, changes: Sequence[Change]) -> Self:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from datamodules.texts.tokenizers import has_tokenizer, load_tokenizer
-from lightning_modules.backbones.files import check_weights, find_model, network_folder
+from lightning_modules.backbones.files import check_weights, find_model, find_network_folder
 from lightning_modules.backbones.language.backbone import LanguageBackbone
 from lightning_modules.backbones.language.gguf import read_gguf
 from lightning_modules.backbones.loading import load_network
@@ -76,7 +76,7 @@ def check_shorter(backbone: LanguageBackbone, path: str) -> None:
 def read_network(place: Path) -> Any:
     """The language model in a folder or file."""
     if place.is_dir():
-        folder = network_folder(place)
+        folder = find_network_folder(place)
         check_layers(outline(folder), folder)
         return load_network(folder)
     if place.suffix not in READERS:

@@ -27,8 +27,8 @@ from diffusers import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.networks import same_tensors
+from support.pipeline_parts import TEXT, calls_of, load_tiny_teacher, named, tensors, training_batch
 from support.pipelines import FACTOR, KINDS, LATENT, tiny_pipeline
-from support.surroundings import TEXT, calls_of, named, opened, tensors, training_batch
 from test_backbone import Bomb
 from torch import Tensor
 
@@ -37,7 +37,7 @@ from datamodules.seeding import torch_rng
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.load import load_parts, load_teacher, read_index
 from lightning_modules.backbones.diffusion.text_states import store_texts
-from lightning_modules.backbones.files import find_model, weight_files
+from lightning_modules.backbones.files import find_model, list_weight_files
 
 PIXELS = LATENT * FACTOR
 CAPTIONS = ["a cat at the door", "the hat"]
@@ -100,7 +100,7 @@ def stock_images(
 
 def compare_with_stock(folder: Path, kind: str, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail unless generation and the stock pipeline give the network the same, and make the same images of it."""
-    backbone, pipeline = opened(folder), DiffusionPipeline.from_pretrained(folder)
+    backbone, pipeline = load_tiny_teacher(folder), DiffusionPipeline.from_pretrained(folder)
     sampler = type(pipeline.scheduler).from_config
     with torch.no_grad(), calls_of(backbone.network) as ours:
         samples = backbone.generate(wanted(backbone, kind), sampler, STEPS, guidance)
@@ -119,7 +119,7 @@ def compare_with_stock(folder: Path, kind: str, guidance: float, monkeypatch: py
             atol = 0 if exact else 5e-6 * float(value.abs().max())
             torch.testing.assert_close(value, expected[key].expand_as(value), rtol=0, atol=atol, msg=named(key))
 
-    seen = samples if backbone.surroundings.vae is None else backbone.surroundings.decode(samples)
+    seen = samples if backbone.pipeline_parts.vae is None else backbone.pipeline_parts.decode(samples)
     torch.testing.assert_close(
         ((seen + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1), torch.tensor(images), rtol=0, atol=1e-5
     )
@@ -130,16 +130,16 @@ def compare_with_stock(folder: Path, kind: str, guidance: float, monkeypatch: py
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0], ids=["plain", "guided"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_generation_gives_the_network_what_the_stock_pipeline_gives_it(folders, kind, guidance, monkeypatch):
+def test_generation_calls_the_network_as_the_stock_pipeline_does(folders, kind, guidance, monkeypatch):
     compare_with_stock(folders[kind], kind, guidance, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", TEXT)
 def test_captions_reach_the_network(folders, kind):
     """And differ from each other and from none, so that comparing arguments says something."""
-    backbone = opened(folders[kind])
+    backbone = load_tiny_teacher(folders[kind])
     with torch.no_grad(), calls_of(backbone.network) as calls:
-        backbone.generate(wanted(backbone, kind), type(backbone.surroundings.pipeline.scheduler).from_config, 1, 5.0)
+        backbone.generate(wanted(backbone, kind), type(backbone.pipeline_parts.pipeline.scheduler).from_config, 1, 5.0)
     states = [call["encoder_hidden_states"] for call in calls]
     assert len(states) == (1 if kind == "flux" else 2)
     assert not torch.equal(states[0][0], states[0][1])
@@ -147,14 +147,14 @@ def test_captions_reach_the_network(folders, kind):
         assert torch.equal(states[1][0], states[1][1]) and not torch.equal(states[0][0], states[1][0])
 
 
-def test_pixart_of_1024_pixels_is_told_size_and_aspect_ratio(folders, tmp_path, monkeypatch):
+def test_pixart_at_1024_pixels_gets_size_and_aspect_ratio(folders, tmp_path, monkeypatch):
     pipeline = DiffusionPipeline.from_pretrained(folders["pixart"])
     config = dict(pipeline.transformer.config) | {"sample_size": 128, "use_additional_conditions": True}
     config |= {"num_attention_heads": 3, "cross_attention_dim": 24}  # a third each for height, width, aspect ratio
     pipeline.register_modules(transformer=PixArtTransformer2DModel.from_config(config))
     pipeline.save_pretrained(tmp_path)
     compare_with_stock(tmp_path, "pixart", 5.0, monkeypatch)
-    backbone = opened(tmp_path)
+    backbone = load_tiny_teacher(tmp_path)
     sizes = backbone.calibration_inputs(training_batch(backbone, [1]), 0)["conditions"]["added_cond_kwargs"]
     assert sizes["resolution"].tolist() == [[31, 41]]  # before it was cropped
     assert sizes["aspect_ratio"].tolist() == [[1]]
@@ -179,7 +179,7 @@ def test_a_guidance_embedding_is_fed_as_by_the_stock_pipeline(folders, tmp_path,
     )
     pipeline.save_pretrained(tmp_path)
     compare_with_stock(tmp_path, "sdxl", guidance, monkeypatch)
-    backbone, batch = opened(tmp_path), training_batch(opened(tmp_path), [0, 1])
+    backbone, batch = load_tiny_teacher(tmp_path), training_batch(load_tiny_teacher(tmp_path), [0, 1])
     expected = pipeline.get_guidance_scale_embedding(torch.tensor([backbone.GUIDANCE - 1]), embedding_dim=7)
     for inputs in (backbone.calibration_inputs(batch, 0), backbone.training_inputs(batch)):
         torch.testing.assert_close(inputs["conditions"]["timestep_cond"], expected.expand(2, 7), rtol=0, atol=1e-6)
@@ -196,13 +196,13 @@ def test_a_learned_variance_reaches_the_sampler_that_takes_it(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "flux", "ldm"])
-def test_the_other_parts_of_a_pipeline_are_frozen_and_in_no_checkpoint(folders, kind):
-    backbone = opened(folders[kind])
+def test_pipeline_parts_are_frozen_and_absent_from_checkpoints(folders, kind):
+    backbone = load_tiny_teacher(folders[kind])
     network = load_file(next((folders[kind] / backbone.component).glob("*.safetensors")))
     assert set(backbone.state_dict()) == {f"network.{key}" for key in network}
     assert len(list(backbone.parameters())) == len(list(backbone.network.parameters()))
-    assert copy.deepcopy(backbone).surroundings is backbone.surroundings
-    others = backbone.train().surroundings.modules()
+    assert copy.deepcopy(backbone).pipeline_parts is backbone.pipeline_parts
+    others = backbone.train().pipeline_parts.modules()
     assert len(others) == {"sdxl": 3, "flux": 3, "ldm": 1}[kind]
     for part in others:
         assert part is not backbone.network and not part.training
@@ -210,11 +210,11 @@ def test_the_other_parts_of_a_pipeline_are_frozen_and_in_no_checkpoint(folders, 
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
-def test_captions_that_were_encoded_while_scoring_can_be_trained_with(folders, kind):
+def test_captions_encoded_during_scoring_can_be_used_for_training(folders, kind):
     """Scoring runs in inference mode, and perhaps in another precision."""
-    backbone = opened(folders[kind])
+    backbone = load_tiny_teacher(folders[kind])
     batch = training_batch(backbone, [0, 1])
-    expected = tensors(opened(folders[kind]).conditions(batch, torch.device("cpu")))
+    expected = tensors(load_tiny_teacher(folders[kind]).conditions(batch, torch.device("cpu")))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         scored = backbone.calibration_inputs(batch, 0)
         backbone.decode(backbone.latents(batch, None))
@@ -232,39 +232,42 @@ def test_an_inpainting_network_is_refused(tmp_path):
     config = json.loads((folder / "unet" / "config.json").read_text()) | {"in_channels": 9}
     UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
     with pytest.raises(ValueError, match=r"takes 9 channels and gives 4: an inpainting, .* choose a teacher") as caught:
-        opened(folder)
+        load_tiny_teacher(folder)
     assert f"teacher.path={str(folder)!r}" in str(caught.value)
 
 
-def test_a_pipeline_on_the_hub_that_cannot_be_reached_says_how_to_get_it(monkeypatch):
+def test_an_unreachable_pipeline_is_reported_with_how_to_download_it(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for read in (load_teacher, weight_files):  # the weights' files are looked up first, for the teacher's fingerprint
+    for read in (
+        load_teacher,
+        list_weight_files,
+    ):  # the weights' files are looked up first, for the teacher's fingerprint
         wanted = r"run `hf download nobody/no-pipeline --local-dir FOLDER`, then set teacher\.path to FOLDER"
         with pytest.raises(MissingData, match=wanted):
             read("nobody/no-pipeline")
 
 
 @torch.no_grad()
-def test_a_vqmodel_without_a_scaling_factor_in_its_file_does_not_scale(folders, tmp_path):
+def test_a_vqmodel_without_a_stored_scaling_factor_does_not_scale(folders, tmp_path):
     """As latent diffusion models of before there was one; diffusers would take that of Stable Diffusion's VAE."""
     folder = tiny_pipeline("ldm", tmp_path / "ldm")
     file = folder / "vqvae" / "config.json"
     config = json.loads(file.read_text())
     assert config.pop("scaling_factor") == 0.18215
     file.write_text(json.dumps(config))
-    scaled, plain = opened(folders["ldm"]), opened(folder)
+    scaled, plain = load_tiny_teacher(folders["ldm"]), load_tiny_teacher(folder)
     images = training_batch(plain, [0, 1])["image"]
     vqvae = DiffusionPipeline.from_pretrained(folder).vqvae.requires_grad_(False)  # else convolutions round otherwise
     latents = vqvae.encode(images).latents
-    assert torch.equal(plain.surroundings.encode(images, None), latents)
-    assert torch.equal(plain.surroundings.decode(latents), vqvae.decode(latents).sample)
-    assert torch.equal(scaled.surroundings.encode(images, None), latents * 0.18215)
+    assert torch.equal(plain.pipeline_parts.encode(images, None), latents)
+    assert torch.equal(plain.pipeline_parts.decode(latents), vqvae.decode(latents).sample)
+    assert torch.equal(scaled.pipeline_parts.encode(images, None), latents * 0.18215)
 
 
 @pytest.fixture(scope="module")
 def sd(folders) -> DiffusionBackbone:
     """The tiny Stable Diffusion, which nothing here may change."""
-    return opened(folders["sd"])
+    return load_tiny_teacher(folders["sd"])
 
 
 @pytest.fixture
@@ -298,12 +301,15 @@ def test_a_part_with_damaged_or_missing_weights_is_refused(folders, tmp_path, ki
         load_parts(folder, {part: read_index(folder)[part]})
 
 
-def test_the_variant_of_weights_is_read_where_no_other_is_there(sd, copied_sd, caplog):
+def test_a_variant_is_read_where_there_are_no_other_weights(sd, copied_sd, caplog):
     for file in copied_sd.rglob("*.safetensors"):
         save_file({key: value.half() for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
         file.rename(file.with_suffix(".fp16.safetensors"))
-    found = opened(copied_sd)
-    pairs = [(found.network, sd.network), *zip(found.surroundings.modules(), sd.surroundings.modules(), strict=True)]
+    found = load_tiny_teacher(copied_sd)
+    pairs = [
+        (found.network, sd.network),
+        *zip(found.pipeline_parts.modules(), sd.pipeline_parts.modules(), strict=True),
+    ]
     for ours, theirs in pairs:
         halved = {key: value.half().to(value.dtype) for key, value in theirs.state_dict().items()}
         assert same_tensors(ours.state_dict(), halved)
@@ -315,7 +321,7 @@ def test_the_variant_of_weights_is_read_where_no_other_is_there(sd, copied_sd, c
         load_parts(copied_sd, {"vae": read_index(copied_sd)["vae"]})
 
 
-def test_a_pipeline_of_fp16_weights_alone_is_downloaded_as_that(monkeypatch, tmp_path):
+def test_a_pipeline_with_only_fp16_weights_is_downloaded_as_fp16(monkeypatch, tmp_path):
     names = ["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "unet/config.json"]
     chosen = []
 
@@ -340,13 +346,13 @@ def test_a_pipeline_of_fp16_weights_alone_is_downloaded_as_that(monkeypatch, tmp
 def test_an_adapter_beside_the_weights_of_a_text_encoder_is_refused(copied_sd):
     (copied_sd / "text_encoder" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"text_encoder holds an adapter \(adapter_config\.json\)"):
-        opened(copied_sd)
+        load_tiny_teacher(copied_sd)
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
 def test_pickled_weights_of_a_part_are_read_without_executing_them(sd, copied_sd, tmp_path, part):
     index = {part: read_index(copied_sd)[part]}
-    expected = getattr(sd.surroundings.pipeline, part).state_dict()
+    expected = getattr(sd.pipeline_parts.pipeline, part).state_dict()
     (safe,) = (copied_sd / part).glob("*.safetensors")
     pickled = safe.with_name({"vae": "diffusion_pytorch_model.bin", "text_encoder": "pytorch_model.bin"}[part])
     torch.save(load_file(safe), pickled)
@@ -368,14 +374,14 @@ def test_pickled_weights_of_a_part_are_read_without_executing_them(sd, copied_sd
 def test_values_of_the_vae_that_are_not_finite_are_refused(sd):
     images = training_batch(sd, [0])["image"]
     latents = sd.latents({"image": images}, None)
-    with pytest.raises(FloatingPointError, match=r"images decoded .* AutoencoderKL are not finite"):
+    with pytest.raises(FloatingPointError, match=r"images decoded from latents are not finite: .* AutoencoderKL"):
         sd.decode(latents * torch.nan)
-    with pytest.raises(FloatingPointError, match=r"latents of images .* AutoencoderKL are not finite"):
+    with pytest.raises(FloatingPointError, match=r"latents of images are not finite: .* AutoencoderKL"):
         sd.latents({"image": images * torch.inf}, None)
 
 
 def test_stored_text_states_that_are_not_finite_are_named(sd, copied_sd):
-    store_texts(sd.surroundings, ["a cat", "the hat"], copied_sd / "text")
+    store_texts(sd.pipeline_parts, ["a cat", "the hat"], copied_sd / "text")
     file = copied_sd / "text" / "text-00000.safetensors"
     with safe_open(file, "pt") as stored:
         metadata = stored.metadata()
@@ -383,18 +389,18 @@ def test_stored_text_states_that_are_not_finite_are_named(sd, copied_sd):
     state["encoder_hidden_states"][2, 1, 0] = torch.nan
     save_file(state, file, metadata)
     with pytest.raises(ValueError, match=rf"{file} has .* not finite: encoder_hidden_states, of the caption 'the hat'"):
-        opened(copied_sd)
+        load_tiny_teacher(copied_sd)
 
     with pytest.raises(FloatingPointError, match=r"text states .* are not finite as torch\.float16, .* \['a cat'\]"):
-        store_texts(Overflowing(sd.surroundings), ["a cat"], copied_sd / "again")
+        store_texts(Overflowing(sd.pipeline_parts), ["a cat"], copied_sd / "again")
 
 
 class Overflowing:
     """Text encoders whose states are larger than half precision can hold."""
 
     def __init__(self, parts: Any) -> None:
-        self.empty_text = parts.empty_text
-        self.states = parts.text
+        self.encode_empty_text = parts.encode_empty_text
+        self.states = parts.encode_text
 
-    def text(self, captions: list[str], device: torch.device) -> dict[str, Any]:
+    def encode_text(self, captions: list[str], device: torch.device) -> dict[str, Any]:
         return {key: value * 1e6 for key, value in self.states(captions, device).items()}

@@ -17,7 +17,7 @@ TEXT = ("sd", "sdxl", "pixart", "sd3", "flux")
 """Kinds that encode captions, each in its own way."""
 
 
-def opened(folder: Path) -> DiffusionBackbone:
+def load_tiny_teacher(folder: Path) -> DiffusionBackbone:
     """A tiny pipeline as a teacher; transformers are told the size of latents: some have none, or a large one."""
     return load_teacher(str(folder), sample_size=LATENT if (folder / "transformer").exists() else None)
 

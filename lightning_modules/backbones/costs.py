@@ -1,0 +1,20 @@
+"""Counts of one forward pass of a backbone, on the meta device: nothing is computed."""
+
+from typing import Any
+
+from lightning_modules.metrics.cost import Macs, count_macs
+
+
+def count_forward_pass(backbone: Any) -> tuple[Macs, dict[str, int]]:
+    """Return the multiply-accumulates at batch size 1, and {module path: position of its first call}."""
+    twin = backbone.twin(backbone.meta_network())
+    inputs = twin.example_inputs(1, "meta")
+    calls: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+        for name, module in twin.network.named_modules()
+    ]
+    macs = count_macs(twin.network, lambda: twin.predict(inputs))
+    for handle in handles:
+        handle.remove()
+    return macs, {name: position for position, name in reversed(list(enumerate(calls)))}
