@@ -12,7 +12,7 @@ from datamodules.seeding import derive
 MIN_COUNTED = 500
 """The limit is a fraction of at least so many samples: with the usual 0.01, five may be bad before any run stops."""
 ATTEMPTS = 20
-"""Other samples that are tried in place of a bad one. If all are bad, more than 80 % of the data are, most likely."""
+"""Other samples that are tried in place of a bad one. Where half of all are bad, one search in a million fails."""
 LISTED_MESSAGES = 5
 """Messages that an error lists."""
 

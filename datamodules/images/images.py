@@ -149,10 +149,10 @@ class Images(DataModule):
         """
         with contextlib.suppress(MissingData):  # stored latents do not need the images
             classes = {split: getattr(self.source(split), "class_names", None) for split in SPLITS}
-            labels = {split: match_labels(split, found, names, count) for split, found in classes.items()}
+            labels = {split: match_labels(split, known, names, count) for split, known in classes.items()}
             for split in SPLITS:
                 check_largest_label(split, getattr(self.source(split), "labels", None), count)
-            in_order = all(found is None for found in labels.values())
+            in_order = all(each is None for each in labels.values())
             if in_order and classes["train"] and classes["holdout"] and classes["train"] != classes["holdout"]:
                 raise ValueError(
                     f"data.train has the classes {list_names(classes['train'])}, data.holdout "

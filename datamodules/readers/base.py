@@ -1,4 +1,4 @@
-"""What a reader of samples is, and how encoded pictures become arrays.
+"""The interface of all readers of samples, and the decoding of pictures.
 
 A source is a sized collection that returns a batch of uint8 (N,H,W,C) images with labels. A data set is one YAML file
 that names a source as `_target_`; conf/data/ has examples.
@@ -52,7 +52,7 @@ class Source(Protocol):
 
 
 class ListedSource:
-    """What the readers of this project know of their samples without decoding them, for fingerprints and the log."""
+    """A source that describes its samples without decoding them, for fingerprints and the log: every reader here."""
 
     class_names: Sequence[str] | None = None
     """The name of each class, in the order of labels from 0; None where classes have no names."""

@@ -48,23 +48,23 @@ class Lmdb(ListedSource):
         with open_lmdb(folder) as environment, environment.begin() as transaction:
             keys = PackedBytes(bytes(key) for key in transaction.cursor().iternext(values=False))
         self.keys, total = keys, len(keys)
-        self.places = np.sort(numpy_rng("lmdb", total).permutation(total)[start:stop])
+        self.numbers = np.sort(numpy_rng("lmdb", total).permutation(total)[start:stop])
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.numbers)
 
     def name(self, index: int) -> str:
         return f"{self.path}, key {self.key(index).decode(errors='replace')}"
 
     def key(self, index: int) -> bytes:
-        return bytes(self.keys[int(self.places[index])])
+        return bytes(self.keys[int(self.numbers[index])])
 
     def raw(self, index: int) -> bytes:
         with open_lmdb(self.path) as environment, environment.begin() as transaction:
             return bytes(transaction.get(self.key(index)))
 
     def listing(self) -> bytes:
-        return self.keys.content + self.places.tobytes()
+        return self.keys.content + self.numbers.tobytes()
 
     def take(self, indices: np.ndarray) -> Record:
         with open_lmdb(self.path) as environment, environment.begin() as transaction:

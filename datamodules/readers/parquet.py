@@ -149,8 +149,8 @@ class Parquet(ListedSource):
     def take(self, indices: np.ndarray) -> Record:
         order = np.argsort(self.rows[indices], kind="stable")  # so that each group is read once
         rows: list[Any] = [None] * len(indices)
-        for place in order:
-            rows[place] = self.row(int(indices[place]))
+        for number in order:
+            rows[number] = self.row(int(indices[number]))
         record = decode_pictures(
             [(name, find_content(cells[self.image])) for name, cells in rows], self.size, self.mode
         )
@@ -166,8 +166,10 @@ class Parquet(ListedSource):
 def find_files(path: str, get: str | None) -> list[Path]:
     """Return the Parquet files of a file, folder or pattern. Raises MissingData where there are none."""
     given = Path(path).expanduser()
-    for place in (given, data_root() / given):
-        files = sorted(place.rglob("*.parquet")) if place.is_dir() else sorted(map(Path, glob.glob(str(place))))
+    for candidate in (given, data_root() / given):
+        files = (
+            sorted(candidate.rglob("*.parquet")) if candidate.is_dir() else sorted(map(Path, glob.glob(str(candidate))))
+        )
         if files:
             return files
     raise MissingData(

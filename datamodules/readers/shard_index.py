@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 INDEX_VERSION = 2
 """Goes up when the same shard would be indexed another way."""
 MISSING = 0
-"""In place of an offset: the sample has no such member."""
+"""In path of an offset: the sample has no such member."""
 TWICE = 2**32 - 1
-"""In place of a size: the sample has several such members."""
+"""In path of a size: the sample has several such members."""
 GZIP = b"\x1f\x8b"
 """First bytes of a compressed file, in which no place can be read without reading all that is before it."""
 UNPACK = "unpack it (gunzip, or another program for its ending) and name the .tar file"
-"""What to do with one."""
+"""Advice for a compressed shard."""
 
 
 class Index(NamedTuple):
@@ -59,37 +59,37 @@ def load_index(shard: Path, images: list[str], text: str) -> Index:
             raise ValueError(f"data.path: {shard} is compressed, so samples in it cannot be read by number; {UNPACK}")
     stat = shard.stat()
     key = [INDEX_VERSION, str(shard.resolve()), stat.st_size, stat.st_mtime_ns, images, text]
-    place = data_root() / "index" / f"{hash_text(json.dumps(key))[:32]}.npz"
+    path = data_root() / "index" / f"{hash_text(json.dumps(key))[:32]}.npz"
     write = functools.partial(write_index, shard, images, text)
-    make_once(place, write)
+    make_once(path, write)
     try:
-        index = read_index(place)
+        index = read_index(path)
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        log.warning("%s, the index of %s, is damaged (%s) and is made again", place, shard, error)
-        place.unlink(missing_ok=True)
-        make_once(place, write)
-        index = read_index(place)
+        log.warning("%s, the index of %s, is damaged (%s) and is made again", path, shard, error)
+        path.unlink(missing_ok=True)
+        make_once(path, write)
+        index = read_index(path)
     if not index.whole:
         count = len(index.offsets)
         warnings.warn(f"{shard} is damaged or ends early: {count} samples were found in it", stacklevel=2)
     return index
 
 
-def read_index(place: Path) -> Index:
+def read_index(path: Path) -> Index:
     """Read an index that `write_index` wrote; raises whatever numpy and zipfile raise for a damaged file."""
-    with np.load(place, allow_pickle=False) as file:
+    with np.load(path, allow_pickle=False) as file:
         passed_over = json.loads(str(file["passed_over"]))
         return Index(file["offsets"], file["sizes"], bool(file["whole"]), passed_over)
 
 
-def write_index(shard: Path, images: list[str], text: str, place: Path) -> None:
+def write_index(shard: Path, images: list[str], text: str, path: Path) -> None:
     """Read the headers of a shard, and write the index of its samples, in order of appearance.
 
     Args:
         shard: the tar file.
         images: suffixes of pictures.
         text: suffix of captions.
-        place: file of the index.
+        path: file of the index.
     """
     columns = (images, [text], ["json"])
     wanted, total = {suffix for suffixes in columns for suffix in suffixes}, shard.stat().st_size
@@ -110,7 +110,7 @@ def write_index(shard: Path, images: list[str], text: str, place: Path) -> None:
         rows.pop()  # the sample in which the shard ends
     table = np.array(rows, np.int64).reshape(-1, len(columns), 2)
     np.savez(
-        place,
+        path,
         offsets=table[..., 0],
         sizes=table[..., 1].astype(np.uint32),
         whole=whole,
@@ -170,19 +170,19 @@ def hash_text(content: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def make_once(place: Path, make: Callable[[Path], None]) -> None:
+def make_once(path: Path, make: Callable[[Path], None]) -> None:
     """Make a file unless it exists: complete or absent, by one process while others wait. `make` writes to a path."""
-    if place.exists():
+    if path.exists():
         return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.parent / f".{place.name}.lock"):
-        if place.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / f".{path.name}.lock"):
+        if path.exists():
             return
-        handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.stem}.", suffix=place.suffix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
         os.close(handle)
         try:
             make(Path(name))
             os.chmod(name, 0o644)
-            os.replace(name, place)
+            os.replace(name, path)
         finally:
             Path(name).unlink(missing_ok=True)

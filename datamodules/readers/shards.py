@@ -252,12 +252,12 @@ def expand_pattern(pattern: str) -> list[str]:
     if URL.match(pattern):
         return [pattern]
     given = Path(pattern).expanduser()
-    for place in (given, data_root() / given):
-        if place.is_dir():
-            return sorted(str(file) for file in place.rglob("*.tar"))
-        if place.is_file():
-            return [str(place)]
-        if shards := glob.glob(str(place), recursive=True):
+    for candidate in (given, data_root() / given):
+        if candidate.is_dir():
+            return sorted(str(file) for file in candidate.rglob("*.tar"))
+        if candidate.is_file():
+            return [str(candidate)]
+        if shards := glob.glob(str(candidate), recursive=True):
             return sorted(shards)
     return [] if glob.has_magic(pattern) else [str(given)]
 
@@ -276,17 +276,17 @@ def fetch_shard(url: str) -> Path:
 
     Raises MissingData where there is no network, or where the transfer fails; shards that have arrived are kept.
     """
-    place = data_root() / "shards" / f"{hash_text(url)[:8]}-{re.sub(r'[^A-Za-z0-9.]+', '_', url)[-80:]}"
+    path = data_root() / "shards" / f"{hash_text(url)[:8]}-{re.sub(r'[^A-Za-z0-9.]+', '_', url)[-80:]}"
     with contextlib.suppress(NotOnServer):
-        make_once(place, functools.partial(download, url))
-    return place
+        make_once(path, functools.partial(download, url))
+    return path
 
 
 class NotOnServer(Exception):
     """The server has no such shard."""
 
 
-def download(url: str, place: Path) -> None:
+def download(url: str, path: Path) -> None:
     """Write the content of a URL into a file, with a progress bar. Raises NotOnServer, ValueError or MissingData."""
     opener = import_webdataset(url).gopen
     if url.startswith("http"):
@@ -294,14 +294,14 @@ def download(url: str, place: Path) -> None:
     stream = None
     try:
         bar = functools.partial(tqdm.wrapattr, method="read", desc=url[-40:], unit="B", unit_scale=True)
-        with open(place, "wb") as file, opener(url) as stream, bar(stream) as source:
+        with open(path, "wb") as file, opener(url) as stream, bar(stream) as source:
             shutil.copyfileobj(source, file)
     except ValueError as error:
         raise ValueError(f"data.path={url}: {error}; choose https://, hf://, gs:// or pipe: and a command") from error
     except OSError as error:
         if getattr(stream, "status", None) == CURL_HTTP_ERROR:
             raise NotOnServer(url) from error
-        raise MissingData(f"{url} could not be stored in {place.parent}: {error}; the same command goes on") from error
+        raise MissingData(f"{url} could not be stored in {path.parent}: {error}; the same command goes on") from error
 
 
 def check_reachable(url: str) -> None:

@@ -69,7 +69,7 @@ def said(tokens: torch.Tensor) -> list[str]:
 
 
 @pytest.mark.parametrize(("kind", "workers"), [*((kind, 0) for kind in KINDS), ("windows", 2)])
-def test_a_loader_resumed_within_a_pass_gives_the_remaining_batches(make, kind, workers):
+def test_a_loader_resumed_in_the_middle_of_a_pass_gives_the_batches_that_were_to_come(make, kind, workers):
     undisturbed = list(islice(make(kind).train_dataloader(), 7))
     for taken in (1, 4):  # within the first pass of 2.75 batches, and within the second
         loader = make(kind, num_workers=workers).train_dataloader()
@@ -81,7 +81,7 @@ def test_a_loader_resumed_within_a_pass_gives_the_remaining_batches(make, kind, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batches_of_two_ranks_are_together_those_of_one_process(make, kind):
+def test_the_batches_of_two_ranks_together_are_those_of_one_process(make, kind):
     def on_rank(rank: int) -> Tokens:
         data = make(kind)
         data.trainer = SimpleNamespace(world_size=2, global_rank=rank)
