@@ -3,7 +3,9 @@
 import hashlib
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from support.language import tiny_language
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -19,8 +22,9 @@ from datamodules.readers.arrays import Npz
 from datamodules.readers.base import MissingData, data_root
 from datamodules.seeding import numpy_rng
 from experiments.engine.pipeline import run_pipeline
+from lightning_modules.backbones import costs
 from lightning_modules.backbones.classification.load import load_resnet
-from lightning_modules.metrics.cost import count_macs, latencies, peak_memory
+from lightning_modules.metrics.cost import Macs, count_macs, latencies, peak_memory
 from lightning_modules.metrics.distances import Frechet
 from lightning_modules.metrics.features import Inception, ResNet20
 from lightning_modules.metrics.statistics import Statistics
@@ -338,6 +342,20 @@ def test_experts_cost_the_product_of_each_token_with_its_own_expert():
     tokens, experts = torch.zeros(6, 16, dtype=torch.bfloat16), torch.zeros(4, 16, 8, dtype=torch.bfloat16)
     ends = torch.tensor([1, 3, 3, 6], dtype=torch.int32)
     assert macs_of(Experts(), tokens, experts, ends) == (6 * 16 * 8, 0)
+
+
+def test_language_models_are_counted_in_bfloat16(monkeypatch):
+    """Products of experts on the meta device are in bfloat16 only, in torch 2.11."""
+    counted = []
+
+    def count(network: nn.Module, forward: Callable[[], Any]) -> Macs:
+        counted.append(next(network.parameters()).dtype)
+        return count_macs(network, forward)
+
+    monkeypatch.setattr(costs, "count_macs", count)
+    backbone = tiny_language()
+    assert backbone.macs().linear > 0 and counted == [torch.bfloat16]
+    assert next(backbone.network.parameters()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("frozen", [False, True])
