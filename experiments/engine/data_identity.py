@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from conf.schema import build
 from datamodules.base import DataModule
-from experiments.engine.artefacts import digest, make_folder, read_json, write_json
+from experiments.engine.artefacts import CACHE_SETTING, digest, make_folder, read_json, write_json
 
 DATA_FILE = "data.json"
 """The file of a run that has the fingerprints of its data."""
@@ -39,8 +39,8 @@ def fingerprint_data(cfg: DictConfig, data: DataModule) -> dict[str, str]:
 def with_first_paths(config: dict[str, Any], fingerprints: dict[str, str], cache: Path) -> dict[str, Any]:
     """Return a configuration in which data that were moved have the paths under which they were first seen.
 
-    So a run of moved data is the run that it was. `config` is what `effective` returns. The first paths of data of one
-    content and one configuration are in `cache`; data of the repository itself keep theirs.
+    So a run of moved data is the run that it was. `config` is what `get_effective_settings` returns. The first paths of
+    data of one content and one configuration are in `cache`; data of the repository itself keep theirs.
     """
     config = json.loads(json.dumps(config))
     for field, content in fingerprints.items():
@@ -79,7 +79,7 @@ def replace_paths(node: dict[str, Any], paths: dict[str, Any], name: str = "") -
 def remember(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Return what a JSON file holds; the first process to ask writes `content` into it."""
     if not path.exists():
-        make_folder(path.parent)
+        make_folder(path.parent, CACHE_SETTING)
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         try:

@@ -173,9 +173,9 @@ def prepare(
 
     Args:
         cfg: the job's configuration.
-        run: the run, whose folder is open.
+        run: the run, which is locked for other processes.
         stages: the stages of the job.
-        device: where networks run.
+        device: the device of this process.
         data: the data module of `cfg.data`.
         teacher_id: fingerprint of the teacher's files.
     """
