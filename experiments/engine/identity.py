@@ -14,7 +14,7 @@ from datamodules.readers.base import data_root
 from experiments.engine.artefacts import digest
 from experiments.engine.cache import read_result, write_result
 
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 """Part of every run's id: it is raised when the same configuration would give another result."""
 
 NO_EFFECT = {

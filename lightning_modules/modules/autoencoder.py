@@ -75,14 +75,14 @@ class Autoencoder(TrainedModule):
         metrics = (self.square_error, self.latent, self.latent_square)
         square_error, mean, mean_square = (float(metric.compute()) for metric in metrics)
         deviation = math.sqrt(mean_square - mean**2)
-        self.vae.register_to_config(scaling_factor=1 / deviation)  # latents of unit variance (arXiv 2112.10752)
         psnr = 10 * math.log10(RANGE**2 / square_error)
         images = int(self.test_images.compute())
         self.metrics = {"test_psnr_db": psnr, "latent_std": deviation, "test_images": images}
 
     def save(self, folder: Path) -> None:
         """Write config.json with the scaling factor, and weights in half precision, as diffusers does."""
-        assert hasattr(self, "metrics"), "the test loop, which measures the scaling factor, has to run before save"
+        deviation = self.metrics["latent_std"]  # of the test loop
+        self.vae.register_to_config(scaling_factor=1 / deviation)  # latents of unit variance (arXiv 2112.10752)
         self.vae.half().save_pretrained(folder, safe_serialization=True)
 
 

@@ -33,6 +33,7 @@ class Test(Stage):
         path = job.run / self.artefact("metrics.json")
         if path.exists():
             job.metrics = read_json(path)
+            self.train.module.metrics = {key: value for key, value in job.metrics.items() if key != "run_id"}
             return
         module = self.train.module
         with job.clock(self.name):

@@ -28,7 +28,7 @@ class DiTBackbone(TransformerBackbone):
     @property
     def class_names(self) -> dict[str, int]:  # type: ignore[override]
         """{name: label}, of the `id2label` of a DiTPipeline; several names may have one label."""
-        pipeline = None if self.pipeline_parts is None else self.pipeline_parts.pipeline
+        pipeline: Any = getattr(self.pipeline_parts, "pipeline", None)
         return dict(getattr(pipeline, "labels", None) or {})
 
     def check_data(self, data: Any) -> None:
