@@ -64,7 +64,10 @@ class ClipScore(PerSample[Generative]):
         before_N = self.clip_score(self.generation.generate(self.backbone, batch), captions)
         for unit in self.units:
             samples = self.generation.generate_without(self.backbone, batch, unit.name)
-            after_N = torch.zeros_like(before_N) if samples is None else self.clip_score(samples, captions)
+            try:
+                after_N = torch.zeros_like(before_N) if samples is None else self.clip_score(samples, captions)
+            except FloatingPointError:  # finite latents can be too large for the VAE
+                after_N = torch.zeros_like(before_N)
             self.add(unit.name, before_N - after_N)
 
     @torch.no_grad()

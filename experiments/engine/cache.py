@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,10 @@ def write_shared_folder(path: Path) -> Iterator[Path]:
 def write_shared_file(path: Path, save: Callable[[Path], None]) -> None:
     """Write a file by `save`, complete or absent; its hash is kept beside it. Raises DiskFull."""
     make_folder(path.parent, CACHE_SETTING)
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    partial = Path(name)
+    os.chmod(partial, 0o644)
     try:
         with explain_full_disk(path):
             save(partial)

@@ -80,8 +80,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def get_written_settings(cfg: DictConfig) -> Any:
     """Return the resolved configuration, except for values that come from environment variables.
 
-    `${oc.env:HF_TOKEN}`, and every value that refers to it, stays as it was written, so that no secret gets into
-    config.yaml, reports and dashboards.
+    `${oc.env:HF_TOKEN}`, and every text that refers to it, stays as it was written, so that no secret gets into
+    config.yaml, reports and dashboards. Numbers are no secrets, and reports compute with them: they are resolved.
     """
 
     def resolve(node: Any, written: Any) -> Any:
@@ -97,7 +97,8 @@ def get_written_settings(cfg: DictConfig) -> Any:
         with recorded_environment() as names:
             value = node[key]
             value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        return written if names else value
+        is_number = value is None or isinstance(value, bool | int | float)
+        return written if names and not is_number else value
 
     return resolve(cfg, OmegaConf.to_container(cfg, resolve=False))
 

@@ -46,7 +46,10 @@ def run_postponed(cfg: DictConfig, record: JobRecord) -> None:
 
 
 def run_when_free(cfg: DictConfig, record: JobRecord) -> float | None:
-    """Run a job as soon as no other process works on it; one that is finished by then is not run again."""
+    """Run a job as soon as no other process works on it; one that is finished by then is not run again.
+
+    Raises RunLocked where that process has ended and its lock is still held.
+    """
     announced = False
     while True:
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import sys
@@ -45,6 +46,10 @@ log = logging.getLogger(__name__)
 
 class RunBusy(RuntimeError):
     """Another process works on the same run."""
+
+
+class RunLocked(RuntimeError):
+    """The process that worked on a run has ended, and its lock is still held: there is nothing to wait for."""
 
 
 class ForeignFolder(ValueError):
@@ -157,14 +162,11 @@ class Run:
             lock.acquire()
         except Timeout as error:
             holder = read_holder(self / ".holder.json")
-            remedy = (
-                "that process has ended, but one that it has started still holds the lock: stop it"
-                if has_ended(holder)
-                else "wait for it or stop it"
-            )
-            raise RunBusy(
-                f"run {self.folder} is being made by process {holder['pid']} on {holder['host']}; {remedy}"
-            ) from error
+            maker = f"run {self.folder} is being made by process {holder['pid']} on {holder['host']}"
+            if has_ended(holder):
+                remedy = "that process has ended, but one that it has started still holds the lock: stop it"
+                raise RunLocked(f"{maker}; {remedy}") from error
+            raise RunBusy(f"{maker}; wait for it or stop it") from error
         except OSError as error:
             raise UnwritableDirectory(
                 f"{self.folder} cannot be written to ({error.strerror}); choose another folder with paths.runs=..."
@@ -229,22 +231,29 @@ class Run:
             remove(partial)
 
     def discard_changed(self) -> None:
-        """Remove artefacts that have changed since the run wrote them, with a warning, so that they are made again.
+        """Rename artefacts that have changed since the run wrote them, with a warning, so that they are made again.
 
-        A changed file may have been edited on purpose, so it is renamed instead.
+        They are kept, as somebody may have edited them on purpose.
         """
         for name, files in self.list_changes().items():
             path = self / name
             if name != "finished.json":
                 remove(self / "finished.json")
-            if path.is_file():
-                os.replace(path, kept := path.with_name(f"{path.name}.changed"))
-                outcome = f"it is kept as {kept.name} and made again"
-            else:
-                remove(path)
-                outcome = f"it is removed and made again ({', '.join(files)} differ)"
+            kept = next(
+                other
+                for number in itertools.count(1)
+                if not os.path.lexists(other := path.with_name(f"{path.name}.changed{number if number > 1 else ''}"))
+            )
+            os.replace(path, kept)
+            differing = f" ({', '.join(files)})" if kept.is_dir() else ""
             advice = "; a plan of your own goes in by selection=given selection.units=[...]" * name.startswith("plan")
-            log.warning("%s is not what this run has written: %s%s", path, outcome, advice)
+            log.warning(
+                "%s is not what this run has written%s: it is kept as %s and made again%s",
+                path,
+                differing,
+                kept.name,
+                advice,
+            )
 
     def note_data(self) -> None:
         """Write the fingerprints of the run's data. Raises ChangedData where the run was begun with other data."""

@@ -1,6 +1,7 @@
 """Samples of diffusion networks for an evaluation, from the same seeds for all of them, and the measures of samples."""
 
 import contextlib
+import filecmp
 import functools
 import os
 import shutil
@@ -78,10 +79,11 @@ class SampleEvaluation:
                 self.generate(name, network, folder)
         else:
             self.generate(name, network, folder)
-        if is_rank_zero() and not run_folder.exists():
+        images = folder / "images.npy"
+        if is_rank_zero() and not is_same_file(images, run_folder / images.name):
             with write_folder(run_folder) as partial:
-                link_or_copy(folder / "images.npy", partial / "images.npy")
-        return read_array(folder / "images.npy")
+                link_or_copy(images, partial / images.name)
+        return read_array(images)
 
     def hash_protocol(self) -> str:
         """Return a hash of all that the teacher's samples depend on, the name of their shared folder."""
@@ -151,6 +153,11 @@ class SampleEvaluation:
             "guidance": sampler.guidance,
             "prompts": None if self.prompts is None else f"{len(self.prompts)} ({digest(self.prompts)[:8]})",
         }
+
+
+def is_same_file(path: Path, other: Path) -> bool:
+    """Return whether two paths lead to one file, or to files of one content."""
+    return other.exists() and (os.path.samefile(path, other) or filecmp.cmp(path, other, shallow=False))
 
 
 def link_or_copy(path: Path, new_path: Path) -> None:

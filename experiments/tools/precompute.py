@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from conf import checks, schema
+from conf import checks, schema, search_path
 from conf.schema import ConfigError, build
 from datamodules.bad_samples import MIN_COUNTED, BadSampleCounter
 from datamodules.base import DataModule
@@ -274,6 +274,7 @@ def take_rows(value: Any, rows: np.ndarray) -> Any:
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="train")
 def main(cfg: DictConfig) -> None:
+    search_path.check_shadowed_files()
     checks.check_config(cfg)
     if cfg.latents is None:
         raise schema.ConfigError("latents=null: choose the folder to write the latents to, with latents=...")
@@ -283,6 +284,7 @@ def main(cfg: DictConfig) -> None:
 def run() -> None:
     """Compose the configuration from the command line, and precompute."""
     schema.register()
+    search_path.register_own_files_first()
     main()
 
 

@@ -166,14 +166,17 @@ def list_only_variants(names: Iterable[str], ending: str) -> list[str]:
 
 
 def choose_variant(names: Sequence[str]) -> str | None:
-    """Return the variant to download where some part of a repository has its weights only as variants, else None."""
-    folders = {PurePosixPath(name).parent for name in names}
-    for folder in sorted(folders):
+    """Return the variant to download where all parts of a repository have their weights only as variants, else None.
+
+    A variant is downloaded of every part that has it, so one part without full precision must not decide for the rest.
+    """
+    variants: set[str | None] = set()
+    for folder in {PurePosixPath(name).parent for name in names}:
         inside = [PurePosixPath(name).name for name in names if PurePosixPath(name).parent == folder]
         ending = "safetensors" if any(name.endswith(".safetensors") for name in inside) else "bin"
-        if variants := list_only_variants(inside, ending):
-            return variants[0]
-    return None
+        if any(WEIGHT_FILE.fullmatch(name) for name in inside):
+            variants.add(next(iter(list_only_variants(inside, ending)), None))
+    return variants.pop() if len(variants) == 1 else None
 
 
 def check_weights(network: nn.Module, info: dict[str, Any], path: Path, refused: Sequence[str] = MISFITS) -> None:

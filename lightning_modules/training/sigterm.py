@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_modules.training.ranks import world_size
 
@@ -57,7 +58,13 @@ class EndOnSigterm(Callback):
         self.act(number, frame)
 
     def act(self, number: int, frame: FrameType | None) -> None:
-        """End the process, through the handler that was installed before if there was one."""
+        """End the process, through the handler that was installed before if there was one.
+
+        Ranks other than rank 0 end with code 0: after an error of a rank that Lightning has started it would kill rank
+        0, which still has to close logs and dashboards.
+        """
+        if getattr(rank_zero_only, "rank", 0):
+            raise SystemExit(0)
         if callable(self.previous_handler):
             self.previous_handler(number, frame)
         raise SystemExit(SIGTERM_EXIT_CODE)

@@ -21,7 +21,12 @@ from lightning_modules.training.checkpoints import (
 )
 from lightning_modules.training.history import History
 from lightning_modules.training.progress import StageBar
-from lightning_modules.training.sigterm import SIGTERM_EXIT_CODE, CheckpointOnSigterm, EndOnSigterm
+from lightning_modules.training.sigterm import (
+    SIGTERM_EXIT_CODE,
+    CheckpointOnSigterm,
+    EndOnSigterm,
+    is_true_on_any_rank,
+)
 
 
 def resolve_accelerator(name: str) -> str:
@@ -169,7 +174,8 @@ def fit(
     if trainer.is_global_zero:  # a resumed Trainer does not know the checkpoints of earlier processes
         for old in sorted(checkpoints.glob("step=*.ckpt"))[:-2]:
             old.unlink()
-    if stopper.received or stopper.stopped:
+    # A signal after the last step may have reached one rank alone.
+    if is_true_on_any_rank(stopper.received or stopper.stopped, trainer.strategy.root_device):
         if not trainer.is_global_zero:
             # If a rank that Lightning has started ended with an error, Lightning would kill rank 0, which still has to
             # close logs and dashboards.
