@@ -158,7 +158,8 @@ class Instructions(Tokens):
         """The rows of the table."""
         columns = list(dict.fromkeys(column for columns in self.form.columns.values() for column in columns))
         if self.file is None:
-            return hub_table(self.path, self.part, columns, self.configuration, revision=self.revision)
+            table: Sequence[Row] = hub_table(self.path, self.part, columns, self.configuration, revision=self.revision)
+            return table
         rows = read_json_rows(self.file)
         for column in columns:
             if rows and column not in rows[0]:

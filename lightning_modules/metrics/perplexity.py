@@ -111,7 +111,8 @@ class Perplexity:
     def segment_length(self, backbone: Any) -> int:
         """Return the number of tokens of a segment, including its first one."""
         if self.length is None:
-            return backbone.longest
+            longest: int = backbone.longest
+            return longest
         return self.length + (self.bos == "each")
 
     def segments(self, backbone: NetworkBackbone) -> Tensor:

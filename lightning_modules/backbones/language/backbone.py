@@ -68,12 +68,14 @@ class LanguageBackbone(NetworkBackbone):
     @property
     def length(self) -> int:
         """Number of tokens of a sample when costs are counted and times are measured."""
-        return self.options.get("length", DEFAULT_LENGTH)
+        length: int = self.options.get("length", DEFAULT_LENGTH)
+        return length
 
     @property
     def longest(self) -> int:
         """The greatest number of tokens that the network was made for; sys.maxsize where that is unknown."""
-        return getattr(self.network.config, "max_position_embeddings", sys.maxsize)
+        longest: int = getattr(self.network.config, "max_position_embeddings", sys.maxsize)
+        return longest
 
     # Units and their removal
 
@@ -215,7 +217,9 @@ class LanguageBackbone(NetworkBackbone):
     def predict(self, inputs: Batch) -> Tensor:
         """Return logits (N,L,V); zeros where they predict a token that does not count, such as padding."""
         mask = inputs.get("attention_mask")
-        logits = self.network(input_ids=inputs["sample"], attention_mask=mask, use_cache=False, return_dict=False)[0]
+        logits: Tensor = self.network(
+            input_ids=inputs["sample"], attention_mask=mask, use_cache=False, return_dict=False
+        )[0]
         if "mask" not in inputs:
             return logits
         counts_NL = F.pad(inputs["mask"][:, 1:], (0, 1))
@@ -268,7 +272,8 @@ class LanguageBackbone(NetworkBackbone):
 
     def meta_network(self) -> nn.Module:
         with torch.device("meta"):
-            return type(self.network)(copy.deepcopy(self.network.config))
+            network: nn.Module = type(self.network)(copy.deepcopy(self.network.config))
+        return network
 
     def save(self, folder: Path) -> None:
         self.network.save_pretrained(folder)
@@ -320,7 +325,7 @@ PROBE = "Once upon a time, 3 researchers pruned a model.\n"
 
 def generate_greedily(network: Any, tokens: Tensor, new: int) -> Tensor:
     """Return token ids (N,L) followed by up to `new` more, each the most likely one, with a key-value cache."""
-    return network.generate(
+    ids: Tensor = network.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
         max_new_tokens=new,
@@ -329,6 +334,7 @@ def generate_greedily(network: Any, tokens: Tensor, new: int) -> Tensor:
         repetition_penalty=1.0,  # whatever the model's own configuration says
         pad_token_id=network.config.pad_token_id or 0,
     )
+    return ids
 
 
 def shorten(config: Any, kept: Sequence[int]) -> None:
