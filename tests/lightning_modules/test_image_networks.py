@@ -452,7 +452,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path, capsys):
     for name, message in (
         ("evil.th", r"evil\.th is pickled .* refused\. Convert it to safetensors"),
         ("short.safetensors", "cannot be read"),
-        ("other.pt", r"other\.pt: conv1\.weight is \(1,\), and another width"),
+        ("other.pt", r"other\.pt: conv1\.weight is \(1,\), which is no other width"),
     ):
         with pytest.raises(ValueError, match=message):
             load_classifier(str(tmp_path / name), "resnet8")
