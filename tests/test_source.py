@@ -128,7 +128,7 @@ def unsafe(source: str) -> list[str]:
 
 
 ALLOWED = {"lightning_modules/training/checkpoints.py": ["torch.save(checkpoint, file)"]}
-"""{file: its exceptions}: a checkpoint is a dictionary of tensors and plain values, and is read with weights_only=True."""
+"""{file: its exceptions}: checkpoints are dictionaries of tensors and plain values, read with weights_only=True."""
 
 
 @pytest.mark.parametrize(
