@@ -127,11 +127,15 @@ def unsafe(source: str) -> list[str]:
     return found
 
 
+ALLOWED = {"lightning_modules/training/checkpoints.py": ["torch.save(checkpoint, file)"]}
+"""{file: its exceptions}: checkpoints are dictionaries of tensors and plain values, read with weights_only=True."""
+
+
 @pytest.mark.parametrize(
     "path", [ROOT / "train.py", *sources(*PACKAGES)], ids=lambda path: path.relative_to(ROOT).as_posix()
 )
 def test_no_source_loads_or_saves_pickles(path):
-    assert unsafe(path.read_text()) == []
+    assert unsafe(path.read_text()) == ALLOWED.get(path.relative_to(ROOT).as_posix(), [])
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ def pictures(overrides: list[str], classifier_folder: Path) -> list[str]:
         "selection.target=4e5",
         "data.crop=1",
         "trainer.steps=2",
+        "evaluation.images=null",  # debug=tiny measures four
     ]
 
 

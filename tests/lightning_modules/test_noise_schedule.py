@@ -132,7 +132,7 @@ def test_a_network_without_a_schedule_is_refused_before_scoring(configure, overr
     path = saved_with(None)
     job = [override for override in overrides if not override.startswith("teacher.path=")]
     expected = f"{path} holds a network without its pipeline, so its noise schedule is not known"
-    with pytest.raises(Exception, match=f"{re.escape(expected)}; say it: noise_scheduler=linear "):
+    with pytest.raises(Exception, match=f"{re.escape(expected)}; set it: noise_scheduler=linear "):
         run_pipeline(configure(*job, f"teacher.path={path}"))
     assert not list(tmp_path.rglob("scores.json"))
 
