@@ -278,17 +278,17 @@ def run_of(cfg) -> Run:
 def test_data_that_changed_under_the_same_path_are_refused(configure, pictures_job, tmp_path):
     write_pictures(tmp_path / "set", seed=0)
     cfg = configure(*pictures_job("set"))
-    with (first := run_of(cfg)).opened():
+    with (first := run_of(cfg)).open():
         pass
     write_pictures(tmp_path / "set", seed=1)
     with (
         pytest.raises(ChangedData, match=rf"data=image_folder: .*not those that {first.folder} .*force=true"),
-        run_of(cfg).opened(),
+        run_of(cfg).open(),
     ):
         pass
-    with (forced := run_of(configure(*pictures_job("set"), "force=true"))).opened():
+    with (forced := run_of(configure(*pictures_job("set"), "force=true"))).open():
         pass
-    with run_of(cfg).opened():
+    with run_of(cfg).open():
         pass
     assert forced.id == first.id == run_of(cfg).id
 
@@ -306,7 +306,7 @@ def test_a_run_of_moved_data_is_the_same_run(configure, pictures_job, tmp_path):
 def test_a_run_without_a_fingerprint_still_counts(configure, pictures_job, tmp_path):
     write_pictures(tmp_path / "set", seed=0)
     cfg = configure(*pictures_job("set"))
-    with (run := run_of(cfg)).opened():
+    with (run := run_of(cfg)).open():
         pass
     (run / "data.json").unlink()
     write_pictures(tmp_path / "set", seed=1)
