@@ -43,6 +43,9 @@ SIZED_DRAWS: Mapping[Callable[..., Any], int] = {torch.rand: 0, torch.randn: 0, 
 DRAWS_LIKE = (torch.rand_like, torch.randn_like, torch.randint_like)
 """Functions that draw a tensor with the size of their first argument."""
 
+IN_PLACE_DRAWS = (Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.bernoulli_)
+"""Methods that fill a tensor with draws that do not depend on its values."""
+
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 """Functions that multiply their first argument by random factors."""
 
@@ -52,10 +55,12 @@ class DrawsForGlobalBatch(TorchFunctionMode):
 
     What is drawn for a sample (noise, timestep, dropout) depends on its position in the global batch then, and not on
     the number of ranks. Sample i of rank r is sample i * world + r of the global batch, the order of
-    datamodules.base.Stream. All ranks have to start with the same seed.
+    datamodules.base.EndlessShuffle. All ranks have to start with the same seed.
 
     A draw is one per sample if its first dimension is a multiple of the number of samples. Other draws are the same on
-    all ranks. Draws with an explicit generator are not changed.
+    all ranks. Draws with an explicit generator are not changed. Some draws are not covered and are the same on all
+    ranks: those of torch.distributions, the dropout of scaled_dot_product_attention, and those of a forward pass that
+    activation checkpointing repeats during the backward pass.
 
     Args:
         samples: number of samples of this rank's batch; all ranks have the same.
@@ -78,6 +83,12 @@ class DrawsForGlobalBatch(TorchFunctionMode):
             return function(*others, size, **options)
         if function in DRAWS_LIKE and self.is_by_sample(args[0].shape):
             return self.take_rows(function(self.global_ones(args[0]), *args[1:], **options))
+        if function in IN_PLACE_DRAWS and options.get("generator") is None and self.is_by_sample(args[0].shape):
+            with torch.no_grad():
+                args[0].copy_(self.take_rows(function(self.global_ones(args[0]), *args[1:], **options)))
+            return args[0]
+        if function is torch.bernoulli and options.get("generator") is None and self.is_by_sample(args[0].shape):
+            return self.take_rows(torch.bernoulli(self.repeat_rows(args[0])))
         drops = function in DROPOUTS and options["training"] and options["p"] > 0
         if drops and self.is_by_sample(args[0].shape):
             with torch.no_grad():
@@ -99,6 +110,11 @@ class DrawsForGlobalBatch(TorchFunctionMode):
         size = self.global_size(tensor.shape)
         ones = tensor.new_ones([size[axis] for axis in order])
         return ones.permute([order.index(axis) for axis in range(tensor.dim())])
+
+    def repeat_rows(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the global size in which every rank's rows are this rank's."""
+        by_sample = tensor.reshape(self.samples, 1, -1, *tensor.shape[1:])
+        return by_sample.expand(-1, self.world, *by_sample.shape[2:]).flatten(0, 2)
 
     def take_rows(self, draws: Tensor) -> Tensor:
         """Return this rank's rows of a draw for the global batch; several rows of one sample are consecutive."""
