@@ -94,7 +94,10 @@ class BadSampleCounter:
         self.first: list[str] = []
 
     def add(self, batch: dict[str, Any]) -> None:
-        """Count the messages under "skipped" of a batch. Raises TooManyBadSamples above the limit."""
+        """Count the samples of a batch and the bad ones among them (the messages under "skipped").
+
+        Raises TooManyBadSamples if their share exceeds the limit.
+        """
         messages = batch.get("skipped", [])
         if messages and not self.count:
             print(f"{self.name}: a sample that cannot be used is replaced by another: {messages[0]}", flush=True)

@@ -45,7 +45,7 @@ class ClipScore(PerSample[Generative]):
         self.generation = Generation(sampler, steps, guidance)
 
     def supports(self, backbone: Generative) -> str | None:
-        """Return a reason as well for networks that generate nothing, or take no captions."""
+        """Return why a network cannot be scored, or None: networks have to generate samples, and to take captions."""
         if reason := explain_no_samples(backbone):
             return reason
         return None if backbone.takes_text else "it takes no text to compare its images with"

@@ -48,7 +48,7 @@ class LDPruner(Criterion[Generative]):
         self.generation = Generation(sampler, steps, guidance)
 
     def supports(self, backbone: Generative) -> str | None:
-        """Return a reason as well for networks that generate nothing."""
+        """Return why a network cannot be scored, or None. Networks that generate no samples cannot."""
         return explain_no_samples(backbone) or super().supports(backbone)
 
     def start(self, backbone: Generative, units: Sequence[Unit], seed: int) -> None:

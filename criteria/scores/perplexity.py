@@ -20,7 +20,7 @@ class Perplexity(OneRemoved):
     """
 
     def supports(self, backbone: Scorable) -> str | None:
-        """Return a reason as well for networks that are no language models."""
+        """Return why a network cannot be scored, or None. Networks that are not language models cannot."""
         if not backbone.writes_text:
             return "it is no language model; choose criterion=task_loss"
         return super().supports(backbone)

@@ -61,7 +61,7 @@ class Taylor(Criterion[Differentiable]):
         self.threshold, self.buckets = threshold, buckets if threshold is not None else 1
 
     def supports(self, backbone: Differentiable) -> str | None:
-        """Return a reason as well for a threshold on timesteps of a network that has none."""
+        """Return why a network cannot be scored, or None. With a `threshold`, networks without timesteps cannot."""
         if self.threshold is not None and not hasattr(backbone, "noise_scheduler"):
             return f"criterion.threshold={self.threshold} is for networks with timesteps; choose null"
         return super().supports(backbone)

@@ -166,9 +166,10 @@ class Budgeted(Selection):
             )
 
     def check(self, pool: Pool) -> None:
-        """Raise InfeasibleBudget, or ValueError for a budget or a target that this network cannot have.
+        """Raise an error for settings that this pool cannot satisfy.
 
-        ValueError as well for an unknown protected unit, naming the nearest.
+        InfeasibleBudget: no set of units meets the budget. ValueError: an invalid budget or target, or an unknown
+        protected unit (the message names the nearest one).
         """
         if self.needs_savings and pool.savings is None:  # units are timed after they are scored
             self.check_untimed(pool)

@@ -113,7 +113,7 @@ def swaps(
 
 
 def freed_by(program: Program, removed: Collection[int], into: Collection[int]) -> int | None:
-    """Return the cost that `into` frees once `removed` are gone; None where they cannot be removed together."""
+    """Return the cost freed by removing `into` after `removed`; None if these units cannot be removed together."""
     after, cost = set(removed), 0
     for i in into:
         if not program.allows(i, after):

@@ -55,7 +55,9 @@ class Program:
         return sum(self.all_costs[i] for i in self.removed_items(chosen))
 
     def removed_items(self, chosen: Collection[int]) -> list[int]:
-        """Return the units of a set and the shared parts that are freed with them, as indices into `all_costs`."""
+        """Return the indices into `all_costs` of the chosen units and of the shared parts that are freed with all their
+        units.
+        """
         removed, count = set(chosen), len(self.costs)
         return [*chosen, *(count + s for s, (units, _) in enumerate(self.shared) if units <= removed)]
 
@@ -138,7 +140,7 @@ def common_divisor(program: Program) -> int:
 
 
 def is_enumerable(program: Program) -> bool:
-    """Return whether sets have few enough possible costs to enumerate all of them."""
+    """Return whether the number of possible total costs is small enough to enumerate them all."""
     return sum(program.all_costs) // common_divisor(program) < MAX_BITS
 
 

@@ -36,10 +36,11 @@ class Threshold(Budgeted):
         raise for_channels_only(self.choice)
 
     def check_budget(self, pool: Pool) -> None:
-        """Raise ValueError for units that are no channels, a target out of range, or an unknown protected unit.
+        """Raise an error for settings that this pool cannot satisfy.
 
-        InfeasibleBudget where all removable units together free too little. Raises what the pool's `cost` raises for a
-        single unit as well: networks whose layers must keep equal widths refuse it.
+        ValueError: the units are not channels, the target is out of range, or a protected unit is unknown.
+        InfeasibleBudget: all removable units together free too little. Errors of `pool.cost` are passed on, such as
+        that for networks whose layers must keep equal widths.
         """
         least = self.least_removed(pool)
         order = self.order(pool, dict.fromkeys((unit.name for unit in pool.units), 0.0))
@@ -69,10 +70,10 @@ class Threshold(Budgeted):
         return [unit.name for unit in pool.units if unit.name in removed]
 
     def count_in_window(self, pool: Pool, ends: Sequence[int], freed: Callable[[int], int]) -> int:
-        """Return the smallest number of units that meets the budget.
+        """Return how many units to remove, in the order of their scores: the smallest number that meets the budget.
 
-        Units with equal scores are removed together if the window allows. `ends` are the numbers of units of each score
-        or less; `freed` gives the cost of so many units.
+        Units of equal score are removed together if the window allows. `ends`: for each distinct score, the number of
+        units with that score or a lower one. `freed(n)`: the cost that the first n units free.
         """
         low, high = self.window(pool)
         tie = bisect_left(ends, low, key=freed)

@@ -20,7 +20,7 @@ PATHS = ("path", "classes", "data_files")
 
 
 class ChangedData(ValueError):
-    """A run was made from other data than those that its configuration names now."""
+    """The data differ from those that the run was made from."""
 
 
 def fingerprint_data(cfg: DictConfig, data: DataModule) -> dict[str, str]:

@@ -64,6 +64,8 @@ def run_when_free(cfg: DictConfig, record: JobRecord) -> float | None:
 
 
 def runs_jobs_in_turn() -> bool:
-    """Tell whether the jobs of this sweep run in this process, and none of them waits for the measure of another."""
+    """Return whether this process runs all jobs of the sweep in turn, and no sweeper needs a measure to choose the
+    next.
+    """
     hydra = HydraConfig.get()
     return hydra.launcher._target_.endswith("BasicLauncher") and hydra.sweeper._target_.endswith("BasicSweeper")

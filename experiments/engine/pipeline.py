@@ -104,7 +104,10 @@ def run_stages(
 
 
 def check_push(run: Run, repository: str) -> None:
-    """Raise ValueError where the export of a finished run cannot be pushed; log which of its files have changed."""
+    """Raise ValueError if the export of a finished run cannot be pushed to `repository`.
+
+    Logs a warning that lists exported files changed since the run wrote them.
+    """
     if is_rank_zero():
         check_hub(repository)
         if files := run.list_changes().get("export"):

@@ -81,7 +81,7 @@ def wait_for(path: Path) -> None:
 
 
 def ask_rank_zero(value: bool) -> bool:
-    """Return rank 0's value on all ranks, which all call this."""
+    """Return rank 0's `value` on every rank. A collective: all ranks have to call it."""
     values = [value]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(values)

@@ -53,7 +53,7 @@ class RunLocked(RuntimeError):
 
 
 class ForeignFolder(ValueError):
-    """The folder of a run leads elsewhere, or contains files that no run has made under the names of its own."""
+    """The run's folder is a link, lies outside `paths.runs`, or contains a run's file names that no run wrote."""
 
 
 ENTRIES = (
@@ -221,7 +221,10 @@ class Run:
         return entries
 
     def clean(self) -> None:
-        """Remove what a killed process was writing, and with `force=true` everything that runs have made here."""
+        """Remove partly written files of killed processes.
+
+        With `force=true` everything that earlier runs wrote in this folder is removed (not the shared cache).
+        """
         if self.cfg.force:
             self.clear(self.entries())
         for name in self.entries():
@@ -233,17 +236,14 @@ class Run:
     def discard_changed(self) -> None:
         """Rename artefacts that have changed since the run wrote them, with a warning, so that they are made again.
 
-        They are kept, as somebody may have edited them on purpose.
+        They are kept directly below the run's folder, as somebody may have edited them on purpose.
         """
         for name, files in self.list_changes().items():
             path = self / name
             if name != "finished.json":
                 remove(self / "finished.json")
-            kept = next(
-                other
-                for number in itertools.count(1)
-                if not os.path.lexists(other := path.with_name(f"{path.name}.changed{number if number > 1 else ''}"))
-            )
+            names = (f"{name.replace('/', '-')}.changed{number or ''}" for number in itertools.count())
+            kept = next(self / unused for unused in names if not os.path.lexists(self / unused))
             os.replace(path, kept)
             differing = f" ({', '.join(files)})" if kept.is_dir() else ""
             advice = "; a plan of your own goes in by selection=given selection.units=[...]" * name.startswith("plan")

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +79,19 @@ class JobRecord:
     Args:
         folder: the sweep's folder; None outside a sweep.
         number: the job's number in the sweep, from 0.
-        overrides: what distinguishes the job: the arguments of its command line.
+        overrides: what distinguishes the job: the overrides of its command line.
+        options: the other arguments of its command line, such as --config-dir.
     """
 
-    def __init__(self, folder: Path | None = None, number: int = 0, overrides: list[str] | None = None) -> None:
+    def __init__(
+        self, folder: Path | None = None, number: int = 0, overrides: Sequence[str] = (), options: Sequence[str] = ()
+    ) -> None:
         self.folder = folder
         self.path = folder / "jobs" / f"{number:04}.json" if folder else None
         self.content: dict[str, Any] = {
             "number": number,
-            "overrides": overrides or [],
+            "overrides": list(overrides),
+            "options": list(options),
             "state": RUNNING,
             "run": None,
             "started": time.time(),
@@ -157,7 +161,10 @@ def open_record() -> JobRecord:
     ):
         return JobRecord()
     hydra = HydraConfig.get()
-    return JobRecord(Path(hydra.sweep.dir), int(hydra.job.num), [str(override) for override in hydra.overrides.task])
+    own_files = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    options = [word for path in own_files for word in ("--config-dir", path)]
+    overrides = [str(override) for override in hydra.overrides.task]
+    return JobRecord(Path(hydra.sweep.dir), int(hydra.job.num), overrides, options)
 
 
 def count_jobs(overrides: list[str], params: dict[str, str]) -> int | None:
@@ -208,7 +215,7 @@ def format_sweep(sweep: dict[str, Any]) -> str:
             parts.append(
                 f"job {record['number'] + 1} {record['state']}: {shorten(record.get('reason', ''))}\n"
                 f"  log:   {record.get('log', '-')}\n"
-                f"  again: python train.py {shlex.join(record['overrides'])}"
+                f"  again: python train.py {shlex.join([*record['options'], *record['overrides']])}"
             )
     return "\n\n".join(parts)
 

@@ -109,7 +109,7 @@ class NetworkBackbone(nn.Module):
         raise NotImplementedError
 
     def kept(self) -> list[str]:
-        """Return the names that the depth units which were not removed have in the unpruned network."""
+        """Return the depth units that were not removed, by their module paths in the unpruned network."""
         return self.survivors()
 
     # Removal
@@ -131,7 +131,7 @@ class NetworkBackbone(nn.Module):
         return record_outputs(self, names)
 
     def check_plan(self, changes: Sequence[Change]) -> None:
-        """Raise ValueError where the changes of a selection that needs no scores do not fit this network."""
+        """Raise ValueError if this network cannot take `changes`, a plan made without scores."""
         if any(change["kind"] == "restage" for change in changes):
             raise ValueError("selection.name='bk_sdm' is for the U-Nets of Stable Diffusion; choose knapsack")
 
@@ -166,7 +166,7 @@ class NetworkBackbone(nn.Module):
     # Inputs and outputs
 
     def stages(self) -> dict[str, nn.Module]:
-        """Return the stages, by path, whose outputs a distillation can compare, in the order of the forward pass."""
+        """Return {module path: module} of the stages whose outputs distillation can compare, in forward order."""
         raise NotImplementedError
 
     def check_data(self, data: Any) -> None:
@@ -234,7 +234,10 @@ class NetworkBackbone(nn.Module):
         return {"params": self.params(), "macs": self.macs().linear}
 
     def cost(self, names: Sequence[str], budget: str) -> int:
-        """Return the cost that a set of units of channels frees; it is no sum over them, as they share weights."""
+        """Return the cost that removing these channel units together frees.
+
+        It is not the sum of their single costs, as they share weights.
+        """
         return self.channels.cost(names, budget)
 
     # Files and exports

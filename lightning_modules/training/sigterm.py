@@ -58,10 +58,10 @@ class EndOnSigterm(Callback):
         self.act(number, frame)
 
     def act(self, number: int, frame: FrameType | None) -> None:
-        """End the process, through the handler that was installed before if there was one.
+        """End the process, on rank 0 through the handler that was installed before, if there was one.
 
-        Ranks other than rank 0 end with code 0: after an error of a rank that Lightning has started it would kill rank
-        0, which still has to close logs and dashboards.
+        Other ranks exit with code 0: with an error code Lightning would kill rank 0, which still has to close logs and
+        dashboards.
         """
         if getattr(rank_zero_only, "rank", 0):
             raise SystemExit(0)

@@ -151,7 +151,7 @@ def test_parquet_as_hugging_face_writes_it_is_read(tmp_path):
     assert numbers(record) == [2, 0] and record["label"].tolist() == [1, 3]
 
 
-def test_what_is_wrong_with_a_parquet_file_is_said(tmp_path):
+def test_errors_in_a_parquet_file_are_named(tmp_path):
     path = str(write_parquet(tmp_path, 20, text=[None, *["a text"] * 19]))
     for column in ({"image": "img"}, {"label": "img"}, {"caption": "img"}):
         with pytest.raises(ValueError, match=r"train-0\.parquet has no column 'img'; it has: image, text, kind"):

@@ -145,7 +145,7 @@ def test_a_target_is_the_same_as_the_ratio_that_comes_to_it():
     assert ratio.history == target.history
 
 
-def test_many_steps_keep_what_the_task_needs_within_the_cost():
+def test_gates_trained_for_many_steps_close_the_harmful_channel():
     """one_0 does harm (the target is -1 = one_1 alone) and frees what is wanted."""
     scores = trained(gated(target=6), loader(*[([1.0], -1.0)] * 100))
     assert scores["one:0"] < 0.1 < 0.9 < min(scores["one:1"], scores["two"])

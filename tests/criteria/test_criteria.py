@@ -341,7 +341,7 @@ def test_activations_that_are_not_finite_are_an_error(backbone):
 
 @each_family
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_magnitude_is_that_of_the_weights_that_go(configure, backbone, reduction):
+def test_magnitude_counts_the_removed_weights_only(configure, backbone, reduction):
     found = bare(schema.build(configure("criterion=magnitude", f"criterion.reduction={reduction}").criterion), backbone)
     for unit in backbone.units():
         module = backbone.network.get_submodule(unit.name)

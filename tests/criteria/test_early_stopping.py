@@ -46,7 +46,7 @@ def numbered(data: Images, spread: bool) -> dict[int, torch.Tensor]:
     return {int(n): image for batch in batches for n, image in zip(batch["number"], batch["image"], strict=True)}
 
 
-def test_spread_batches_hold_the_same_samples_evenly_mixed():
+def test_spread_batches_mix_the_same_samples_over_the_whole_range():
     images = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 3), dtype=np.uint8)
     data = Images(lambda: Arrays(images), lambda: Arrays(images), batch_size=4)
     plain, spread = numbered(data, False), numbered(data, True)

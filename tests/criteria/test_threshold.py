@@ -80,7 +80,7 @@ def test_a_threshold_is_bisected():
 
 
 @pytest.mark.parametrize(("selection", "name"), [(Threshold, "threshold"), (EqualShare, "equal_share")])
-def test_a_threshold_is_for_channels(selection, name):
+def test_a_threshold_refuses_units_that_are_not_channels(selection, name):
     with pytest.raises(ValueError, match=rf"selection\.name='{name}' is for channels; .* choose one of: knapsack"):
         selection(0.5).check(Pool([Unit("mid_block", "resnet", 10, 10)], {"params": 40}))
 
@@ -130,7 +130,7 @@ def test_a_target_that_is_not_below_the_whole_cost_is_refused_early(target):
         Threshold(target=target).check(WIDE)
 
 
-def test_a_step_over_the_target_is_explained(capsys):
+def test_the_message_names_the_unit_that_jumps_over_the_target(capsys):
     freed = {"a:0": 40_000, "a:1": 30_000_000, "b:0": 10_000, "a:2": 1, "b:1": 1}
     pool = Pool(
         [Unit(name, "channel", 0, 0, change="slice") for name in ("a:0", "a:1", "a:2", "b:0", "b:1")],

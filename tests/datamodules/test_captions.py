@@ -84,7 +84,7 @@ def test_a_folder_without_captions_gives_none(tmp_path):
     assert source.take(np.array([0])).keys() == {"image", "label", "original_size", "crop"}
 
 
-def test_a_caption_may_hold_whatever_text_can(tmp_path):
+def test_captions_keep_quotes_and_unicode_line_breaks(tmp_path):
     write_pictures(tmp_path, 1)
     text = 'a "cat", ein Löwe,\u2028one\u0085two'  # some of which are line breaks to Python
     (tmp_path / "captions.jsonl").write_text(

@@ -217,7 +217,7 @@ def test_latents_of_pictures_that_are_gone_can_still_be_used(stored, configure, 
     assert len(batches(cfg, 2)) == 2
 
 
-def test_what_is_held_out_is_stored_without_mirrored_twins(stored):
+def test_held_out_latents_are_stored_without_mirrored_copies(stored):
     _, folder = stored
     for split, mirrored in (("train", True), ("holdout", False)):
         names = load_file(folder / f"{split}-00000.safetensors").keys()

@@ -84,7 +84,7 @@ def test_a_caption_is_a_member_or_a_field_of_the_json(laion):
     assert plain.captions is None and "caption" not in everything(plain)
 
 
-def test_the_first_suffix_that_a_sample_has_is_its_picture(tmp_path):
+def test_the_picture_is_the_member_with_the_first_matching_suffix(tmp_path):
     members(tmp_path / "0.tar", {"0.PNG": png(1), "0.txt": b"a", "1.b.png": png(2), "1.jpg": png(3), "1.txt": b"b"})
     for images, expected in ((None, {"a": 1, "b": 3}), (["b.png", "png"], {"a": 1, "b": 2})):
         record = everything(Shards(str(tmp_path), 3, images=images))

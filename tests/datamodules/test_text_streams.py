@@ -168,7 +168,7 @@ def test_a_token_for_the_beginning_is_put_before_every_sample(make, kind, bos, n
     assert all(sample.startswith("\1") for sample in samples) == ("\1" in first)
 
 
-def test_an_unknown_or_missing_beginning_is_refused(make):
+def test_an_unknown_bos_or_a_tokenizer_without_one_is_refused(make):
     with pytest.raises(ValueError, match=r"data\.bos='yes' is unknown; choose one of: auto, true, false"):
         make("blocks", bos="yes")
     plain = Tokenizer(LETTERS.encode, LETTERS.vocabulary, None, 2, needs_bos=True)

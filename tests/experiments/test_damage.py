@@ -66,6 +66,8 @@ def test_damaged_artefacts_are_named_and_made_again(finished, caplog):
     edit(run / "scores.json", "scores", unit, "score", value=9.5)
     edit(run / "metrics.json", "eval/output_loss", value=0.125)
     run_pipeline(cfg)
+    for name in ("pruned", "distilled"):
+        shutil.rmtree(run / f"networks-{name}.changed")
     assert differences(results(run), before) == []
     for path in (run / "scores.json", run / "metrics.json", *(path.parent for path in weights)):
         assert f"{path} is not what this run has written" in caplog.text
@@ -76,11 +78,13 @@ def test_damaged_artefacts_are_named_and_made_again(finished, caplog):
 def test_an_edited_plan_is_kept_and_the_message_names_selection_given(finished, caplog):
     cfg, run, before = finished
     changes = read_json(run / "plan.json")["changes"]
+    (run / "plan.json.changed").write_text("kept from an earlier time")
     edit(run / "plan.json", "changes", value=changes[1:])
     run_pipeline(cfg)
     assert differences(results(run), before) == []
-    assert "plan.json.changed and made again; a plan of your own goes in by selection=given" in caplog.text
-    assert read_json(run / "plan.json.changed")["changes"] == changes[1:]
+    assert "plan.json.changed1 and made again; a plan of your own goes in by selection=given" in caplog.text
+    assert read_json(run / "plan.json.changed1")["changes"] == changes[1:]
+    assert (run / "plan.json.changed").read_text() == "kept from an earlier time"
 
 
 def test_an_edited_score_in_the_cache_is_computed_again(finished, caplog):

@@ -88,7 +88,7 @@ def test_the_distance_is_small_between_digits_and_large_from_noise(sample):
     assert max(same, real) < 0.3 and one > 5 and far > 100
 
 
-def test_the_sounds_made_of_digits_are_still_heard_as_them(sample):
+def test_digits_are_recognised_after_a_round_trip_through_sound(sample):
     data, _, holdout = sample
     back = data.mel.picture(data.mel.wave(holdout["image"][:64]))
     heard = DigitsClasses(str(WEIGHTS))(back).argmax(1)

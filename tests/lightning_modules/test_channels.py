@@ -314,7 +314,7 @@ def test_heads_inputs_and_outputs_stay_whole(name: str, channels: Channels) -> N
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_mending_a_stock_network_changes_nothing(name: str) -> None:
+def test_updating_channel_counts_of_a_stock_network_changes_nothing(name: str) -> None:
     network = make(name)
     before = {path: {k: v for k, v in vars(m).items() if k[0] != "_"} for path, m in network.named_modules()}
     update_channel_counts(network)
@@ -349,7 +349,7 @@ def test_a_weight_with_one_group_on_both_sides_is_counted_once() -> None:
     assert sum(int(part.sum()) for part in channels.parts("narrow:0", ones)["square.weight"]) == 8 * 8 - 4 * 4
 
 
-def test_block_length_and_ignored_layers() -> None:
+def test_channels_respect_block_size_and_ignored_layers() -> None:
     network = make("Cnn")
     assert len(Channels(network, run, block=2).blocks["stem"]) == 8
     ignored = Channels(network, run, ignored=[network.conv2, network.hidden])

@@ -480,7 +480,7 @@ TEACHERS = {
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_a_teacher_that_is_not_here_says_how_it_is_had(name, tmp_path, monkeypatch):
+def test_a_missing_teacher_says_how_to_get_it(name, tmp_path, monkeypatch):
     monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
     monkeypatch.setattr("lightning_modules.backbones.files.hub_files", lambda path: None)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))

@@ -66,7 +66,7 @@ def test_a_full_disk_is_reported_with_path_and_size(tmp_path, monkeypatch, error
     assert files(tmp_path) == {before.name}
 
 
-def test_another_error_of_a_write_is_raised_unchanged(tmp_path, monkeypatch):
+def test_a_write_error_other_than_a_full_disk_is_raised_unchanged(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("of another kind")))
     with pytest.raises(RuntimeError, match="of another kind"):
         AtomicCheckpoints().save_checkpoint(CONTENT, tmp_path / "step=0000003.ckpt")
@@ -124,7 +124,7 @@ def test_draws_of_two_ranks_together_equal_those_of_one_process(name):
     ],
     ids=["scalar", "not_of_samples", "generator", "no_dropout"],
 )
-def test_draws_that_are_not_per_sample_are_not_changed(draw):
+def test_draws_without_samples_are_the_same_on_all_ranks(draw):
     torch.manual_seed(1)
     alone = draw()
     torch.manual_seed(1)
