@@ -96,7 +96,7 @@ def test_a_refused_job_opens_no_logger(configure, overrides, monkeypatch):
 def test_the_hub_is_checked_for_a_finished_run_too(configure, overrides, monkeypatch, quick_end):
     run_pipeline(configure(*overrides, "criterion=magnitude", "distillation=none"))
     monkeypatch.setattr(pipeline, "push", lambda *_: pytest.fail("pushed without a check"))
-    with pytest.raises(ValueError, match=r"export\.push_to_hub='nobody' is no id of a model on the hub"):
+    with pytest.raises(ValueError, match=r"export\.push_to_hub='nobody' is not the id of a model on the hub"):
         run_pipeline(configure(*overrides, "criterion=magnitude", "distillation=none", "export.push_to_hub=nobody"))
 
 
