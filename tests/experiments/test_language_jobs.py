@@ -251,7 +251,7 @@ def test_the_study_tells_its_runs_apart(configure, words, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["data=tiny"], "data=tiny: Images gives no tokens"),
+        (["data=tiny"], "data=tiny: Images has no tokens"),
         (["data.length=65"], "data.length=65 is more than the 64 tokens"),
         (["distillation.lora.targets=[qproj]"], "'qproj' is no linear layer"),
         (["noise_scheduler=linear"], "noise_scheduler=linear: this teacher has none"),
@@ -272,7 +272,7 @@ def test_settings_unfit_for_a_language_model_are_refused_before_scoring(configur
 
 
 def test_a_data_set_is_no_value_of_calibration_data(configure):
-    with pytest.raises(ConfigError, match=r"say \+data@calibration\.data=wikitext2"):
+    with pytest.raises(ConfigError, match=r"choose one with \+data@calibration\.data=wikitext2"):
         configure("task=language", "calibration.data=wikitext2")
 
 
