@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from conf.schema import build
 from datamodules.base import DataModule
-from experiments.engine.artefacts import CACHE_SETTING, digest, make_folder, read_json, write_json
+from experiments.engine.artefacts import CACHE_SETTING, digest, format_json, make_folder, read_json
 
 DATA_FILE = "data.json"
 """The file of a run that has the fingerprints of its data."""
@@ -83,7 +83,7 @@ def remember(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         try:
-            write_json(Path(partial), content)
+            Path(partial).write_text(format_json(content))
             os.link(partial, path)  # fails where another process was first, unlike a replacement
         except FileExistsError:
             pass

@@ -135,7 +135,7 @@ def test_a_job_stopped_after_each_of_its_artefacts_ends_in_the_same_bits(configu
     )
     artefacts += " samples/teacher samples/pruned samples/distilled"
     artefacts += " checkpoints/distil/step=0000002.ckpt checkpoints/distil/step=0000004.ckpt"
-    artefacts += " history/distil.csv .holder.json .manifest.json"
+    artefacts += " history/distil.csv .holder.json .manifest.json config.yaml data.json"
     inside = {Path(path).relative_to(run).as_posix() for path in stopped_at if Path(path).is_relative_to(run)}
     assert inside == set(artefacts.split())
     assert differences(results(run), results(undisturbed)) == []
