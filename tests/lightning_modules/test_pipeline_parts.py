@@ -320,7 +320,8 @@ def test_a_variant_is_read_where_there_are_no_other_weights(sd, copied_sd, caplo
 
 
 def test_a_pipeline_with_only_fp16_weights_is_downloaded_as_fp16(monkeypatch, tmp_path):
-    names = ["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "unet/config.json"]
+    names = ["model_index.json", "vae/config.json", "unet/config.json"]
+    half, whole = "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"
     chosen = []
 
     def download(path: str, variant: str | None, **options: Any) -> Path:
@@ -330,15 +331,16 @@ def test_a_pipeline_with_only_fp16_weights_is_downloaded_as_fp16(monkeypatch, tm
     (tmp_path / "model_index.json").touch()
     monkeypatch.setattr("lightning_modules.backbones.files.DiffusionPipeline.download", download)
     monkeypatch.setattr("lightning_modules.backbones.files.hub_folder", lambda *_: tmp_path)
-    for weights in (
-        ["diffusion_pytorch_model.fp16.safetensors"],
-        ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"],
-        ["diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "diffusion_pytorch_model.bin"],
+    for vae, unet in (
+        ([half], [half]),
+        ([half], [half, whole]),
+        ([whole], [half]),  # a variant would be taken of all parts that have it
+        ([half], ["diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "diffusion_pytorch_model.bin"]),
     ):
-        hub_files = [*names, *(f"unet/{name}" for name in weights)]
+        hub_files = [*names, *(f"vae/{name}" for name in vae), *(f"unet/{name}" for name in unet)]
         monkeypatch.setattr("lightning_modules.backbones.files.hub_files", lambda path, files=hub_files: files)
         assert find_model("somebody/pipeline") == tmp_path
-    assert chosen == ["fp16", None, "fp16"]
+    assert chosen == ["fp16", None, None, "fp16"]
 
 
 def test_an_adapter_beside_the_weights_of_a_text_encoder_is_refused(copied_sd):
