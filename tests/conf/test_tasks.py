@@ -48,7 +48,7 @@ def test_the_embedded_text_model_names_its_captions_for_an_unknown_one(configure
     empty = teacher.pipeline_parts.encode_empty_text(1, torch.device("cpu"))["encoder_hidden_states"]
     assert states.shape == (10, 16, 384) and empty.shape == (1, 16, 384)
     assert len({tensor.numpy().tobytes() for tensor in (*states, *empty)}) == 11
-    with pytest.raises(ValueError, match=r"no text state for the caption 'a photo of a moth'.*airplane"):
+    with pytest.raises(ValueError, match=r"no stored text state for the caption 'a photo of a moth'.*airplane"):
         teacher.pipeline_parts.encode_text(["a photo of a moth"], torch.device("cpu"))
 
 
