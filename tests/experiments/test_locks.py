@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from filelock import FileLock
@@ -53,6 +54,33 @@ def test_the_lock_of_a_process_that_has_ended_is_taken_over(entry, caplog):
     write_holder(entry, ended.pid)
     assert cached(entry.parent, "key", lambda: 42) == 42
     assert f"process {ended.pid} on {socket.gethostname()}, which held {entry}.lock, has ended" in caplog.text
+
+
+def test_two_processes_that_wait_for_an_ended_one_compute_a_result_once(entry):
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    write_holder(entry, ended.pid)
+    calls = []
+
+    def compute() -> int:
+        calls.append(threading.current_thread().name)
+        time.sleep(0.3)  # the other one looks at the lock meanwhile, several times
+        return 42
+
+    waiting = [threading.Thread(target=cached, args=(entry.parent, "key", compute)) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    for thread in waiting:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in waiting) and len(calls) == 1
+
+
+def test_a_process_of_another_container_never_counts_as_ended():
+    here = locks.describe_this_process()
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    assert locks.has_ended(here | {"pid": ended.pid})
+    assert not locks.has_ended(here | {"pid": ended.pid, "system": "another"})
 
 
 @pytest.mark.parametrize("host", ["elsewhere", "?"])
