@@ -118,13 +118,15 @@ class JobRecord:
     def fail(self, error: BaseException, state: str = FAILED) -> None:
         """Record the end of a job by an error; the traceback is in the run's log, or where there is none beside."""
         run = self.content["run"]
+        if run and not Path(run).exists():  # a refused configuration leaves no folder
+            run = None
         path = Path(run) / "run.log" if run else None
         if self.path is not None and (path is None or not path.exists()):
             path = self.path.with_suffix(".log")
             path.write_text("".join(traceback.format_exception(error)))
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         seconds = time.time() - self.content["started"]
-        self.update(state=state, reason=reason, log=str(path), seconds=seconds)
+        self.update(state=state, run=run, reason=reason, log=str(path), seconds=seconds)
 
     @contextlib.contextmanager
     def follow(self) -> Iterator[None]:
