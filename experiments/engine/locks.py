@@ -63,7 +63,7 @@ def hold_lock(path: Path, task: str) -> Iterator[None]:
     A lock whose holder has ended is taken over: its worker processes can outlive it and keep the file locked. The
     holder is looked at twice before, as another process may have taken the lock and not yet written its name.
     """
-    holder_file, lock = path.with_suffix(".holder.json"), FileLock(path)
+    holder_file, lock = path.with_suffix(".holder"), FileLock(path)
     announced = suspect = None
     while True:
         try:

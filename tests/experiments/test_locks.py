@@ -29,7 +29,7 @@ def entry(tmp_path, monkeypatch, caplog):
 
 
 def write_holder(path, pid: int) -> None:
-    path.with_suffix(".holder.json").write_text(json.dumps({"pid": pid, "host": socket.gethostname()}))
+    path.with_suffix(".holder").write_text(json.dumps({"pid": pid, "host": socket.gethostname()}))
 
 
 def test_a_process_that_waits_says_for_whom(entry, caplog):
