@@ -55,9 +55,7 @@ class Program:
         return sum(self.all_costs[i] for i in self.removed_items(chosen))
 
     def removed_items(self, chosen: Collection[int]) -> list[int]:
-        """Return the indices into `all_costs` of the chosen units and of the shared parts that are freed with all their
-        units.
-        """
+        """Return the chosen units and the shared parts that are freed with them, as indices into `all_costs`."""
         removed, count = set(chosen), len(self.costs)
         return [*chosen, *(count + s for s, (units, _) in enumerate(self.shared) if units <= removed)]
 

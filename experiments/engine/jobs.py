@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from conf import checks, search_path
 from experiments.engine.pipeline import run_pipeline
+from experiments.engine.ranks import ignore_ranks_of_the_shell, is_rank_zero
 from experiments.engine.run import RunBusy
 from experiments.engine.sweep import POSTPONED, RUNNING, WAITING, JobRecord, open_record
 
@@ -22,7 +23,8 @@ def run_job(cfg: DictConfig) -> float | None:
     process and looked at again after the other jobs, or waited for where its measure is needed at once (sweepers that
     search) or where each job has a process of its own (other launchers).
     """
-    record = open_record()
+    ignore_ranks_of_the_shell(cfg.trainer.devices * cfg.trainer.num_nodes)
+    record = open_record() if is_rank_zero() else JobRecord()
     with record.follow():
         search_path.check_shadowed_files()
         checks.check_config(cfg)
@@ -64,8 +66,6 @@ def run_when_free(cfg: DictConfig, record: JobRecord) -> float | None:
 
 
 def runs_jobs_in_turn() -> bool:
-    """Return whether this process runs all jobs of the sweep in turn, and no sweeper needs a measure to choose the
-    next.
-    """
+    """Return whether this process runs all jobs of the sweep in turn, without a sweeper that chooses by measures."""
     hydra = HydraConfig.get()
     return hydra.launcher._target_.endswith("BasicLauncher") and hydra.sweeper._target_.endswith("BasicSweeper")

@@ -155,12 +155,11 @@ class JobRecord:
 
 
 def open_record() -> JobRecord:
-    """Return the record of this process' job: the one that Hydra runs as a part of a sweep, on the first rank."""
-    if (
-        not HydraConfig.initialized()
-        or HydraConfig.get().mode != RunMode.MULTIRUN
-        or os.environ.get("LOCAL_RANK", "0") != "0"
-    ):
+    """Return the record of the job that Hydra runs in this process; it writes nothing unless that is one of a sweep.
+
+    Only rank 0 of a job may open it.
+    """
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return JobRecord()
     hydra = HydraConfig.get()
     own_files = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]

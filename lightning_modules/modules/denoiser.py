@@ -53,9 +53,7 @@ class Denoiser(TrainedModule):
         return {"loss": self.backbone.loss(inputs)}
 
     def drop_captions(self, conditions: dict[str, Any], batch: dict[str, Any], count: int) -> dict[str, Any]:
-        """Return the conditions of `count` samples, each replaced by that of the empty caption with probability
-        `drop_text`.
-        """
+        """Return the conditions of `count` samples; each is that of the empty caption with probability `drop_text`."""
         assert self.backbone.pipeline_parts is not None
         empty = batch.get("empty_text") or self.backbone.pipeline_parts.encode_empty_text(1, self.device)
         chosen = torch.rand(count) < self.drop_text  # drawn on the CPU: the same on every device

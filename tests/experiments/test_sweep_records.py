@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pytorch_lightning.utilities import rank_zero_only
 
 import train
 from experiments.engine import jobs, sweep
@@ -75,6 +76,14 @@ def test_failed_jobs_are_listed_with_reason_log_and_command(sweep_command, tmp_p
     assert all("Traceback (most recent call last)" in Path(log).read_text() for log in logs)
     commands = re.findall(r"  again: python train.py (.+)", end)
     assert commands[0] == f"paths.runs={tmp_path}/runs criterion=magnitude selection.ratio=0.7"
+
+
+def test_a_rank_left_in_the_shell_does_not_hide_a_sweep(sweep_command, tmp_path, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning reads it when it is imported
+    assert sweep_command("selection.ratio=0.5,0.7") == 1
+    assert [record["state"] for record in read_only_sweep(tmp_path)["records"]] == ["finished", "failed"]
 
 
 def test_a_repeated_sweep_writes_to_the_same_folder(sweep_command, tmp_path):
