@@ -14,12 +14,13 @@ from typing import Any
 import pandas as pd
 
 from conf.nested import flatten_dict
-from experiments.engine.artefacts import UnwritableDirectory, make_folder, read_json, remove, write_json
+from experiments.engine.artefacts import UnwritableDirectory, digest, make_folder, read_json, remove, write_json
 from experiments.engine.identity import drop_settings_without_effect, read_config
 from experiments.engine.measures import describe_protocol, list_columns
 from experiments.reporting import figures
 from experiments.reporting.pages import data_address, write_page
 from experiments.reporting.run_files import get_achieved_ratio, get_measures, list_networks
+from experiments.reporting.run_names import get_name, name_run
 from experiments.reporting.tables import (
     average_over_seeds,
     choose_label_column,
@@ -76,9 +77,9 @@ def report_set(root: Path, output: Path | None = None) -> Path:
 
 
 def collect_runs(root: Path) -> pd.DataFrame:
-    """Return a row per finished run below `root`, ordered by criterion, selection, distillation, ratio and seed.
+    """Return a row per finished run below `root`, ordered by what was run on what, ratio and seed.
 
-    A run that lies in several folders has one row, of the first folder; the other folders are its "copies". Where
+    Runs of the same "row" differ in seeds only. A run that lies in several folders has one row, of the first folder; the other folders are its "copies". Where
     different teachers have one name, part of their fingerprints is added to it. Raises ValueError where there is no
     finished run.
     """
@@ -104,7 +105,9 @@ def collect_runs(root: Path) -> pd.DataFrame:
     runs = pd.DataFrame(list(rows.values()))
     ambiguous = runs.groupby("teacher")["fingerprint"].transform("nunique") > 1
     runs.loc[ambiguous, "teacher"] += " (" + runs["fingerprint"].str[:8] + ")"
-    return runs.sort_values(["criterion", "selection", "distillation", "ratio", "seed", "run"], ignore_index=True)
+    runs["row"] = runs["setting"].map(digest) + runs["teacher"]
+    order = ["task", "data", "criterion", "selection", "distillation", "ratio", "seed", "run"]
+    return runs.sort_values(order, ignore_index=True)
 
 
 def make_row(
@@ -124,9 +127,12 @@ def make_row(
     pruned = list_networks(metrics)[1]  # the first network after the teacher is not trained yet
     row = {
         "run": folder.name,
+        "name": name_run(folder.name, cfg),
         "page": str((folder / "report.html").relative_to(root)),
         "copies": [],
         "setting": get_setting(cfg, measured["device"]),
+        "task": get_name(cfg, "task"),
+        "data": get_name(cfg, "data"),
         "teacher": cfg["teacher"]["name"],
         "fingerprint": read_json(folder / "plan.json")["teacher"],
         "criterion": name_criterion(cfg),
@@ -192,7 +198,7 @@ def list_unfinished(root: Path) -> list[str]:
 
 def write_csv(runs: pd.DataFrame, path: Path) -> Path:
     """Write a row per run; texts that a spreadsheet would run as formulas begin with an apostrophe."""
-    table = runs.drop(columns=["setting", "page", "copies", "fingerprint"])
+    table = runs.drop(columns=["setting", "page", "copies", "fingerprint", "name", "row"])
     table = table.map(lambda value: f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value)
     table.to_csv(path, index=False)
     return path
