@@ -17,7 +17,8 @@ LIBRARIES = ("torch", "diffusers", "transformers", "pytorch-lightning", "hydra-c
 def collect_provenance() -> dict[str, Any]:
     """Return the versions of this project, of Python and of the libraries that decide results, and the command.
 
-    `command` is the one that was called, `job_command` runs this job alone, where it is one of a sweep. `commit` is None where the project is not a git checkout; `dirty` tells whether files differ from that commit.
+    `command` is what was called, and `job_command` what runs this job alone if it is one of a sweep. `commit` is None
+    where the project is not a git checkout; `dirty` tells whether files differ from that commit.
     """
     return {
         "secateur": __version__,

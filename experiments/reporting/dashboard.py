@@ -19,6 +19,7 @@ from experiments.engine.ranks import is_rank_zero
 from experiments.engine.run import Run
 from experiments.engine.sweep import open_record
 from experiments.reporting.run_files import Scoring, get_gap_closed, read_plans, read_scorings
+from experiments.reporting.run_names import name_run
 from experiments.reporting.sounds import load_wandb_sounds
 
 HOST = "api.wandb.ai"
@@ -50,7 +51,7 @@ class Dashboard:
                 project=logger.project,
                 entity=logger.entity,
                 id=f"{self.cfg.name}-{self.run.id}",
-                name=self.run.folder.name,
+                name=name_run(self.run.folder.name, get_displayed_settings(self.cfg)),
                 group=get_sweep_name() or self.cfg.name,
                 job_type=self.cfg.pipeline.name,
                 tags=list_tags(self.cfg),

@@ -14,7 +14,7 @@ NAME_LENGTH = 128
 
 
 def name_run(folder: str, config: Mapping[str, Any]) -> str:
-    """Return the name of a run in reports and dashboards, such as "output_loss-knapsack-0.5-normalized-seed0-1a2b (t2i)".
+    """Return the name of a run in reports and dashboards, such as "output_loss-knapsack-0.5-none-seed0-1a2b3c4d (t2i)".
 
     In brackets stands what the label leaves out: task, teacher and data where these are not the usual ones of the job,
     and criterion, selection, ratio or target, and distillation, so that a recipe with a label of its own does not hide

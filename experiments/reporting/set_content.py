@@ -42,7 +42,6 @@ GROUPS = {
 """{column of the table of runs: its name for readers} of what runs are told apart, filtered and coloured by."""
 
 COSTS = {
-    "ratio": "ratio",
     "achieved": "achieved ratio",
     "params": "parameters",
     "macs": "MACs",
@@ -52,9 +51,8 @@ COSTS = {
     "latency_ms": "latency in ms",
     "output_loss_pruned": "output loss, pruned",
     "output_loss": "output loss",
-    "gap_closed": "gap closed",
 }
-"""{number of a run: its name for readers}; the measures of the evaluation come after them."""
+"""{number of a run: its name for readers}; its ratio and the measures of the evaluation come before them."""
 
 PROMPTS, PROMPT_LENGTH = 2, 300
 """How many continuations of a language model the panel shows, and how many characters of each."""
@@ -79,7 +77,7 @@ def describe_set(runs: pd.DataFrame, table: pd.DataFrame, root: Path, output: Pa
         metrics, measured = read_json(folder / "metrics.json"), read_json(folder / "measured.json")
         row = rows[run["row"]]
         groups = {"method": table["method"][row]} | {name: run[name] for name in GROUPS if name in run}
-        values = {name: run[name] for name in COSTS if name in run} | {"gap_closed": get_gap_closed(metrics)}
+        values = {name: run[name] for name in ("ratio", *COSTS)} | {"gap_closed": get_gap_closed(metrics)}
         content.append(
             {
                 "name": run["name"],
@@ -99,7 +97,7 @@ def describe_set(runs: pd.DataFrame, table: pd.DataFrame, root: Path, output: Pa
     return drop_nan(
         {
             "groups": GROUPS | fields,
-            "numbers": COSTS | measures,
+            "numbers": {"ratio": "ratio", **measures, "gap_closed": "gap closed", **COSTS},
             "better": {f"{network}/{name}": text for name, text in better.items() for network in ("eval", "pruned")},
             "units": units,
             "runs": content,

@@ -17,8 +17,8 @@ VALUE_LENGTH = 40
 def average_over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     """Return a row per setting, i.e. for runs that differ in seeds only: means, and deviations in "... std" columns.
 
-    The column "method" tells the rows of different curves apart, "row" is that of the runs. Where the runs of a row were timed at several batch
-    sizes or on several devices, the row has no mean latency.
+    The column "method" tells the rows of different curves apart; "row" is the same as that of the runs. Where the runs
+    of a row were timed at several batch sizes or on several devices, the row has no mean latency.
     """
     values = [
         "achieved",
@@ -136,6 +136,12 @@ def choose_label_column(table: pd.DataFrame) -> str:
     return "method" if table.duplicated(columns).any() else "criterion"
 
 
+def list_varying_choices(table: pd.DataFrame) -> list[str]:
+    """Return which of task, teacher and data differ between the rows of a table, whose label does not say so."""
+    names = ("task", "teacher", "data")
+    return [name for name in names if table[name].nunique() > 1] if choose_label_column(table) == "criterion" else []
+
+
 def name_quality(table: pd.DataFrame) -> str:
     """Return the names of the measures that the quality columns hold, "output loss" where no other was taken."""
     return ", ".join(sorted({str(name) for name in table["metric"].dropna()})) or "output loss"
@@ -187,6 +193,7 @@ def format_table(table: pd.DataFrame) -> str:
     quality, label = name_quality(table), choose_label_column(table)
     columns = {
         label: list(table[label]),
+        **{name: list(table[name]) for name in list_varying_choices(table)},
         "selection": list(table["selection"]),
         "distillation (steps)": [f"{row['distillation']} ({row['steps']})" for _, row in table.iterrows()],
         "ratio": [f"{ratio:.4g}" for ratio in table["ratio"]],
