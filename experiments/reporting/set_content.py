@@ -36,7 +36,7 @@ GROUPS = {
     "ratio": "ratio",
     "seed": "seed",
     "criterion_seed": "seed of the criterion",
-    "latency_at": "latency measured at",
+    "latency_at": "latency timed at",
     "protocol": "protocol",
 }
 """{column of the table of runs: its name for readers} of what runs are told apart, filtered and coloured by."""
