@@ -106,13 +106,13 @@ def list_varying_fields(table: pd.DataFrame) -> dict[str, str]:
 
 
 def format_setting(setting: Mapping[str, Any]) -> dict[str, str]:
-    """Return the fields of a configuration as texts; a long one has its beginning and a hash, and stays unlike others.
+    """Return the fields of a configuration as texts; a long one has its end and a hash, and stays unlike others.
 
     Fields that only Hydra reads, such as `_partial_`, are left out.
     """
     texts = {key: str(value) for key, value in setting.items() if not key.rpartition(".")[2].startswith("_")}
     return {
-        key: text if len(text) <= VALUE_LENGTH else f"{text[: VALUE_LENGTH - 12]}...{digest(text)[:8]}"
+        key: text if len(text) <= VALUE_LENGTH else f"...{text[12 - VALUE_LENGTH :]}#{digest(text)[:8]}"
         for key, text in texts.items()
     }
 

@@ -173,8 +173,8 @@ def test_data_sets_of_one_name_are_told_apart_by_what_differs(tmp_path):
     for name in ("a", "b"):
         write_run(tmp_path, name, 0.3, VALUES, data__train={"_partial_": name == "a", "path": name * 200})
     methods = list(average_over_seeds(collect_runs(tmp_path))["method"])
-    assert sorted(re.sub("[0-9a-f]{8}$", "#", method) for method in methods) == [
-        f"magnitude, path={name * 28}...#" for name in ("a", "b")
+    assert sorted(method.partition("#")[0] for method in methods) == [
+        f"magnitude, path=...{name * 28}" for name in ("a", "b")
     ]
 
 

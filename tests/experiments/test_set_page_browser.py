@@ -40,13 +40,15 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 @pytest.fixture(scope="module")
 def page(browser, tmp_path_factory) -> Path:
-    """The page of six runs: two criteria at two ratios, one of them with three seeds at the first ratio."""
+    """The page of eight runs: two criteria at two ratios, one of them with several seeds at both."""
     folder = tmp_path_factory.mktemp("runs")
     for seed, kid in enumerate((0.1, 0.15, 0.35)):
         write_run(folder, f"a-{seed}", 0.3, {"kid": kid}, f"train.py seed={seed}", seed=seed)
     write_run(folder, "b", 0.5, {"kid": 0.4}, "train.py selection.ratio=0.5")
     for ratio in (0.3, 0.5):
-        write_run(folder, f"c-{ratio}", ratio, {"kid": ratio}, criterion__name=ATTACK)
+        for seed in (0, 1):
+            name, kid = f"c-{ratio}-{seed}", ratio + seed / 10
+            write_run(folder, name, ratio, {"kid": kid}, criterion__name=ATTACK, seed=seed)
     return report_set(folder)
 
 
@@ -106,8 +108,12 @@ def test_curves_have_bands_only_where_there_are_seeds(browser):
     assert {name for name in traces if name.startswith("magnitude")} == {"magnitude (4 runs)"}
     assert traces["magnitude (4 runs)"]["x"] == [0.3, 0.5]
     assert traces["magnitude (4 runs)"]["y"] == pytest.approx([0.2, 0.4])
-    assert not any(trace["fill"] for trace in traces.values())  # no two neighbours with several seeds
-    assert "6 of 6 runs, 4 settings" in browser.find_element(By.ID, "count").text
+    (band,) = [trace for trace in read_traces(browser) if trace["fill"]]
+    assert band["x"] == [0.3, 0.5, 0.5, 0.3, None]
+    deviation = 0.05 * 2**0.5
+    assert band["y"][:2] == pytest.approx([0.35 + deviation, 0.55 + deviation])
+    assert [name for name in traces if name.endswith(" (2 runs each)")]
+    assert "8 of 8 runs, 4 settings" in browser.find_element(By.ID, "count").text
 
 
 def test_a_click_on_a_point_shows_its_run(browser, page):
@@ -139,27 +145,27 @@ def test_a_column_sorts_the_table_both_ways(browser):
         names = [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "#table thead th")]
         column = next(i for i, name in enumerate(names) if name.startswith("kid") and "pruned" not in name)
         values = [float(row[column].split(" ")[0]) for row in read_rows(browser)]
-        assert values == sorted([0.2, 0.3, 0.4, 0.5], reverse=expected == "descending")
+        assert values == sorted([0.2, 0.35, 0.4, 0.55], reverse=expected == "descending")
 
 
 def test_filters_and_the_search_leave_runs_out(browser):
     click(browser, "#filter-ratio summary")
     click(browser, "#filter-ratio label:last-of-type input")
-    assert browser.find_element(By.ID, "count").text == "4 of 6 runs, 2 settings"
+    assert browser.find_element(By.ID, "count").text == "5 of 8 runs, 2 settings"
     assert {tuple(trace["x"]) for trace in read_traces(browser) if "(" in trace["name"]} == {(0.3,)}
     browser.find_element(By.ID, "search").send_keys("a-1")
-    assert browser.find_element(By.ID, "count").text == "1 of 6 runs, 1 setting"
+    assert browser.find_element(By.ID, "count").text == "1 of 8 runs, 1 setting"
     assert [trace["name"] for trace in read_traces(browser)] == ["magnitude (1 run)"]
 
 
 def test_axes_colour_and_rows_can_be_chosen(browser):
     Select(browser.find_element(By.ID, "x")).select_by_visible_text("latency, student / teacher")
-    assert read_traces(browser)[0]["x"] == [0.9, 0.9]
+    assert {tuple(trace["x"]) for trace in read_traces(browser) if "(" in trace["name"]} == {(0.9, 0.9)}
     Select(browser.find_element(By.ID, "x")).select_by_visible_text("criterion")
     assert sorted({x for trace in read_traces(browser) for x in trace["x"]}) == [0, 1]
     Select(browser.find_element(By.ID, "y")).select_by_visible_text("output loss")
     assert {y for trace in read_traces(browser) for y in trace["y"]} == {0.5}
     Select(browser.find_element(By.ID, "colour")).select_by_visible_text("ratio")
-    assert {trace["name"] for trace in read_traces(browser) if "(" in trace["name"]} == {"0.3 (4 runs)", "0.5 (2 runs)"}
+    assert {trace["name"] for trace in read_traces(browser) if "(" in trace["name"]} == {"0.3 (5 runs)", "0.5 (3 runs)"}
     Select(browser.find_element(By.ID, "rows")).select_by_visible_text("single runs")
-    assert len(read_rows(browser)) == 6
+    assert len(read_rows(browser)) == 8
