@@ -274,7 +274,8 @@ function makeFilters() {
 
 function listColumns() {
   const single = state.rows === "runs";
-  const shown = varying.filter((key) => key !== "method" && !(key in numbers) && (single || !seeds.includes(key)) && key !== "protocol");
+  const isShown = (key) => runs.some((run) => run.groups[key] !== run.groups.method) && !(key in numbers) && key !== "protocol";
+  const shown = varying.filter((key) => (single || !seeds.includes(key)) && isShown(key));
   return [
     { key: "name", title: single ? "run" : "method", read: (setting) => (single ? setting.runs[0].name : setting.group("method")) },
     ...shown.map((key) => ({ key, title: groups[key], read: (setting) => setting.group(key) })),
