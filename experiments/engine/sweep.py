@@ -52,11 +52,13 @@ class SweepFolder(Callback):
         remove(folder / "jobs")
         content = {
             "command": shlex.join(["python", *sys.argv]),
-            "jobs": count_jobs(overrides, params),
+            "jobs": count_jobs(config.hydra.sweeper, overrides, params),
             "started": time.time(),
             "ended": None,
         }
         write_json(folder / "sweep.json", content | describe_this_process())
+        number = "" if content["jobs"] is None else f" of {content['jobs']} jobs"
+        print(f"sweep{number}; to watch it from another terminal: python -m experiments.status {folder.parents[1]}")
         with read_write(config), open_dict(config):
             config.hydra.sweep.dir = str(folder)
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")  # jobs are composed anew
@@ -102,6 +104,13 @@ class JobRecord:
     def in_sweep(self) -> bool:
         """Whether the job belongs to a sweep."""
         return self.path is not None
+
+    def is_sweeps_process(self) -> bool:
+        """Tell whether this process runs the sweep itself; launchers start others for its jobs."""
+        if self.folder is None:
+            return False
+        sweep, this = read_json(self.folder / "sweep.json"), describe_this_process()
+        return all(sweep.get(key) == value for key, value in this.items())
 
     def update(self, **fields: Any) -> None:
         """Change fields of the record, on disk as well."""
@@ -168,8 +177,16 @@ def open_record() -> JobRecord:
     return JobRecord(Path(hydra.sweep.dir), int(hydra.job.num), overrides, options)
 
 
-def count_jobs(overrides: list[str], params: dict[str, str]) -> int | None:
-    """Return the number of jobs of Hydra's own sweeper; None where another sweeper decides as it goes."""
+def count_jobs(sweeper: DictConfig, overrides: list[str], params: dict[str, str]) -> int | None:
+    """Return the number of jobs of a sweep; None where the sweeper decides as it goes.
+
+    Args:
+        sweeper: the configuration of Hydra's sweeper; Optuna's has a number of trials.
+        overrides: those of the command line.
+        params: those of the sweeper's configuration.
+    """
+    if "n_trials" in sweeper:
+        return int(sweeper.n_trials)
     try:
         parsed = OverridesParser.create().parse_overrides(
             [*(f"{key}={value}" for key, value in params.items()), *overrides]
