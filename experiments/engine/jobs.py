@@ -9,6 +9,7 @@ from conf import checks
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.run import RunBusy
 from experiments.engine.sweep import POSTPONED, RUNNING, WAITING, JobRecord
+from experiments.reporting.dashboard import is_trial
 
 POLL = 5.0
 """seconds between two looks at a run that another process works on"""
@@ -19,15 +20,15 @@ def run_job(cfg: DictConfig, record: JobRecord) -> float | None:
 
     Another process may work on the same run. For a single job that is an error. A job of a sweep is left to that
     process and looked at again after the other jobs, or waited for where its measure is needed at once (sweepers that
-    search) or where each job has a process of its own (other launchers).
+    search, trials of W&B) or where each job has a process of its own (other launchers).
     """
     checks.check_targets(cfg)
     try:
         return record.finish(run_pipeline(cfg, record))
     except RunBusy as busy:
-        if not record.in_sweep or cfg.trainer.devices * cfg.trainer.num_nodes > 1:
+        if not (record.in_sweep or is_trial()) or cfg.trainer.devices * cfg.trainer.num_nodes > 1:
             raise
-        if not runs_jobs_in_turn():
+        if is_trial() or not runs_jobs_in_turn():
             return record.finish(run_when_free(cfg, record))
         record.update(state=WAITING, reason=str(busy))
         POSTPONED.append(lambda: run_postponed(cfg, record))

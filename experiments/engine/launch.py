@@ -1,6 +1,5 @@
 """The beginning of a job, before torch is imported: its record, its devices, and mistakes in its configuration."""
 
-import math
 import os
 import sys
 
@@ -15,7 +14,9 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
 def start_job(cfg: DictConfig) -> float | None:
-    """Run one job and return its first measure; a job of a sweep that fails is recorded, and its measure is NaN.
+    """Run one job and return its first measure; a job of a sweep that fails is recorded, and returns None.
+
+    Optuna takes None for a failed trial and goes on, while NaN would end its search.
 
     The first line on the terminal, and the answer to a wrong value, come before torch is imported.
     """
@@ -31,7 +32,7 @@ def start_job(cfg: DictConfig) -> float | None:
         from experiments.engine.jobs import run_job  # noqa: PLC0415 - it imports torch
 
         return run_job(cfg, record)
-    return math.nan
+    return None
 
 
 def check_early(cfg: DictConfig, record: JobRecord) -> None:
