@@ -39,7 +39,7 @@ def check_targets(cfg: DictConfig) -> None:
 def check_values(cfg: DictConfig) -> None:
     """Raise ConfigError for what the configuration alone shows: missing values, unknown keys, ranges, choices."""
     try:
-        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error)) from error
     check_keys("", cfg)
@@ -57,7 +57,7 @@ def check_values(cfg: DictConfig) -> None:
     for name in cfg.evaluation.metrics:
         if name in RESERVED:
             raise ConfigError(f"evaluation.metrics.{name}: that name is taken; choose none of: {', '.join(RESERVED)}")
-    check_ranges(cfg)
+    check_ranges(content)
     choices = {
         "trainer.accelerator": ("auto", "cpu", "gpu"),
         "trainer.resume": ("auto", "required"),
@@ -68,7 +68,7 @@ def check_values(cfg: DictConfig) -> None:
         "precompute.dtype": ("float16", "float32"),
     }
     for path, valid in choices.items():
-        if (value := OmegaConf.select(cfg, path)) not in valid:
+        if (value := select(content, path)) not in valid:
             raise ConfigError(f"{path}={value!r} is unknown; choose one of: {', '.join(valid)}")
 
 
@@ -123,14 +123,24 @@ def check_names(cfg: DictConfig) -> None:
             raise ConfigError(f"{key} has {len(getattr(cfg, key))} characters; choose at most {LONGEST_NAME}")
 
 
-def check_ranges(cfg: DictConfig) -> None:
-    """Raise ConfigError for a value outside of RANGES, and for a warm-up that is longer than the training."""
+def select(content: Any, path: str) -> Any:
+    """Return the value at "outer.inner" in plain values of a configuration; None where there is none."""
+    for key in path.split("."):
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def check_ranges(content: Any) -> None:
+    """Raise ConfigError for a value outside of RANGES, and for a warm-up that is longer than the training.
+
+    `content` are the plain values of a configuration.
+    """
     for path, (low, high, valid) in RANGES.items():
-        value = OmegaConf.select(cfg, path)
+        value = select(content, path)
         is_number = isinstance(value, int | float)  # check_targets refuses another type
         if is_number and not (low <= value <= high and value < math.inf):
             raise ConfigError(f"{path}={value} is out of range; choose {valid}")
-    warm_up, steps = OmegaConf.select(cfg, "lr_scheduler.num_warmup_steps"), cfg.trainer.steps
+    warm_up, steps = select(content, "lr_scheduler.num_warmup_steps"), content["trainer"]["steps"]
     if isinstance(warm_up, int | float) and warm_up > steps:
         raise ConfigError(
             f"lr_scheduler.num_warmup_steps={warm_up} is longer than the training, trainer.steps={steps}: the learning "

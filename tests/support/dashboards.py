@@ -9,7 +9,7 @@ from wandb.proto import wandb_internal_pb2
 
 
 def wandb_records(file: Path) -> Iterator[Any]:
-    """Yield the records of an offline run: a log in blocks of 32 KiB, each piece with checksum, length and kind before it."""
+    """Yield the records of an offline run: blocks of 32 KiB, each piece with checksum, length and kind before it."""
     content, place, record = file.read_bytes(), 7, b""
     while place + 7 <= len(content):
         left = 32768 - place % 32768
