@@ -11,6 +11,7 @@ import hydra.utils
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from conf import devices
 from conf.environment import read_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,12 +201,15 @@ def register() -> None:
     """Make the schema known to Hydra, and resolvers to OmegaConf.
 
     They are `${root:}` (this repository's folder), `${either:a,b}` (the first that is not null), `${at_most:a,b}` (the
-    smaller number), and an `${oc.env:NAME}` that notes what it reads.
+    smaller number), `${gpu_count:}`, `${job_slots:n}` (how many jobs of n devices fit on this machine at once), and an
+    `${oc.env:NAME}` that notes what it reads.
     """
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
     OmegaConf.register_new_resolver("either", take_first_value, replace=True)
     OmegaConf.register_new_resolver("at_most", min, replace=True)
+    OmegaConf.register_new_resolver("gpu_count", devices.count_gpus, replace=True)
+    OmegaConf.register_new_resolver("job_slots", devices.count_job_slots, replace=True)
     OmegaConf.register_new_resolver("oc.env", read_environment, replace=True)
 
 

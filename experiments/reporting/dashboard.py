@@ -28,7 +28,8 @@ HOST = "api.wandb.ai"
 class Dashboard:
     """A context that opens the W&B run of a job, and finishes it whatever happens inside.
 
-    The id of the W&B run is the name of the configuration and the run's id, so that a resumed job continues it.
+    The id of the W&B run is the name of the configuration and the run's id, so that a resumed job continues it; as a
+    trial of a W&B sweep it is the id that the agent gives it, in the project of the sweep.
     """
 
     def __init__(self, cfg: DictConfig, run: Run) -> None:
@@ -46,10 +47,9 @@ class Dashboard:
             mode: Any = logger.mode
             if mode == "auto":
                 mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+            target = {"project": logger.project, "entity": logger.entity, "id": f"{self.cfg.name}-{self.run.id}"}
             self.wandb = wandb.init(
-                project=logger.project,
-                entity=logger.entity,
-                id=f"{self.cfg.name}-{self.run.id}",
+                **({} if is_trial() else target),
                 name=self.run.folder.name,
                 group=get_sweep_name() or self.cfg.name,
                 job_type=self.cfg.pipeline.name,
@@ -100,6 +100,11 @@ class Dashboard:
     ) -> None:
         if self.wandb is not None:
             self.wandb.finish(exit_code=1 if kind else 0)
+
+
+def is_trial() -> bool:
+    """Tell whether an agent of a W&B sweep has started this process, with the id of a W&B run."""
+    return "WANDB_SWEEP_ID" in os.environ
 
 
 def get_sweep_name() -> str | None:
