@@ -24,6 +24,9 @@ from experiments.reporting.sounds import load_wandb_sounds
 HOST = "api.wandb.ai"
 """The host under which ~/.netrc has the key of W&B."""
 
+STEP = "trainer/global_step"
+"""The key under which Lightning logs the optimiser step to W&B."""
+
 
 class Dashboard:
     """A context that opens the W&B run of a job, and finishes it whatever happens inside.
@@ -61,8 +64,8 @@ class Dashboard:
                 settings=wandb.Settings(console="off", silent=mode == "offline"),
                 reinit="finish_previous",
             )
-            self.wandb.define_metric("trainer/global_step")
-            self.wandb.define_metric("*", step_metric="trainer/global_step")
+            self.wandb.define_metric(STEP)
+            self.wandb.define_metric("*", step_metric=STEP)
             self.loggers.append(WandbLogger(experiment=self.wandb))
         return self
 
@@ -78,6 +81,17 @@ class Dashboard:
         except Exception as error:
             extra = "; pip install -e '.[tensorboard]'" if "TensorBoard" in node._target_ else ""
             raise ConfigError(f"logger.loggers.{name} cannot be made: {error.__cause__ or error}{extra}") from error
+
+    def log_samples(self, key: str, picture: Path, step: int) -> None:
+        """Log a picture of samples at an optimiser step."""
+        if self.wandb is not None:
+            self.wandb.log({key: wandb.Image(str(picture)), STEP: step})
+
+    def log_texts(self, key: str, columns: dict[str, list[str]], step: int) -> None:
+        """Log a table of texts, {column: its values}, at an optimiser step."""
+        if self.wandb is not None:
+            rows = [list(row) for row in zip(*columns.values(), strict=True)]
+            self.wandb.log({key: wandb.Table(columns=list(columns), data=rows), STEP: step})
 
     def finish(self, metrics: dict[str, Any], measured: dict[str, Any]) -> None:
         """Upload metrics.json and measured.json as the summary, the table of units, figures, sounds and the artifact.
