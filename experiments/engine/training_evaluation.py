@@ -85,7 +85,7 @@ class TrainingEvaluation:
             try:
                 if self.samples is not None:
                     outcome.images = self.samples.generate_without_files(network)
-                    outcome.values |= self.measure_images(outcome.images)
+                    outcome.values |= self.measure_images(name, outcome.images)
                 for measure_name, measure in self.network_measures.items():
                     outcome.values |= measure_network(measure, measure_name, network, device)
             except FloatingPointError as error:
@@ -94,13 +94,13 @@ class TrainingEvaluation:
                 outcome.texts = network.write(self.texts.prompts, self.cfg.evaluation.tokens, device)
         return outcome
 
-    def measure_images(self, images_NHWC: np.ndarray) -> dict[str, float]:
-        """Return {measure: value} of generated samples."""
+    def measure_images(self, name: str, images_NHWC: np.ndarray) -> dict[str, float]:
+        """Return {measure: value} of the samples that a network generated."""
         assert self.samples is not None
         captions, labels = self.samples.list_captions(), self.samples.list_labels()
-        samples = Samples(images_NHWC, "samples", captions, labels, self.job.device)
+        samples = Samples(images_NHWC, name, captions, labels, self.job.device)
         values = measure_samples(self.samples.measures, samples, self.samples.reference)
-        return {key.removeprefix("samples/"): value for key, value in values.items()}
+        return {key.removeprefix(f"{name}/"): value for key, value in values.items()}
 
 
 class EvaluateWhileTraining(Callback):
