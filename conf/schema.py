@@ -96,6 +96,10 @@ class Evaluation:
     """number of held-out images for the accuracy of a classifier, a fixed random choice; null: all"""
     loss_samples: int = 128
     """number of held-out samples for losses, and for the accuracy of a classifier after `pretrain`"""
+    every_n_steps: int | None = None
+    """optimiser steps between two evaluations while training, by the first measure; null: none"""
+    training_samples: int = 64
+    """maximum number of samples, or of held-out images of a classifier, in an evaluation while training"""
     latency_batch: int = 16
     latency_repeats: int = 10
 

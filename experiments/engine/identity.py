@@ -121,7 +121,8 @@ def replace_latents_path(cfg: DictConfig, content: Any) -> Any:
 def drop_settings_without_effect(config: Any) -> dict[str, Any]:
     """Return plain values of a configuration without what cannot change a result."""
     content: dict[str, Any] = drop_modules(make_portable(config))
-    content["evaluation"].pop("images", None)  # the measures that use it contain its value
+    for name in ("images", "every_n_steps", "training_samples"):  # measures that use `images` contain its value
+        content["evaluation"].pop(name, None)
     for group, names in NO_EFFECT.items():
         if group == "evaluation" and (content["selection"] or {}).get("budget") == "latency":
             continue  # latencies decide the plan, so their settings have an effect

@@ -91,7 +91,10 @@ def draw_histories(histories: Mapping[str, Path], folder: Path) -> dict[str, Pat
     paths = {}
     for stage, history in histories.items():
         name = "losses" if len(histories) == 1 else f"losses_{stage}"
-        path = figures.draw_losses(pd.read_csv(history), folder / f"{name}.png")
+        table = pd.read_csv(history)
+        # Names begin with the stage's name where that is not the usual one.
+        table["name"] = table["name"].astype(str).str.replace(f"{stage}/", "train/")
+        path = figures.draw_losses(table, folder / f"{name}.png")
         if path is not None:
             paths[stage] = path
     return paths
