@@ -9,7 +9,7 @@ limited at once, each with a ratio of its own.
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar
@@ -85,6 +85,12 @@ class Pool:
             [(frozenset(index[name] for name in part.units), self.freed(part, budget)) for part in shared],
             [(index[unit.inside], i) for i, unit in enumerate(self.units) if unit.inside in index],
         )
+
+    def count_freed(self, names: Collection[str], budget: str) -> int:
+        """Return the cost that the removal of a set of units frees; of latency, the sum of what single units save."""
+        if self.cost is not None:
+            return self.cost(list(names), budget) if names else 0
+        return self.program(budget).cost([i for i, unit in enumerate(self.units) if unit.name in names])
 
     def freed(self, part: Unit | Shared, budget: str) -> int:
         """Return the cost that the removal of one part frees; 0 where it was measured to save nothing, or less."""
