@@ -201,8 +201,8 @@ def register() -> None:
     """Make the schema known to Hydra, and resolvers to OmegaConf.
 
     They are `${root:}` (this repository's folder), `${either:a,b}` (the first that is not null), `${at_most:a,b}` (the
-    smaller number), `${first_key:mapping,default}` and `${first_value:mapping,default}` (of the first entry, the default
-    where there is no mapping), and an `${oc.env:NAME}` that notes what it reads.
+    smaller number), `${first_key:mapping,default}` and `${first_value:mapping,default}` (of the first entry, or
+    the default where there is no mapping), and an `${oc.env:NAME}` that notes what it reads.
     """
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
