@@ -2,6 +2,7 @@
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.problems import Problem, problems
 
 from criteria.base import Shared, Unit
