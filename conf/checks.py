@@ -244,6 +244,10 @@ def fits_annotation(value: Any, hint: Any) -> bool:
         return any(fits_annotation(value, argument) for argument in arguments)
     if origin is typing.Literal:
         return value in arguments
+    if origin is dict:
+        return isinstance(value, dict | DictConfig) and all(
+            fits_annotation(item, arguments[1]) for item in value.values()
+        )
     if origin in (list, tuple):
         if not isinstance(value, list | ListConfig) or (
             origin is tuple and ... not in arguments and len(value) != len(arguments)

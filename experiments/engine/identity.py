@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ NO_EFFECT = {
 
 PACKAGES = ("conf", "criteria", "datamodules", "experiments", "lightning_modules")
 """This project's own packages."""
+
+LATER_SELECTION_FIELDS = {"budgets": None, "pareto": False}
+"""Fields of selections that came later, with the values at which they are left out: runs from before keep their ids."""
 
 WORD_KEYS = ("architecture", "classes", "data", "prompts")
 """Keys whose values are labels and texts: they name no file even where there is one of that name."""
@@ -124,7 +128,7 @@ def drop_settings_without_effect(config: Any) -> dict[str, Any]:
     for name in ("images", "every_n_steps", "training_samples"):  # measures that use `images` contain its value
         content["evaluation"].pop(name, None)
     for group, names in NO_EFFECT.items():
-        if group == "evaluation" and (content["selection"] or {}).get("budget") == "latency":
+        if group == "evaluation" and decides_by_latency(content["selection"] or {}):
             continue  # latencies decide the plan, so their settings have an effect
         for name in names:
             ((content[group] or {}) if group else content).pop(name, None)
@@ -133,7 +137,15 @@ def drop_settings_without_effect(config: Any) -> dict[str, Any]:
     for data in (content["data"], content["calibration"].get("data")):
         if (data or {}).get("bos") == "auto":  # a later key: runs from before it keep their ids
             del data["bos"]
+    for name, usual in LATER_SELECTION_FIELDS.items():
+        if (content["selection"] or {}).get(name, usual) == usual:
+            (content["selection"] or {}).pop(name, None)
     return content
+
+
+def decides_by_latency(selection: Mapping[str, Any]) -> bool:
+    """Tell whether measured latencies decide the plan of a selection, given its configuration."""
+    return "latency" in (selection.get("budgets") or [selection.get("budget")])
 
 
 def fingerprint(files: list[Path], cache: Path) -> str:

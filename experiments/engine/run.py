@@ -100,7 +100,10 @@ class Run:
 
     def write_on_rank_zero(self, name: str, content: Any) -> None:
         """Write a JSON artefact; only rank 0 calls this."""
-        text = format_json(content)
+        self.write_text_on_rank_zero(name, format_json(content))
+
+    def write_text_on_rank_zero(self, name: str, text: str) -> None:
+        """Write a text as an artefact; only rank 0 calls this."""
         self.note_hashes(name, {"": hashlib.sha256(text.encode()).hexdigest()})
         write_text(self / name, text)
 

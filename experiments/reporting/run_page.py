@@ -13,11 +13,13 @@ from experiments.engine.identity import read_config
 from experiments.engine.measures import describe_protocol
 from experiments.engine.texts import read_texts
 from experiments.reporting import figures
+from experiments.reporting.front import report_fronts
 from experiments.reporting.pages import data_address, write_page
 from experiments.reporting.run_files import (
     Scoring,
     get_achieved_ratio,
     get_measures,
+    list_achieved_ratios,
     list_histories,
     list_networks,
     list_protected_units,
@@ -66,6 +68,7 @@ def report_run(folder: Path) -> str:
             }
             for scoring, path in zip(scorings, score_figures, strict=True)
         ],
+        fronts=report_fronts(folder),
         seconds=measured["seconds"],
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
     )
@@ -122,12 +125,16 @@ def summarise(
 ) -> str:
     """Return the block of lines at the end of a job, `protected` being the units that had to be kept."""
     networks, requested = list_networks(metrics), metrics["plan/requested_ratio"]
+    ratios = list_achieved_ratios(metrics, measured)
+    ratios = ratios or {metrics["plan/budget"]: (requested, get_achieved_ratio(metrics, measured))}
+    removed = [
+        f"{achieved:.4f} of {budget} ({f'asked for {round(asked, 4)}' if asked else 'a given plan'})"
+        for budget, (asked, achieved) in ratios.items()
+    ]
     lines = [
         (
             "removed",
-            f"{get_achieved_ratio(metrics, measured):.4f} of {metrics['plan/budget']} "
-            f"({f'asked for {round(requested, 4)}' if requested else 'a given plan'})"
-            + (f", {metrics['plan/removed_units']} units" if metrics["plan/removed_units"] else ""),
+            ", ".join(removed) + (f", {metrics['plan/removed_units']} units" if metrics["plan/removed_units"] else ""),
         ),
         *([("protected", f"{len(protected)} units ({abbreviate(protected)})")] if protected else []),
         *list_costs(metrics),
