@@ -248,6 +248,8 @@ def image_folder(
     get: str | None = None,
     statistics: dict[str, str] | None = None,
     max_bad_fraction: float = 0.01,
+    fit: str = "crop",
+    pixel_range: list[float] | None = None,
 ) -> Images:
     """Return the data set of one folder of pictures, of which some are held out.
 
@@ -259,6 +261,7 @@ def image_folder(
         mode: RGB, or L for grey.
         seed: see Images, as `flip`, `crop`, `num_workers`, `statistics` and `max_bad_fraction`.
         captions: see Folder, as `file_column`, `caption_column`, `box` and `get`.
+        fit: see PictureForm, as `pixel_range`.
     """
     source = functools.partial(
         Folder,
@@ -270,6 +273,8 @@ def image_folder(
         caption_column=caption_column,
         box=box,
         get=get,
+        fit=fit,
+        pixel_range=pixel_range,
     )
     return hold_out(
         source,
@@ -299,6 +304,8 @@ def image_shards(
     max_missing: float = 0.05,
     statistics: dict[str, str] | None = None,
     max_bad_fraction: float = 0.01,
+    fit: str = "crop",
+    pixel_range: list[float] | None = None,
 ) -> Images:
     """Return the data set of tar files of pictures, of which some samples are held out.
 
@@ -310,9 +317,21 @@ def image_shards(
         mode: RGB, or L for grey.
         seed: see Images, as `flip`, `crop`, `num_workers`, `statistics` and `max_bad_fraction`.
         images: see Shards, as `path`, `caption` and `max_missing`.
+        fit: see PictureForm, as `pixel_range`.
     """
+    source = functools.partial(
+        Shards,
+        path,
+        size,
+        mode,
+        images=images,
+        caption=caption,
+        max_missing=max_missing,
+        fit=fit,
+        pixel_range=pixel_range,
+    )
     return hold_out(
-        functools.partial(Shards, path, size, mode, images=images, caption=caption, max_missing=max_missing),
+        source,
         holdout_images,
         batch_size=batch_size,
         seed=seed,

@@ -28,6 +28,10 @@ NO_EFFECT = {
 }
 """{group: fields} that are no part of a run's identity: they cannot change a result, or (devices) only by rounding."""
 
+LATER_FIELDS = {"bos": "auto", "fit": "crop", "pixel_range": None, "box": None, "captions": None}
+"""{field of a data set: its default}: fields that configurations did not have at first. At their defaults they are no
+part of a run's identity, so that runs from before them keep their ids."""
+
 PACKAGES = ("conf", "criteria", "datamodules", "experiments", "lightning_modules")
 """This project's own packages."""
 
@@ -129,10 +133,19 @@ def drop_settings_without_effect(config: Any) -> dict[str, Any]:
             ((content[group] or {}) if group else content).pop(name, None)
     for name in NO_EFFECT["data"]:
         (content["calibration"].get("data") or {}).pop(name, None)
-    for data in (content["data"], content["calibration"].get("data")):
-        if (data or {}).get("bos") == "auto":  # a later key: runs from before it keep their ids
-            del data["bos"]
+    for group in (content, content["calibration"]):
+        if group.get("data") is not None:
+            group["data"] = drop_later_fields(group["data"])
     return content
+
+
+def drop_later_fields(node: dict[str, Any]) -> dict[str, Any]:
+    """Return a data set's configuration without LATER_FIELDS that have their defaults."""
+    return {
+        key: drop_later_fields(value) if isinstance(value, dict) else value
+        for key, value in node.items()
+        if key not in LATER_FIELDS or value != LATER_FIELDS[key]
+    }
 
 
 def fingerprint(files: list[Path], cache: Path) -> str:
