@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from datamodules.bad_samples import BadSampleCounter, read_or_replace, take_or_replace
-from datamodules.base import DataModule, Samples
+from datamodules.base import DataModule, Preview, Samples
 from datamodules.inventory import describe_data, fingerprint_source, list_names, match_labels
 from datamodules.latents import StoredSplit, check_augmentation, read_manifest
 from datamodules.readers.base import MissingData, Record, Source
@@ -192,6 +192,17 @@ class Images(DataModule):
 
     def training(self, seed: int) -> ImageSet:
         return self.dataset("train", seed, self.flip, self.crop)
+
+    def make_previews(self, batch: dict[str, Any]) -> list[Preview]:
+        previews = super().make_previews(batch)
+        pictures = batch.get("image")  # stored latents have none
+        for row, preview in enumerate(previews):
+            if pictures is not None:
+                values = (pictures[row].permute(1, 2, 0) + 1) * 127.5
+                preview.picture = values.round().clamp(0, 255).to(torch.uint8).numpy()
+            preview.caption = batch["caption"][row] if "caption" in batch else None
+            preview.label = int(batch["label"][row]) if int(batch["label"][row]) >= 0 else None
+        return previews
 
     def take(self, split: str, indices: np.ndarray) -> Record:
         """Return some samples as the source has them: images uint8 (N,H,W,C), bad ones replaced as in `subset`."""
