@@ -126,6 +126,7 @@ def drop_settings_without_effect(config: Any) -> dict[str, Any]:
     """Return plain values of a configuration without what cannot change a result."""
     content: dict[str, Any] = drop_modules(make_portable(config))
     content["evaluation"].pop("images", None)  # the measures that use it contain its value
+    content["evaluation"].pop("fits", None)  # it only decides whether a warning is printed
     for group, names in NO_EFFECT.items():
         if group == "evaluation" and (content["selection"] or {}).get("budget") == "latency":
             continue  # latencies decide the plan, so their settings have an effect

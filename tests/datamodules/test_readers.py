@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian
 from support.config import composed
-from support.images import pictures
+from support.images import pictures, write_idx, write_mnist
 
 from conf import checks
 from conf.schema import build
@@ -33,19 +33,6 @@ from datamodules.readers.video import Frames
 from experiments.engine.run import Run
 
 # Files of each format
-
-
-def write_idx(file: Path, array: np.ndarray, compress: bool = False) -> None:
-    codes = {"uint8": 0x08, "int32": 0x0C, "float32": 0x0D}
-    header = bytes([0, 0, codes[str(array.dtype)], array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    content = header + array.astype(array.dtype.newbyteorder(">")).tobytes()
-    file.write_bytes(gzip.compress(content) if compress else content)
-
-
-def write_mnist(folder: Path) -> None:
-    for name, count in (("train", 6), ("t10k", 4)):
-        write_idx(folder / f"{name}-images-idx3-ubyte.gz", pictures(count, 28)[..., 0], compress=True)
-        write_idx(folder / f"{name}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 3)
 
 
 def write_video(file: Path, frames: int = 12, first: int = 0) -> None:
