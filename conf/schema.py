@@ -81,6 +81,8 @@ class Evaluation:
     metrics: dict[str, Any] = field(default_factory=dict)
     """measures by name, each a `_target_`; figures show the first one. Without any, no samples are generated"""
     samples: int = 256
+    fits: dict[str, Any] = field(default_factory=dict)
+    """{measure: [names of the data sets that its features were learnt from]}; for other data it warns"""
     resize: int | None = None
     """edge in pixels to which samples and reference images are resized before they are stored and measured"""
     prompts: Any = None

@@ -190,6 +190,51 @@ def check_network_measures(measures: dict[str, NetworkMeasure], taken: Sequence[
             measure.check(network, data)
 
 
+def list_unfit_measures(cfg: DictConfig, measures: Measures) -> list[str]:
+    """Return a sentence per measure whose features were learnt from other data than the job's, with what to choose.
+
+    `evaluation.fits` lists the data sets, by name, that the features of a measure were learnt from.
+    """
+    data = cfg.data.get("name")
+    sentences = []
+    for name, sets in cfg.evaluation.fits.items():
+        if name not in measures or data in sets:
+            continue
+        instead = getattr(getattr(measures[name], "features", None), "instead", "none")
+        sentence = (
+            f"evaluation.metrics.{name}: its features were learnt from data={sets[0]} and may not tell pictures of "
+            f"data={data} apart: take it for a rough order of this job's networks, and choose evaluation={instead} for "
+            f"figures to report. If data={data} is of that kind, add it to evaluation.fits.{name}"
+        )
+        if name in (cfg.data.get("statistics") or {}):
+            sentence += f". Its reference is the file data.statistics.{name}: see that it was made from data={data}"
+        sentences.append(sentence)
+    return sentences
+
+
+def describe_references(config: Any, protocol: dict[str, Any]) -> list[str]:
+    """Return a sentence per measure that compares samples with reference images, with where these come from.
+
+    Args:
+        config: the configuration of a run, as plain values.
+        protocol: the protocol of its measures, from metrics.json.
+    """
+    data, sentences = config["data"], []
+    for name, settings in protocol.get("measures", {}).items():
+        if "reference_images" not in settings:
+            continue
+        count = settings["reference_images"]
+        images = f"{count:,} images" if count is not None else "images whose number the file does not say"
+        if "statistics" in settings:
+            source = f"the statistics in {settings['statistics']}, of {images}, which evaluation.metrics.{name} names"
+        elif name in (data.get("statistics") or {}) and config["evaluation"]["resize"] is None:
+            source = f"the statistics that come with data={data.get('name')}, of {images}"
+        else:
+            source = f"{images} of the training images of data={data.get('name')}"
+        sentences.append(f"{name} compares samples with {source}")
+    return sentences
+
+
 @contextlib.contextmanager
 def name_measure(name: str) -> Iterator[None]:
     """Put the field of a measure before the message of an error that ends the block."""

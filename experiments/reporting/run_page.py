@@ -10,7 +10,7 @@ import yaml
 
 from experiments.engine.artefacts import read_array, read_json
 from experiments.engine.identity import read_config
-from experiments.engine.measures import describe_protocol
+from experiments.engine.measures import describe_protocol, describe_references
 from experiments.engine.texts import read_texts
 from experiments.reporting import figures
 from experiments.reporting.front import report_fronts
@@ -59,6 +59,7 @@ def report_run(folder: Path) -> str:
         quality=tabulate_quality(metrics, networks),
         better={name: protocol["better"] for name, protocol in get_measures(metrics).items()},
         protocol=describe_protocol(metrics["protocol"]) if "protocol" in metrics else None,
+        references=describe_references(config, metrics.get("protocol", {})),
         losses={stage: data_address(path) for stage, path in loss_figures.items()},
         scorings=[
             {
