@@ -23,6 +23,7 @@ from experiments.engine.run import Run
 from experiments.engine.sweep import open_record
 from experiments.reporting.lineage import log_lineage, make_run_artifact
 from experiments.reporting.run_files import Scoring, get_gap_closed, list_networks, read_plans, read_scorings
+from experiments.reporting.run_names import name_run
 from experiments.reporting.sounds import load_wandb_sounds
 from experiments.reporting.strip import draw_strip
 
@@ -58,7 +59,7 @@ class Dashboard:
             target = {"project": logger.project, "entity": logger.entity, "id": f"{self.cfg.name}-{self.run.id}"}
             self.wandb = wandb.init(
                 **({} if is_trial() else target),
-                name=self.run.folder.name,
+                name=name_run(self.run.folder.name, get_displayed_settings(self.cfg)),
                 group=get_sweep_name() or self.cfg.name,
                 job_type=self.cfg.pipeline.name,
                 tags=list_tags(self.cfg),

@@ -26,6 +26,7 @@ from experiments.reporting.run_files import (
     read_plans,
     read_scorings,
 )
+from experiments.reporting.run_names import name_run
 from experiments.reporting.sounds import embed_sounds
 from experiments.reporting.tables import abbreviate, format_counts, summarise_groups
 
@@ -50,7 +51,7 @@ def report_run(folder: Path) -> str:
     write_page(
         folder / "report.html",
         "run.html.j2",
-        title=folder.name,
+        title=name_run(folder.name, config),
         summary=summary,
         networks=networks,
         samples=None if sample_figure is None else data_address(sample_figure),
