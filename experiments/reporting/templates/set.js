@@ -226,14 +226,14 @@ function makeCheckbox(id, label, checked, change) {
 }
 
 function makeControls() {
-  const named = known.map((key) => [key, numbers[key]]);
-  const told = ["method", ...varying.filter((key) => key !== "method")].map((key) => [key, groups[key]]);
+  const numberOptions = known.map((key) => [key, numbers[key]]);
+  const groupOptions = ["method", ...varying.filter((key) => key !== "method")].map((key) => [key, groups[key]]);
   const set = (key) => (value) => { state[key] = value; draw(); };
   const log = (letter) => (checked) => { state.log[letter] = checked; draw(); };
   document.getElementById("controls").replaceChildren(
-    makeSelect("y", "y axis", [["", named]], state.y, set("y")), makeCheckbox("log-y", "log", false, log("y")),
-    makeSelect("x", "x axis", [["numbers", named], ["groups", told]], state.x, set("x")), makeCheckbox("log-x", "log", false, log("x")),
-    makeSelect("colour", "colour", [["", told]], state.colour, set("colour")),
+    makeSelect("y", "y axis", [["", numberOptions]], state.y, set("y")), makeCheckbox("log-y", "log", false, log("y")),
+    makeSelect("x", "x axis", [["numbers", numberOptions], ["groups", groupOptions]], state.x, set("x")), makeCheckbox("log-x", "log", false, log("x")),
+    makeSelect("colour", "colour", [["", groupOptions]], state.colour, set("colour")),
   );
 }
 
