@@ -15,17 +15,18 @@ import pandas as pd
 
 from conf.nested import flatten_dict
 from experiments.engine.artefacts import UnwritableDirectory, make_folder, read_json, remove, write_json
-from experiments.engine.identity import drop_settings_without_effect, read_config
+from experiments.engine.identity import decides_by_latency, drop_settings_without_effect, read_config
 from experiments.engine.measures import describe_protocol, list_columns
 from experiments.reporting import figures
 from experiments.reporting.pages import data_address, write_page
-from experiments.reporting.run_files import get_achieved_ratio, get_measures, list_networks
+from experiments.reporting.run_files import get_achieved_ratio, get_measures, list_achieved_ratios, list_networks
 from experiments.reporting.tables import (
     average_over_seeds,
     choose_label_column,
     format_counts,
     format_tables,
     have_comparable_latencies,
+    list_further_budgets,
     list_further_measures,
     list_warnings,
     name_quality,
@@ -90,7 +91,7 @@ def collect_runs(root: Path) -> pd.DataFrame:
         metrics, measured = read_json(folder / "metrics.json"), read_json(folder / "measured.json")
         cfg = read_config(folder)
         run_id = metrics["run_id"]
-        if cfg["selection"].get("budget") == "latency":  # the device decided the plan
+        if decides_by_latency(cfg["selection"]):  # the device decided the plan
             run_id += measured["device"]
         if run_id in rows:
             rows[run_id]["copies"].append(str(folder.relative_to(root)))
@@ -151,6 +152,7 @@ def make_row(
         "better": measures[metric]["better"] if metric else "lower",
         "protocol": describe_protocol(metrics.get("protocol", {}), metric),
     }
+    row |= {f"achieved/{name}": value for name, (_, value) in list_achieved_ratios(metrics, measured).items()}
     if row["ratio"] is None:  # units that were given: the ratio that they come to
         row["ratio"] = round(row["achieved"], 4)
     qualities = {"quality_pruned": ("pruned", pruned), "quality": ("eval", "eval"), "quality_teacher": ("teacher",) * 2}
@@ -179,7 +181,7 @@ def get_setting(cfg: dict[str, Any], device: str) -> dict[str, Any]:
     it decided the plan.
     """
     fields = flatten_dict(drop_settings_without_effect(cfg | {"latents": None})) | {"latents": cfg["latents"]}
-    if cfg["selection"].get("budget") == "latency":
+    if decides_by_latency(cfg["selection"]):
         fields["device"] = device
     return {key: value for key, value in fields.items() if key not in SEEDS and not key.endswith("_target_")}
 
@@ -221,6 +223,7 @@ def choose_columns(table: pd.DataFrame) -> pd.DataFrame:
         "steps",
         "ratio",
         "achieved",
+        *list_further_budgets(table),
         *(name for name in ("target", "flops") if table[name].notna().any()),
         "latency_ratio",
         *([] if have_comparable_latencies(table) else ["latency_at"]),
