@@ -12,6 +12,7 @@ import hydra.utils
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from conf import devices
 from conf.environment import read_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,6 +81,8 @@ class Evaluation:
     metrics: dict[str, Any] = field(default_factory=dict)
     """measures by name, each a `_target_`; figures show the first one. Without any, no samples are generated"""
     samples: int = 256
+    fits: dict[str, Any] = field(default_factory=dict)
+    """{measure: [names of the data sets that its features were learnt from]}; for other data it warns"""
     resize: int | None = None
     """edge in pixels to which samples and reference images are resized before they are stored and measured"""
     prompts: Any = None
@@ -96,6 +99,10 @@ class Evaluation:
     """number of held-out images for the accuracy of a classifier, a fixed random choice; null: all"""
     loss_samples: int = 128
     """number of held-out samples for losses, and for the accuracy of a classifier after `pretrain`"""
+    every_n_steps: int | None = None
+    """optimiser steps between two evaluations while training, by the first measure; null: none"""
+    training_samples: int = 64
+    """maximum number of samples, or of held-out images of a classifier, in an evaluation while training"""
     latency_batch: int = 16
     latency_repeats: int = 10
 
@@ -201,13 +208,16 @@ def register() -> None:
     """Make the schema known to Hydra, and resolvers to OmegaConf.
 
     They are `${root:}` (this repository's folder), `${either:a,b}` (the first that is not null), `${at_most:a,b}` (the
-    smaller number), `${first_key:mapping,default}` and `${first_value:mapping,default}` (of the first entry, or
-    the default where there is no mapping), and an `${oc.env:NAME}` that notes what it reads.
+    smaller number), `${first_key:mapping,default}` and `${first_value:mapping,default}` (of the first entry, or the
+    default where there is no mapping), `${gpu_count:}`, `${job_slots:n}` (how many jobs of n devices fit on this
+    machine at once), and an `${oc.env:NAME}` that notes what it reads.
     """
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
     OmegaConf.register_new_resolver("either", take_first_value, replace=True)
     OmegaConf.register_new_resolver("at_most", min, replace=True)
+    OmegaConf.register_new_resolver("gpu_count", devices.count_gpus, replace=True)
+    OmegaConf.register_new_resolver("job_slots", devices.count_job_slots, replace=True)
     OmegaConf.register_new_resolver("first_key", partial(take_first_entry, 0), replace=True)
     OmegaConf.register_new_resolver("first_value", partial(take_first_entry, 1), replace=True)
     OmegaConf.register_new_resolver("oc.env", read_environment, replace=True)

@@ -18,7 +18,6 @@ from experiments.engine.artefacts import (
     TEMPORARY,
     UnwritableDirectory,
     digest,
-    explain_full_disk,
     find_changed_files,
     format_json,
     hash_files,
@@ -40,6 +39,7 @@ from experiments.engine.identity import (
 )
 from experiments.engine.locks import describe_this_process, has_ended, read_holder
 from experiments.engine.ranks import barrier, is_rank_zero
+from lightning_modules.disk import explain_full_disk
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import yaml
 
 from experiments.engine.artefacts import read_array, read_json
 from experiments.engine.identity import read_config
-from experiments.engine.measures import describe_protocol
+from experiments.engine.measures import describe_protocol, describe_references
 from experiments.engine.texts import read_texts
 from experiments.reporting import figures
 from experiments.reporting.front import report_fronts
@@ -26,6 +26,7 @@ from experiments.reporting.run_files import (
     read_plans,
     read_scorings,
 )
+from experiments.reporting.run_names import name_run
 from experiments.reporting.sounds import embed_sounds
 from experiments.reporting.tables import abbreviate, format_counts, summarise_groups
 
@@ -50,7 +51,7 @@ def report_run(folder: Path) -> str:
     write_page(
         folder / "report.html",
         "run.html.j2",
-        title=folder.name,
+        title=name_run(folder.name, config),
         summary=summary,
         networks=networks,
         samples=None if sample_figure is None else data_address(sample_figure),
@@ -59,6 +60,7 @@ def report_run(folder: Path) -> str:
         quality=tabulate_quality(metrics, networks),
         better={name: protocol["better"] for name, protocol in get_measures(metrics).items()},
         protocol=describe_protocol(metrics["protocol"]) if "protocol" in metrics else None,
+        references=describe_references(config, metrics.get("protocol", {})),
         losses={stage: data_address(path) for stage, path in loss_figures.items()},
         scorings=[
             {
@@ -94,7 +96,10 @@ def draw_histories(histories: Mapping[str, Path], folder: Path) -> dict[str, Pat
     paths = {}
     for stage, history in histories.items():
         name = "losses" if len(histories) == 1 else f"losses_{stage}"
-        path = figures.draw_losses(pd.read_csv(history), folder / f"{name}.png")
+        table = pd.read_csv(history)
+        # Names begin with the stage's name where that is not the usual one.
+        table["name"] = table["name"].astype(str).str.replace(f"{stage}/", "train/")
+        path = figures.draw_losses(table, folder / f"{name}.png")
         if path is not None:
             paths[stage] = path
     return paths
