@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ BLOCK, HEADER = 32768, 7
 """Bytes of a block of the log, and of what stands before each piece of a record: checksum, length and kind."""
 WHOLE, LAST = 1, 4
 """Kinds of a piece that ends a record."""
+
+SECONDS_TO_FLUSH = 30.0
+"""How long the process that writes the file may take for it after `wandb.finish()`."""
 
 
 class OfflineRun:
@@ -24,6 +28,10 @@ class OfflineRun:
         (self.folder,) = (path for path in (run / "wandb").glob("offline-run-*") if path.is_dir())
         (file,) = self.folder.glob("run-*.wandb")
         self.records = list(read_records(file))
+        until = time.monotonic() + SECONDS_TO_FLUSH
+        while not self.select("exit") and time.monotonic() < until:
+            time.sleep(0.05)
+            self.records = list(read_records(file))
 
     def select(self, kind: str) -> list[Any]:
         """Return the records of a kind, such as history or artifact."""
