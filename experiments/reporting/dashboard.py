@@ -23,6 +23,7 @@ from experiments.engine.run import Run
 from experiments.engine.sweep import open_record
 from experiments.reporting.lineage import log_lineage, make_run_artifact
 from experiments.reporting.run_files import Scoring, get_gap_closed, list_networks, read_plans, read_scorings
+from experiments.reporting.run_names import name_run
 from experiments.reporting.sounds import load_wandb_sounds
 from experiments.reporting.strip import draw_strip
 
@@ -36,7 +37,8 @@ STEP = "trainer/global_step"
 class Dashboard:
     """A context that opens the W&B run of a job, and finishes it whatever happens inside.
 
-    The id of the W&B run is the name of the configuration and the run's id, so that a resumed job continues it.
+    The id of the W&B run is the name of the configuration and the run's id, so that a resumed job continues it; as a
+    trial of a W&B sweep it is the id that the agent gives it, in the project of the sweep.
     """
 
     def __init__(self, cfg: DictConfig, run: Run) -> None:
@@ -54,11 +56,10 @@ class Dashboard:
             mode: Any = logger.mode
             if mode == "auto":
                 mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+            target = {"project": logger.project, "entity": logger.entity, "id": f"{self.cfg.name}-{self.run.id}"}
             self.wandb = wandb.init(
-                project=logger.project,
-                entity=logger.entity,
-                id=f"{self.cfg.name}-{self.run.id}",
-                name=self.run.folder.name,
+                **({} if is_trial() else target),
+                name=name_run(self.run.folder.name, get_displayed_settings(self.cfg)),
                 group=get_sweep_name() or self.cfg.name,
                 job_type=self.cfg.pipeline.name,
                 tags=list_tags(self.cfg),
@@ -124,6 +125,11 @@ class Dashboard:
     ) -> None:
         if self.wandb is not None:
             self.wandb.finish(exit_code=1 if kind else 0)
+
+
+def is_trial() -> bool:
+    """Tell whether an agent of a W&B sweep has started this process, with the id of a W&B run."""
+    return "WANDB_SWEEP_ID" in os.environ
 
 
 def get_sweep_name() -> str | None:

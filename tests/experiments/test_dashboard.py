@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.dashboards import OfflineRun
 from support.results import the_run
 from support.tables import read_events, read_history
-from support.wandb_files import OfflineRun
 
 from experiments.engine.artefacts import read_json
 from experiments.engine.pipeline import run_pipeline

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from support.dashboards import OfflineRun
 from support.results import files, read_markdown, stamps
-from support.wandb_files import OfflineRun
 
 from conf.schema import ROOT
 from experiments.engine.artefacts import read_json

@@ -20,9 +20,9 @@ from support.results import differences, files, read_repeatable_history, trained
 from torch import Tensor, nn
 
 from conf import schema
+from lightning_modules.disk import DiskFull
 from lightning_modules.training.checkpoints import (
     AtomicCheckpoints,
-    NoRoomForCheckpoint,
     find_newest_checkpoint,
     partial_path,
     remove_partial_checkpoints,
@@ -59,9 +59,9 @@ def test_a_full_disk_is_reported_with_path_and_size(tmp_path, monkeypatch, error
 
     monkeypatch.setattr(torch, "save", fill_the_disk)
     large = {"weight": torch.zeros(3 * 2**18)}
-    with pytest.raises(NoRoomForCheckpoint) as caught:
+    with pytest.raises(DiskFull) as caught:
         AtomicCheckpoints().save_checkpoint(large | {"same": large["weight"].view(-1)}, path)
-    assert f"there is no room for the checkpoint {path}: it needs 3.0 MiB, and " in str(caught.value)
+    assert f"no space is left on the disk for {path} ({3 * 2**20:,} bytes are needed, " in str(caught.value)
     assert files(tmp_path) == {before.name}
 
 
