@@ -19,6 +19,7 @@ import hydra
 from omegaconf import DictConfig
 
 from conf import schema, search_path
+from experiments.engine import launch
 
 schema.register()
 search_path.register_own_files_first()
@@ -28,10 +29,7 @@ search_path.register_own_files_first()
 def main(cfg: DictConfig) -> float | None:
     """Run one job; returns its first measure, for sweepers that search."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is open (a W&B run, a lock) is closed
-    # Here, as it imports torch: a mistake in the command is answered before.
-    from experiments.engine.jobs import run_job  # noqa: PLC0415
-
-    return run_job(cfg)
+    return launch.start_job(cfg)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,24 @@ from conf.schema import NOTES, PRECISIONS, RESERVED, ConfigError
 
 def check_config(cfg: DictConfig) -> None:
     """Raise ConfigError for what Hydra does not check: parameters of a `_target_` and their types, ranges, choices."""
+    check_values(cfg)
+    check_targets(cfg)
+
+
+def check_targets(cfg: DictConfig) -> None:
+    """Raise ConfigError for keys that are no parameters of a node's `_target_`, and for values of the wrong type.
+
+    It imports what the `_target_`s name, and so torch.
+    """
+    for path, node in iterate_targets(cfg):
+        check_target(path, node)
+    check_trainer_options(cfg.trainer.options)
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Raise ConfigError for what the configuration alone shows: missing values, unknown keys, ranges, choices."""
     try:
-        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error)) from error
     check_keys("", cfg)
@@ -41,10 +57,7 @@ def check_config(cfg: DictConfig) -> None:
     for name in cfg.evaluation.metrics:
         if name in RESERVED:
             raise ConfigError(f"evaluation.metrics.{name}: that name is taken; choose none of: {', '.join(RESERVED)}")
-    for path, node in iterate_targets(cfg):
-        check_target(path, node)
-    check_trainer_options(cfg.trainer.options)
-    check_ranges(cfg)
+    check_ranges(content)
     choices = {
         "trainer.accelerator": ("auto", "cpu", "gpu"),
         "trainer.resume": ("auto", "required"),
@@ -55,7 +68,7 @@ def check_config(cfg: DictConfig) -> None:
         "precompute.dtype": ("float16", "float32"),
     }
     for path, valid in choices.items():
-        if (value := OmegaConf.select(cfg, path)) not in valid:
+        if (value := select(content, path)) not in valid:
             raise ConfigError(f"{path}={value!r} is unknown; choose one of: {', '.join(valid)}")
 
 
@@ -66,14 +79,21 @@ RANGES: dict[str, tuple[float, float, str]] = {
             *("trainer.num_nodes", "trainer.log_every_n_steps", "calibration.samples", "calibration.batch_size"),
             *("evaluation.batch_size", "evaluation.loss_samples", "evaluation.latency_batch", "data.batch_size"),
             *("evaluation.resize", "evaluation.reference_images", "evaluation.tokens", "evaluation.images"),
-            *("evaluation.latency_repeats", "sampler.steps"),
+            *("evaluation.every_n_steps", "evaluation.latency_repeats", "sampler.steps"),
             *("precompute.batch_size", "precompute.samples_per_shard"),
         ),
         (1, math.inf, "a whole number of 1 or more"),
     ),
     "calibration.memory_gib": (math.nextafter(0, 1), math.inf, "more than 0, or null for no bound"),
     "sampler.guidance": (0, math.inf, "0 or more"),
-    "evaluation.samples": (2, math.inf, "a whole number of 2 or more"),
+    "selection.ratio": (
+        math.nextafter(0, 1),
+        math.nextafter(1, 0),
+        "0 < ratio < 1 (a fraction, not a percentage)",
+    ),
+    **dict.fromkeys(
+        ("evaluation.samples", "evaluation.training_samples"), (2, math.inf, "a whole number of 2 or more")
+    ),
     "data.num_workers": (0, math.inf, "0 or more"),
     "ema_decay": (0, math.nextafter(1, 0), "0 <= ema_decay < 1, or null for none"),
     "trainer.gradient_clip_val": (0, math.inf, "0 or more, or null"),
@@ -105,14 +125,25 @@ def check_names(cfg: DictConfig) -> None:
             raise ConfigError(f"{key} has {len(getattr(cfg, key))} characters; choose at most {LONGEST_NAME}")
 
 
-def check_ranges(cfg: DictConfig) -> None:
-    """Raise ConfigError for a value outside of RANGES, and for a warm-up that is longer than the training."""
+def select(content: Any, path: str) -> Any:
+    """Return the value at "outer.inner" in plain values of a configuration; None where there is none."""
+    for key in path.split("."):
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def check_ranges(content: Any) -> None:
+    """Raise ConfigError for a value outside of RANGES, and for a warm-up that is longer than the training.
+
+    `content` are the plain values of a configuration.
+    """
     for path, (low, high, valid) in RANGES.items():
-        value = OmegaConf.select(cfg, path)
-        if value is not None and not (low <= value <= high and value < math.inf):
+        value = select(content, path)
+        is_number = isinstance(value, int | float)  # check_targets refuses another type
+        if is_number and not (low <= value <= high and value < math.inf):
             raise ConfigError(f"{path}={value} is out of range; choose {valid}")
-    warm_up, steps = OmegaConf.select(cfg, "lr_scheduler.num_warmup_steps"), cfg.trainer.steps
-    if warm_up is not None and warm_up > steps:
+    warm_up, steps = select(content, "lr_scheduler.num_warmup_steps"), content["trainer"]["steps"]
+    if isinstance(warm_up, int | float) and warm_up > steps:
         raise ConfigError(
             f"lr_scheduler.num_warmup_steps={warm_up} is longer than the training, trainer.steps={steps}: the learning "
             f"rate would never reach optimizer.lr; choose lr_scheduler.num_warmup_steps of {steps} or less"
@@ -213,6 +244,10 @@ def fits_annotation(value: Any, hint: Any) -> bool:
         return any(fits_annotation(value, argument) for argument in arguments)
     if origin is typing.Literal:
         return value in arguments
+    if origin is dict:
+        return isinstance(value, dict | DictConfig) and all(
+            fits_annotation(item, arguments[1]) for item in value.values()
+        )
     if origin in (list, tuple):
         if not isinstance(value, list | ListConfig) or (
             origin is tuple and ... not in arguments and len(value) != len(arguments)

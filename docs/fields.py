@@ -24,6 +24,7 @@ GROUPS = (
         "pipeline",
         "pretrain",
         "experiment",
+        "launcher",
         "sweep",
         "debug",
     ),

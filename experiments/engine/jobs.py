@@ -1,44 +1,38 @@
-"""A job as train.py runs it: alone, or as one of a sweep that several processes may share."""
+"""Runs a job whose configuration was looked through: alone, or as one of a sweep that processes may share."""
 
-import math
 import time
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from conf import checks, search_path
+from conf import checks
 from experiments.engine.pipeline import run_pipeline
-from experiments.engine.ranks import ignore_ranks_of_the_shell, is_rank_zero
 from experiments.engine.run import RunBusy
-from experiments.engine.sweep import POSTPONED, RUNNING, WAITING, JobRecord, open_record
+from experiments.engine.sweep import POSTPONED, RUNNING, WAITING, JobRecord
+from experiments.reporting.dashboard import is_trial
 
 POLL = 5.0
 """seconds between two looks at a run that another process works on"""
 
 
-def run_job(cfg: DictConfig) -> float | None:
-    """Run one job and return its first measure; a job of a sweep that fails is recorded, and its measure is NaN.
+def run_job(cfg: DictConfig, record: JobRecord) -> float | None:
+    """Run one job and return its first measure.
 
     Another process may work on the same run. For a single job that is an error. A job of a sweep is left to that
     process and looked at again after the other jobs, or waited for where its measure is needed at once (sweepers that
-    search) or where each job has a process of its own (other launchers).
+    search, trials of W&B) or where each job has a process of its own (other launchers).
     """
-    ignore_ranks_of_the_shell(cfg.trainer.devices * cfg.trainer.num_nodes)
-    record = open_record() if is_rank_zero() else JobRecord()
-    with record.follow():
-        search_path.check_shadowed_files()
-        checks.check_config(cfg)
-        try:
-            return record.finish(run_pipeline(cfg, record))
-        except RunBusy as busy:
-            if not record.in_sweep or cfg.trainer.devices * cfg.trainer.num_nodes > 1:
-                raise
-            if not runs_jobs_in_turn():
-                return record.finish(run_when_free(cfg, record))
-            record.update(state=WAITING, reason=str(busy))
-            POSTPONED.append(lambda: run_postponed(cfg, record))
-            return None
-    return math.nan
+    checks.check_targets(cfg)
+    try:
+        return record.finish(run_pipeline(cfg, record))
+    except RunBusy as busy:
+        if not (record.in_sweep or is_trial()) or cfg.trainer.devices * cfg.trainer.num_nodes > 1:
+            raise
+        if is_trial() or not runs_jobs_in_turn():
+            return record.finish(run_when_free(cfg, record))
+        record.update(state=WAITING, reason=str(busy))
+        POSTPONED.append(lambda: run_postponed(cfg, record))
+        return None
 
 
 def run_postponed(cfg: DictConfig, record: JobRecord) -> None:

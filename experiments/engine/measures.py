@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from conf.schema import RESERVED, build
 from datamodules.readers.base import MissingData
 from experiments.engine.artefacts import digest
-from experiments.engine.cache import is_intact, write_shared_file
+from experiments.engine.cache import is_intact, lock_entry, write_shared_file
 from experiments.engine.identity import RESULT_VERSION
 from experiments.engine.ranks import ask_rank_zero, barrier, is_rank_zero
 from lightning_modules.metrics.features import Features, resized
@@ -103,11 +103,12 @@ class TrainingImages:
     def load_or_compute(self, features: Features) -> Statistics:
         """Return the statistics from the cache, where they are written first if need be."""
         path = self.locate("statistics", features)
-        if not ask_rank_zero(is_intact(path)):
-            title = f"{features.name} of {self.count} training images"
-            parts = in_parts(self.count, lambda part: features(self.read_images(part), self.device), title)
-            statistics = Statistics.of_parts(parts, "reference images")
-            write_on_rank_zero(path, lambda partial: statistics.save(partial, **origin(features)))
+        with lock_entry(path):
+            if not ask_rank_zero(is_intact(path)):
+                title = f"{features.name} of {self.count} training images"
+                parts = in_parts(self.count, lambda part: features(self.read_images(part), self.device), title)
+                statistics = Statistics.of_parts(parts, "reference images")
+                write_on_rank_zero(path, lambda partial: statistics.save(partial, **origin(features)))
         return Statistics.load(path, **origin(features))
 
     def features(self, features: Features) -> np.ndarray:
@@ -116,12 +117,13 @@ class TrainingImages:
         if key not in self.loaded:
             count = min(self.limit, self.count)
             path = self.locate("features", features, limit=count)
-            if not ask_rank_zero(is_intact(path)):
-                indices = np.linspace(0, self.count - 1, count).astype(int)
-                title = f"{features.name} of {count} training images"
-                parts = in_parts(count, lambda part: features(self.read_images(indices[part]), self.device), title)
-                features_ND = np.concatenate(list(parts))
-                write_on_rank_zero(path, lambda partial: save_file({"features": features_ND}, partial))
+            with lock_entry(path):
+                if not ask_rank_zero(is_intact(path)):
+                    indices = np.linspace(0, self.count - 1, count).astype(int)
+                    title = f"{features.name} of {count} training images"
+                    parts = in_parts(count, lambda part: features(self.read_images(indices[part]), self.device), title)
+                    features_ND = np.concatenate(list(parts))
+                    write_on_rank_zero(path, lambda partial: save_file({"features": features_ND}, partial))
             self.loaded[key] = load_file(path)["features"]
         return self.loaded[key]
 

@@ -26,7 +26,7 @@ from experiments.engine.ranks import barrier, ignore_ranks_of_the_shell, is_rank
 from experiments.engine.run import Run
 from experiments.engine.stage import Stage, check_names
 from experiments.engine.sweep import SKIPPED, JobRecord
-from experiments.reporting.dashboard import Dashboard
+from experiments.reporting.dashboard import Dashboard, is_trial
 from experiments.reporting.run_page import report_run
 from experiments.tools.precompute import check_latents
 from lightning_modules.backbones.files import list_weight_files
@@ -58,6 +58,9 @@ def run_pipeline(cfg: DictConfig, record: JobRecord | None = None) -> float | No
         record.update(state=SKIPPED)
         if not record.in_sweep:
             print_finished(run)
+        if is_trial() and is_rank_zero():
+            with Dashboard(cfg, run) as trial:
+                trial.finish(read_json(run / "metrics.json"), read_json(run / "measured.json"))
         if cfg.export.push_to_hub is not None:
             check_push(run, cfg.export.push_to_hub)
     else:

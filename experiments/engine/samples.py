@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from conf.schema import build
 from experiments.engine.artefacts import digest, read_array, write_folder
@@ -121,18 +122,25 @@ class SampleEvaluation:
                 partial = stack.enter_context(
                     write_shared_folder(folder) if shared else self.job.run.write_folder(f"samples/{name}")
                 )
-            batches = seed_batches(evaluation.seed, evaluation.samples, evaluation.batch_size, self.prompts)
-            module = Generation(
-                network,
-                build(cfg.sampler.scheduler),
-                cfg.sampler.steps,
-                cfg.sampler.guidance,
-                size=evaluation.resize,
-                file=None if partial is None else partial / "images.npy",
-            )
+            module = self.make_generation(network, None if partial is None else partial / "images.npy")
             trainer = make_trainer(cfg.trainer, f"samples of {name}", evaluation.precision)
-            trainer.test(module, batches, verbose=False)
+            trainer.test(module, self.make_batches(), verbose=False)
         barrier()
+
+    def generate_without_files(self, network: DiffusionBackbone) -> np.ndarray:
+        """Return the samples of a network, uint8 (N,H,W,C), all generated on this rank and without a Trainer."""
+        module = self.make_generation(network)
+        return np.concatenate([module.generate_images(batch) for batch in self.make_batches()])
+
+    def make_generation(self, network: DiffusionBackbone, file: Path | None = None) -> Generation:
+        """Return the module that generates samples as `cfg.sampler` says, and writes them to `file`."""
+        sampler, size = self.cfg.sampler, self.cfg.evaluation.resize
+        return Generation(network, build(sampler.scheduler), sampler.steps, sampler.guidance, size=size, file=file)
+
+    def make_batches(self) -> DataLoader:
+        """Return the batches of seeds, and of captions where there are any."""
+        evaluation = self.cfg.evaluation
+        return seed_batches(evaluation.seed, evaluation.samples, evaluation.batch_size, self.prompts)
 
     def measure(self, networks: Mapping[str, Any]) -> dict[str, float]:
         """Return {network/measure: value} of the samples of each network."""

@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from tabulate import tabulate
 
 from experiments.engine.artefacts import digest, read_json, remove, write_json
@@ -34,6 +34,9 @@ process has ended without a word."""
 REASON_LENGTH = 200
 """The longest reason of a failure that is shown in full, in characters; the log has all of it."""
 
+
+SEARCH_RESULTS = "optimization_results.yaml"
+"""The file that Optuna's sweeper writes into the folder of a sweep at its end."""
 
 POSTPONED: list[Callable[[], None]] = []
 """What is left to do at the end of this process' sweep: jobs that another process worked on when their turn came."""
@@ -49,14 +52,17 @@ class SweepFolder(Callback):
         folder = Path(config.hydra.sweep.dir) / digest([sorted(overrides), params])[:8]
         if is_running(folder):  # another process runs the same sweep
             folder = folder.with_name(f"{folder.name}-{socket.gethostname()}-{os.getpid()}")
-        remove(folder / "jobs")
+        for name in ("jobs", SEARCH_RESULTS):
+            remove(folder / name)
         content = {
             "command": shlex.join(["python", *sys.argv]),
-            "jobs": count_jobs(overrides, params),
+            "jobs": count_jobs(config.hydra.sweeper, overrides, params),
             "started": time.time(),
             "ended": None,
         }
         write_json(folder / "sweep.json", content | describe_this_process())
+        number = "" if content["jobs"] is None else f" of {content['jobs']} jobs"
+        print(f"sweep{number}; to watch it from another terminal: python -m experiments.status {folder.parents[1]}")
         with read_write(config), open_dict(config):
             config.hydra.sweep.dir = str(folder)
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")  # jobs are composed anew
@@ -102,6 +108,13 @@ class JobRecord:
     def in_sweep(self) -> bool:
         """Whether the job belongs to a sweep."""
         return self.path is not None
+
+    def is_sweeps_process(self) -> bool:
+        """Tell whether this process runs the sweep itself; launchers start others for its jobs."""
+        if self.folder is None:
+            return False
+        sweep, this = read_json(self.folder / "sweep.json"), describe_this_process()
+        return all(sweep.get(key) == value for key, value in this.items())
 
     def update(self, **fields: Any) -> None:
         """Change fields of the record, on disk as well."""
@@ -162,14 +175,23 @@ def open_record() -> JobRecord:
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return JobRecord()
     hydra = HydraConfig.get()
-    own_files = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    options = [word for path in own_files for word in ("--config-dir", path)]
+    sources = hydra.runtime.config_sources
+    folders = dict.fromkeys(source.path for source in sources if source.provider == "command-line")
+    options = [word for path in folders for word in ("--config-dir", path)]
     overrides = [str(override) for override in hydra.overrides.task]
     return JobRecord(Path(hydra.sweep.dir), int(hydra.job.num), overrides, options)
 
 
-def count_jobs(overrides: list[str], params: dict[str, str]) -> int | None:
-    """Return the number of jobs of Hydra's own sweeper; None where another sweeper decides as it goes."""
+def count_jobs(sweeper: DictConfig, overrides: list[str], params: dict[str, str]) -> int | None:
+    """Return the number of jobs of a sweep; None where the sweeper decides as it goes.
+
+    Args:
+        sweeper: the configuration of Hydra's sweeper; Optuna's has a number of trials.
+        overrides: those of the command line.
+        params: those of the sweeper's configuration.
+    """
+    if "n_trials" in sweeper:
+        return int(sweeper.n_trials)
     try:
         parsed = OverridesParser.create().parse_overrides(
             [*(f"{key}={value}" for key, value in params.items()), *overrides]
@@ -180,12 +202,17 @@ def count_jobs(overrides: list[str], params: dict[str, str]) -> int | None:
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
-    """Return the content of sweep.json with the folder, and the "records" of its jobs in their order."""
+    """Return the content of sweep.json with the folder, and the "records" of its jobs in their order.
+
+    "best" is what Optuna found: {"best_params": {key: value}, "best_value": measure}; None without such a search.
+    """
     records = [read_json(path) for path in sorted((folder / "jobs").glob("*.json"))]
     for record in records:
         if record["state"] in (RUNNING, WAITING) and has_ended(record):
             record |= {"state": STOPPED, "reason": f"process {record['pid']} has ended without a word"}
-    return {**read_json(folder / "sweep.json"), "folder": str(folder), "records": records}
+    results = folder / SEARCH_RESULTS
+    best = OmegaConf.to_container(OmegaConf.load(results)) if results.exists() else None
+    return {**read_json(folder / "sweep.json"), "folder": str(folder), "records": records, "best": best}
 
 
 def is_running(folder: Path) -> bool:
@@ -211,12 +238,18 @@ def format_sweep(sweep: dict[str, Any]) -> str:
         for record, own in zip(records, varied_overrides(records), strict=True)
     ]
     parts = [sweep["command"], tabulate(rows, headers="keys", disable_numparse=True), format_progress(sweep)]
+    if sweep["best"] is not None:
+        overrides = [f"{key}={value}" for key, value in sweep["best"]["best_params"].items()]
+        parts.append(f"best measure: {sweep['best']['best_value']:.4g} with {shlex.join(overrides)}")
     for record in records:
         if record["state"] in (FAILED, STOPPED):
+            words = [*record["options"], *record["overrides"]]
+            if any(word.startswith("sweep=") for word in words):  # a file of sweep/ asks for a sweep
+                words.append("hydra.mode=RUN")
             parts.append(
                 f"job {record['number'] + 1} {record['state']}: {shorten(record.get('reason', ''))}\n"
                 f"  log:   {record.get('log', '-')}\n"
-                f"  again: python train.py {shlex.join([*record['options'], *record['overrides']])}"
+                f"  again: python train.py {shlex.join(words)}"
             )
     return "\n\n".join(parts)
 

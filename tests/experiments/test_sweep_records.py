@@ -1,7 +1,6 @@
 """The records of a sweep, what it prints, and its exit code; the jobs themselves are replaced."""
 
 import json
-import math
 import re
 import runpy
 import sys
@@ -12,7 +11,8 @@ import pytest
 from pytorch_lightning.utilities import rank_zero_only
 
 import train
-from experiments.engine import jobs, sweep
+from experiments.engine import jobs, launch, sweep
+from experiments.engine.locks import describe_this_process
 from experiments.engine.run import RunBusy
 from experiments.engine.sweep import SKIPPED, JobRecord, format_progress, format_seconds, read_sweep
 
@@ -134,22 +134,22 @@ def busy(monkeypatch, tmp_path):
             raise RunBusy("run b is being made by process 1 on there; wait for it or stop it")
         return 1.0
 
-    (tmp_path / "sweep.json").write_text('{"jobs": 3}')
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": 3} | describe_this_process()))
     monkeypatch.setattr(jobs, "run_pipeline", run_pipeline)
-    monkeypatch.setattr(jobs.checks, "check_config", lambda cfg: None)
-    monkeypatch.setattr(jobs.search_path, "check_shadowed_files", lambda: None)
-    monkeypatch.setattr(jobs, "open_record", lambda: JobRecord(tmp_path, len(calls)))
+    monkeypatch.setattr(jobs.checks, "check_targets", lambda cfg: None)
+    monkeypatch.setattr(launch, "check_early", lambda cfg, record: None)
+    monkeypatch.setattr(launch, "open_record", lambda: JobRecord(tmp_path, len(calls)))
     monkeypatch.setattr(jobs, "POLL", 0.0)
     return calls
 
 
 def job(name: str, devices: int = 1):
-    return SimpleNamespace(name=name, trainer=SimpleNamespace(devices=devices, num_nodes=1))
+    return SimpleNamespace(name=name, label=name, trainer=SimpleNamespace(devices=devices, num_nodes=1))
 
 
 def test_a_job_of_another_process_is_postponed_in_a_sweep(busy, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(jobs, "runs_jobs_in_turn", lambda: True)
-    assert [jobs.run_job(job(name)) for name in "abc"] == [1.0, None, 1.0]
+    assert [launch.start_job(job(name)) for name in "abc"] == [1.0, None, 1.0]
     assert [record["state"] for record in read_sweep(tmp_path)["records"]] == ["finished", "waiting", "finished"]
     (postponed,) = sweep.POSTPONED
     monkeypatch.setattr(sweep, "POSTPONED", [])
@@ -162,14 +162,14 @@ def test_a_job_of_another_process_is_postponed_in_a_sweep(busy, monkeypatch, cap
 
 def test_a_searching_sweeper_waits_for_the_other_process(busy, monkeypatch):
     monkeypatch.setattr(jobs, "runs_jobs_in_turn", lambda: False)
-    assert jobs.run_job(job("b")) == 1.0
+    assert launch.start_job(job("b")) == 1.0
 
 
 def test_busy_runs_of_single_jobs_are_refused_and_those_of_several_devices_fail(busy, monkeypatch, tmp_path):
-    assert math.isnan(jobs.run_job(job("b", devices=2)))
-    monkeypatch.setattr(jobs, "open_record", JobRecord)
+    assert launch.start_job(job("b", devices=2)) is None
+    monkeypatch.setattr(launch, "open_record", JobRecord)
     with pytest.raises(RunBusy):
-        jobs.run_job(job("b"))
+        launch.start_job(job("b"))
 
 
 def test_two_processes_of_one_sweep_keep_their_records_apart(sweep_command, tmp_path, monkeypatch):

@@ -2,16 +2,13 @@
 
 import json
 import re
-import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
+from support.dashboards import wandb_records
 from support.results import files, read_markdown, stamps
-from wandb.proto import wandb_internal_pb2
 
 from conf.schema import ROOT
 from experiments.engine.artefacts import read_json
@@ -93,22 +90,6 @@ def test_a_sweep_shares_scores_and_survives_a_failing_job(configure, sampling, d
 
 
 # Weights & Biases
-
-
-def wandb_records(file: Path) -> Iterator[Any]:
-    """The records of an offline run: a log in blocks of 32 KiB, each piece with checksum, length and kind before it."""
-    content, place, record = file.read_bytes(), 7, b""
-    while place + 7 <= len(content):
-        left = 32768 - place % 32768
-        if left < 7:
-            place += left
-            continue
-        length, kind = struct.unpack("<HB", content[place + 4 : place + 7])
-        record += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            yield wandb_internal_pb2.Record.FromString(record)
-            record = b""
 
 
 def test_each_job_is_one_finished_wandb_run_even_when_it_fails(overrides, data_folder, tmp_path):
