@@ -30,7 +30,7 @@ def build_teacher(cfg: DictConfig) -> NetworkBackbone:
 
 
 _kept: dict[str, NetworkBackbone] = {}
-"""{hash of a configuration and files: teacher} of the jobs of a sweep in this process: at most one, never used itself"""
+"""{hash of configuration and files: teacher} of the jobs of a sweep in this process: at most one, never itself used"""
 
 
 def load_teacher(cfg: DictConfig, teacher_id: str) -> NetworkBackbone:
