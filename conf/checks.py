@@ -79,7 +79,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
             *("trainer.num_nodes", "trainer.log_every_n_steps", "calibration.samples", "calibration.batch_size"),
             *("evaluation.batch_size", "evaluation.loss_samples", "evaluation.latency_batch", "data.batch_size"),
             *("evaluation.resize", "evaluation.reference_images", "evaluation.tokens", "evaluation.images"),
-            *("evaluation.latency_repeats", "sampler.steps"),
+            *("evaluation.every_n_steps", "evaluation.latency_repeats", "sampler.steps"),
             *("precompute.batch_size", "precompute.samples_per_shard"),
         ),
         (1, math.inf, "a whole number of 1 or more"),
@@ -91,7 +91,9 @@ RANGES: dict[str, tuple[float, float, str]] = {
         math.nextafter(1, 0),
         "0 < ratio < 1 (a fraction, not a percentage)",
     ),
-    "evaluation.samples": (2, math.inf, "a whole number of 2 or more"),
+    **dict.fromkeys(
+        ("evaluation.samples", "evaluation.training_samples"), (2, math.inf, "a whole number of 2 or more")
+    ),
     "data.num_workers": (0, math.inf, "0 or more"),
     "ema_decay": (0, math.nextafter(1, 0), "0 <= ema_decay < 1, or null for none"),
     "trainer.gradient_clip_val": (0, math.inf, "0 or more, or null"),
@@ -242,6 +244,10 @@ def fits_annotation(value: Any, hint: Any) -> bool:
         return any(fits_annotation(value, argument) for argument in arguments)
     if origin is typing.Literal:
         return value in arguments
+    if origin is dict:
+        return isinstance(value, dict | DictConfig) and all(
+            fits_annotation(item, arguments[1]) for item in value.values()
+        )
     if origin in (list, tuple):
         if not isinstance(value, list | ListConfig) or (
             origin is tuple and ... not in arguments and len(value) != len(arguments)

@@ -4,6 +4,7 @@ Hydra refuses an unknown field and a value of another type. All other checks are
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ class Evaluation:
     metrics: dict[str, Any] = field(default_factory=dict)
     """measures by name, each a `_target_`; figures show the first one. Without any, no samples are generated"""
     samples: int = 256
+    fits: dict[str, Any] = field(default_factory=dict)
+    """{measure: [names of the data sets that its features were learnt from]}; for other data it warns"""
     resize: int | None = None
     """edge in pixels to which samples and reference images are resized before they are stored and measured"""
     prompts: Any = None
@@ -96,6 +99,10 @@ class Evaluation:
     """number of held-out images for the accuracy of a classifier, a fixed random choice; null: all"""
     loss_samples: int = 128
     """number of held-out samples for losses, and for the accuracy of a classifier after `pretrain`"""
+    every_n_steps: int | None = None
+    """optimiser steps between two evaluations while training, by the first measure; null: none"""
+    training_samples: int = 64
+    """maximum number of samples, or of held-out images of a classifier, in an evaluation while training"""
     latency_batch: int = 16
     latency_repeats: int = 10
 
@@ -201,8 +208,9 @@ def register() -> None:
     """Make the schema known to Hydra, and resolvers to OmegaConf.
 
     They are `${root:}` (this repository's folder), `${either:a,b}` (the first that is not null), `${at_most:a,b}` (the
-    smaller number), `${gpu_count:}`, `${job_slots:n}` (how many jobs of n devices fit on this machine at once), and an
-    `${oc.env:NAME}` that notes what it reads.
+    smaller number), `${first_key:mapping,default}` and `${first_value:mapping,default}` (of the first entry, or the
+    default where there is no mapping), `${gpu_count:}`, `${job_slots:n}` (how many jobs of n devices fit on this
+    machine at once), and an `${oc.env:NAME}` that notes what it reads.
     """
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
@@ -210,6 +218,8 @@ def register() -> None:
     OmegaConf.register_new_resolver("at_most", min, replace=True)
     OmegaConf.register_new_resolver("gpu_count", devices.count_gpus, replace=True)
     OmegaConf.register_new_resolver("job_slots", devices.count_job_slots, replace=True)
+    OmegaConf.register_new_resolver("first_key", partial(take_first_entry, 0), replace=True)
+    OmegaConf.register_new_resolver("first_value", partial(take_first_entry, 1), replace=True)
     OmegaConf.register_new_resolver("oc.env", read_environment, replace=True)
 
 
@@ -217,6 +227,11 @@ def take_first_value(*values: Any) -> Any:
     """Return the first value that is not null; a whole number is returned as an integer, for names of folders."""
     value = next((value for value in values if value is not None), None)
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def take_first_entry(part: int, mapping: Any, default: Any) -> Any:
+    """Return the key (part 0) or the value (part 1) of the first entry of a mapping, else a default."""
+    return next(iter(mapping.items()))[part] if isinstance(mapping, DictConfig) and mapping else default
 
 
 def build(node: DictConfig, **extra: Any) -> Any:

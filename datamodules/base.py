@@ -1,7 +1,9 @@
 """What data sets of images and of texts share: samples in an order that is a function of (seed, position)."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -55,6 +57,25 @@ class EndlessShuffle(Sampler[int]):
             start = (self.rank - epoch * self.length) % self.world  # positions go round the ranks, over passes too
             yield from (epoch * self.length + order[start :: self.world]).tolist()
             epoch += 1
+
+
+@dataclass
+class Preview:
+    """One sample as a network gets it, for a person to look at; None for what it does not have.
+
+    Args:
+        index: number of the sample in its source.
+        picture: uint8 (H,W,C).
+        text: what its tokens say.
+        caption: its caption.
+        label: its class.
+    """
+
+    index: int
+    picture: np.ndarray | None = None
+    text: str | None = None
+    caption: str | None = None
+    label: int | None = None
 
 
 class DataModule(pl.LightningDataModule):
@@ -134,6 +155,20 @@ class DataModule(pl.LightningDataModule):
 
         Raises ValueError for classes that the network does not have.
         """
+
+    # For a person
+
+    def preview(self, split: str, count: int) -> list[Preview]:
+        """Return `count` samples: of "train" the first of the training, augmented as there; of others the first."""
+        is_train = split == "train"
+        samples = self.training(self.seed) if is_train else self.dataset(split)
+        order: Iterator[int] = iter(EndlessShuffle(len(samples), self.seed, 0, 1)) if is_train else iter(range(count))
+        positions = list(itertools.islice(order, min(count, len(samples))))
+        return self.make_previews(samples.__getitems__(positions))
+
+    def make_previews(self, batch: dict[str, Any]) -> list[Preview]:
+        """Return the samples of a batch for a person to look at; subclasses add what their batches have."""
+        return [Preview(int(index)) for index in batch["index"]]
 
     # Sources
 

@@ -30,3 +30,8 @@ def tensors_by_path(content: Any, prefix: str = "") -> dict[str, Tensor]:
 def map_tensors(function: Callable[[Tensor], Tensor], content: Any) -> Any:
     """Return nested dictionaries and lists in which every tensor is replaced by the function of it."""
     return tree_map_only(Tensor, function, content)
+
+
+def count_samples(batch: Any) -> int:
+    """Return the number of samples of a batch: the length of the first tensor in it."""
+    return len(next(iter(tensors_by_path(batch).values())))

@@ -2,18 +2,28 @@
 
 The budget is the fraction of a cost (parameters, MACs, FLOPs or measured latency) to remove, or how much of that cost
 is to be left; the achieved fraction lies in [ratio, ratio + tolerance]. That is a constraint of the program, not a
-stopping rule: scores may be negative, and minimal harm alone would then remove without limit.
+stopping rule: scores may be negative, and minimal harm alone would then remove without limit. Several costs can be
+limited at once, each with a ratio of its own.
 """
 
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import ClassVar
 
 from criteria.base import Choice, Level, Shared, Unit, parse_choice
-from criteria.selection.solver import Program, greatest_cost, is_reachable, least_cost
+from criteria.selection.several import (
+    check_budgets,
+    check_ratio,
+    check_single_budget,
+    check_tolerance,
+    describe_nearest,
+    format_mapping,
+)
+from criteria.selection.solver import Limit, Program, Window, fits, greatest_cost, is_reachable, least_cost, solve
 
 
 class Budget(Choice):
@@ -76,6 +86,12 @@ class Pool:
             [(index[unit.inside], i) for i, unit in enumerate(self.units) if unit.inside in index],
         )
 
+    def count_freed(self, names: Collection[str], budget: str) -> int:
+        """Return the cost that the removal of a set of units frees; of latency, the sum of what single units save."""
+        if self.cost is not None:
+            return self.cost(list(names), budget) if names else 0
+        return self.program(budget).cost([i for i, unit in enumerate(self.units) if unit.name in names])
+
     def freed(self, part: Unit | Shared, budget: str) -> int:
         """Return the cost that the removal of one part frees; 0 where it was measured to save nothing, or less."""
         if budget == Budget.LATENCY:
@@ -98,11 +114,15 @@ class Selection:
     """whether `changes` measures the joint loss of sets of units"""
     budget: str = Budget.PARAMS
     """the cost in which the achieved ratio is stated"""
+    budgets: dict[str, float] | None = None
+    """{budget: ratio} where several costs are limited at once, `budget` first; None for a single budget"""
+    pareto: bool = False
+    """whether the whole front of plans is made besides"""
 
     @property
     def needs_savings(self) -> bool:
-        """Whether `changes` needs the measured latency that the removal of each unit saves."""
-        return self.budget == Budget.LATENCY
+        """Whether the measured latency that the removal of each unit saves is needed."""
+        return self.pareto or Budget.LATENCY in (self.budgets or [self.budget])
 
     def protected_units(self, units: Sequence[Unit]) -> list[str]:
         """Return the names of the units that stay whatever their scores."""
@@ -133,31 +153,45 @@ class Budgeted(Selection):
 
     Args:
         ratio: the fraction of the backbone's `budget` to remove.
-        tolerance: how much more may be removed, as a fraction of the whole backbone's cost.
+        tolerance: how much more may be removed, as a fraction of the whole backbone's cost; of several budgets one
+            number for all, or {budget: tolerance}.
         budget: params | macs | flops | latency.
         protected: units that stay: by name, as slices of the units in the order of the forward pass (":4" the first
             four, "-2:" the last two), or all channels of a group by the group's name.
         target: the most that may be left of the cost, in parameters, MACs or FLOPs; given instead of `ratio`, which is
             then None.
+        budgets: {budget: ratio} to limit several costs at once; `budget` and `ratio` are then its first entry.
+        pareto: whether all plans on the front of harm and removed cost are wanted besides the chosen one.
     """
 
     ratio: float | None = None
-    tolerance: float = 0.02
+    tolerance: float | dict[str, float] = 0.02
     budget: str = Budget.PARAMS.value
     protected: list[str] = field(default_factory=list)
     target: float | None = None
+    budgets: dict[str, float] | None = None
+    pareto: bool = False
+
+    takes_several_budgets: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        if self.budgets is not None:
+            check_budgets(self.budgets, [str(budget) for budget in Budget])
+            if not self.takes_several_budgets:
+                raise ValueError(
+                    f"selection.budgets={format_mapping(self.budgets)}: {type(self).__name__} meets one budget only; "
+                    "choose selection=knapsack or selection=refined, or selection.budgets=null"
+                )
+            check_single_budget(self.budgets, self.budget, self.ratio, self.target)
+            self.ratio = next(iter(self.budgets.values()))
         if (self.ratio is None) == (self.target is None):
             raise ValueError(
                 f"selection.ratio={self.ratio}, selection.target={self.target}: give exactly one of the two (the "
                 "fraction to remove, or what is to be left), and say null for the other"
             )
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            percent = f" (a fraction, not a percentage: {self.ratio / 100:g}?)" if 1 <= self.ratio < 100 else ""
-            raise ValueError(f"selection.ratio={self.ratio} is out of range; choose 0 < ratio < 1{percent}")
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"selection.tolerance={self.tolerance} is out of range; choose 0 <= tolerance < 1")
+        if self.ratio is not None:
+            check_ratio("selection.ratio", self.ratio)
+        check_tolerance(self.tolerance, list(self.budgets or [self.budget]))
         self.budget = parse_choice(Budget, "selection.budget", self.budget)
         if self.target is not None and self.budget == Budget.LATENCY:
             raise ValueError(
@@ -165,15 +199,27 @@ class Budgeted(Selection):
                 "params, macs, flops"
             )
 
+    def get_tolerance(self, budget: str) -> float:
+        """Return how much more than the ratio may be removed of one budget, as a fraction of the whole."""
+        return self.tolerance[budget] if isinstance(self.tolerance, Mapping) else self.tolerance
+
     def check(self, pool: Pool) -> None:
         """Raise an error for settings that this pool cannot satisfy.
 
-        InfeasibleBudget: no set of units meets the budget. ValueError: an invalid budget or target, or an unknown
-        protected unit (the message names the nearest one).
+        InfeasibleBudget: no set of units meets the budget, or the budgets together. ValueError: an invalid budget or
+        target, a front of units whose costs do not add up, or an unknown protected unit (the message names the nearest
+        one).
         """
-        if self.needs_savings and pool.savings is None:  # units are timed after they are scored
+        if self.pareto and pool.cost is not None:
+            raise ValueError(
+                "selection.pareto=true is for blocks and operators: these units are channels, whose costs do not add "
+                "up; choose false"
+            )
+        budgets = self.budgets or [self.budget]
+        untimed = Budget.LATENCY in budgets and pool.savings is None  # units are timed after they are scored
+        if untimed:
             self.check_untimed(pool)
-        else:
+        if not untimed or len(budgets) > 1:
             self.check_budget(pool)
 
     def check_untimed(self, pool: Pool) -> None:
@@ -186,22 +232,36 @@ class Budgeted(Selection):
             )
 
     def check_budget(self, pool: Pool) -> None:
-        """Raise InfeasibleBudget where no set of units fits the budget."""
-        window, program = self.window(pool), self.program(pool)
-        if not is_reachable(program, window):
-            raise self.infeasible_window(pool, program, window)
+        """Raise InfeasibleBudget where no set of units fits the budget, or those of the budgets that are known."""
+        timed = pool.savings is not None
+        limits = self.limits(pool, [name for name in self.budgets or [self.budget] if timed or name != Budget.LATENCY])
+        for budget, (program, window) in limits.items():
+            if not is_reachable(program, window):
+                raise self.infeasible_window(pool, program, window, budget)
+        (program, window), *others = limits.values()
+        if others and solve(program, [0.0] * len(program.costs), window, others=others) is None:
+            raise self.infeasible_together(pool, limits)
 
     def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
-        window, program, removable = self.window(pool), self.program(pool), self.removable_units(pool)
-        chosen = self.choose(program, [scores[unit.name] for unit in removable], window)
+        limits, removable = self.limits(pool), self.removable_units(pool)
+        chosen = self.choose(list(limits.values()), [scores[unit.name] for unit in removable])
         if chosen is None:
-            raise self.infeasible_window(pool, program, window)
-        assert window[0] <= program.cost(chosen) <= window[1]
+            self.check_budget(pool)
+        assert chosen is not None and fits(chosen, limits.values())
         return [removable[i].name for i in sorted(chosen)]
 
-    def choose(self, program: Program, scores: Sequence[float], window: tuple[int, int]) -> list[int] | None:
-        """Return the indices (into the unprotected units) of the units to remove; None where no set fits `window`."""
+    def choose(self, limits: Sequence[Limit], scores: Sequence[float]) -> list[int] | None:
+        """Return the indices (into the unprotected units) of the units to remove; None where no set fits the limits.
+
+        There is one limit, unless the selection `takes_several_budgets`.
+        """
         raise NotImplementedError
+
+    def limits(self, pool: Pool, budgets: Iterable[str] | None = None) -> dict[str, Limit]:
+        """Return {budget: (costs of sets of unprotected units, window)} of all budgets, or of some."""
+        names = (self.budgets or [self.budget]) if budgets is None else budgets
+        windows = {name: self.window(pool, name) for name in names}  # first: an error for a budget of other networks
+        return {name: (self.program(pool, name), window) for name, window in windows.items()}
 
     def removable_units(self, pool: Pool) -> list[Unit]:
         """Return the unprotected units."""
@@ -226,28 +286,34 @@ class Budgeted(Selection):
         check_names(protected, units, "selection.protected", [group(name) for name in names])
         return [name for name in names if name in protected]
 
-    def program(self, pool: Pool) -> Program:
-        """Return the costs of sets of unprotected units; ValueError where these are no sums over the units."""
+    def program(self, pool: Pool, budget: str | None = None) -> Program:
+        """Return the costs of sets of unprotected units, in `budget` or another one.
+
+        Raises ValueError where these are no sums over the units.
+        """
         if pool.cost is not None:
             raise ValueError(
                 "these units are channels, whose costs do not add up; choose selection=uniform for a language model, "
                 "selection=threshold for other networks"
             )
         protected = self.protected_units(pool.units)
-        return pool.program(self.budget).remaining(
+        return pool.program(budget or self.budget).remaining(
             set(), [i for i, unit in enumerate(pool.units) if unit.name not in protected]
         )
 
-    def window(self, pool: Pool) -> tuple[int, int]:
+    def window(self, pool: Pool, budget: str | None = None) -> Window:
         """Return the least and the greatest cost to remove, in whole parameters, MACs, FLOPs or microseconds."""
-        least, tolerance = self.least_removed(pool), Fraction(str(self.tolerance))
-        return math.ceil(least), math.floor(least + tolerance * pool.total(self.budget))
+        budget = budget or self.budget
+        least, tolerance = self.least_removed(pool, budget), Fraction(str(self.get_tolerance(budget)))
+        return math.ceil(least), math.floor(least + tolerance * pool.total(budget))
 
-    def least_removed(self, pool: Pool) -> Fraction:
+    def least_removed(self, pool: Pool, budget: str | None = None) -> Fraction:
         """Return the least cost to remove; raises ValueError for a target that is not below the network's cost."""
-        total = pool.total(self.budget)
+        budget = budget or self.budget
+        total = pool.total(budget)
         if self.target is None:
-            return Fraction(str(self.ratio)) * total  # the decimal number as written, not as rounded to binary
+            ratio = self.ratio if self.budgets is None else self.budgets[budget]
+            return Fraction(str(ratio)) * total  # the decimal number as written, not as rounded to binary
         if not 0 < self.target < total:
             raise ValueError(
                 f"selection.target={self.target:,} is out of range: the whole network has {total:,} {self.budget}; "
@@ -255,28 +321,54 @@ class Budgeted(Selection):
             )
         return total - Fraction(str(self.target))
 
-    def infeasible_window(self, pool: Pool, program: Program, window: tuple[int, int]) -> InfeasibleBudget:
+    def infeasible_window(self, pool: Pool, program: Program, window: Window, budget: str) -> InfeasibleBudget:
         """Return the error for a window in which no set of units costs."""
         largest = greatest_cost(program, sum(program.all_costs))
         below, above = greatest_cost(program, window[0] - 1), least_cost(program, window[1] + 1)
-        return self.infeasible(pool, largest, below, above)
+        return self.infeasible(pool, largest, below, above, budget)
 
-    def infeasible(self, pool: Pool, largest: int, below: int, above: int | None) -> InfeasibleBudget:
-        """Return the error that names the largest removable cost, and the nearest below and above the window."""
-        total, near = pool.total(self.budget), [cost for cost in (below, above) if cost]
+    def infeasible(
+        self, pool: Pool, largest: int, below: int, above: int | None, budget: str | None = None
+    ) -> InfeasibleBudget:
+        """Return the error that names the largest removable cost, and the nearest below and above the window.
+
+        Args:
+            pool: the units.
+            largest: the cost of all removable units.
+            below: the greatest cost below the window.
+            above: the least cost above the window, None where there is none.
+            budget: the cost that is meant; None is `self.budget`.
+        """
+        budget = budget or self.budget
+        total, near = pool.total(budget), [cost for cost in (below, above) if cost]
         if self.target is None:
             asked, most = f"selection.ratio={self.ratio}", f"the largest achievable ratio is {largest / total:.3f}"
+            if self.budgets is not None:
+                asked = f"selection.budgets.{budget}={self.budgets[budget]}"
             nearest = [f"{cost / total:.4f}" for cost in near]
         else:
             asked = f"selection.target={self.target:,}"
             most = f"the smallest cost that can be had is {total - largest:,} of {total:,}"
             nearest = [f"{total - cost:,}" for cost in near]
-        protected = len(self.protected_units(pool.units)) if self.protected else 0
         return InfeasibleBudget(
-            f"{asked} (tolerance {self.tolerance}) of {self.budget} cannot be had: {most}, the nearest achievable "
-            + (" and ".join(nearest) or "none")
-            + (f", with {protected} of {len(pool.units)} units protected (selection.protected)" if protected else "")
+            f"{asked} (tolerance {self.get_tolerance(budget)}) of {budget} cannot be had: {most}, the nearest "
+            f"achievable {' and '.join(nearest) or 'none'}{self.describe_protected(pool)}"
         )
+
+    def infeasible_together(self, pool: Pool, limits: Mapping[str, Limit]) -> InfeasibleBudget:
+        """Return the error for budgets that can be met one by one, but not all at once."""
+        nearest = describe_nearest(limits, pool.totals)
+        tolerance = format_mapping(self.tolerance) if isinstance(self.tolerance, Mapping) else self.tolerance
+        return InfeasibleBudget(
+            f"selection.budgets={format_mapping(self.budgets or {})} (tolerance {tolerance}) cannot be had together: "
+            f"with the other budgets met, {nearest}{self.describe_protected(pool)}; choose other ratios or a "
+            "larger selection.tolerance"
+        )
+
+    def describe_protected(self, pool: Pool) -> str:
+        """Return the end of a message: how many units are protected; empty where none is."""
+        protected = len(self.protected_units(pool.units)) if self.protected else 0
+        return f", with {protected} of {len(pool.units)} units protected (selection.protected)" if protected else ""
 
 
 def group(name: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from criteria.selection.base import Budgeted
-from criteria.selection.solver import Program, is_reachable
+from criteria.selection.solver import Limit, is_reachable
 
 
 @dataclass
@@ -15,7 +15,8 @@ class InOrder(Budgeted):
         """Return the indices of all units, the first to remove first."""
         raise NotImplementedError
 
-    def choose(self, program: Program, scores: Sequence[float], window: tuple[int, int]) -> list[int] | None:
+    def choose(self, limits: Sequence[Limit], scores: Sequence[float]) -> list[int] | None:
+        ((program, window),) = limits
         chosen: set[int] = set()
         spent = 0
         order = self.order(program.costs, scores)

@@ -6,7 +6,7 @@ from itertools import combinations
 
 from criteria.selection.base import Measure, Pool
 from criteria.selection.knapsack import Knapsack
-from criteria.selection.solver import Program, total_harm
+from criteria.selection.solver import Limit, Program, total_harm
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Refined(Knapsack):
                 "choose selection=knapsack"
             )
         names = [unit.name for unit in self.removable_units(pool)]
-        program, window = self.program(pool), self.window(pool)
+        limits = list(self.limits(pool).values())
         best = frozenset(names.index(name) for name in super().select(pool, scores))
         harms = [scores[name] for name in names]
 
@@ -50,7 +50,7 @@ class Refined(Knapsack):
         measured, improved = {best}, True
         while improved and len(measured) < self.evaluations:
             improved = False
-            for plan in neighbours(program, harms, window, best):
+            for plan in neighbours(limits, harms, best):
                 if plan in measured:
                     continue
                 measured.add(plan)
@@ -62,20 +62,18 @@ class Refined(Knapsack):
         return names_of(best)
 
 
-def neighbours(
-    program: Program, scores: Sequence[float], window: tuple[int, int], chosen: frozenset[int]
-) -> list[frozenset[int]]:
-    """Return the sets one swap away whose cost lies in the window, the least summed score first.
+def neighbours(limits: Sequence[Limit], scores: Sequence[float], chosen: frozenset[int]) -> list[frozenset[int]]:
+    """Return the sets one swap away that keep to the limits, the least summed score first.
 
-    A swap exchanges one unit for one. A unit for which the budget allows no such swap takes part in swaps of two units
+    A swap exchanges one unit for one. A unit for which the limits allow no such swap takes part in swaps of two units
     for one and of one for two.
     """
     inside, outside = sorted(chosen), [i for i in range(len(scores)) if i not in chosen]
-    exchanges = list(swaps(program, window, chosen, subsets(inside, 1), subsets(outside, 1)))
+    exchanges = list(swaps(limits, chosen, subsets(inside, 1), subsets(outside, 1)))
     stuck = {*inside, *outside}.difference(*(out | into for out, into in exchanges))
     for leaving, entering in ((1, 2), (2, 1)):
-        stuck_leave = swaps(program, window, chosen, subsets(inside, leaving, stuck), subsets(outside, entering))
-        stuck_enter = swaps(program, window, chosen, subsets(inside, leaving), subsets(outside, entering, stuck))
+        stuck_leave = swaps(limits, chosen, subsets(inside, leaving, stuck), subsets(outside, entering))
+        stuck_enter = swaps(limits, chosen, subsets(inside, leaving), subsets(outside, entering, stuck))
         exchanges += [*stuck_leave, *stuck_enter]
     exchanges.sort(key=lambda swap: (total_harm(scores, swap[1]) - total_harm(scores, swap[0]), *map(sorted, swap)))
     return [chosen - out | into for out, into in exchanges]
@@ -88,27 +86,25 @@ def subsets(units: Sequence[int], count: int, among: Collection[int] | None = No
 
 
 def swaps(
-    program: Program,
-    window: tuple[int, int],
+    limits: Sequence[Limit],
     chosen: frozenset[int],
     leaving: Sequence[frozenset[int]],
     entering: Sequence[frozenset[int]],
 ) -> Iterator[tuple[frozenset[int], frozenset[int]]]:
-    """Yield the pairs (out, in) whose exchange is possible and keeps the cost in the window.
+    """Yield the pairs (out, in) whose exchange is possible and keeps every cost in its window.
 
-    Args:
-        program: costs of sets of units.
-        window: the least and the greatest cost.
-        chosen: the present set.
-        leaving: subsets of `chosen` that may be taken out.
-        entering: sets of other units that may be put in.
+    `leaving` are subsets of `chosen`, the present set, that may be taken out; `entering` are sets of other units that
+    may be put in.
     """
     for out in leaving if entering else ():
         rest = set(chosen - out)
-        spent = program.cost(rest)
+        spent = [program.cost(rest) for program, _ in limits]
         for into in entering:
-            more = freed_by(program, rest, into)
-            if more is not None and window[0] <= spent + more <= window[1]:
+            more = [freed_by(program, rest, into) for program, _ in limits]
+            if all(
+                extra is not None and low <= cost + extra <= high
+                for cost, extra, (_, (low, high)) in zip(spent, more, limits, strict=True)
+            ):
                 yield out, into
 
 

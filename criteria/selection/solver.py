@@ -2,12 +2,15 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
+
+Window = tuple[int, int]
+"""The least and the greatest cost, both included."""
 
 MAX_BITS = 2**27
 """The costs of all sets are enumerated up to this many possible values: as bits of one integer of 16 MiB."""
@@ -82,12 +85,16 @@ class Program:
         )
 
 
+Limit = tuple[Program, Window]
+"""The costs of sets of units, and the window that the cost of the removed ones has to lie in."""
+
+
 def total_harm(scores: Sequence[float], chosen: Collection[int]) -> float:
     """Return the sum of the scores of a set of units."""
     return math.fsum(scores[i] for i in chosen)
 
 
-def is_reachable(program: Program, window: tuple[int, int]) -> bool:
+def is_reachable(program: Program, window: Window) -> bool:
     """Return whether some set of units has a cost within the window (low, high), both ends included."""
     low, high = max(window[0], 0), window[1]
     if low > high or low > sum(program.all_costs):
@@ -132,6 +139,16 @@ def greatest_cost(program: Program, high: int) -> int:
     return program.cost(costliest)
 
 
+def find_extreme_cost(program: Program, window: Window, others: Sequence[Limit], largest: bool) -> int | None:
+    """Return the largest or the smallest cost within a window among the sets that keep to the other limits.
+
+    None where there is no such set.
+    """
+    sign = -1 if largest else 1
+    chosen = solve(program, [sign * cost for cost in program.all_costs], window, others=others)
+    return None if chosen is None else program.cost(chosen)
+
+
 def common_divisor(program: Program) -> int:
     """Return the greatest common divisor of all costs."""
     return math.gcd(*program.all_costs) or 1
@@ -167,9 +184,15 @@ def enumerate_costs(program: Program) -> int:
 
 
 def solve(
-    program: Program, scores: Sequence[float], window: tuple[int, int], limit: float | None = None
+    program: Program,
+    scores: Sequence[float],
+    window: Window,
+    limit: float | None = None,
+    others: Sequence[Limit] = (),
 ) -> list[int] | None:
     """Return the set of units with the least total score whose cost lies within the window; None where no set does.
+
+    Several costs of the same units can be limited at once: each adds one linear constraint to the same program.
 
     HiGHS keeps constraints and gap only to absolute tolerances of 1e-6. Therefore the cost of each solution is checked
     in whole numbers, and the problem is solved again with the scores rescaled to the harm of the best solution so far,
@@ -181,17 +204,18 @@ def solve(
         scores: one per unit, or one per unit and then one per shared part.
         window: the least and the greatest cost, both included.
         limit: sets with a greater total score than this need not be considered.
+        others: further costs, each with its window; the units, shared parts and exclusions are those of `program`.
     """
-    count, size, common = len(program.costs), len(program.all_costs), common_divisor(program)
-    low, high = max(window[0], 0), min(window[1], sum(program.all_costs))
-    if -(-low // common) > high // common:
+    count, size = len(program.costs), len(program.all_costs)
+    limits = [(each, clip_window(each, ends)) for each, ends in ((program, window), *others)]
+    if any(low > high for _, (low, high) in limits):
         return None
     signed = min(scores, default=0) < 0
-    if low <= 0 and not signed:
+    if all(low <= 0 for _, (low, _) in limits) and not signed:
         return []
     every = [*scores, *[0.0] * (size - len(scores))]
     weights = np.array(every)
-    rows = [cost_row(program, (-(-low // common), high // common)), *linear_constraints(program)]
+    rows = [*(cost_row(each, ends) for each, ends in limits), *linear_constraints(program)]
     best: list[int] | None = None
     allowed = np.ones(size)
     unit = float(np.abs(weights).max()) or 1.0
@@ -212,7 +236,7 @@ def solve(
             return best
         assert result.x is not None, result.message
         candidate = [i for i in range(count) if result.x[i] > 0.5]
-        if not low <= program.cost(candidate) <= high:  # within HiGHS' tolerance only: exclude this one set
+        if not fits(candidate, limits):  # within HiGHS' tolerance only: exclude this one set
             signs = np.zeros(size)
             signs[:count] = 1
             signs[candidate] = -1
@@ -227,14 +251,31 @@ def solve(
         limit = reached
 
 
-def cost_row(program: Program, window: tuple[int, int]) -> LinearConstraint:
-    """Return the constraint that the cost lies within the window, which is given in multiples of the common divisor.
+def clip_window(program: Program, window: Window) -> Window:
+    """Return the least and the greatest multiple of the common divisor in the window that a set can cost.
+
+    The least is above the greatest where there is none.
+    """
+    common = common_divisor(program)
+    low, high = max(window[0], 0), min(window[1], sum(program.all_costs))
+    return common * -(-low // common), common * (high // common)
+
+
+def fits(chosen: Collection[int], limits: Iterable[Limit]) -> bool:
+    """Return whether the costs of a set of units lie within their windows, in whole numbers."""
+    return all(low <= program.cost(chosen) <= high for program, (low, high) in limits)
+
+
+def cost_row(program: Program, window: Window) -> LinearConstraint:
+    """Return the constraint that the cost lies within the window, whose ends are multiples of the common divisor.
 
     The window is widened by a quarter of the divisor: no other set fits in, and rounding cannot exclude one that does.
     """
-    costs = np.array([cost // common_divisor(program) for cost in program.all_costs], float)
+    common = common_divisor(program)
+    costs = np.array([cost // common for cost in program.all_costs], float)
     scale = max(1.0, costs.max() / 1e5)
-    return LinearConstraint(costs[None] / scale, (window[0] - 0.25) / scale, (window[1] + 0.25) / scale)
+    low, high = window[0] // common, window[1] // common
+    return LinearConstraint(costs[None] / scale, (low - 0.25) / scale, (high + 0.25) / scale)
 
 
 def linear_constraints(program: Program) -> list[LinearConstraint]:

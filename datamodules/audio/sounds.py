@@ -256,6 +256,9 @@ class Sounds(ListedSource):
     def raw(self, index: int) -> bytes:
         return read_file(self.files[index])
 
+    def describe_sample(self, index: int) -> str:
+        return describe_sound(self.name(index), self.files[index])
+
     def sizes(self, indices: np.ndarray) -> np.ndarray:
         return np.array([file_size(self.files[int(index)]) for index in indices], np.int64)
 
@@ -273,6 +276,15 @@ class Sounds(ListedSource):
         if (len(self.kept) + 1) * picture.size <= KEPT_BYTES:
             self.kept[index] = picture
         return picture
+
+
+def describe_sound(name: str, file: Path | BinaryIO) -> str:
+    """Return the form of an encoded sound, such as "WAV, 8000 Hz, 1 channel". Raises BadSample, with the name."""
+    try:
+        sound = soundfile.info(file)
+    except (OSError, RuntimeError) as error:
+        raise BadSample(f"{name} cannot be used: {error}") from error
+    return f"{sound.format}, {sound.samplerate} Hz, {sound.channels} channel{'s' * (sound.channels > 1)}"
 
 
 def find_class(file: Path, label: str | None) -> str:
@@ -311,6 +323,9 @@ class HuggingFaceSounds(HuggingFace):
     ) -> None:
         super().__init__(path, split, audio, label, mel.bins, "L", caption, subset, data_files, start=start, stop=stop)
         self.mel = mel
+
+    def describe_sample(self, index: int) -> str:
+        return describe_sound(self.name(index), io.BytesIO(self.raw(index)))
 
     def decode(self, encoded: list[tuple[str, Path | bytes | None]]) -> Record:
         return {"image": decode_sounds(encoded, self.mel)}

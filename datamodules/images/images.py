@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from datamodules.bad_samples import BadSampleCounter, read_or_replace, take_or_replace
-from datamodules.base import DataModule, Samples
+from datamodules.base import DataModule, Preview, Samples
 from datamodules.inventory import describe_data, fingerprint_source, list_names, match_labels
 from datamodules.latents import StoredSplit, check_augmentation, read_manifest
 from datamodules.readers.base import MissingData, Record, Source
@@ -193,6 +193,17 @@ class Images(DataModule):
     def training(self, seed: int) -> ImageSet:
         return self.dataset("train", seed, self.flip, self.crop)
 
+    def make_previews(self, batch: dict[str, Any]) -> list[Preview]:
+        previews = super().make_previews(batch)
+        pictures = batch.get("image")  # stored latents have none
+        for row, preview in enumerate(previews):
+            if pictures is not None:
+                values = (pictures[row].permute(1, 2, 0) + 1) * 127.5
+                preview.picture = values.round().clamp(0, 255).to(torch.uint8).numpy()
+            preview.caption = batch["caption"][row] if "caption" in batch else None
+            preview.label = int(batch["label"][row]) if int(batch["label"][row]) >= 0 else None
+        return previews
+
     def take(self, split: str, indices: np.ndarray) -> Record:
         """Return some samples as the source has them: images uint8 (N,H,W,C), bad ones replaced as in `subset`."""
         source = self.source(split)
@@ -248,6 +259,8 @@ def image_folder(
     get: str | None = None,
     statistics: dict[str, str] | None = None,
     max_bad_fraction: float = 0.01,
+    fit: str = "crop",
+    pixel_range: list[float] | None = None,
 ) -> Images:
     """Return the data set of one folder of pictures, of which some are held out.
 
@@ -259,6 +272,7 @@ def image_folder(
         mode: RGB, or L for grey.
         seed: see Images, as `flip`, `crop`, `num_workers`, `statistics` and `max_bad_fraction`.
         captions: see Folder, as `file_column`, `caption_column`, `box` and `get`.
+        fit: see PictureForm, as `pixel_range`.
     """
     source = functools.partial(
         Folder,
@@ -270,6 +284,8 @@ def image_folder(
         caption_column=caption_column,
         box=box,
         get=get,
+        fit=fit,
+        pixel_range=pixel_range,
     )
     return hold_out(
         source,
@@ -299,6 +315,8 @@ def image_shards(
     max_missing: float = 0.05,
     statistics: dict[str, str] | None = None,
     max_bad_fraction: float = 0.01,
+    fit: str = "crop",
+    pixel_range: list[float] | None = None,
 ) -> Images:
     """Return the data set of tar files of pictures, of which some samples are held out.
 
@@ -310,9 +328,21 @@ def image_shards(
         mode: RGB, or L for grey.
         seed: see Images, as `flip`, `crop`, `num_workers`, `statistics` and `max_bad_fraction`.
         images: see Shards, as `path`, `caption` and `max_missing`.
+        fit: see PictureForm, as `pixel_range`.
     """
+    source = functools.partial(
+        Shards,
+        path,
+        size,
+        mode,
+        images=images,
+        caption=caption,
+        max_missing=max_missing,
+        fit=fit,
+        pixel_range=pixel_range,
+    )
     return hold_out(
-        functools.partial(Shards, path, size, mode, images=images, caption=caption, max_missing=max_missing),
+        source,
         holdout_images,
         batch_size=batch_size,
         seed=seed,

@@ -1,5 +1,6 @@
 """Pictures in arrays: npz archives and tiles of one large picture."""
 
+import functools
 import re
 import zipfile
 import zlib
@@ -11,11 +12,13 @@ import numpy as np
 from PIL import Image
 
 from datamodules.readers.base import LazyTexts, ListedSource, MissingData, Record, check_whole_labels, located
+from datamodules.readers.pictures import PictureForm
+from datamodules.seeding import numpy_rng
 
 FORMATS = (
     (b"\x93NUMPY", "a single array (.npy)", "save it as .npz, by its name: numpy.savez(file, x=array)"),
-    (b"\x1f\x8b", "compressed by gzip", "unpack it first (gunzip)"),
-    (b"\x00\x00", "an IDX file, as MNIST comes", "convert it: numpy.savez(file, x=images), uint8 of (N, H, W, C)"),
+    (b"\x1f\x8b", "compressed by gzip", "unpack it first (gunzip); MNIST's IDX files are read by data=idx as they are"),
+    (b"\x00\x00", "an IDX file, as MNIST comes", "read it by data=idx (datamodules.readers.idx.Idx)"),
     (b"\x80", "pickled, which is never opened", "convert it where you trust it: numpy.savez(file, x=images)"),
 )
 """First bytes of files that are no .npz, what they are, and what to do."""
@@ -25,13 +28,17 @@ class Arrays(ListedSource):
     """Images held in memory.
 
     Args:
-        images: uint8 (N,H,W,C).
+        images: (N,H,W,C) or grey (N,H,W); uint8, or other numbers, which are scaled as in PictureForm.
         labels: whole numbers (N,); None for images without labels.
         names: name of each class, from label 0 on; with names each image has a caption.
         caption: the caption, in which {} stands for the name of the class; "a {}" becomes "an {}" before a vowel.
+        size: edge of the square images in pixels; None leaves them as they are.
+        mode: RGB, or L for grey; None leaves the channels as they are.
+        fit: see PictureForm, as `pixel_range`.
 
     Raises:
         ValueError: labels are not whole numbers, or one of them has no name.
+        BadSample: (from `take`) numbers of an image have no known range.
     """
 
     def __init__(
@@ -40,8 +47,16 @@ class Arrays(ListedSource):
         labels: np.ndarray | None = None,
         names: list[str] | None = None,
         caption: str = "a photo of a {}",
+        size: int | None = None,
+        mode: str | None = None,
+        fit: str = "crop",
+        pixel_range: list[float] | None = None,
     ) -> None:
-        self.images = images
+        self.images = images[..., None] if images.ndim == 3 else images
+        self.form = PictureForm(size, mode or ("L" if self.images.shape[-1] == 1 else "RGB"), fit)
+        self.scaling = PictureForm(None, pixel_range=pixel_range)
+        self.is_scaled = images.dtype != np.uint8 or pixel_range is not None
+        self.is_final = size is None and mode is None and not self.is_scaled
         self.labels = np.full(len(images), -1, np.int64) if labels is None else check_whole_labels(labels, "the array")
         self.class_names = names
         self.captions: Sequence[str] | None = None
@@ -67,12 +82,26 @@ class Arrays(ListedSource):
     def listing(self) -> bytes:
         return self.labels.tobytes()
 
+    def describe_sample(self, index: int) -> str:
+        height, width, channels = self.images.shape[1:]
+        return f"array of {self.images.dtype}, {'RGB' if channels == 3 else 'L'}, {width}x{height}"
+
+    def picture(self, index: int) -> Image.Image:
+        """Return an image of the array as a picture of 8 bits."""
+        values = self.images[index]
+        values = self.scaling.scale(values) if self.is_scaled else values
+        return Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
+
     def phrase(self, index: int) -> str:
         """Return the caption of an image."""
         return self.phrases[self.labels[index]]
 
     def take(self, indices: np.ndarray) -> Record:
-        record = {"image": self.images[indices], "label": self.labels[indices]}
+        if self.is_final:
+            record: Record = {"image": self.images[indices]}
+        else:
+            record = self.form.decode((self.name(int(i)), functools.partial(self.picture, int(i))) for i in indices)
+        record["label"] = self.labels[indices]
         return record if self.captions is None else record | {"caption": [self.captions[int(i)] for i in indices]}
 
 
@@ -88,10 +117,11 @@ class Npz(Arrays):
 
     Args:
         path: the file; a relative one is looked up in $SECATEUR_DATA, too.
-        images: name of the array of images, uint8 (N,H,W,C).
+        images: name of the array of images, (N,H,W,C) or grey (N,H,W): uint8, uint16, or others with `pixel_range`.
         labels: name of the array of labels, whole numbers (N,); None for none.
-        names: see Arrays, as `caption`.
+        names: see Arrays, as `caption`, `size`, `mode`, `fit` and `pixel_range`.
         get: how to get the file, for the message where it is missing.
+        start: see select_part, as `stop`.
 
     Raises:
         MissingData: the file does not exist.
@@ -106,6 +136,12 @@ class Npz(Arrays):
         names: list[str] | None = None,
         caption: str = "a photo of a {}",
         get: str | None = None,
+        size: int | None = None,
+        mode: str | None = None,
+        fit: str = "crop",
+        pixel_range: list[float] | None = None,
+        start: int = 0,
+        stop: int | None = None,
     ) -> None:
         file = located(path, get)
         check_npz(file)
@@ -114,11 +150,7 @@ class Npz(Arrays):
                 if key not in archive:
                     raise ValueError(f"{file} has no array {key!r}; it has: {', '.join(archive.files)}")
             pixels = read_array(archive, images, file)
-            if pixels.dtype != np.uint8 or pixels.ndim != 4:
-                raise ValueError(
-                    f"{file}: array {images!r} is {pixels.dtype} of shape {pixels.shape}; "
-                    "images are uint8 of (N, H, W, C)"
-                )
+            check_images(pixels, f"{file}: array {images!r}", pixel_range)
             classes = (
                 check_whole_labels(read_array(archive, labels, file), f"{file}, array {labels!r}") if labels else None
             )
@@ -127,7 +159,33 @@ class Npz(Arrays):
                     f"{file}: array {labels!r} has the shape {classes.shape}; of {len(pixels)} images it is "
                     f"({len(pixels)},)"
                 )
-            super().__init__(pixels, classes, names, caption)
+        pixels, classes = select_part(pixels, classes, start, stop)
+        super().__init__(pixels, classes, names, caption, size, mode, fit, pixel_range)
+
+
+def check_images(images: np.ndarray, name: str, pixel_range: list[float] | None) -> None:
+    """Raise ValueError, with the `name` of the array, unless an array holds images of a known range of values."""
+    is_known = images.dtype in (np.uint8, np.uint16) or (pixel_range is not None and images.dtype.kind in "uif")
+    is_grey = images.ndim == 3 and images.shape[-1] > 4  # else it is a single picture with its channels
+    if not is_known or not (is_grey or images.ndim == 4):
+        raise ValueError(
+            f"{name} is {images.dtype} of shape {images.shape}; images are uint8 or uint16 of (N, H, W, C), or of "
+            "(N, H, W) where they are grey; for numbers of another type set data.train.pixel_range and "
+            "data.holdout.pixel_range, the values that become black and white, such as [0, 1]"
+        )
+
+
+def select_part(
+    images: np.ndarray, labels: np.ndarray | None, start: int, stop: int | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the images and labels from `start` to `stop` of a random order that depends on their number alone.
+
+    The selected ones stay in the order of the array.
+    """
+    if start == 0 and stop is None:
+        return images, labels
+    numbers = np.sort(numpy_rng("arrays", len(images)).permutation(len(images))[start:stop])
+    return images[numbers], None if labels is None else labels[numbers]
 
 
 def check_npz(file: Path) -> None:

@@ -1,4 +1,4 @@
-"""The interface of all readers of samples, and the decoding of pictures.
+"""The interface of all readers of samples.
 
 A source is a sized collection that returns a batch of uint8 (N,H,W,C) images with labels. A data set is one YAML file
 that names a source as `_target_`; conf/data/ has examples.
@@ -7,17 +7,12 @@ that names a source as `_target_`; conf/data/ has examples.
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-
-MIN_EDGE = 4
-"""Pixels of the shorter edge. A smaller picture is a placeholder, as web servers send them, and a BadSample."""
-MAX_16_BIT = 65535
-"""The largest value of a 16-bit picture."""
+from PIL import Image
 
 
 class MissingData(FileNotFoundError):
@@ -66,6 +61,14 @@ class ListedSource:
     def raw(self, index: int) -> bytes:
         """Return a sample as it is stored, not decoded. Raises BadSample where it cannot be read."""
         raise NotImplementedError
+
+    def describe_sample(self, index: int) -> str:
+        """Return the form in which a sample is stored, such as "PNG, I;16, 512x384". Raises BadSample."""
+        try:
+            with Image.open(io.BytesIO(self.raw(index))) as image:
+                return f"{image.format}, {image.mode}, {image.width}x{image.height}"
+        except (OSError, ValueError, SyntaxError) as error:
+            raise BadSample(f"{self.name(index)} cannot be used: no known format of pictures") from error
 
     def sizes(self, indices: np.ndarray) -> np.ndarray | None:
         """Return the size of `raw` of some samples in bytes; None where only reading them would tell."""
@@ -122,38 +125,6 @@ def find_content(cell: Any) -> Path | bytes | None:
     return cell
 
 
-def decode_pictures(
-    pictures: Iterable[tuple[str, Path | bytes | None]],
-    size: int,
-    mode: str = "RGB",
-    box: Sequence[int] | None = None,
-) -> Record:
-    """Decode pictures, crop each to a square at its centre and resize it: "image", "original_size" and "crop".
-
-    Args:
-        pictures: (name, content or file) of each picture; the name is for messages.
-        size: edge of the returned images in pixels.
-        mode: RGB, or L for grey.
-        box: (left, top, right, bottom) in pixels, to which each picture is cropped first; None for the whole picture.
-
-    Raises:
-        BadSample: a picture cannot be decoded, is smaller than `box`, or has an edge below MIN_EDGE.
-    """
-    records = []
-    for name, content in pictures:
-        try:
-            if not content:
-                raise BadSample("it has no content")
-            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-                records.append(resize_square(convert_picture(image, mode, box), size))
-        except UnidentifiedImageError as error:  # its own message holds an address in memory
-            raise BadSample(f"{name} cannot be used: no known format of pictures") from error
-        except Exception as error:  # decoders raise almost any type for damaged files
-            kind = "" if isinstance(error, BadSample) else f"{type(error).__name__}: "
-            raise BadSample(f"{name} cannot be used: {kind}{error}") from error
-    return merge_records(records)
-
-
 def check_whole_labels(labels: Any, name: str) -> np.ndarray:
     """Return labels as int64. Raises ValueError, with the name of their array, unless they are whole numbers."""
     array = np.asarray(labels)
@@ -176,45 +147,6 @@ def merge_records(records: Sequence[Record]) -> Record:
         parts = [record[key] for record in records]
         merged[key] = np.concatenate(parts) if isinstance(value, np.ndarray) else list(itertools.chain(*parts))
     return merged
-
-
-def convert_picture(image: Image.Image, mode: str, box: Sequence[int] | None = None) -> Image.Image:
-    """Return a picture in `mode` (RGB or L), upright as its EXIF says, in 8 bits, on white where it is transparent.
-
-    Raises BadSample for pixels without a known range, and for a picture smaller than `box` or MIN_EDGE.
-    """
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F":
-        raise BadSample("floating-point pixels have no known range")
-    if image.mode.startswith("I"):  # PIL would clip 16 bits to 8 instead of scaling them
-        values = np.asarray(image).clip(0, MAX_16_BIT) / (MAX_16_BIT / 255)
-        image = Image.fromarray(values.round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert(mode)
-    if box is not None:
-        if image.width < box[2] or image.height < box[3]:
-            raise BadSample(f"its {image.width}x{image.height} pixels do not hold the box {tuple(box)}")
-        image = image.crop((box[0], box[1], box[2], box[3]))
-    if min(image.size) < MIN_EDGE:
-        raise BadSample(f"it has {image.width}x{image.height} pixels; the least is {MIN_EDGE}x{MIN_EDGE}")
-    return image
-
-
-def resize_square(image: Image.Image, size: int) -> Record:
-    """Return the record of one picture, cropped to a square at its centre and resized with Lanczos' filter."""
-    edge = min(image.size)
-    left, top = (image.width - edge) // 2, (image.height - edge) // 2
-    pixels = np.asarray(image)
-    if image.size != (size, size):
-        box = (left, top, left + edge, top + edge)
-        pixels = np.asarray(image.crop(box).resize((size, size), Image.Resampling.LANCZOS))
-    return {
-        "image": pixels.reshape(1, size, size, -1),
-        "original_size": np.array([(image.height, image.width)], np.int64),
-        "crop": np.array([(top * size // edge, left * size // edge)], np.int64),
-    }
 
 
 def first_available(**sources: object) -> Source:

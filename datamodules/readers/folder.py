@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.readers.base import BadSample, LazyTexts, ListedSource, MissingData, Record, decode_pictures, located
+from datamodules.readers.base import BadSample, LazyTexts, ListedSource, MissingData, Record, located
+from datamodules.readers.pictures import PictureForm
 from datamodules.seeding import numpy_rng
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -46,7 +47,7 @@ class PackedBytes(Sequence[bytes]):
 class Folder(ListedSource):
     """Every picture in a folder and its subfolders, decoded when it is taken.
 
-    Pictures are cropped to a square at their centre and resized. They are shuffled once, as a function of their number
+    Pictures are made squares of one size, see PictureForm. They are shuffled once, as a function of their number
     alone, so that [start, stop) has its share of every subfolder. The class of a picture is its own folder; labels
     number the classes in alphabetical order.
 
@@ -63,6 +64,7 @@ class Folder(ListedSource):
         box: (left, top, right, bottom) in pixels, to which each picture is cropped first.
         classes: folder whose subfolders are the classes to number, instead of those that hold pictures here.
         get: how to get the data, for the message where they are missing.
+        fit: see PictureForm, as `pixel_range`.
 
     Raises:
         MissingData: the folder or the table does not exist, or the folder has no pictures.
@@ -83,7 +85,10 @@ class Folder(ListedSource):
         box: list[int] | None = None,
         classes: str | None = None,
         get: str | None = None,
+        fit: str = "crop",
+        pixel_range: list[float] | None = None,
     ) -> None:
+        self.form = PictureForm(size, mode, fit, pixel_range, box)
         self.root = located(path, get)
         if not self.root.is_dir():
             raise MissingData(f"{self.root} is not a folder: `path` names the folder that holds the pictures")
@@ -99,7 +104,6 @@ class Folder(ListedSource):
         order = numpy_rng("folder", len(names)).permutation(len(names))[start:stop]
         self.names = PackedBytes(os.fsencode(names[i]) for i in order)
         self.labels = np.array([numbers[parents[i]] for i in order], np.int64)
-        self.size, self.mode, self.box = size, mode, box
         self.table = None if captions in (None, "txt") else self.root / captions
         self.captions: Sequence[str] | None = None
         if captions is not None:
@@ -127,7 +131,7 @@ class Folder(ListedSource):
 
     def take(self, indices: np.ndarray) -> Record:
         files = [self.file(int(index)) for index in indices]
-        record = decode_pictures([(str(file), file) for file in files], self.size, self.mode, self.box)
+        record = self.form.decode([(str(file), file) for file in files])
         record["label"] = self.labels[indices]
         return record if self.captions is None else record | {"caption": [self.captions[int(i)] for i in indices]}
 

@@ -12,10 +12,10 @@ from datamodules.readers.base import (
     ListedSource,
     MissingData,
     Record,
-    decode_pictures,
     find_content,
 )
 from datamodules.readers.folder import read_file
+from datamodules.readers.pictures import PictureForm
 from datamodules.seeding import numpy_rng
 
 
@@ -74,6 +74,7 @@ class HuggingFace(ListedSource):
         caption: column of captions; None for none.
         start: number of the first row that is used, of the rows in a random order that depends on their number alone.
         stop: number after the last row that is used. The used rows stay in the order of the table.
+        fit: see PictureForm, as `pixel_range`.
 
     Raises:
         MissingData, ValueError: see hub_table; ValueError also for a column of the wrong type.
@@ -94,7 +95,10 @@ class HuggingFace(ListedSource):
         revision: str | None = None,
         start: int = 0,
         stop: int | None = None,
+        fit: str = "crop",
+        pixel_range: list[float] | None = None,
     ) -> None:
+        self.form = PictureForm(size or None, mode, fit, pixel_range)
         wanted = [column for column in (image, label, caption) if column is not None]
         table = hub_table(path, split, wanted, subset, data_files, revision)
         if caption is not None and getattr(table.features[caption], "dtype", "") not in ("string", "large_string"):
@@ -115,7 +119,6 @@ class HuggingFace(ListedSource):
             table = table.cast_column(image, type(feature)(decode=False))
         self.table = table
         self.path, self.split, self.image, self.label, self.caption = path, split, image, label, caption
-        self.size, self.mode = size, mode
         self.texts = table.select_columns([caption]) if caption is not None else None
         self.captions = None if caption is None else LazyTexts(len(table), self.text)
 
@@ -138,7 +141,7 @@ class HuggingFace(ListedSource):
         return [(self.name(int(i)), find_content(cell)) for i, cell in zip(indices, rows[self.image], strict=True)]
 
     def decode(self, encoded: list[tuple[str, Path | bytes | None]]) -> Record:
-        return decode_pictures(encoded, self.size, self.mode)
+        return self.form.decode(encoded)
 
     def take(self, indices: np.ndarray) -> Record:
         rows = self.table[[int(index) for index in indices]]

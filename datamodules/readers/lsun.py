@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.readers.base import ListedSource, MissingData, Record, decode_pictures, located
+from datamodules.readers.base import ListedSource, MissingData, Record, located
 from datamodules.readers.folder import PackedBytes
+from datamodules.readers.pictures import PictureForm
 from datamodules.seeding import numpy_rng
 
 
@@ -23,6 +24,7 @@ class Lmdb(ListedSource):
         start: number of the first key that is used, of the keys in a random order that depends on their number alone.
         stop: number after the last key that is used. The used keys stay in the order of the database.
         get: how to get the data, for the message where they are missing.
+        fit: see PictureForm, as `pixel_range`.
 
     Raises:
         MissingData: the folder has no data.mdb.
@@ -40,11 +42,14 @@ class Lmdb(ListedSource):
         start: int = 0,
         stop: int | None = None,
         get: str | None = None,
+        fit: str = "crop",
+        pixel_range: list[float] | None = None,
     ) -> None:
+        self.form = PictureForm(size, mode, fit, pixel_range)
         folder = located(path, get)
         if folder.is_dir() and not (folder / "data.mdb").exists():
             raise MissingData(f"{folder} has no data.mdb: `path` names the folder of an LMDB, unpacked")
-        self.path, self.size, self.mode = folder, size, mode
+        self.path = folder
         with open_lmdb(folder) as environment, environment.begin() as transaction:
             keys = PackedBytes(bytes(key) for key in transaction.cursor().iternext(values=False))
         self.keys, total = keys, len(keys)
@@ -69,7 +74,7 @@ class Lmdb(ListedSource):
     def take(self, indices: np.ndarray) -> Record:
         with open_lmdb(self.path) as environment, environment.begin() as transaction:
             pictures = [(self.name(int(i)), transaction.get(self.key(int(i)))) for i in indices]
-        return decode_pictures(pictures, self.size, self.mode) | {"label": np.full(len(indices), -1, np.int64)}
+        return self.form.decode(pictures) | {"label": np.full(len(indices), -1, np.int64)}
 
 
 def open_lmdb(path: Path) -> Any:

@@ -13,10 +13,10 @@ from datamodules.readers.base import (
     MissingData,
     Record,
     data_root,
-    decode_pictures,
     find_content,
 )
 from datamodules.readers.hub import check_caption, check_label, stored_bytes
+from datamodules.readers.pictures import PictureForm
 from datamodules.seeding import numpy_rng
 
 
@@ -38,6 +38,7 @@ class Parquet(ListedSource):
         start: number of the first row that is used, of the rows in a random order that depends on their number alone.
         stop: number after the last row that is used. The used rows stay in the order of the files.
         get: how to get the data, for the message where they are missing.
+        fit: see PictureForm, as `pixel_range`.
 
     Raises:
         MissingData: there are no files.
@@ -56,13 +57,16 @@ class Parquet(ListedSource):
         start: int = 0,
         stop: int | None = None,
         get: str | None = None,
+        fit: str = "crop",
+        pixel_range: list[float] | None = None,
     ) -> None:
+        self.form = PictureForm(size, mode, fit, pixel_range)
         try:
             from pyarrow import parquet  # noqa: PLC0415  an optional extra
         except ImportError as error:
             raise MissingData(f"{path} needs the reader of Parquet: pip install -e '.[hf]'") from error
         self.files = find_files(path, get)
-        self.image, self.label, self.caption, self.size, self.mode = image, label, caption, size, mode
+        self.image, self.label, self.caption = image, label, caption
         self.columns = list(dict.fromkeys(column for column in (image, label, caption) if column is not None))
         groups, counts = [], []
         for number, file in enumerate(self.files):
@@ -151,9 +155,7 @@ class Parquet(ListedSource):
         rows: list[Any] = [None] * len(indices)
         for number in order:
             rows[number] = self.row(int(indices[number]))
-        record = decode_pictures(
-            [(name, find_content(cells[self.image])) for name, cells in rows], self.size, self.mode
-        )
+        record = self.form.decode([(name, find_content(cells[self.image])) for name, cells in rows])
         labels = [check_label(cells[self.label], name) for name, cells in rows] if self.label else -1
         record["label"] = np.full(len(rows), labels, np.int64)
         return (

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from datamodules.readers.base import BadSample, LazyTexts, ListedSource, MissingData, Record, data_root, decode_pictures
+from datamodules.readers.base import BadSample, LazyTexts, ListedSource, MissingData, Record, data_root
 from datamodules.readers.folder import EXTENSIONS
+from datamodules.readers.pictures import PictureForm
 from datamodules.readers.shard_index import (
     MISSING,
     TWICE,
@@ -72,6 +73,7 @@ class Shards(ListedSource):
         images: suffixes of pictures; the first of these that a sample has is its picture. None for the usual ones.
         caption: suffix of the member that is the caption, or json.FIELD for a field of the json member; None for none.
         max_missing: share of the shards that may be missing, with a warning.
+        fit: see PictureForm, as `pixel_range`.
 
     Raises:
         MissingData: no shard exists, or more than `max_missing` of them do not; the message lists them.
@@ -89,8 +91,10 @@ class Shards(ListedSource):
         images: list[str] | None = None,
         caption: str | None = "txt",
         max_missing: float = 0.05,
+        fit: str = "crop",
+        pixel_range: list[float] | None = None,
     ) -> None:
-        self.size, self.mode = size, mode
+        self.form = PictureForm(size, mode, fit, pixel_range)
         self.column, self.field = TEXT, ""
         if caption is not None and caption.startswith("json."):
             self.column, self.field, caption = JSON, caption.removeprefix("json."), "json"
@@ -119,7 +123,7 @@ class Shards(ListedSource):
 
     def take(self, indices: np.ndarray) -> Record:
         numbers = [int(index) for index in indices]
-        record = decode_pictures(((self.name(i), self.member(i, IMAGE)) for i in numbers), self.size, self.mode)
+        record = self.form.decode((self.name(i), self.member(i, IMAGE)) for i in numbers)
         for row, number in enumerate(numbers):
             if self.offset[number, JSON] != MISSING:
                 meta = self.meta(number)

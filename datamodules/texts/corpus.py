@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from datamodules.base import DataModule, Samples
+from datamodules.base import DataModule, Preview, Samples
 from datamodules.readers.base import BadSample, MissingData, Source
 from datamodules.readers.hub import HuggingFace
 from datamodules.seeding import numpy_rng, torch_rng
@@ -245,6 +245,16 @@ class Tokens(DataModule):
 
     def training(self, seed: int) -> Samples:
         return self.dataset("train", seed)
+
+    def make_previews(self, batch: dict[str, Any]) -> list[Preview]:
+        previews = super().make_previews(batch)
+        for row, preview in enumerate(previews):
+            tokens = batch["tokens"][row].tolist()
+            if "mask" in batch:  # without the padding, and without a prompt that is no target
+                tokens = [token for token, counts in zip(tokens, batch["mask"][row].tolist(), strict=True) if counts]
+            decode = self.tokenizer.decode
+            preview.text = " ".join(map(str, tokens)) if decode is None else decode(tokens)
+        return previews
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"length": self.length}

@@ -148,4 +148,5 @@ def tokenizer(path: str | None) -> Tokenizer:
         loaded.eos_token_id,
         adds_bos=loaded.bos_token_id in loaded.encode(""),
         needs_bos=needs_bos(loaded),
+        decode=loaded.decode,
     )

@@ -21,6 +21,7 @@ class Tokenizer:
         eos: id of the token for the end of a text; None where there is none.
         adds_bos: the original tokenizer puts `bos` before a text by itself.
         needs_bos: networks with this tokenizer predict badly without `bos` before every sample.
+        decode: returns the text of ids; None where they cannot be shown as text.
     """
 
     def __init__(
@@ -31,7 +32,9 @@ class Tokenizer:
         eos: int | None = None,
         adds_bos: bool = True,
         needs_bos: bool = False,
+        decode: Callable[[list[int]], str] | None = None,
     ) -> None:
+        self.decode = decode
         self.encode, self.vocabulary, self.bos, self.eos = encode, vocabulary, bos, eos
         self.adds_bos, self.needs_bos = adds_bos, needs_bos
 

@@ -1,7 +1,6 @@
 """Files and folders that are complete or absent, and the hashes by which a later process sees whether they changed."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -13,16 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from lightning_modules.disk import explain_full_disk
+
 TEMPORARY = "?" * 8
 """The random ending of a temporary file or folder, as a pattern: tempfile makes endings of eight characters."""
 
 
 class UnwritableDirectory(OSError):
     """A folder for runs, or for what they share, cannot be made or written to."""
-
-
-class DiskFull(OSError):
-    """No space is left for a file; the message names the file and says how much is free."""
 
 
 class StaleArtefact(ValueError):
@@ -161,25 +158,3 @@ def check_fresh(path: Path, origin: str, stored: str, wanted: str) -> None:
 
 SHOWN_LENGTHS = (16, 64)
 """How many characters of two ids a message shows: the first of these numbers at which the ids differ."""
-
-
-@contextlib.contextmanager
-def explain_full_disk(path: Path) -> Iterator[None]:
-    """Raise DiskFull, naming `path` and the free space, in place of an error that says that the disk is full."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, DiskFull) or not is_disk_full(error):
-            raise
-        existing = next(folder for folder in path.parents if folder.exists())
-        free = shutil.disk_usage(existing).free
-        raise DiskFull(
-            f"no space is left on the disk for {path} ({free:,} bytes are free): {error}. Make room, or choose other "
-            "folders with paths.runs=... and paths.cache=...; the same command then goes on"
-        ) from error
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Tell whether an error says that a disk or a quota is full; errors of safetensors have it in their text alone."""
-    number = getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error)

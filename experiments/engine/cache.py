@@ -12,7 +12,6 @@ from typing import Any
 from experiments.engine.artefacts import (
     CACHE_SETTING,
     digest,
-    explain_full_disk,
     find_changed_files,
     hash_files,
     list_partials,
@@ -23,6 +22,7 @@ from experiments.engine.artefacts import (
 )
 from experiments.engine.locks import hold_lock
 from experiments.engine.ranks import ask_rank_zero, is_rank_zero
+from lightning_modules.disk import explain_full_disk
 
 log = logging.getLogger(__name__)
 

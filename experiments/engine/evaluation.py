@@ -161,7 +161,7 @@ class Evaluator:
             entries["plan/achieved_ratio"] = 1 - ratio
             if not window[0] <= 1 - ratio <= window[1]:
                 print(
-                    f"the built student saves {1 - ratio:.3f} of the latency instead of selection.ratio={window[0]} "
+                    f"the built student saves {1 - ratio:.3f} of the latency instead of the ratio {window[0]} "
                     f"(tolerance {window[1] - window[0]:g}): what single units save does not add up"
                 )
         return entries

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ NO_EFFECT = {
     "export": ("push_to_hub",),
 }
 """{group: fields} that are no part of a run's identity: they cannot change a result, or (devices) only by rounding."""
+
+LATER_FIELDS: dict[str, dict[str, Any]] = {
+    "data": {"bos": "auto", "fit": "crop", "pixel_range": None, "box": None, "captions": None},
+    "selection": {"budgets": None, "pareto": False},
+}
+"""{group: {field: default}}: fields that configurations did not have at first. At their defaults they are no part of a
+run's identity, so that runs from before them keep their ids."""
 
 PACKAGES = ("conf", "criteria", "datamodules", "experiments", "lightning_modules")
 """This project's own packages."""
@@ -121,18 +129,34 @@ def replace_latents_path(cfg: DictConfig, content: Any) -> Any:
 def drop_settings_without_effect(config: Any) -> dict[str, Any]:
     """Return plain values of a configuration without what cannot change a result."""
     content: dict[str, Any] = drop_modules(make_portable(config))
-    content["evaluation"].pop("images", None)  # the measures that use it contain its value
+    # Measures that use `images` contain its value; `fits` only decides whether a warning is printed.
+    for name in ("images", "every_n_steps", "training_samples", "fits"):
+        content["evaluation"].pop(name, None)
     for group, names in NO_EFFECT.items():
-        if group == "evaluation" and (content["selection"] or {}).get("budget") == "latency":
+        if group == "evaluation" and decides_by_latency(content["selection"] or {}):
             continue  # latencies decide the plan, so their settings have an effect
         for name in names:
             ((content[group] or {}) if group else content).pop(name, None)
     for name in NO_EFFECT["data"]:
         (content["calibration"].get("data") or {}).pop(name, None)
-    for data in (content["data"], content["calibration"].get("data")):
-        if (data or {}).get("bos") == "auto":  # a later key: runs from before it keep their ids
-            del data["bos"]
+    for parent, group in ((content, "data"), (content["calibration"], "data"), (content, "selection")):
+        if parent.get(group) is not None:
+            parent[group] = drop_later_fields(parent[group], LATER_FIELDS[group])
     return content
+
+
+def decides_by_latency(selection: Mapping[str, Any]) -> bool:
+    """Tell whether measured latencies decide the plan of a selection, given its configuration."""
+    return "latency" in (selection.get("budgets") or [selection.get("budget")])
+
+
+def drop_later_fields(node: dict[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a group without those `later` fields that have their defaults."""
+    return {
+        key: drop_later_fields(value, later) if isinstance(value, dict) else value
+        for key, value in node.items()
+        if key not in later or value != later[key]
+    }
 
 
 def fingerprint(files: list[Path], cache: Path) -> str:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from conf.schema import RESERVED, build
 from datamodules.readers.base import MissingData
 from experiments.engine.artefacts import digest
-from experiments.engine.cache import is_intact, write_shared_file
+from experiments.engine.cache import is_intact, lock_entry, write_shared_file
 from experiments.engine.identity import RESULT_VERSION
 from experiments.engine.ranks import ask_rank_zero, barrier, is_rank_zero
 from lightning_modules.metrics.features import Features, resized
@@ -103,11 +103,12 @@ class TrainingImages:
     def load_or_compute(self, features: Features) -> Statistics:
         """Return the statistics from the cache, where they are written first if need be."""
         path = self.locate("statistics", features)
-        if not ask_rank_zero(is_intact(path)):
-            title = f"{features.name} of {self.count} training images"
-            parts = in_parts(self.count, lambda part: features(self.read_images(part), self.device), title)
-            statistics = Statistics.of_parts(parts, "reference images")
-            write_on_rank_zero(path, lambda partial: statistics.save(partial, **origin(features)))
+        with lock_entry(path):
+            if not ask_rank_zero(is_intact(path)):
+                title = f"{features.name} of {self.count} training images"
+                parts = in_parts(self.count, lambda part: features(self.read_images(part), self.device), title)
+                statistics = Statistics.of_parts(parts, "reference images")
+                write_on_rank_zero(path, lambda partial: statistics.save(partial, **origin(features)))
         return Statistics.load(path, **origin(features))
 
     def features(self, features: Features) -> np.ndarray:
@@ -116,12 +117,13 @@ class TrainingImages:
         if key not in self.loaded:
             count = min(self.limit, self.count)
             path = self.locate("features", features, limit=count)
-            if not ask_rank_zero(is_intact(path)):
-                indices = np.linspace(0, self.count - 1, count).astype(int)
-                title = f"{features.name} of {count} training images"
-                parts = in_parts(count, lambda part: features(self.read_images(indices[part]), self.device), title)
-                features_ND = np.concatenate(list(parts))
-                write_on_rank_zero(path, lambda partial: save_file({"features": features_ND}, partial))
+            with lock_entry(path):
+                if not ask_rank_zero(is_intact(path)):
+                    indices = np.linspace(0, self.count - 1, count).astype(int)
+                    title = f"{features.name} of {count} training images"
+                    parts = in_parts(count, lambda part: features(self.read_images(indices[part]), self.device), title)
+                    features_ND = np.concatenate(list(parts))
+                    write_on_rank_zero(path, lambda partial: save_file({"features": features_ND}, partial))
             self.loaded[key] = load_file(path)["features"]
         return self.loaded[key]
 
@@ -186,6 +188,51 @@ def check_network_measures(measures: dict[str, NetworkMeasure], taken: Sequence[
                 if f"{name}_{part}" in (*taken, *RESERVED):
                     raise ValueError(f"its part {part} would be {name}_{part}, which is taken; choose another name")
             measure.check(network, data)
+
+
+def list_unfit_measures(cfg: DictConfig, measures: Measures) -> list[str]:
+    """Return a sentence per measure whose features were learnt from other data than the job's, with what to choose.
+
+    `evaluation.fits` lists the data sets, by name, that the features of a measure were learnt from.
+    """
+    data = cfg.data.get("name")
+    sentences = []
+    for name, sets in cfg.evaluation.fits.items():
+        if name not in measures or data in sets:
+            continue
+        instead = getattr(getattr(measures[name], "features", None), "instead", "none")
+        sentence = (
+            f"evaluation.metrics.{name}: its features were learnt from data={sets[0]} and may not tell pictures of "
+            f"data={data} apart: take it for a rough order of this job's networks, and choose evaluation={instead} for "
+            f"figures to report. If data={data} is of that kind, add it to evaluation.fits.{name}"
+        )
+        if name in (cfg.data.get("statistics") or {}):
+            sentence += f". Its reference is the file data.statistics.{name}: see that it was made from data={data}"
+        sentences.append(sentence)
+    return sentences
+
+
+def describe_references(config: Any, protocol: dict[str, Any]) -> list[str]:
+    """Return a sentence per measure that compares samples with reference images, with where these come from.
+
+    Args:
+        config: the configuration of a run, as plain values.
+        protocol: the protocol of its measures, from metrics.json.
+    """
+    data, sentences = config["data"], []
+    for name, settings in protocol.get("measures", {}).items():
+        if "reference_images" not in settings:
+            continue
+        count = settings["reference_images"]
+        images = f"{count:,} images" if count is not None else "images whose number the file does not say"
+        if "statistics" in settings:
+            source = f"the statistics in {settings['statistics']}, of {images}, which evaluation.metrics.{name} names"
+        elif name in (data.get("statistics") or {}) and config["evaluation"]["resize"] is None:
+            source = f"the statistics that come with data={data.get('name')}, of {images}"
+        else:
+            source = f"{images} of the training images of data={data.get('name')}"
+        sentences.append(f"{name} compares samples with {source}")
+    return sentences
 
 
 @contextlib.contextmanager

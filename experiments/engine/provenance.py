@@ -9,6 +9,7 @@ from typing import Any
 
 from conf import __version__
 from conf.schema import ROOT
+from experiments.engine.sweep import open_record
 
 LIBRARIES = ("torch", "diffusers", "transformers", "pytorch-lightning", "hydra-core", "numpy")
 
@@ -16,7 +17,8 @@ LIBRARIES = ("torch", "diffusers", "transformers", "pytorch-lightning", "hydra-c
 def collect_provenance() -> dict[str, Any]:
     """Return the versions of this project, of Python and of the libraries that decide results, and the command.
 
-    `commit` is None where the project is not a git checkout; `dirty` tells whether files differ from that commit.
+    `command` is what was called, and `job_command` what runs this job alone if it is one of a sweep. `commit` is None
+    where the project is not a git checkout; `dirty` tells whether files differ from that commit.
     """
     return {
         "secateur": __version__,
@@ -24,7 +26,16 @@ def collect_provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
         "command": shlex.join(sys.argv),
+        "job_command": compose_job_command(),
     }
+
+
+def compose_job_command() -> str:
+    """Return the arguments after `python` that run this job alone; launchers may have called another program."""
+    record = open_record()
+    if not record.in_sweep:
+        return shlex.join(sys.argv)
+    return shlex.join(["train.py", *record.content["options"], *record.content["overrides"]])
 
 
 def read_commit() -> dict[str, Any]:

@@ -18,7 +18,6 @@ from experiments.engine.artefacts import (
     TEMPORARY,
     UnwritableDirectory,
     digest,
-    explain_full_disk,
     find_changed_files,
     format_json,
     hash_files,
@@ -40,6 +39,7 @@ from experiments.engine.identity import (
 )
 from experiments.engine.locks import describe_this_process, has_ended, read_holder
 from experiments.engine.ranks import barrier, is_rank_zero
+from lightning_modules.disk import explain_full_disk
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,10 @@ class Run:
 
     def write_on_rank_zero(self, name: str, content: Any) -> None:
         """Write a JSON artefact; only rank 0 calls this."""
-        text = format_json(content)
+        self.write_text_on_rank_zero(name, format_json(content))
+
+    def write_text_on_rank_zero(self, name: str, text: str) -> None:
+        """Write a text as an artefact; only rank 0 calls this."""
         self.note_hashes(name, {"": hashlib.sha256(text.encode()).hexdigest()})
         write_text(self / name, text)
 

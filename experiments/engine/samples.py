@@ -3,6 +3,7 @@
 import contextlib
 import filecmp
 import functools
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -11,24 +12,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from conf.schema import build
 from experiments.engine.artefacts import digest, read_array, write_folder
 from experiments.engine.cache import is_intact, lock_entry, write_shared_folder
 from experiments.engine.identity import RESULT_VERSION, get_effective_settings
 from experiments.engine.job import TEACHER, Job
-from experiments.engine.measures import TrainingImages, check_measures, measure_samples
+from experiments.engine.measures import TrainingImages, check_measures, list_unfit_measures, measure_samples
 from experiments.engine.ranks import ask_rank_zero, barrier, is_rank_zero
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.metrics.protocol import Labels, Measure, Samples
 from lightning_modules.modules.sampling import Generation, seed_batches
 from lightning_modules.training.trainer import make_trainer, resolve_precision
 
+log = logging.getLogger(__name__)
+
 
 class SampleEvaluation:
     """Generates the samples of networks as `cfg.evaluation` says, and measures them.
 
-    Raises ValueError naming a measure that cannot be taken of such samples.
+    Raises ValueError naming a measure that cannot be taken of such samples, and warns of one whose features were learnt
+    from other data.
     """
 
     def __init__(self, job: Job, measures: dict[str, Measure]) -> None:
@@ -39,6 +44,8 @@ class SampleEvaluation:
             job.data, job.run.cache, job.device, evaluation.reference_images, evaluation.resize
         )
         check_measures(measures, self.get_shape(), self.list_captions(), self.list_labels())
+        for sentence in list_unfit_measures(self.cfg, dict(measures)) if is_rank_zero() else ():
+            log.warning(sentence)
 
     def get_shape(self) -> tuple[int, int, int]:
         """Return (channels, height, width) of the samples as they are stored."""
@@ -115,18 +122,25 @@ class SampleEvaluation:
                 partial = stack.enter_context(
                     write_shared_folder(folder) if shared else self.job.run.write_folder(f"samples/{name}")
                 )
-            batches = seed_batches(evaluation.seed, evaluation.samples, evaluation.batch_size, self.prompts)
-            module = Generation(
-                network,
-                build(cfg.sampler.scheduler),
-                cfg.sampler.steps,
-                cfg.sampler.guidance,
-                size=evaluation.resize,
-                file=None if partial is None else partial / "images.npy",
-            )
+            module = self.make_generation(network, None if partial is None else partial / "images.npy")
             trainer = make_trainer(cfg.trainer, f"samples of {name}", evaluation.precision)
-            trainer.test(module, batches, verbose=False)
+            trainer.test(module, self.make_batches(), verbose=False)
         barrier()
+
+    def generate_without_files(self, network: DiffusionBackbone) -> np.ndarray:
+        """Return the samples of a network, uint8 (N,H,W,C), all generated on this rank and without a Trainer."""
+        module = self.make_generation(network)
+        return np.concatenate([module.generate_images(batch) for batch in self.make_batches()])
+
+    def make_generation(self, network: DiffusionBackbone, file: Path | None = None) -> Generation:
+        """Return the module that generates samples as `cfg.sampler` says, and writes them to `file`."""
+        sampler, size = self.cfg.sampler, self.cfg.evaluation.resize
+        return Generation(network, build(sampler.scheduler), sampler.steps, sampler.guidance, size=size, file=file)
+
+    def make_batches(self) -> DataLoader:
+        """Return the batches of seeds, and of captions where there are any."""
+        evaluation = self.cfg.evaluation
+        return seed_batches(evaluation.seed, evaluation.samples, evaluation.batch_size, self.prompts)
 
     def measure(self, networks: Mapping[str, Any]) -> dict[str, float]:
         """Return {network/measure: value} of the samples of each network."""

@@ -3,6 +3,8 @@
 import inspect
 import netrc
 import os
+import re
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,6 +12,7 @@ from typing import Any, Self
 import hydra.utils
 import wandb
 from omegaconf import DictConfig
+from PIL import Image
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from conf.nested import flatten_dict
@@ -18,11 +21,17 @@ from experiments.engine.identity import get_displayed_settings
 from experiments.engine.ranks import is_rank_zero
 from experiments.engine.run import Run
 from experiments.engine.sweep import open_record
-from experiments.reporting.run_files import Scoring, get_gap_closed, read_plans, read_scorings
+from experiments.reporting.lineage import log_lineage, make_run_artifact
+from experiments.reporting.run_files import Scoring, get_gap_closed, list_networks, read_plans, read_scorings
+from experiments.reporting.run_names import name_run
 from experiments.reporting.sounds import load_wandb_sounds
+from experiments.reporting.strip import draw_strip
 
 HOST = "api.wandb.ai"
 """The host under which ~/.netrc has the key of W&B."""
+
+STEP = "trainer/global_step"
+"""The key under which Lightning logs the optimiser step to W&B."""
 
 
 class Dashboard:
@@ -50,7 +59,7 @@ class Dashboard:
             target = {"project": logger.project, "entity": logger.entity, "id": f"{self.cfg.name}-{self.run.id}"}
             self.wandb = wandb.init(
                 **({} if is_trial() else target),
-                name=self.run.folder.name,
+                name=name_run(self.run.folder.name, get_displayed_settings(self.cfg)),
                 group=get_sweep_name() or self.cfg.name,
                 job_type=self.cfg.pipeline.name,
                 tags=list_tags(self.cfg),
@@ -61,8 +70,8 @@ class Dashboard:
                 settings=wandb.Settings(console="off", silent=mode == "offline"),
                 reinit="finish_previous",
             )
-            self.wandb.define_metric("trainer/global_step")
-            self.wandb.define_metric("*", step_metric="trainer/global_step")
+            self.wandb.define_metric(STEP)
+            self.wandb.define_metric("*", step_metric=STEP)
             self.loggers.append(WandbLogger(experiment=self.wandb))
         return self
 
@@ -79,21 +88,37 @@ class Dashboard:
             extra = "; pip install -e '.[tensorboard]'" if "TensorBoard" in node._target_ else ""
             raise ConfigError(f"logger.loggers.{name} cannot be made: {error.__cause__ or error}{extra}") from error
 
-    def finish(self, metrics: dict[str, Any], measured: dict[str, Any]) -> None:
-        """Upload metrics.json and measured.json as the summary, the table of units, figures, sounds and the artifact.
+    def log_samples(self, key: str, picture: Path, step: int) -> None:
+        """Log a picture of samples at an optimiser step."""
+        if self.wandb is not None:
+            self.wandb.log({key: wandb.Image(str(picture)), STEP: step})
 
-        Every key consists of words joined by "/" and "_".
+    def log_texts(self, key: str, columns: dict[str, list[str]], step: int) -> None:
+        """Log a table of texts, {column: its values}, at an optimiser step."""
+        if self.wandb is not None:
+            rows = [list(row) for row in zip(*columns.values(), strict=True)]
+            self.wandb.log({key: wandb.Table(columns=list(columns), data=rows), STEP: step})
+
+    def finish(self, metrics: dict[str, Any], measured: dict[str, Any]) -> None:
+        """Log metrics.json and measured.json, the table and the strip of units, figures, sounds and artifacts.
+
+        Every key consists of words joined by "/" and "_". Numbers are logged as a row of the history as well, so that a
+        panel can draw one over another, grouped over runs: quality over ratio with a band over seeds.
         """
         if self.wandb is None:
             return
+        folder = self.run.folder
         summary = flatten_dict({**metrics, **measured, "gap_closed": get_gap_closed(metrics)}, "/")
-        self.wandb.summary.update({key.replace(" ", "_"): value for key, value in summary.items()})
-        for scoring in read_scorings(self.run.folder, read_plans(self.run.folder)):
+        summary = {re.sub(r"[^\w/]", "_", key): value for key, value in summary.items()}
+        self.wandb.summary.update(summary)
+        self.wandb.log({key: value for key, value in summary.items() if is_number(value)})
+        for scoring in read_scorings(folder, read_plans(folder)):
             self.wandb.log({f"units/{scoring.name}": make_units_table(scoring)})
+        self.wandb.log(load_pictures(folder) | load_wandb_sounds(folder))
         if self.cfg.logger.artifacts:
-            self.wandb.log_artifact(make_artifact(self.cfg, self.run))
-        figures = {picture.stem: wandb.Image(str(picture)) for picture in sorted((self.run / "figures").glob("*.png"))}
-        self.wandb.log(figures | load_wandb_sounds(self.run.folder))
+            self.wandb.log_artifact(make_run_artifact(folder, self.cfg.name, self.cfg.pipeline.name, self.run.id))
+            teacher = get_displayed_settings(self.cfg).get("teacher") or {}
+            log_lineage(self.wandb, folder, self.run.id, teacher.get("path") if has_teacher(metrics) else None)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -138,19 +163,29 @@ def make_units_table(scoring: Scoring) -> wandb.Table:
     return wandb.Table(columns=["unit", "score", "standard_error", "decision"], data=rows)
 
 
-def make_artifact(cfg: DictConfig, run: Run) -> wandb.Artifact:
-    """Return the W&B artifact of a run: its small files, and references to the folders of its networks.
+def load_pictures(folder: Path) -> dict[str, Any]:
+    """Return a run's pictures as W&B logs them: samples, scores, and a strip of the network for each score stage.
 
-    References point to where the files are, below paths.runs; nothing large is uploaded.
+    The losses are left out, because W&B draws their curves itself.
     """
-    artifact = wandb.Artifact(f"{cfg.name}-{run.id[:8]}", type=cfg.pipeline.name, metadata={"run_id": run.id})
-    for path in sorted(run.folder.glob("*.json")):
-        if not path.name.startswith("."):
-            artifact.add_file(str(path))
-    for folder in sorted([*(run / "networks").glob("*"), run / "export"]):
-        if folder.is_dir():
-            artifact.add_reference(folder.resolve().as_uri(), name=folder.relative_to(run.folder).as_posix())
-    return artifact
+    paths = [path for path in sorted((folder / "figures").glob("*.png")) if not path.stem.startswith("losses")]
+    pictures = {path.stem: wandb.Image(str(path)) for path in paths}
+    with tempfile.TemporaryDirectory() as temporary:
+        for scoring in read_scorings(folder, read_plans(folder)):
+            name = scoring.name.replace("scores", "strip").replace("-", "_")
+            strip = draw_strip(scoring, Path(temporary) / f"{name}.png")
+            pictures[name] = wandb.Image(Image.open(strip))
+    return pictures
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a number, which curves and scatter plots can show."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def has_teacher(metrics: dict[str, Any]) -> bool:
+    """Tell whether a run had a pretrained network; a pretraining has none."""
+    return bool(list_networks(metrics))
 
 
 def has_wandb_key() -> bool:

@@ -1,6 +1,7 @@
 """Figures of one run, and of a comparison of runs. Each drawing function returns what it has written."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ import pandas as pd
 from experiments.reporting.tables import have_comparable_latencies, tabulate_channels
 
 plt.rcParams["text.parse_math"] = False  # a `$` in a run's name is a dollar
+
+LABEL_LENGTH = 72
+"""Longest line of a method's name in a figure, in characters; a longer name has several lines."""
+SHORT_LABEL = 28
+"""Longest name of a method that leaves room for the curves beside it, in characters; else the legend lies below."""
 
 KEPT, REMOVED, PROTECTED = "#4c78a8", "#e45756", "#9d9d9d"
 
@@ -136,34 +142,43 @@ def spans_more_than(values: Sequence[float | None], factor: float) -> bool:
     return bool(known) and min(known) > 0 and max(known) > factor * min(known)
 
 
-def draw_comparison(table: pd.DataFrame, folder: Path, suffix: str = "") -> list[Path]:
+def draw_comparison(table: pd.DataFrame, folder: Path, suffix: str = "", title: str = "") -> list[Path]:
     """Draw rows that were measured alike: as bars where all have one ratio, else as curves over the ratio.
 
-    Quality over latency is drawn where the latencies are comparable. File names end in `suffix`.
+    Quality over latency is drawn where the latencies are comparable. File names end in `suffix`, and `title` stands
+    above each figure.
     """
     metric, teacher = table["metric"].iloc[0], table["quality_teacher"].mean()
     teacher = None if pd.isna(teacher) else teacher
     label = f"{'output loss' if pd.isna(metric) or not metric else metric} ({table['better'].iloc[0]} is better)"
+    table = table.assign(method=[textwrap.fill(method, LABEL_LENGTH) for method in table["method"]])
     log = table["better"].iloc[0] == "lower" and spans_more_than([*table["quality"], teacher], 20)
     paths = []
     if have_comparable_latencies(table):
         labels = ("latency, student / teacher", label)
         path = folder / f"quality_over_latency_ratio{suffix}.png"
-        paths.append(draw_curves(table, ("latency_ratio", "quality"), labels, path, teacher, log))
+        paths.append(draw_curves(table, ("latency_ratio", "quality"), labels, path, teacher, log, title))
     if 1 < len(table) == table["method"].nunique() and table["ratio"].nunique() == 1:
-        return [*paths, draw_bars(table, label, folder / f"quality_by_method{suffix}.png", teacher)]
+        return [*paths, draw_bars(table, label, folder / f"quality_by_method{suffix}.png", teacher, title)]
     path = folder / f"quality_over_ratio{suffix}.png"
-    paths.append(draw_curves(table, ("ratio", "quality"), ("fraction removed", label), path, teacher, log))
+    paths.append(draw_curves(table, ("ratio", "quality"), ("fraction removed", label), path, teacher, log, title))
     path = folder / f"output_loss_over_ratio{suffix}.png"
     labels = ("fraction removed", "joint output loss right after pruning")
-    paths.append(draw_curves(table, ("ratio", "output_loss_pruned"), labels, path, log=True))
+    paths.append(draw_curves(table, ("ratio", "output_loss_pruned"), labels, path, log=True, title=title))
     return paths
 
 
-def draw_bars(table: pd.DataFrame, label: str, path: Path, teacher: float | None) -> Path:
+def draw_bars(table: pd.DataFrame, label: str, path: Path, teacher: float | None, title: str = "") -> Path:
     """Draw the quality of each method as pruned and in the end, the best method on top; error bars are over seeds.
 
-    There is one bar per method where nothing was trained. `label` is that of the axis, `teacher` the teacher's quality.
+    There is one bar per method where nothing was trained.
+
+    Args:
+        table: rows with a "method" each, as `average_over_seeds` returns them.
+        label: of the axis.
+        path: the PNG file to write.
+        teacher: the teacher's quality, drawn as a vertical line.
+        title: of the figure.
     """
     higher = table["better"].iloc[0] == "higher"
     ordered = table.sort_values(["quality", "quality_pruned"], ascending=higher)
@@ -185,6 +200,7 @@ def draw_bars(table: pd.DataFrame, label: str, path: Path, teacher: float | None
     axis.set_yticks(positions, ordered["method"], fontsize=8)
     axis.margins(x=0.12)
     axis.set_xlabel(label)
+    axis.set_title(title, fontsize=10)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return save_figure(figure, path)
 
@@ -196,6 +212,7 @@ def draw_curves(
     path: Path,
     teacher: float | None = None,
     log: bool = False,
+    title: str = "",
 ) -> Path:
     """Draw one column over another, a curve per method, with the standard deviation over seeds as error bars.
 
@@ -206,6 +223,7 @@ def draw_curves(
         path: the PNG file to write.
         teacher: the teacher's value, drawn as a horizontal line.
         log: draw the vertical axis logarithmically where all values are positive.
+        title: of the figure.
     """
     x, y = columns
     figure, axis = plt.subplots(figsize=(6, 4.2))
@@ -221,8 +239,13 @@ def draw_curves(
         axis.axhline(teacher, color="black", ls=":", lw=1, label="teacher")
     axis.set_xlabel(labels[0])
     axis.set_ylabel(labels[1])
-    beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)} if len(methods) > 5 else {}
-    axis.legend(fontsize=8, **beside)
+    axis.set_title(title, fontsize=10)
+    outside: dict[str, Any] = {}
+    if any(len(line) > SHORT_LABEL for method, _ in methods for line in method.split("\n")):
+        outside = {"loc": "upper left", "bbox_to_anchor": (0, -0.14)}
+    elif len(methods) > 5:
+        outside = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
+    axis.legend(fontsize=8, **outside)
     axis.grid(alpha=0.3)
     return save_figure(figure, path)
 

@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
 )
+PAGES.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
 MEDIA_TYPES = {".png": "image/png", ".wav": "audio/wav"}
 
 

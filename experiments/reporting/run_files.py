@@ -43,6 +43,16 @@ def get_achieved_ratio(metrics: Mapping[str, Any], measured: Mapping[str, Any]) 
     return ratio
 
 
+def list_achieved_ratios(metrics: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return {budget: (ratio that was asked for, ratio that the built student saves)} of a run with several budgets.
+
+    It is empty for a run with a single budget.
+    """
+    asked, figures = "plan/requested_ratio_", {**metrics, **measured}
+    budgets = [key.removeprefix(asked) for key in metrics if key.startswith(asked)]
+    return {name: (metrics[f"{asked}{name}"], figures[f"plan/achieved_ratio_{name}"]) for name in budgets}
+
+
 def get_gap_closed(metrics: Mapping[str, Any]) -> float | None:
     """Return the share of the quality lost by pruning that the delivered network has regained, by the first measure.
 

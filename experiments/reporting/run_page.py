@@ -10,20 +10,23 @@ import yaml
 
 from experiments.engine.artefacts import read_array, read_json
 from experiments.engine.identity import read_config
-from experiments.engine.measures import describe_protocol
+from experiments.engine.measures import describe_protocol, describe_references
 from experiments.engine.texts import read_texts
 from experiments.reporting import figures
+from experiments.reporting.front import report_fronts
 from experiments.reporting.pages import data_address, write_page
 from experiments.reporting.run_files import (
     Scoring,
     get_achieved_ratio,
     get_measures,
+    list_achieved_ratios,
     list_histories,
     list_networks,
     list_protected_units,
     read_plans,
     read_scorings,
 )
+from experiments.reporting.run_names import name_run
 from experiments.reporting.sounds import embed_sounds
 from experiments.reporting.tables import abbreviate, format_counts, summarise_groups
 
@@ -48,7 +51,7 @@ def report_run(folder: Path) -> str:
     write_page(
         folder / "report.html",
         "run.html.j2",
-        title=folder.name,
+        title=name_run(folder.name, config),
         summary=summary,
         networks=networks,
         samples=None if sample_figure is None else data_address(sample_figure),
@@ -57,6 +60,7 @@ def report_run(folder: Path) -> str:
         quality=tabulate_quality(metrics, networks),
         better={name: protocol["better"] for name, protocol in get_measures(metrics).items()},
         protocol=describe_protocol(metrics["protocol"]) if "protocol" in metrics else None,
+        references=describe_references(config, metrics.get("protocol", {})),
         losses={stage: data_address(path) for stage, path in loss_figures.items()},
         scorings=[
             {
@@ -66,6 +70,7 @@ def report_run(folder: Path) -> str:
             }
             for scoring, path in zip(scorings, score_figures, strict=True)
         ],
+        fronts=report_fronts(folder),
         seconds=measured["seconds"],
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
     )
@@ -91,7 +96,10 @@ def draw_histories(histories: Mapping[str, Path], folder: Path) -> dict[str, Pat
     paths = {}
     for stage, history in histories.items():
         name = "losses" if len(histories) == 1 else f"losses_{stage}"
-        path = figures.draw_losses(pd.read_csv(history), folder / f"{name}.png")
+        table = pd.read_csv(history)
+        # Names begin with the stage's name where that is not the usual one.
+        table["name"] = table["name"].astype(str).str.replace(f"{stage}/", "train/")
+        path = figures.draw_losses(table, folder / f"{name}.png")
         if path is not None:
             paths[stage] = path
     return paths
@@ -119,12 +127,16 @@ def summarise(
 ) -> str:
     """Return the block of lines at the end of a job, `protected` being the units that had to be kept."""
     networks, requested = list_networks(metrics), metrics["plan/requested_ratio"]
+    ratios = list_achieved_ratios(metrics, measured)
+    ratios = ratios or {metrics["plan/budget"]: (requested, get_achieved_ratio(metrics, measured))}
+    removed = [
+        f"{achieved:.4f} of {budget} ({f'asked for {round(asked, 4)}' if asked else 'a given plan'})"
+        for budget, (asked, achieved) in ratios.items()
+    ]
     lines = [
         (
             "removed",
-            f"{get_achieved_ratio(metrics, measured):.4f} of {metrics['plan/budget']} "
-            f"({f'asked for {round(requested, 4)}' if requested else 'a given plan'})"
-            + (f", {metrics['plan/removed_units']} units" if metrics["plan/removed_units"] else ""),
+            ", ".join(removed) + (f", {metrics['plan/removed_units']} units" if metrics["plan/removed_units"] else ""),
         ),
         *([("protected", f"{len(protected)} units ({abbreviate(protected)})")] if protected else []),
         *list_costs(metrics),

@@ -6,20 +6,22 @@ python -m experiments.report runs/prune --output report     # writes into report
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from plotly.offline import get_plotlyjs
 
 from conf.nested import flatten_dict
-from experiments.engine.artefacts import UnwritableDirectory, make_folder, read_json, remove, write_json
+from experiments.engine.artefacts import UnwritableDirectory, digest, make_folder, read_json, remove, write_json
 from experiments.engine.identity import drop_settings_without_effect, read_config
 from experiments.engine.measures import describe_protocol, list_columns
 from experiments.reporting import figures
-from experiments.reporting.pages import data_address, write_page
+from experiments.reporting.pages import write_page
 from experiments.reporting.run_files import get_achieved_ratio, get_measures, list_networks
+from experiments.reporting.run_names import get_name, name_run
+from experiments.reporting.set_content import describe_set
 from experiments.reporting.tables import (
     average_over_seeds,
     choose_label_column,
@@ -27,7 +29,9 @@ from experiments.reporting.tables import (
     format_tables,
     have_comparable_latencies,
     list_further_measures,
+    list_varying_choices,
     list_warnings,
+    name_methods,
     name_quality,
 )
 
@@ -67,20 +71,21 @@ def report_set(root: Path, output: Path | None = None) -> Path:
         better=" or ".join(sorted(set(runs["better"]))),
         table=choose_columns(table),
         runs=runs.to_dict("records"),
-        root=os.path.relpath(root, folder),
+        content=describe_set(runs, table, root, folder),
+        plotly=get_plotlyjs(),
         unfinished=list_unfinished(root),
         protocols=sorted(table["protocol"].unique()),
         warnings=warnings,
-        pictures={path.stem: data_address(path) for path in sorted(pictures)},
+        pictures=sorted(path.name for path in pictures),
     )
 
 
 def collect_runs(root: Path) -> pd.DataFrame:
-    """Return a row per finished run below `root`, ordered by criterion, selection, distillation, ratio and seed.
+    """Return a row per finished run below `root`, ordered by what was run on what, ratio and seed.
 
-    A run that lies in several folders has one row, of the first folder; the other folders are its "copies". Where
-    different teachers have one name, part of their fingerprints is added to it. Raises ValueError where there is no
-    finished run.
+    Runs of the same "row" differ in seeds only. A run that lies in several folders has one row, of the first folder;
+    the other folders are its "copies". Where different teachers have one name, part of their fingerprints is added to
+    it. Raises ValueError where there is no finished run.
     """
     rows: dict[str, dict[str, Any]] = {}
     for path in sorted(root.rglob("finished.json")):
@@ -104,7 +109,9 @@ def collect_runs(root: Path) -> pd.DataFrame:
     runs = pd.DataFrame(list(rows.values()))
     ambiguous = runs.groupby("teacher")["fingerprint"].transform("nunique") > 1
     runs.loc[ambiguous, "teacher"] += " (" + runs["fingerprint"].str[:8] + ")"
-    return runs.sort_values(["criterion", "selection", "distillation", "ratio", "seed", "run"], ignore_index=True)
+    runs["row"] = runs["setting"].map(digest) + runs["teacher"]
+    order = ["task", "data", "criterion", "selection", "distillation", "ratio", "seed", "run"]
+    return runs.sort_values(order, ignore_index=True)
 
 
 def make_row(
@@ -124,9 +131,12 @@ def make_row(
     pruned = list_networks(metrics)[1]  # the first network after the teacher is not trained yet
     row = {
         "run": folder.name,
+        "name": name_run(folder.name, cfg),
         "page": str((folder / "report.html").relative_to(root)),
         "copies": [],
         "setting": get_setting(cfg, measured["device"]),
+        "task": get_name(cfg, "task"),
+        "data": get_name(cfg, "data"),
         "teacher": cfg["teacher"]["name"],
         "fingerprint": read_json(folder / "plan.json")["teacher"],
         "criterion": name_criterion(cfg),
@@ -192,7 +202,7 @@ def list_unfinished(root: Path) -> list[str]:
 
 def write_csv(runs: pd.DataFrame, path: Path) -> Path:
     """Write a row per run; texts that a spreadsheet would run as formulas begin with an apostrophe."""
-    table = runs.drop(columns=["setting", "page", "copies", "fingerprint"])
+    table = runs.drop(columns=["setting", "page", "copies", "fingerprint", "name", "row"])
     table = table.map(lambda value: f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value)
     table.to_csv(path, index=False)
     return path
@@ -203,19 +213,31 @@ def draw_comparisons(table: pd.DataFrame, folder: Path) -> list[Path]:
     manifest = folder / ".manifest.json"
     for name in read_json(manifest)["pictures"] if manifest.exists() else ():
         remove(folder / Path(name).name)
+    parts = [part for _, part in table.groupby(["teacher", "protocol"])]
     pictures = [
         picture
-        for number, (_, part) in enumerate(table.groupby(["teacher", "protocol"]))
-        for picture in figures.draw_comparison(part, folder, f"_{number + 1}" if number else "")
+        for number, part in enumerate(parts)
+        for picture in figures.draw_comparison(
+            part.assign(method=name_methods(part)),
+            folder,
+            f"_{number + 1}" if number else "",
+            name_part(part) if len(parts) > 1 else "",
+        )
     ]
     write_json(manifest, {"pictures": [picture.name for picture in pictures]})
     return pictures
+
+
+def name_part(table: pd.DataFrame) -> str:
+    """Return the task, teacher and data of rows that were measured alike, the title of their figures."""
+    return ", ".join("/".join(sorted(set(table[name]) - {""})) for name in ("task", "teacher", "data"))
 
 
 def choose_columns(table: pd.DataFrame) -> pd.DataFrame:
     """Return the columns of a table that the page shows, large counts as texts."""
     names = [
         choose_label_column(table),
+        *list_varying_choices(table),
         "selection",
         "distillation",
         "steps",

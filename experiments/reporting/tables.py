@@ -1,7 +1,7 @@
 """Sets of runs as tables: rows averaged over seeds, their Markdown, and warnings for whoever compares the rows."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,15 @@ import pandas as pd
 from criteria.selection.base import group
 from experiments.engine.artefacts import digest
 
+VALUE_LENGTH = 40
+"""Longest value of a field in the name of a method, in characters; a longer one is shortened."""
+
 
 def average_over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     """Return a row per setting, i.e. for runs that differ in seeds only: means, and deviations in "... std" columns.
 
-    The column "method" tells the rows of different curves apart. Where the runs of a row were timed at several batch
-    sizes or on several devices, the row has no mean latency.
+    The column "method" tells the rows of different curves apart; "row" is the same as that of the runs. Where the runs
+    of a row were timed at several batch sizes or on several devices, the row has no mean latency.
     """
     values = [
         "achieved",
@@ -32,14 +35,15 @@ def average_over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
         *(name for name in runs if "/" in name),  # of the measures after the first
     ]
     runs = runs.assign(**{name: pd.to_numeric(runs[name]) for name in values})
-    grouped = runs.groupby(runs["setting"].map(digest) + runs["teacher"])
-    labels = ["teacher", "criterion", "selection", "distillation", "steps", "ratio", "budget"]
+    grouped = runs.groupby("row")
+    labels = ["task", "teacher", "data", "criterion", "selection", "distillation", "steps", "ratio", "budget"]
     labels += ["metric", "better", "protocol"]
     table = grouped[[*labels, "setting"]].first().join(grouped[values].mean())
     table = table.join(grouped[values].std().add_suffix(" std")).join(grouped.size().rename("runs"))
     table = table.join(grouped["latency_at"].agg(lambda conditions: "; ".join(sorted(set(conditions)))))
     table.loc[grouped["latency_at"].nunique() > 1, ["latency_ratio", "latency_ratio std"]] = math.nan
-    table = table.sort_values(["teacher", "criterion", "selection", "distillation", "ratio"]).reset_index(drop=True)
+    order = ["task", "teacher", "data", "criterion", "selection", "distillation", "ratio"]
+    table = table.reset_index().sort_values(order, ignore_index=True)
     table["method"] = name_methods(table)
     return table
 
@@ -49,46 +53,76 @@ def name_methods(table: pd.DataFrame) -> list[str]:
 
     It begins with the criterion; then come the columns that vary, then other fields of the configuration.
     """
-    columns = ["teacher", "selection", "distillation", "steps", "budget"]
+    columns = ["task", "teacher", "data", "selection", "distillation", "steps", "budget"]
+    varying_columns = [name for name in columns if table[name].nunique() > 1]
+    varying_fields = list_varying_fields(table)
+    return [
+        ", ".join(
+            [
+                row["criterion"],
+                *(f"{name} {row[name]}" for name in varying_columns),
+                *(f"{word}={row['setting'][key]}" for key, word in varying_fields.items() if key in row["setting"]),
+            ]
+        )
+        for row in table.assign(setting=table["setting"].map(format_setting)).to_dict("records")
+    ]
+
+
+def list_varying_fields(table: pd.DataFrame) -> dict[str, str]:
+    """Return {field of the configuration: its shortest name} of the fields that columns do not show and that vary.
+
+    A field that only one choice of a group has, such as those of a data set, follows from the name of that choice. The
+    shortest name of a field is the end of it that no other field has.
+    """
     fields_in_columns = {
         "criterion.name",
+        "data.name",
+        "distillation.name",
+        "selection.budget",
+        "selection.name",
         "selection.ratio",
         "selection.target",
-        "teacher.name",
-        "selection.name",
         "selection.variant",  # BK-SDM's sets are the points of one curve
-        "selection.budget",
-        "distillation.name",
+        "task.name",
+        "teacher.name",
         "trainer.steps",
         # These follow from the criterion's name in the table, or from the selection.
         *(f"criterion.{name}" for name in ("level", "ratio", "target", "budget")),
     }
-    fields = pd.DataFrame([{key: str(value) for key, value in fields.items()} for fields in table["setting"]])
-    varying_columns = [name for name in columns if table[name].nunique() > 1]
-    # A field that only one choice of a group has follows from the name of that choice.
-    varying_fields = [
+    fields = pd.DataFrame(list(table["setting"].map(format_setting)), index=table.index)
+    choices = [table[name] for name in ("task", "teacher", "data", "distillation", "selection")]
+    criteria = [fields["criterion.name"]] if "criterion.name" in fields else []
+    names = [
         key
         for key in fields
         if key not in fields_in_columns
         and not key.startswith("evaluation.metric")
-        and any(
-            part[key].nunique(dropna=False) > 1
-            for _, part in fields.groupby(
-                [f"{name}.name" for name in ("teacher", "distillation", "selection")]
-                + (["criterion.name"] if key.startswith("criterion.") else [])
-            )
-        )
+        and fields.groupby(choices + (criteria if key.startswith("criterion.") else []))[key]
+        .nunique(dropna=False)
+        .gt(1)
+        .any()
     ]
-    return [
-        ", ".join(
-            [
-                table["criterion"][i],
-                *(f"{name} {table[name][i]}" for name in varying_columns),
-                *(f"{key}={fields[key][i]}" for key in varying_fields if not pd.isna(fields[key][i])),
-            ]
-        )
-        for i in table.index
-    ]
+    return {name: shorten_field(name, list(fields)) for name in names}
+
+
+def format_setting(setting: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields of a configuration as texts; a long one has its beginning and a hash, and stays unlike others.
+
+    Fields that only Hydra reads, such as `_partial_`, are left out.
+    """
+    texts = {key: str(value) for key, value in setting.items() if not key.rpartition(".")[2].startswith("_")}
+    return {
+        key: text if len(text) <= VALUE_LENGTH else f"{text[: VALUE_LENGTH - 12]}...{digest(text)[:8]}"
+        for key, text in texts.items()
+    }
+
+
+def shorten_field(name: str, names: Sequence[str]) -> str:
+    """Return the shortest end of a field's dotted name that no other of `names` has."""
+    parts = name.split(".")
+    ends = [".".join(parts[start:]) for start in range(len(parts) - 1, 0, -1)]
+    unique = (end for end in ends if sum(f".{other}".endswith(f".{end}") for other in names) == 1)
+    return next(unique, name)
 
 
 def have_comparable_latencies(table: pd.DataFrame) -> bool:
@@ -98,8 +132,14 @@ def have_comparable_latencies(table: pd.DataFrame) -> bool:
 
 def choose_label_column(table: pd.DataFrame) -> str:
     """Return "criterion" where the columns of a table tell its rows apart, else "method", which does so always."""
-    columns = ["teacher", "criterion", "selection", "distillation", "steps", "ratio", "budget"]
+    columns = ["task", "teacher", "data", "criterion", "selection", "distillation", "steps", "ratio", "budget"]
     return "method" if table.duplicated(columns).any() else "criterion"
+
+
+def list_varying_choices(table: pd.DataFrame) -> list[str]:
+    """Return which of task, teacher and data differ between the rows of a table, whose label does not say so."""
+    names = ("task", "teacher", "data")
+    return [name for name in names if table[name].nunique() > 1] if choose_label_column(table) == "criterion" else []
 
 
 def name_quality(table: pd.DataFrame) -> str:
@@ -153,6 +193,7 @@ def format_table(table: pd.DataFrame) -> str:
     quality, label = name_quality(table), choose_label_column(table)
     columns = {
         label: list(table[label]),
+        **{name: list(table[name]) for name in list_varying_choices(table)},
         "selection": list(table["selection"]),
         "distillation (steps)": [f"{row['distillation']} ({row['steps']})" for _, row in table.iterrows()],
         "ratio": [f"{ratio:.4g}" for ratio in table["ratio"]],

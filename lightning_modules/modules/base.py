@@ -19,7 +19,7 @@ from torchmetrics import MeanMetric
 from datamodules.seeding import derive
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.modules.non_finite import NonFiniteLoss, advise_on_non_finite, is_list_of_texts
-from lightning_modules.nested import tensors_by_path
+from lightning_modules.nested import count_samples, tensors_by_path
 from lightning_modules.training.ranks import DrawsForGlobalBatch, mean_over_ranks, world_size
 
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -55,11 +55,16 @@ class TrainedModule(pl.LightningModule):
         """the batch of the newest training step"""
         self.network_inputs: Mapping[str, Any] = {}
         """the networks' inputs for the newest batch (noised samples, timesteps), if `losses` sets this attribute"""
+        self.section = "train"
+        """the first part of the names of the logged values; a second training of a job has another"""
         self.loss_values: dict[str, Tensor] = {}
         """the losses of the newest batch, without gradients"""
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return scalars of a batch by name. "loss" is minimised, and all are logged as `train/<name>`."""
+        """Return scalars of a batch by name. "loss" is minimised, and all are logged as `<section>/<name>`.
+
+        In logged names, dots are underscores, because W&B takes a dot for a level of its own.
+        """
         raise NotImplementedError
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -76,7 +81,7 @@ class TrainedModule(pl.LightningModule):
         if not torch.isfinite(means["loss"]):  # the same on all ranks: none may wait for the gradients of another
             self.stop_on_non_finite("loss")
         self.log("loss", means["loss"], prog_bar=True, logger=False)
-        self.log_dict({f"train/{name}": value for name, value in means.items()})
+        self.log_dict({f"{self.section}/{name.replace('.', '_')}": value for name, value in means.items()})
         return losses["loss"]
 
     def draws_for_global_batch(self, batch: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
@@ -84,8 +89,7 @@ class TrainedModule(pl.LightningModule):
         world = world_size()
         if world == 1:
             return contextlib.nullcontext()
-        samples = len(next(value for value in batch.values() if isinstance(value, Tensor)))
-        return DrawsForGlobalBatch(samples, torch.distributed.get_rank(), world)
+        return DrawsForGlobalBatch(count_samples(batch), torch.distributed.get_rank(), world)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.trainer.precision == "16-mixed":

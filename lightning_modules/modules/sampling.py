@@ -50,11 +50,15 @@ class Generation(pl.LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         world = self.trainer.world_size
         if batch_idx % world == self.global_rank:
-            samples = self.backbone.generate(batch, self.sampler, self.steps, self.guidance)
-            images = self.backbone.decode(samples).numpy()
-            self.unwritten = [images if self.size is None else resized(images, self.size)]
+            self.unwritten = [self.generate_images(batch)]
         if batch_idx % world == world - 1 or batch_idx == self.trainer.num_test_batches[0] - 1:
             self.gather()
+
+    def generate_images(self, batch: dict[str, Any]) -> np.ndarray:
+        """Return the images of a batch of seeds, uint8 (N,H,W,C)."""
+        samples = self.backbone.generate(batch, self.sampler, self.steps, self.guidance)
+        images = self.backbone.decode(samples).numpy()
+        return images if self.size is None else resized(images, self.size)
 
     def gather(self) -> None:
         """Gather the batches of all ranks on rank 0 and write them."""

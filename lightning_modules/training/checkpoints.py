@@ -1,12 +1,9 @@
 """Checkpoints that are complete or absent, and the newest one that can be read."""
 
 import contextlib
-import errno
 import os
-import shutil
 import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +11,11 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.utils._pytree import tree_leaves
 
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of a write without room for it: the disk is full, the user's quota is, or the file has its largest size."""
+from lightning_modules.disk import explain_full_disk
 
 
 class CorruptCheckpoint(RuntimeError):
     """A run has checkpoints, and none of them can be read."""
-
-
-class NoRoomForCheckpoint(OSError):
-    """The disk has too little room for a checkpoint."""
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -34,7 +26,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint; raise NoRoomForCheckpoint, which names path and size, if the disk fills.
+        """Write a checkpoint; raise DiskFull, which names path and size, if the disk fills.
 
         No temporary file is left then.
         """
@@ -44,7 +36,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = partial_path(path)
         try:
-            with explain_full_disk(path, checkpoint), open(partial, "wb") as file:
+            with explain_full_disk(path, checkpoint_bytes(checkpoint)), open(partial, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -73,29 +65,6 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextlib.contextmanager
-def explain_full_disk(path: Path, checkpoint: dict[str, Any]) -> Iterator[None]:
-    """Raise NoRoomForCheckpoint instead of the error of a write for which the disk has no room."""
-    try:
-        yield
-    except Exception as error:
-        if not any(getattr(cause, "errno", None) in DISK_IS_FULL for cause in walk_causes(error)):
-            raise
-        needed, free = checkpoint_bytes(checkpoint), shutil.disk_usage(path.parent).free
-        raise NoRoomForCheckpoint(
-            f"there is no room for the checkpoint {path}: it needs {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} "
-            "MiB are free there. Free some space, or choose another disk with paths.runs=...; the same command goes "
-            "on from the checkpoint before"
-        ) from error
-
-
-def walk_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and the errors that caused it; torch's writer raises its own error on top of the system's."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def checkpoint_bytes(checkpoint: dict[str, Any]) -> int:

@@ -24,3 +24,7 @@ class WarmedUpEMA(WeightAveraging):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._device = trainer.strategy.root_device  # the module itself is moved there only after this
         super().setup(trainer, pl_module, stage)
+
+    def exchange_weights(self, module: pl.LightningModule) -> None:
+        """Exchange the weights of a module for their average; a second call restores both, bit for bit."""
+        self._swap_models(module)

@@ -20,6 +20,7 @@ from lightning_modules.training.checkpoints import (
     remove_partial_checkpoints,
 )
 from lightning_modules.training.history import History
+from lightning_modules.training.monitor import TrainingMonitor
 from lightning_modules.training.progress import StageBar
 from lightning_modules.training.sigterm import (
     SIGTERM_EXIT_CODE,
@@ -101,6 +102,7 @@ def fit(
     stage: str,
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
+    section: str = "train",
 ) -> None:
     """Train a module for `conf.steps` optimiser steps, from the newest checkpoint if there is one.
 
@@ -116,7 +118,8 @@ def fit(
         folder: the run's folder; checkpoints go to checkpoints/<stage>, logged values to history/<stage>.csv.
         stage: name of the stage, also shown by the progress bar.
         loggers: loggers in addition to the CSV file.
-        callbacks: callbacks in addition to those for checkpoints, progress and SIGTERM.
+        callbacks: callbacks in addition to those for checkpoints, progress, SIGTERM and what is logged.
+        section: the first part of the names of the logged values.
     """
     checkpoints = folder / "checkpoints" / stage
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -142,7 +145,7 @@ def fit(
         conf,
         stage,
         conf.precision,
-        callbacks=[saver, stopper, *callbacks],
+        callbacks=[saver, stopper, TrainingMonitor(section), *callbacks],
         logger=[history, *loggers],
         enable_checkpointing=True,
         max_epochs=1,

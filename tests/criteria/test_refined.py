@@ -81,12 +81,12 @@ def test_units_that_no_other_can_replace_are_swapped_two_for_one(scores, start, 
 
 def test_single_swaps_are_enough_where_the_budget_allows_them():
     program = Program([10, 10, 10, 20])
-    assert set(neighbours(program, [0.0] * 4, (10, 20), frozenset({0, 1}))) == {
+    assert set(neighbours([(program, (10, 20))], [0.0] * 4, frozenset({0, 1}))) == {
         frozenset({0, 2}),
         frozenset({1, 2}),
         frozenset({3}),
     }
-    assert set(neighbours(program, [0.0] * 4, (20, 30), frozenset({0, 1}))) == {
+    assert set(neighbours([(program, (20, 30))], [0.0] * 4, frozenset({0, 1}))) == {
         *(frozenset({i, j}) for i, j in ((0, 2), (1, 2), (0, 3), (1, 3)))
     }
 
@@ -98,7 +98,7 @@ def test_neighbours_fit_the_budget_and_keep_the_rules(problem):
     assume(fitting)
     chosen = frozenset(problem.solved(Knapsack))
     window = Knapsack(problem.ratio, problem.tolerance).window(problem.pool)
-    found = neighbours(problem.program, problem.scores, window, chosen)
+    found = neighbours([(problem.program, window)], problem.scores, chosen)
     assert {*found} <= fitting
     singles = {plan for plan in fitting if len(plan - chosen) == len(chosen - plan) == 1}
     assert singles <= {*found}

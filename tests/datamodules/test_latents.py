@@ -156,9 +156,9 @@ def test_latents_of_something_else_are_refused(
     if change == "data":
         job = [*job, "data.holdout_images=7"]
     elif change == "pictures":  # under the same path
-        decoded = folders.decode_pictures
+        decoded = folders.PictureForm.decode
         monkeypatch.setattr(
-            folders, "decode_pictures", lambda *of: (record := decoded(*of)) | {"image": 0 * record["image"]}
+            folders.PictureForm, "decode", lambda *of: (record := decoded(*of)) | {"image": 0 * record["image"]}
         )
     elif change == "captions":
         read_jsonl = folders.read_jsonl

@@ -83,7 +83,7 @@ def test_an_array_that_is_not_of_uint8_images_is_refused_and_named(tmp_path, wro
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (b"\0\0\x08\x03" + b"\0" * 99, "an IDX file, as MNIST comes; convert it"),
+        (b"\0\0\x08\x03" + b"\0" * 99, "an IDX file, as MNIST comes; read it by data=idx"),
         (b"\x93NUMPY\x01\0", r"a single array \(\.npy\); save it as \.npz"),
         (b"\x1f\x8b\x08\0", r"compressed by gzip; unpack it first"),
         (b"\x80\x04\x95", "pickled, which is never opened"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.results import differences, files, results, the_run
 
-from experiments.engine.artefacts import DiskFull, digest, read_json, write_folder, write_text
+from experiments.engine.artefacts import digest, read_json, write_folder, write_text
 from experiments.engine.cache import (
     cached,
     is_intact,
@@ -20,6 +20,7 @@ from experiments.engine.cache import (
     write_shared_folder,
 )
 from experiments.engine.pipeline import run_pipeline
+from lightning_modules.disk import DiskFull
 from lightning_modules.modules.sampling import create_images
 
 FINISHED: dict[str, Path] = {}

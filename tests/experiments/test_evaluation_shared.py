@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,15 @@ def test_reference_statistics_are_cached_by_content(tmp_path, monkeypatch):
     reference(data, tmp_path, size=1).statistics(features)
     assert len(list((tmp_path / "statistics").glob("*.safetensors"))) == 5
     assert reference(data, tmp_path, limit=20).features(features).shape == (20, 4)
+
+
+def test_two_jobs_at_once_compute_the_reference_once(tmp_path):
+    data, features = build_data(Some(small(50))), Flat()
+    with ThreadPoolExecutor(2) as pool:  # each has its own file handle, as two processes have
+        for method in ("statistics", "features"):
+            jobs = [pool.submit(getattr(reference(data, tmp_path), method), features) for _ in range(2)]
+            assert [job.exception() for job in jobs] == [None, None]
+    assert features.asked == [50, 50]
 
 
 def test_an_unreadable_reference_image_is_replaced_by_another(tmp_path):

@@ -1,5 +1,6 @@
 """Whole jobs on language models: depth and width, adapters that resume, calibration on another text."""
 
+import csv
 import json
 import re
 import shutil
@@ -104,6 +105,24 @@ def test_adapters_resume_in_the_same_bits(configure, words, capsys):
 
 
 @pytest.mark.usefixtures("quick_end")
+def test_texts_and_perplexity_are_evaluated_while_training(configure, words):
+    cfg = configure(*words, "evaluation.every_n_steps=2", "evaluation.training_samples=3")
+    run_pipeline(cfg)
+    run = the_run(Path(cfg.paths.runs))
+    metrics = read_json(run / "metrics.json")
+    names = ("perplexity_stories", "teacher_perplexity_stories")
+    with open(run / "history" / "distil.csv", newline="") as file:
+        rows = {(row["step"], row["name"]): float(row["value"]) for row in csv.DictReader(file)}
+    final = [rows["3", f"train/eval/{name}"] for name in names]
+    # With the adapters beside the weights, not merged into them.
+    assert final[0] == pytest.approx(metrics["distilled/perplexity_stories"], rel=1e-5)
+    assert final[1] == metrics["teacher/perplexity_stories"]
+    texts = read_json(run / "previews" / "distil" / "step=0000004.json")
+    assert list(texts) == ["prompt", "teacher", "step 4"] and texts["prompt"] == list(cfg.evaluation.prompts[:3])
+    assert texts["teacher"] == read_json(run / "samples" / "teacher" / "texts.json")["texts"][:3]
+
+
+@pytest.mark.usefixtures("quick_end")
 @pytest.mark.parametrize("distillation", ["task_only", "language"])
 def test_all_weights_are_retrained_and_distilled(configure, words, distillation):
     cfg = configure(*(w for w in words if "lora" not in w), f"distillation={distillation}")
@@ -113,7 +132,7 @@ def test_all_weights_are_retrained_and_distilled(configure, words, distillation)
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
     history = (run / "history" / "distil.csv").read_text()
-    assert ("train/weighted_feature/model.layers" in history) == (distillation == "language")
+    assert ("train/weighted_feature/model_layers" in history) == (distillation == "language")
 
 
 @pytest.mark.usefixtures("quick_end")

@@ -84,7 +84,7 @@ def test_a_finished_run_consists_of_exactly_these_files(configure, sampling, tea
         "data/ID.json",  # where data of this content were first seen
         *["fingerprints/ID.json"] * 3,  # weights, their configuration, the noise schedule
         *("samples/ID.lock", "samples/ID.sha256", "samples/ID/images.npy", "scores/ID.json", "scores/ID.lock"),
-        *("statistics/ID.safetensors", "statistics/ID.safetensors.sha256"),
+        *("statistics/ID.lock", "statistics/ID.safetensors", "statistics/ID.safetensors.sha256"),
     ]
     assert {path.name for path in runs.iterdir()} == {".cache", "debug"}
 

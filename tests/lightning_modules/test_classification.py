@@ -245,11 +245,13 @@ def test_methods_at_one_target_are_bars_with_the_best_on_top(tmp_path, monkeypat
 
 @pytest.mark.usefixtures("quick_end")
 def test_a_classifier_is_distilled_from_the_unpruned_one(configure, pictures, images_file):
-    cfg = configure(*pictures, "distillation=normalized", "evaluation.loss_samples=16")
+    cfg = configure(*pictures, "distillation=normalized", "evaluation.loss_samples=16", "evaluation.every_n_steps=2")
     run_pipeline(cfg)
     run = the_run(Path(cfg.paths.runs))
     history = (run / "history" / "distil.csv").read_text()
-    for name in ("task", "output", *(f"weighted_feature/stages.{s}" for s in range(3))):
+    for name, network in (("accuracy", "distilled"), ("teacher_accuracy", "teacher")):
+        assert f"1,train/eval/{name},{read_json(run / 'metrics.json')[f'{network}/accuracy']}\n" in history
+    for name in ("task", "output", *(f"weighted_feature/stages_{s}" for s in range(3))):
         assert f"train/{name}" in history
     (metrics,) = read(run, "metrics.json")
     archive = np.load(images_file)

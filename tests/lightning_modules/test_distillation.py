@@ -27,6 +27,7 @@ from lightning_modules.modules.distillation import Distillation
 from lightning_modules.modules.non_finite import NonFiniteLoss, advise_on_non_finite
 from lightning_modules.nested import tensors_by_path
 from lightning_modules.training.ema import WarmedUpEMA
+from lightning_modules.training.monitor import MEASURED
 from lightning_modules.training.trainer import fit
 
 # Terms
@@ -198,7 +199,8 @@ def test_every_term_is_logged_per_level_with_and_without_its_weight(train_tiny, 
     train_tiny(Distillation)
     history = pd.read_csv(tmp_path / "history" / "distil.csv")
     kept = [stage for stage in STAGES if stage != "down_blocks.0"]
-    terms = {"loss", "task", "output"} | {f"{kind}/{name}" for kind in ("feature", "weighted_feature") for name in kept}
+    levels = [f"{kind}/{name}".replace(".", "_") for kind in ("feature", "weighted_feature") for name in kept]
+    terms = {"loss", "task", "output", "learning_rate", "gradient_norm", *MEASURED, *levels}
     for term in terms:
         rows = history[history["name"] == f"train/{term}"]
         assert list(rows["step"]) == [0, 1, 2, 3], term

@@ -223,7 +223,7 @@ def test_a_distance_from_outside_the_repository_needs_a_class_and_a_line(configu
         lines = (the_run(tmp_path / name) / "history" / "distil.csv").read_text().splitlines()
         runs[name] = {line.split(",")[1]: float(line.split(",")[2]) for line in reversed(lines[1:])}  # of step 0
     assert runs["own"]["train/output"] == runs["plain"]["train/output"]
-    assert runs["own"]["train/feature/up_blocks.1"] == pytest.approx(2 * runs["plain"]["train/feature/up_blocks.1"])
+    assert runs["own"]["train/feature/up_blocks_1"] == pytest.approx(2 * runs["plain"]["train/feature/up_blocks_1"])
 
 
 @pytest.mark.parametrize("value", ["cosine", "{a: 1}", "{_target_: own_modules.Steps}"])

@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from lightning_modules.nested import leaves_by_path
+from lightning_modules.training.monitor import MEASURED
 
 
 def the_run(runs: Path) -> Path:
@@ -29,6 +30,13 @@ def read_markdown(path: Path) -> pd.DataFrame:
     """The only table of a Markdown file, as texts."""
     rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in path.read_text().splitlines()]
     return pd.DataFrame(rows[2:], columns=rows[0])
+
+
+def read_repeatable_history(path: Path) -> list[tuple[int, str, float]]:
+    """The rows (step, name, value) of a history without what depends on the machine."""
+    table = pd.read_csv(path)
+    table = table[~table["name"].str.endswith(MEASURED)]
+    return list(table.itertuples(index=False, name=None))
 
 
 TRAINED = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "global_step")

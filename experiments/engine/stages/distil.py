@@ -10,7 +10,9 @@ from experiments.engine.job import TEACHER, Job
 from experiments.engine.stage import Stage, find_latest, find_latest_network
 from experiments.engine.stages.score import check_data
 from experiments.engine.stages.select import Select
-from experiments.engine.training import train
+from experiments.engine.training import get_section, train
+from experiments.engine.training_evaluation import EvaluateWhileTraining, TrainingEvaluation
+from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.modules.contract import check_module
 
 
@@ -42,6 +44,7 @@ class Distil(Stage):
         return [f"networks/{self.makes}", *list_training_artefacts(self)] if self.makes else []
 
     def check(self, job: Job) -> None:
+        self.evaluation: TrainingEvaluation | None = None
         if self.makes is None:
             return
         cfg, teacher = job.cfg, job.teacher
@@ -52,6 +55,8 @@ class Distil(Stage):
         if hasattr(module, "check_settings"):  # a module from outside the repository may have none
             module.check_settings(cfg.distillation, teacher, narrower)
         job.data.train_dataloader()
+        if cfg.evaluation.every_n_steps is not None:
+            self.evaluation = TrainingEvaluation(job)
 
     def run(self, job: Job) -> None:
         if self.makes is None:
@@ -60,11 +65,17 @@ class Distil(Stage):
         if not job.folder_of(self.makes).exists():
             with job.clock(self.name):
                 networks = {"student": job.load(self.source, base, changes), "teacher": job.teacher}
-                module = train(job, job.cfg.distillation, self.name, **networks)
+                watchers = [] if self.evaluation is None else [self.watch(self.evaluation, networks["student"])]
+                module = train(job, job.cfg.distillation, self, watchers, **networks)
                 job.save(self.makes, module.result())
         job.networks[self.makes], job.origins[self.makes] = job.load(self.makes, base, changes), (base, changes)
+
+    def watch(self, evaluation: TrainingEvaluation, student: NetworkBackbone) -> EvaluateWhileTraining:
+        """Return the callback that evaluates the student while it is trained."""
+        return EvaluateWhileTraining(evaluation, student, self.name, get_section(self))
 
 
 def list_training_artefacts(stage: Stage) -> list[str]:
     """Return the paths that the training of a stage writes, beside its result."""
-    return [f"checkpoints/{stage.name}", f"history/{stage.name}.csv", f"failure/{stage.name}"]
+    folders = [f"{folder}/{stage.name}" for folder in ("checkpoints", "failure", "previews")]
+    return [*folders, f"history/{stage.name}.csv"]

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from experiments.engine.artefacts import read_json
 from experiments.engine.evaluation import Evaluator
+from experiments.engine.identity import decides_by_latency
 from experiments.engine.inputs import make_held_out_batches
 from experiments.engine.job import Job
 from experiments.engine.stage import Stage
@@ -41,7 +42,8 @@ class Evaluate(Stage):
             weights = ("ema" if job.cfg.ema_decay is not None else "last") if self.trained else "pruned"
             job.metrics = entries | {"eval/weights": weights} | self.evaluator.measure(job.networks)
             job.run.write(path.name, job.metrics)
-        job.record(**self.evaluator.measure_latencies(job.student, self.get_latency_window(job.cfg)))
+        measured = self.evaluator.measure_latencies(job.student, self.get_latency_window(job.cfg))
+        job.record(**name_latency_ratio(measured, job.cfg.selection))
 
     def describe_plans(self, job: Job) -> dict[str, Any]:
         """Return the requested ratio and what was removed, as entries of metrics.json."""
@@ -54,16 +56,39 @@ class Evaluate(Stage):
             "plan/predicted_harm": sum(plan["predicted_harm"] for plan in plans),
         }
         if budget != "latency":  # a latency is measured, so its ratio is in measured.json
-            entries["plan/achieved_ratio"] = 1 - job.student.totals()[budget] / job.teacher.totals()[budget]
+            entries["plan/achieved_ratio"] = self.get_achieved_ratio(job, budget)
+        for name, ratio in (job.cfg.selection.get("budgets") or {}).items():
+            entries[f"plan/requested_ratio_{name}"] = ratio
+            if name != "latency":
+                entries[f"plan/achieved_ratio_{name}"] = self.get_achieved_ratio(job, name)
         return entries
+
+    def get_achieved_ratio(self, job: Job, budget: str) -> float:
+        """Return the share of a cost that was removed, counted on the built student."""
+        return float(1 - job.student.totals()[budget] / job.teacher.totals()[budget])
 
     def get_latency_window(self, cfg: DictConfig) -> tuple[float, float] | None:
         """Return the lowest and the highest ratio of a latency budget; None for other budgets."""
         selection = cfg.selection
-        if selection.get("budget") != "latency":
+        if not decides_by_latency(selection):
             return None
-        ratio = selection.get("ratio")
-        return (0.0, 1.0) if ratio is None else (ratio, ratio + selection.tolerance)
+        ratio = (selection.get("budgets") or {}).get("latency", selection.get("ratio"))
+        if ratio is None:
+            return 0.0, 1.0
+        tolerance = selection.tolerance
+        return ratio, ratio + (tolerance.latency if isinstance(tolerance, DictConfig) else tolerance)
+
+
+def name_latency_ratio(measured: dict[str, Any], selection: DictConfig) -> dict[str, Any]:
+    """Return entries of measured.json in which the ratio of a latency budget has the name of its rank.
+
+    It is `plan/achieved_ratio` where latency is the first budget, and `plan/achieved_ratio_latency` where it is one of
+    several.
+    """
+    ratio = measured.pop("plan/achieved_ratio", None)
+    names = {"plan/achieved_ratio": selection.get("budget") == "latency"}
+    names["plan/achieved_ratio_latency"] = bool(selection.get("budgets"))
+    return measured | {name: ratio for name, applies in names.items() if applies and ratio is not None}
 
 
 def get_requested_ratio(selection: Mapping[str, Any], totals: Mapping[str, int]) -> dict[str, float | None]:

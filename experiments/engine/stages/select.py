@@ -8,12 +8,13 @@ from omegaconf import DictConfig
 from conf.schema import ConfigError, build
 from criteria.base import ChangeKind, Level, Unit
 from criteria.selection.base import Pool, check_names
-from experiments.engine.artefacts import check_fresh, digest, read_json
+from experiments.engine.artefacts import check_fresh, digest, format_json, read_json
 from experiments.engine.identity import get_displayed_settings
 from experiments.engine.job import Job
-from experiments.engine.ranks import is_rank_zero, wait_for
+from experiments.engine.ranks import barrier, is_rank_zero, wait_for
 from experiments.engine.stage import Stage, find_latest
 from experiments.engine.stages.score import Score
+from experiments.engine.stages.select_front import describe_front, describe_ratios, format_csv
 from lightning_modules.metrics.unit_latency import UnitLatencies, measure_unit_latencies
 from lightning_modules.modules.joint_loss import JointMeasure
 from lightning_modules.training.trainer import autocast
@@ -41,7 +42,8 @@ class Select(Stage):
         score.needed = self.selection.needs_scores
 
     def artefacts(self) -> list[str]:
-        return [self.artefact("plan.json")]
+        front = [self.artefact("pareto.json"), self.artefact("pareto.csv")] if self.selection.pareto else []
+        return [self.artefact("plan.json"), *front]
 
     def check(self, job: Job) -> None:
         if (network := job.networks.get(self.source)) is None:
@@ -74,6 +76,7 @@ class Select(Stage):
     def run(self, job: Job) -> None:
         path, scores_key = job.run / self.artefact("plan.json"), digest(self.score.scores)
         network_id, units = job.identify(self.source), self.score.units(job)
+        self.measured_pool: Pool | None = None
         if path.exists():
             plan = read_json(path)
             check_fresh(path, "teacher", plan["teacher"], network_id)
@@ -88,20 +91,45 @@ class Select(Stage):
             wait_for(path)
             plan = read_json(path)
         self.plan_made: dict[str, Any] = plan
+        if is_rank_zero():
+            self.write_front(job)
+        barrier()
+
+    def write_front(self, job: Job) -> None:
+        """Write pareto.json and pareto.csv where the front is wanted and not there yet."""
+        files = [job.run / name for name in self.artefacts()[1:]]
+        if all(path.exists() for path in files):
+            return
+        pool = self.pool_with_latencies(job)
+        with job.clock("find the front"):
+            front = describe_front(self.selection, pool, self.get_harms(), self.plan_made)
+        for path, text in zip(files, (format_json(front), format_csv(front)), strict=True):
+            job.run.write_text_on_rank_zero(path.name, text)
+
+    def get_harms(self) -> dict[str, float]:
+        """Return {unit: score}."""
+        return {name: entry["score"] for name, entry in self.score.scores.items()}
+
+    def pool_with_latencies(self, job: Job) -> Pool:
+        """Return the pool, with latencies if the selection needs them; they are measured at the first call."""
+        if self.measured_pool is None:
+            self.measured_pool = self.pool(job, self.latencies(job) if self.selection.needs_savings else None)
+        return self.measured_pool
 
     def plan(self, job: Job, network_id: str, scores_key: str, units: Sequence[Unit]) -> dict[str, Any]:
         """Return the content of plan.json."""
-        pool = self.pool(job, self.latencies(job) if self.selection.needs_savings else None)
+        pool, harms = self.pool_with_latencies(job), self.get_harms()
         with job.clock("select units"):
-            harms = {name: entry["score"] for name, entry in self.score.scores.items()}
             changes = self.selection.changes(pool, harms, self.joint_loss(job))
+        removed = [change["unit"] for change in changes if "unit" in change]
         return {
             "teacher": network_id,
             "scores": scores_key,
             "selection": get_displayed_settings(job.cfg)["selection"],
             "changes": changes,
             "protected": self.selection.protected_units(units),
-            "predicted_harm": float(sum(harms[change["unit"]] for change in changes if "unit" in change)),
+            "predicted_harm": float(sum(harms[name] for name in removed)),
+            **describe_ratios(self.selection, pool, removed),
         }
 
     def latencies(self, job: Job) -> UnitLatencies:

@@ -28,9 +28,14 @@ class Train(Stage):
         return list_training_artefacts(self)
 
     def check(self, job: Job) -> None:
+        if (every := job.cfg.evaluation.every_n_steps) is not None:
+            raise ConfigError(
+                f"evaluation.every_n_steps={every}: a training from random weights has no teacher to compare with; "
+                "choose null"
+            )
         if job.cfg.latents is not None:
             check_latents(job.cfg, job.data, load_backbone(job.cfg))
 
     def run(self, job: Job) -> None:
         with job.clock(self.name):
-            self.module: Any = train(job, job.cfg.pretrain, self.name)
+            self.module: Any = train(job, job.cfg.pretrain, self)

@@ -1,0 +1,139 @@
+"""Evaluation while training: what it gives, and that it changes nothing."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from support.results import differences, files, read_repeatable_history, results, the_run
+
+from conf.schema import ConfigError
+from experiments.engine import training_evaluation
+from experiments.engine.artefacts import read_json
+from experiments.engine.identity import get_effective_settings
+from experiments.engine.job import TEACHER, Job
+from experiments.engine.pipeline import run_pipeline
+from experiments.engine.training_evaluation import TrainingEvaluation
+from lightning_modules.training.progress import StageBar
+
+pytestmark = pytest.mark.usefixtures("quick_end")
+
+EVERY_TWO = "evaluation.every_n_steps=2"
+PREVIEWS = {f"previews/distil/step=000000{step}.png" for step in (2, 4)}
+
+
+def read_evaluations(run: Path) -> dict[str, dict[int, float]]:
+    """{measure: {step: value}} of the evaluations while training."""
+    table = pd.read_csv(run / "history" / "distil.csv")
+    table = table[table["name"].str.startswith("train/eval/")]
+    return {name.split("/")[2]: dict(part[["step", "value"]].to_numpy()) for name, part in table.groupby("name")}
+
+
+@pytest.fixture
+def plain(configure, sampling, tmp_path):
+    """A finished run without evaluation while training."""
+    run_pipeline(configure(*sampling))
+    return the_run(tmp_path / "runs")
+
+
+def test_it_changes_no_bit_and_agrees_with_the_final_evaluation(configure, sampling, tmp_path, plain):
+    shutil.move(tmp_path / "runs", tmp_path / "plain")
+    run_pipeline(configure(*sampling, EVERY_TWO))
+    run, plain = the_run(tmp_path / "runs"), the_run(tmp_path / "plain")
+    assert run.name == plain.name
+    assert differences(results(run), results(plain)) == []
+    assert files(run) == files(plain) | PREVIEWS
+    values, metrics = read_evaluations(run), read_json(run / "metrics.json")
+    assert set(values) == {"frechet_channels", "teacher_frechet_channels"}  # the first measure
+    assert values["frechet_channels"].keys() == {1, 3}
+    assert values["frechet_channels"][3] == metrics["distilled/frechet_channels"]
+    assert set(values["teacher_frechet_channels"].values()) == {metrics["teacher/frechet_channels"]}
+    rows = read_repeatable_history(run / "history" / "distil.csv")
+    assert [row for row in rows if "/eval/" not in row[1]] == read_repeatable_history(plain / "history" / "distil.csv")
+
+
+def test_a_resumed_run_continues_its_evaluations(configure, sampling, tmp_path, monkeypatch, plain):
+    shutil.move(tmp_path / "runs", tmp_path / "plain")
+    job = [*sampling, EVERY_TWO, "evaluation.training_samples=4", "trainer.accumulate_grad_batches=2"]
+    run_pipeline(configure(*job, f"paths.runs={tmp_path}/undisturbed"))
+    update = StageBar.on_train_batch_end
+
+    def update_or_stop(bar, trainer, *arguments) -> None:
+        update(bar, trainer, *arguments)
+        if trainer.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageBar, "on_train_batch_end", update_or_stop)
+        with pytest.raises(SystemExit):
+            run_pipeline(configure(*job))
+    run_pipeline(configure(*job))
+    run, undisturbed = the_run(tmp_path / "runs"), the_run(tmp_path / "undisturbed")
+    assert differences(results(run), results(undisturbed)) == []
+    histories = [read_repeatable_history(path / "history" / "distil.csv") for path in (run, undisturbed)]
+    assert histories[0] == histories[1]
+    assert read_evaluations(run)["frechet_channels"].keys() == {1, 3}
+    assert all((run / name).read_bytes() == (undisturbed / name).read_bytes() for name in PREVIEWS)
+
+
+def test_without_measures_there_are_pictures(configure, sampling, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        training_evaluation, "draw_sample_grids", lambda images, path: drawn.append((path.name, images))
+    )
+    job = [override for override in sampling if not override.startswith("evaluation=")]
+    run_pipeline(configure(*job, "evaluation=none", EVERY_TWO, "evaluation.training_samples=3", "ema_decay=null"))
+    assert read_evaluations(the_run(tmp_path / "runs")) == {}
+    assert [(name, list(images)) for name, images in drawn] == [
+        (f"step=000000{step}.png", ["teacher", f"step {step}"]) for step in (2, 4)
+    ]
+    (first, *_), (second, *_) = ([images["teacher"], images] for _, images in drawn)
+    assert first.shape == (3, 8, 8, 3) and np.array_equal(first, second)
+
+
+def test_samples_that_are_not_finite_do_not_end_the_training(configure, sampling, tmp_path, monkeypatch, caplog):
+    def fail(*_: object) -> None:
+        raise FloatingPointError("samples are not finite")
+
+    monkeypatch.setattr(training_evaluation.SampleEvaluation, "generate_without_files", fail)
+    run_pipeline(configure(*sampling, EVERY_TWO))
+    run = the_run(tmp_path / "runs")
+    assert (run / "finished.json").exists() and read_evaluations(run) == {}
+    assert "evaluation of distil while training: samples are not finite" in caplog.text
+
+
+def test_a_picture_shows_teacher_and_student(plain, configure, sampling, tmp_path):
+    run_pipeline(configure(*sampling, EVERY_TWO, "force=true"))
+    picture = np.asarray(Image.open(the_run(tmp_path / "runs") / "previews" / "distil" / "step=0000004.png"))
+    assert picture.shape[1] > 1.5 * picture.shape[0]  # two grids, side by side
+
+
+def test_a_pretraining_is_refused(configure):
+    from experiments.engine.stages.train import Train
+
+    job = Job(configure("experiment=pretrain_cifar10", EVERY_TWO), None, torch.device("cpu"), None, None, None, "none")
+
+    with pytest.raises(ConfigError, match=r"^evaluation\.every_n_steps=2: .* has no teacher to compare with"):
+        Train().check(job)
+
+
+def test_a_network_without_anything_to_evaluate_is_refused(configure, overrides):
+    class Classifier:
+        classifies, generates, writes_text = True, False, False
+
+    cfg = configure(*overrides, EVERY_TWO, "evaluation.images=4")
+    job = Job(cfg, None, torch.device("cpu"), None, None, None, "id", {TEACHER: Classifier})
+    with pytest.raises(ValueError, match=r"^evaluation\.every_n_steps=2: there is nothing to evaluate"):
+        TrainingEvaluation(job)
+
+
+@pytest.mark.parametrize("budget", ["params", "latency"])
+def test_it_is_no_part_of_the_run_identity(configure, budget):
+    plain, changed = (
+        get_effective_settings(configure(f"selection.budget={budget}", *more))
+        for more in ([], [EVERY_TWO, "evaluation.training_samples=4"])
+    )
+    assert plain == changed
