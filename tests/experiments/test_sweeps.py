@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from support.dashboards import wandb_records
 from support.results import files, read_markdown, stamps
+from support.wandb_files import read_records
 
 from conf.schema import ROOT
 from experiments.engine.artefacts import read_json
@@ -102,7 +102,7 @@ def test_each_job_is_one_finished_wandb_run_even_when_it_fails(overrides, data_f
     for run in runs:
         (offline,) = (path for path in run.rglob("offline-run-*") if path.is_dir())
         (file,) = offline.glob("run-*.wandb")
-        records = list(wandb_records(file))
+        records = list(read_records(file))
         (started,) = (record.run for record in records if record.HasField("run"))
         assert started.run_id.startswith(f"debug-{run.name[-8:]}") and started.display_name == run.name
         config = {item.key: json.loads(item.value_json) for item in started.config.update}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import wandb
 import yaml
-from support.dashboards import wandb_records
+from support.wandb_files import read_records
 from wandb import wandb_agent
 
 import train
@@ -51,7 +51,7 @@ def agent(monkeypatch, tmp_path):
 def read_trial(folder: Path, run_id: str) -> tuple:
     """Return the run record and the summary {key: JSON} of the offline W&B run of a trial."""
     (file,) = folder.rglob(f"run-{run_id}.wandb")
-    records = list(wandb_records(file))
+    records = list(read_records(file))
     (started,) = (record.run for record in records if record.HasField("run"))
     summary = {}
     for record in records:
