@@ -17,12 +17,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+from diffusers import DDPMScheduler, UNet2DModel
+
 from conf.schema import ROOT
 from experiments.engine.artefacts import read_json
 from experiments.engine.sweep import read_sweep
 
 GRID = ("criterion=output_loss,magnitude,random", "selection.ratio=0.3,0.5,0.7")
-JOB = ("debug=tiny", "evaluation=none", "trainer=cpu", "pipeline.stages.export=null")
+NETWORK: dict[str, Any] = {
+    "sample_size": 32,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+"""A network of random weights that takes little time, so that what is beside the stages shows."""
+
+JOB = ("debug=tiny", "evaluation=none", "trainer=cpu", "pipeline.stages.export=null", "selection.tolerance=0.1")
 
 
 def time_command(*arguments: str) -> tuple[float, float]:
@@ -37,13 +49,15 @@ def time_command(*arguments: str) -> tuple[float, float]:
 
 
 def measure(folder: Path, repeats: int) -> dict[str, float]:
-    """Return {figure: value} of sweeps in a folder; short commands are repeated, and their median counts."""
+    """Return {figure: value} of sweeps in a folder; `repeats` is that of short commands, of which the median counts."""
     mistakes = {"unknown field": "selection.rati=0.5", "wrong value": "selection.ratio=1.5"}
     figures = {
         f"{name}: seconds to the answer": statistics.median(time_command(wrong)[1] for _ in range(repeats))
         for name, wrong in mistakes.items()
     }
-    sweep = ("-m", *JOB, *GRID, f"paths.runs={folder}")
+    UNet2DModel(**NETWORK).save_pretrained(folder / "teacher")
+    DDPMScheduler().save_pretrained(folder / "teacher")
+    sweep = ("-m", *JOB, *GRID, f"teacher.path={folder / 'teacher'}", f"paths.runs={folder}")
     figures["sweep of 9: seconds to the first line"], figures["sweep of 9: seconds"] = time_command(*sweep)
     records = read_records(folder)
     figures["sweep of 9: seconds of its stages"] = stages = sum(map(add_stages, records))
