@@ -18,6 +18,8 @@ from conf.environment import read_environment
 ROOT = Path(__file__).resolve().parent.parent
 """The folder of this repository."""
 
+PACKAGES = ("conf", "criteria", "datamodules", "experiments", "lightning_modules")
+"""This project's own packages."""
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 """Precisions of computations. Weights stay float32, as `16-true` or `bf16-true` would round those of the teacher."""

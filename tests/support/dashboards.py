@@ -19,9 +19,9 @@ class OfflineRun:
     wandb itself has no Python reader of this file any more; the log is that of LevelDB.
     """
 
-    def __init__(self, run: Path) -> None:
-        (self.folder,) = (path for path in (run / "wandb").glob("offline-run-*") if path.is_dir())
-        (file,) = self.folder.glob("run-*.wandb")
+    def __init__(self, run: Path, run_id: str = "*") -> None:
+        (file,) = run.rglob(f"offline-run-*/run-{run_id}.wandb")
+        self.folder = file.parent
         self.records = list(wandb_records(file))
         until = time.monotonic() + SECONDS_TO_FLUSH
         while not self.select("exit") and time.monotonic() < until:
