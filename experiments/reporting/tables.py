@@ -106,13 +106,13 @@ def list_varying_fields(table: pd.DataFrame) -> dict[str, str]:
 
 
 def format_setting(setting: Mapping[str, Any]) -> dict[str, str]:
-    """Return the fields of a configuration as texts; a long one has its beginning and a hash, and stays unlike others.
+    """Return the fields of a configuration as texts; a long one has its end and a hash, and stays unlike others.
 
     Fields that only Hydra reads, such as `_partial_`, are left out.
     """
     texts = {key: str(value) for key, value in setting.items() if not key.rpartition(".")[2].startswith("_")}
     return {
-        key: text if len(text) <= VALUE_LENGTH else f"{text[: VALUE_LENGTH - 12]}...{digest(text)[:8]}"
+        key: text if len(text) <= VALUE_LENGTH else f"...{text[12 - VALUE_LENGTH :]}#{digest(text)[:8]}"
         for key, text in texts.items()
     }
 
@@ -145,6 +145,12 @@ def list_varying_choices(table: pd.DataFrame) -> list[str]:
 def name_quality(table: pd.DataFrame) -> str:
     """Return the names of the measures that the quality columns hold, "output loss" where no other was taken."""
     return ", ".join(sorted({str(name) for name in table["metric"].dropna()})) or "output loss"
+
+
+def list_further_budgets(table: pd.DataFrame) -> list[str]:
+    """Return the columns with the achieved ratio of each budget of runs with several, but for the first of all rows."""
+    names = [name for name in table if name.startswith("achieved/") and not name.endswith(" std")]
+    return [name for name in names if not (table[name].isna() | (table[name] == table["achieved"])).all()]
 
 
 def list_further_measures(table: pd.DataFrame) -> list[str]:
@@ -185,19 +191,24 @@ def format_markdown(cells: pd.DataFrame) -> str:
 def format_tables(table: pd.DataFrame) -> str:
     """Return a table in Markdown per teacher, since different teachers may be measured differently."""
     parts = list(table.groupby("teacher"))
-    return "\n".join((f"{name}\n\n" if len(parts) > 1 else "") + format_table(part) for name, part in parts)
+    choices = [name for name in list_varying_choices(table) if name != "teacher"]
+    return "\n".join((f"{name}\n\n" if len(parts) > 1 else "") + format_table(part, choices) for name, part in parts)
 
 
-def format_table(table: pd.DataFrame) -> str:
-    """Return the rows of one teacher in Markdown, as means, with standard deviations where there are several runs."""
+def format_table(table: pd.DataFrame, choices: Sequence[str] = ()) -> str:
+    """Return the rows of one teacher in Markdown, as means, with standard deviations where there are several runs.
+
+    `choices` are columns that follow the first one.
+    """
     quality, label = name_quality(table), choose_label_column(table)
     columns = {
         label: list(table[label]),
-        **{name: list(table[name]) for name in list_varying_choices(table)},
+        **{name: list(table[name]) for name in choices},
         "selection": list(table["selection"]),
         "distillation (steps)": [f"{row['distillation']} ({row['steps']})" for _, row in table.iterrows()],
         "ratio": [f"{ratio:.4g}" for ratio in table["ratio"]],
         "achieved": format_spreads(table, "achieved", 3),
+        **{name.replace("/", ", "): format_spreads(table, name, 3) for name in list_further_budgets(table)},
         "parameters": [f"{count / 1e6:.2f} M" for count in table["params"]],
         "MACs": format_counts(table["macs"]),
     }

@@ -96,7 +96,11 @@ def test_a_sweep_over_targets_is_one_curve_over_the_ratio(configure, overrides, 
     # The same as a network that has FLOPs would leave behind, and a run beside it that was asked for a ratio.
     first, second = sorted(study.glob("magnitude-*"))
     for run, count in ((first, 126.55e6), (second, 55.84e6)):
-        metrics = read_json(run / "metrics.json") | {"teacher/flops": 2e8, "student/flops": count}
+        metrics = read_json(run / "metrics.json") | {
+            "teacher/flops": 2e8,
+            "pruned/flops": count,
+            "student/flops": count,
+        }
         (run / "metrics.json").write_text(json.dumps(metrics))
     run_pipeline(configure(*overrides, *job[1:], "selection.ratio=0.4"))
     page = report_set(study)

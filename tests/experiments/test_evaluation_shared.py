@@ -1,6 +1,5 @@
 """Parts that measures share: samples, features on any number of ranks, references, prompts, choices and reports."""
 
-import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ from support.measures import Flat, Given, drawn
 from support.networks import tiny_backbone, tiny_seeds
 from support.ranks import two_ranks
 from support.results import read_markdown
+from support.runs import write_run
 
 from conf.schema import ConfigError, build
 from datamodules.images import Images
@@ -237,40 +237,6 @@ def test_the_coco_protocol_sets_the_sampler_of_bk_sdm(configure):
 # Reports
 
 
-def finished(folder, name: str, ratio: float, values: dict[str, float]) -> None:
-    """A run of two measures, as a report reads it."""
-    run = folder / name
-    run.mkdir()
-    content = {"samples": 8, "size": [3, 4, 4], "sampler": "ddim", "steps": 2, "guidance": 1.0, "measures": {}}
-    content["measures"]["clip_score"] = {"better": "higher", "features": "f" * 64, "transform": "none"}
-    content["measures"]["kid"] = {"better": "lower", "features": "e" * 64, "transform": "clean"}
-    metrics = {
-        "networks": ["teacher", "pruned", "distilled"],
-        "plan/budget": "params",
-        "plan/requested_ratio": ratio,
-        "plan/achieved_ratio": ratio,
-    }
-    metrics |= {"run_id": name, "plan/removed_units": 1, "protocol": content, "eval/weights": "ema"}
-    for network in ("teacher", "student"):
-        metrics |= {f"{network}/{key}": 10 for key in ("params", "macs", "macs_attention")}
-    for network in ("pruned", "eval", "distilled", "teacher"):
-        metrics |= {f"{network}/output_loss": 0.5, **{f"{network}/{key}": value for key, value in values.items()}}
-    measured = {"latency_ratio": 0.9, "student/latency_ms": 1.0, "teacher/latency_ms": 1.0, "peak_memory_bytes": 1}
-    measured |= {"latency_batch": 1, "device": "cpu", "seconds": {}}
-    config = {"selection": {"name": "knapsack", "ratio": ratio}, "criterion": {"name": "magnitude"}, "seed": 0}
-    config |= {"teacher": {"name": "t"}, "distillation": {"name": "none"}, "trainer": {"steps": 1}, "latents": None}
-    config |= {"evaluation": {}, "data": {}, "calibration": {}, "export": {}}
-    contents = {
-        "metrics.json": metrics,
-        "measured.json": measured,
-        "plan.json": {"changes": [], "teacher": "aaaa"},
-        "finished.json": {},
-    }
-    for file, content in contents.items():
-        (run / file).write_text(json.dumps(content))
-    OmegaConf.save(OmegaConf.create(config), run / "config.yaml")
-
-
 def test_a_report_of_several_measures_draws_the_first(tmp_path, monkeypatch):
     labels = []
 
@@ -280,8 +246,8 @@ def test_a_report_of_several_measures_draws_the_first(tmp_path, monkeypatch):
         return path
 
     monkeypatch.setattr(figures, "draw_curves", noted)
-    finished(tmp_path, "one", 0.3, {"clip_score": 25.0, "kid": 0.0125})
-    finished(tmp_path, "two", 0.5, {"clip_score": 20.0, "kid": 0.03})
+    write_run(tmp_path, "one", 0.3, {"clip_score": 25.0, "kid": 0.0125})
+    write_run(tmp_path, "two", 0.5, {"clip_score": 20.0, "kid": 0.03})
     page = report_set(tmp_path).read_text()
     assert [label for _, label in labels] == [
         *["clip_score (higher is better)"] * 2,

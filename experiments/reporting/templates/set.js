@@ -137,15 +137,6 @@ function makeTraces(settings) {
       if (!points.length) continue;
       const band = state.x in numbers ? makeBand(points, colour) : null;
       if (band) traces.push({ ...band, legendgroup });
-      traces.push({
-        x: points.map((p) => p.x), y: points.map((p) => p.y), name, legendgroup, showlegend,
-        mode: state.x in numbers ? "lines+markers" : "markers",
-        line: { color: colour, width: 2 }, marker: { color: colour, size: 9, symbol },
-        error_y: { type: "data", array: points.map((p) => p.deviation ?? 0), visible: points.some((p) => p.deviation), color: colour, thickness: 1.2 },
-        customdata: points.map((p) => p.setting.runs.map((run) => runs.indexOf(run))),
-        text: points.map((p) => describePoint(p.setting.runs, p.setting.group("method"))), hoverinfo: "text",
-      });
-      showlegend = false;
       const single = points.filter((p) => p.setting.runs.length > 1).flatMap((p) => p.setting.runs);
       const dots = single.filter((run) => isNumber(locate(run, state.x)) && isNumber(run.values[state.y]));
       if (dots.length) {
@@ -155,6 +146,15 @@ function makeTraces(settings) {
           customdata: dots.map((run) => [runs.indexOf(run)]), text: dots.map((run) => describePoint([run], run.name)), hoverinfo: "text",
         });
       }
+      traces.push({
+        x: points.map((p) => p.x), y: points.map((p) => p.y), name, legendgroup, showlegend,
+        mode: state.x in numbers ? "lines+markers" : "markers",
+        line: { color: colour, width: 2 }, marker: { color: colour, size: 9, symbol },
+        error_y: { type: "data", array: points.map((p) => p.deviation ?? 0), visible: points.some((p) => p.deviation), color: colour, thickness: 1.2 },
+        customdata: points.map((p) => p.setting.runs.map((run) => runs.indexOf(run))),
+        text: points.map((p) => describePoint(p.setting.runs, p.setting.group("method"))), hoverinfo: "text",
+      });
+      showlegend = false;
     }
   }
   return traces;
@@ -274,7 +274,8 @@ function makeFilters() {
 
 function listColumns() {
   const single = state.rows === "runs";
-  const shown = varying.filter((key) => key !== "method" && !(key in numbers) && (single || !seeds.includes(key)) && key !== "protocol");
+  const isShown = (key) => runs.some((run) => run.groups[key] !== run.groups.method) && !(key in numbers) && key !== "protocol";
+  const shown = varying.filter((key) => (single || !seeds.includes(key)) && isShown(key));
   return [
     { key: "name", title: single ? "run" : "method", read: (setting) => (single ? setting.runs[0].name : setting.group("method")) },
     ...shown.map((key) => ({ key, title: groups[key], read: (setting) => setting.group(key) })),

@@ -1,17 +1,16 @@
-"""What an offline run of Weights & Biases has recorded."""
+"""What offline runs of Weights & Biases contain."""
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from wandb.proto import wandb_internal_pb2
 
-BLOCK, HEADER = 32768, 7
-"""Bytes of a block of the log, and of what stands before each piece of a record: checksum, length and kind."""
-WHOLE, LAST = 1, 4
-"""Kinds of a piece that ends a record."""
+SECONDS_TO_FLUSH = 30.0
+"""How long the process that writes the file may take for it after `wandb.finish()`."""
 
 
 class OfflineRun:
@@ -20,10 +19,14 @@ class OfflineRun:
     wandb itself has no Python reader of this file any more; the log is that of LevelDB.
     """
 
-    def __init__(self, run: Path) -> None:
-        (self.folder,) = (path for path in (run / "wandb").glob("offline-run-*") if path.is_dir())
-        (file,) = self.folder.glob("run-*.wandb")
-        self.records = list(read_records(file))
+    def __init__(self, run: Path, run_id: str = "*") -> None:
+        (file,) = run.rglob(f"offline-run-*/run-{run_id}.wandb")
+        self.folder = file.parent
+        self.records = list(wandb_records(file))
+        until = time.monotonic() + SECONDS_TO_FLUSH
+        while not self.select("exit") and time.monotonic() < until:
+            time.sleep(0.05)
+            self.records = list(wandb_records(file))
 
     def select(self, kind: str) -> list[Any]:
         """Return the records of a kind, such as history or artifact."""
@@ -62,17 +65,17 @@ def name_of(item: Any) -> str:
     return ".".join(item.nested_key) or item.key
 
 
-def read_records(file: Path) -> Iterator[Any]:
-    """The records of a log in blocks, each piece of a record with a header."""
-    content, place, record = file.read_bytes(), HEADER, b""
-    while place + HEADER <= len(content):
-        left = BLOCK - place % BLOCK
-        if left < HEADER:
+def wandb_records(file: Path) -> Iterator[Any]:
+    """Yield the records of an offline run: blocks of 32 KiB, each piece with checksum, length and kind before it."""
+    content, place, record = file.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        left = 32768 - place % 32768
+        if left < 7:
             place += left
             continue
-        length, kind = struct.unpack("<HB", content[place + 4 : place + HEADER])
-        record += content[place + HEADER : place + HEADER + length]
-        place += HEADER + length
-        if kind in (WHOLE, LAST):
+        length, kind = struct.unpack("<HB", content[place + 4 : place + 7])
+        record += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
             yield wandb_internal_pb2.Record.FromString(record)
             record = b""
