@@ -18,6 +18,8 @@ from conf.environment import read_environment
 ROOT = Path(__file__).resolve().parent.parent
 """The folder of this repository."""
 
+PACKAGES = ("conf", "criteria", "datamodules", "experiments", "lightning_modules")
+"""This project's own packages."""
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 """Precisions of computations. Weights stay float32, as `16-true` or `bf16-true` would round those of the teacher."""
@@ -154,7 +156,7 @@ class Logger:
     mode: str = "auto"
     """auto is online when there is a key, else offline; or online | offline"""
     artifacts: bool = True
-    """log an artifact of W&B per run: its JSON files, and references to its networks (nothing large is uploaded)"""
+    """log artifacts of W&B from the teacher to the export: JSON files, and references to networks, which stay local"""
     loggers: dict[str, Any] = field(default_factory=dict)
     """further loggers of Lightning by name, each a `_target_`; `save_dir` is logs/ of the run's folder unless given"""
 

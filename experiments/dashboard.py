@@ -5,7 +5,7 @@ import sys
 try:
     from experiments.reporting.workspace import main
 except ModuleNotFoundError as error:
-    if error.name != "wandb_workspaces":
+    if not str(error.name).startswith("wandb_workspaces"):
         raise
     sys.exit("this command needs wandb-workspaces: pip install -e '.[dashboard]'")
 

@@ -33,5 +33,5 @@ def map_tensors(function: Callable[[Tensor], Tensor], content: Any) -> Any:
 
 
 def count_samples(batch: Any) -> int:
-    """Return the number of samples of a batch: the length of the first tensor in it."""
-    return len(next(iter(tensors_by_path(batch).values())))
+    """Return the number of samples of a batch: the length of the first tensor in it, 0 where it has none."""
+    return next((len(tensor) for tensor in tensors_by_path(batch).values()), 0)

@@ -86,6 +86,10 @@ class Arrays(ListedSource):
         height, width, channels = self.images.shape[1:]
         return f"array of {self.images.dtype}, {'RGB' if channels == 3 else 'L'}, {width}x{height}"
 
+    def find_stored_range(self, index: int) -> tuple[float, float] | None:
+        values = self.images[index]
+        return None if values.dtype == np.uint8 else (float(values.min()), float(values.max()))
+
     def picture(self, index: int) -> Image.Image:
         """Return an image of the array as a picture of 8 bits."""
         values = self.images[index]

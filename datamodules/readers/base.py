@@ -70,6 +70,17 @@ class ListedSource:
         except (OSError, ValueError, SyntaxError) as error:
             raise BadSample(f"{self.name(index)} cannot be used: no known format of pictures") from error
 
+    def find_stored_range(self, index: int) -> tuple[float, float] | None:
+        """Return the lowest and highest stored value of a picture of more than 8 bits; None for all others."""
+        try:
+            with Image.open(io.BytesIO(self.raw(index))) as image:
+                if image.mode != "F" and not image.mode.startswith("I"):
+                    return None
+                values = np.asarray(image)
+                return float(values.min()), float(values.max())
+        except (OSError, ValueError, SyntaxError):  # no picture, such as a sound, or a damaged one
+            return None
+
     def sizes(self, indices: np.ndarray) -> np.ndarray | None:
         """Return the size of `raw` of some samples in bytes; None where only reading them would tell."""
         return None

@@ -123,6 +123,9 @@ class FileParts(ListedSource):
             raise BadSample(f"{self.name(index)} cannot be used: {type(error).__name__}: {error}") from error
         return f"{Path(self.files[self.parts[index, 0]]).suffix[1:]}, {image.mode}, {image.width}x{image.height}"
 
+    def find_stored_range(self, index: int) -> tuple[float, float] | None:
+        return None  # `read_part` has scaled the values already
+
     def listing(self) -> bytes:
         sizes = np.array([file_size(self.root / name) for name in self.files], np.int64)
         names = "\n".join(self.files).encode("utf-8", "surrogateescape")

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from conf.environment import recorded_environment
-from conf.schema import ROOT
+from conf.schema import PACKAGES, ROOT
 from datamodules.latents import read_manifest
 from datamodules.readers.base import data_root
 from experiments.engine.artefacts import digest
@@ -35,9 +35,6 @@ LATER_FIELDS: dict[str, dict[str, Any]] = {
 }
 """{group: {field: default}}: fields that configurations did not have at first. At their defaults they are no part of a
 run's identity, so that runs from before them keep their ids."""
-
-PACKAGES = ("conf", "criteria", "datamodules", "experiments", "lightning_modules")
-"""This project's own packages."""
 
 WORD_KEYS = ("architecture", "classes", "data", "prompts")
 """Keys whose values are labels and texts: they name no file even where there is one of that name."""

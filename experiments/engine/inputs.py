@@ -3,12 +3,14 @@
 import inspect
 
 import hydra.utils
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from conf.schema import ConfigError, build
 from criteria.base import Criterion
 from datamodules.base import DataModule
+from experiments.engine.artefacts import digest
+from experiments.engine.sweep import shares_process
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.modules.sampling import seed_batches
 
@@ -25,6 +27,26 @@ def build_teacher(cfg: DictConfig) -> NetworkBackbone:
         )
     schedule = {"noise_scheduler": build(cfg.noise_scheduler)} if "_target_" in cfg.noise_scheduler else {}
     return build(cfg.teacher, **schedule)
+
+
+_kept: dict[str, NetworkBackbone] = {}
+"""{hash of configuration and files: teacher} of the jobs of a sweep in this process: at most one, never itself used"""
+
+
+def load_teacher(cfg: DictConfig, teacher_id: str) -> NetworkBackbone:
+    """Return the teacher of a job; jobs of a sweep that share a process read its files once, and get copies.
+
+    `teacher_id` is the fingerprint of its files.
+    """
+    if not shares_process():
+        return build_teacher(cfg)
+    settings = [OmegaConf.to_container(cfg[group], resolve=True) for group in ("teacher", "noise_scheduler")]
+    key = digest([settings, teacher_id])
+    if key not in _kept:
+        _kept.clear()
+        _kept[key] = build_teacher(cfg)
+        _kept[key].macs()  # copies have the count
+    return _kept[key].copy()
 
 
 def build_data(cfg: DictConfig) -> DataModule:

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from conf import checks, devices, search_path
 from conf.schema import ConfigError
+from experiments.engine.repeats import drop_repeats
 from experiments.engine.sweep import JobRecord, open_record
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
@@ -25,6 +26,8 @@ def start_job(cfg: DictConfig) -> float | None:
     record = open_record() if is_first else JobRecord()
     if record.folder is not None and not record.is_sweeps_process():
         devices.claim_gpus(record.folder, cfg.trainer.devices)
+    if record.in_sweep:
+        drop_repeats()
     with record.follow():
         check_early(cfg, record)
         if is_first and not record.in_sweep:

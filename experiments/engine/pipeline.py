@@ -18,7 +18,7 @@ from experiments.engine.artefacts import read_json
 from experiments.engine.clock import Clock
 from experiments.engine.data_identity import check_data_unchanged, fingerprint_data
 from experiments.engine.identity import fingerprint
-from experiments.engine.inputs import build_data, build_teacher
+from experiments.engine.inputs import build_data, load_teacher
 from experiments.engine.interrupt import explain_interrupt
 from experiments.engine.job import TEACHER, Job
 from experiments.engine.provenance import collect_provenance
@@ -193,7 +193,7 @@ def prepare(
     job = Job(cfg, run, device, clock, Dashboard(cfg, run), data, teacher_id)
     if any(stage.needs_teacher for stage in stages):
         with clock("load the teacher"):
-            job.networks[TEACHER] = build_teacher(cfg)
+            job.networks[TEACHER] = load_teacher(cfg, teacher_id)
     for stage in stages:
         job.cfg = apply_settings(cfg, stage)
         stage.check(job)

@@ -182,6 +182,13 @@ def open_record() -> JobRecord:
     return JobRecord(Path(hydra.sweep.dir), int(hydra.job.num), overrides, options)
 
 
+def shares_process() -> bool:
+    """Tell whether this process runs jobs of a sweep one after another, as some launchers have it."""
+    if not open_record().in_sweep:
+        return False
+    return HydraConfig.get().launcher._target_.endswith(("BasicLauncher", "JoblibLauncher"))
+
+
 def count_jobs(sweeper: DictConfig, overrides: list[str], params: dict[str, str]) -> int | None:
     """Return the number of jobs of a sweep; None where the sweeper decides as it goes.
 

@@ -51,6 +51,9 @@ def tabulate(survey: Survey) -> dict[str, list[str]]:
     optional = {
         "stored as": [list_counts(split.forms) for split in survey.splits],
         "sizes": [describe_sizes(split.sizes) if split.sizes else "" for split in survey.splits],
+        "stored values": [
+            "" if split.stored_range is None else "{:g} to {:g}".format(*split.stored_range) for split in survey.splits
+        ],
         "mean and deviation of pixels": [
             "" if split.mean is None else f"{split.mean:.3f}, {split.deviation:.3f}" for split in survey.splits
         ],
@@ -75,9 +78,14 @@ def show(sample: Preview, survey: Survey) -> dict[str, Any]:
         "picture": None if sample.picture is None else encode_picture(sample.picture),
         "text": sample.text,
         "caption": sample.caption,
-        "label": None if sample.label is None else f"{sample.label} {survey.name_class(sample.label)}",
+        "label": None if sample.label is None else name_label(sample.label, survey),
         "index": sample.index,
     }
+
+
+def name_label(label: int, survey: Survey) -> str:
+    """Return a label, followed by the name of its class where it has one."""
+    return " ".join(dict.fromkeys((str(label), survey.name_class(label))))
 
 
 def encode_picture(picture: np.ndarray) -> str:

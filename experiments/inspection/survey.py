@@ -37,6 +37,7 @@ class SplitSurvey:
         bad: (name, reason) of the bad ones among these.
         forms: {form in which samples are stored: number of samples}.
         sizes: (width, height) of pictures as they are stored.
+        stored_range: lowest and highest stored value of pictures of more than 8 bits; None where there are none.
         labels: {label: number of samples}, of all samples where the source lists them, else of those that were read.
         captions: the captions of the samples that were read.
         mean: of all pixels of these, from 0 to 1; None for texts.
@@ -54,6 +55,7 @@ class SplitSurvey:
     bad: list[tuple[str, str]] = field(default_factory=list)
     forms: Counter[str] = field(default_factory=Counter)
     sizes: list[tuple[int, int]] = field(default_factory=list)
+    stored_range: tuple[float, float] | None = None
     labels: Counter[int] = field(default_factory=Counter)
     captions: list[str] = field(default_factory=list)
     mean: float | None = None
@@ -110,6 +112,8 @@ class Survey:
             lines.append(f"{'stored as:':<12}{list_counts(train.forms)}")
         if train.sizes:
             lines.append(f"{'sizes:':<12}{describe_sizes(train.sizes)}")
+        if train.stored_range is not None:
+            lines.append(f"{'values:':<12}{train.stored_range[0]:g} to {train.stored_range[1]:g} as stored")
         if train.mean is not None:
             lines.append(
                 f"{'pixels:':<12}mean {train.mean:.3f}, deviation {train.deviation:.3f} of a range of 1; "
@@ -159,6 +163,7 @@ def survey_split(data: DataModule, name: str) -> SplitSurvey:
             record = source.take(np.array([index]))
             if isinstance(source, ListedSource):
                 split.forms[source.describe_sample(int(index))] += 1
+                split.stored_range = join_ranges(split.stored_range, source.find_stored_range(int(index)))
         except BadSample as error:
             split.bad.append((title, str(error)))
             continue
@@ -187,6 +192,13 @@ def survey_split(data: DataModule, name: str) -> SplitSurvey:
     with contextlib.suppress(TooManyBadSamples):  # the bad ones are listed
         split.previews = data.preview(name, SHOWN)
     return split
+
+
+def join_ranges(one: tuple[float, float] | None, other: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return the range that covers two ranges, either of which may be None."""
+    if one is None or other is None:
+        return one or other
+    return min(one[0], other[0]), max(one[1], other[1])
 
 
 def compare_splits(
@@ -218,9 +230,12 @@ def list_problems(survey: Survey, data: DataModule) -> Iterator[str]:
         if split.constant:
             yield f"data.{split.name}: {len(split.constant)} pictures are of one colour, such as {split.constant[0]}"
         if 1 < split.levels < FEW_LEVELS:
+            stored = (
+                "" if split.stored_range is None else "; stored values are {:g} to {:g}".format(*split.stored_range)
+            )
             yield (
                 f"data.{split.name}: all pictures together have {split.levels} of 256 pixel values, so that contrast "
-                "is lost; if stored pixels use a part of their range, such as 12 of 16 bits, set pixel_range: [0, 4095]"
+                f"is lost{stored}. If they use a part of their range, such as 12 of 16 bits, set pixel_range: [0, 4095]"
             )
         if split.repeated:
             first = " = ".join(split.repeated[0])

@@ -1,7 +1,7 @@
 """The front of one scoring in the report of a run: a figure of all its plans, and a table of some of them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,13 @@ def describe_front(path: Path, figures: Path, selection: Mapping[str, Any]) -> d
     """
     front = read_json(path)
     plans, costs = front["plans"], [name for name in AXES if name in front["totals"]]
-    shown = choose_plans(plans)
+    shown = choose_plans(front)
     texts = [[f"{plan['ratio']:.4f}", f"{plan['harm']:.4g}", str(plan["removed_units"])] for plan in shown]
     for name in costs:
         left = [plan[name] for plan in shown]
         column = [f"{value:.1f}" for value in left] if name == "latency_ms" else format_counts(left)
         for cells, text in zip(texts, column, strict=True):
-            cells.append(text)
+            cells.append(text.replace(" ", "\N{NO-BREAK SPACE}"))
     return {
         "name": path.stem,
         "count": len(plans),
@@ -64,12 +64,14 @@ def is_chosen(front: Mapping[str, Any], plan: Mapping[str, Any]) -> bool:
     return bool(plan["removed"] == front["chosen"]["removed"])
 
 
-def choose_plans(plans: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the first plan at each step of the ratio."""
-    first: dict[int, dict[str, Any]] = {}
-    for plan in plans:
-        first.setdefault(math.floor(plan["ratio"] * STEPS), plan)
-    return list(first.values())
+def choose_plans(front: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the first plan at each step of the ratio, and the plan that the run has built."""
+    steps = [math.floor(plan["ratio"] * STEPS) for plan in front["plans"]]
+    return [
+        plan
+        for plan, step, before in zip(front["plans"], steps, [-1, *steps], strict=False)
+        if step != before or is_chosen(front, plan)
+    ]
 
 
 def write_overrides(plan: Mapping[str, Any], selection: Mapping[str, Any]) -> str:
@@ -105,6 +107,7 @@ def draw_front(front: Mapping[str, Any], path: Path) -> Path:
         axis.axvline(totals[name] / scale, color="black", ls=":", lw=1, label="teacher")
         if is_positive:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xlabel(f"{AXES[name]}{letter} left")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("harm (sum of scores)")

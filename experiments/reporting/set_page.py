@@ -15,11 +15,11 @@ from plotly.offline import get_plotlyjs
 
 from conf.nested import flatten_dict
 from experiments.engine.artefacts import UnwritableDirectory, digest, make_folder, read_json, remove, write_json
-from experiments.engine.identity import drop_settings_without_effect, read_config
+from experiments.engine.identity import decides_by_latency, drop_settings_without_effect, read_config
 from experiments.engine.measures import describe_protocol, list_columns
 from experiments.reporting import figures
 from experiments.reporting.pages import write_page
-from experiments.reporting.run_files import get_achieved_ratio, get_measures, list_networks
+from experiments.reporting.run_files import get_achieved_ratio, get_measures, list_achieved_ratios, list_networks
 from experiments.reporting.run_names import get_name, name_run
 from experiments.reporting.set_content import describe_set
 from experiments.reporting.tables import (
@@ -28,6 +28,7 @@ from experiments.reporting.tables import (
     format_counts,
     format_tables,
     have_comparable_latencies,
+    list_further_budgets,
     list_further_measures,
     list_varying_choices,
     list_warnings,
@@ -95,7 +96,7 @@ def collect_runs(root: Path) -> pd.DataFrame:
         metrics, measured = read_json(folder / "metrics.json"), read_json(folder / "measured.json")
         cfg = read_config(folder)
         run_id = metrics["run_id"]
-        if cfg["selection"].get("budget") == "latency":  # the device decided the plan
+        if decides_by_latency(cfg["selection"]):  # the device decided the plan
             run_id += measured["device"]
         if run_id in rows:
             rows[run_id]["copies"].append(str(folder.relative_to(root)))
@@ -161,6 +162,7 @@ def make_row(
         "better": measures[metric]["better"] if metric else "lower",
         "protocol": describe_protocol(metrics.get("protocol", {}), metric),
     }
+    row |= {f"achieved/{name}": value for name, (_, value) in list_achieved_ratios(metrics, measured).items()}
     if row["ratio"] is None:  # units that were given: the ratio that they come to
         row["ratio"] = round(row["achieved"], 4)
     qualities = {"quality_pruned": ("pruned", pruned), "quality": ("eval", "eval"), "quality_teacher": ("teacher",) * 2}
@@ -189,7 +191,7 @@ def get_setting(cfg: dict[str, Any], device: str) -> dict[str, Any]:
     it decided the plan.
     """
     fields = flatten_dict(drop_settings_without_effect(cfg | {"latents": None})) | {"latents": cfg["latents"]}
-    if cfg["selection"].get("budget") == "latency":
+    if decides_by_latency(cfg["selection"]):
         fields["device"] = device
     return {key: value for key, value in fields.items() if key not in SEEDS and not key.endswith("_target_")}
 
@@ -243,6 +245,7 @@ def choose_columns(table: pd.DataFrame) -> pd.DataFrame:
         "steps",
         "ratio",
         "achieved",
+        *list_further_budgets(table),
         *(name for name in ("target", "flops") if table[name].notna().any()),
         "latency_ratio",
         *([] if have_comparable_latencies(table) else ["latency_at"]),

@@ -14,7 +14,7 @@ from experiments.reporting.tables import tabulate_channels
 SHARE = LinearSegmentedColormap.from_list("share", [KEPT, REMOVED])
 """Colours of a group of channels, from one that stays whole to one that is removed."""
 
-LABELLED = 0.05
+LABELLED = 0.08
 """Share of the strip that a part needs to be wide enough for its name."""
 
 

@@ -147,6 +147,12 @@ def name_quality(table: pd.DataFrame) -> str:
     return ", ".join(sorted({str(name) for name in table["metric"].dropna()})) or "output loss"
 
 
+def list_further_budgets(table: pd.DataFrame) -> list[str]:
+    """Return the columns with the achieved ratio of each budget of runs with several, but for the first of all rows."""
+    names = [name for name in table if name.startswith("achieved/") and not name.endswith(" std")]
+    return [name for name in names if not (table[name].isna() | (table[name] == table["achieved"])).all()]
+
+
 def list_further_measures(table: pd.DataFrame) -> list[str]:
     """Return the columns with the measures after the first, of the networks that runs deliver."""
     names = [name for name in table if name.startswith("eval/") and not name.endswith(" std")]
@@ -202,6 +208,7 @@ def format_table(table: pd.DataFrame, choices: Sequence[str] = ()) -> str:
         "distillation (steps)": [f"{row['distillation']} ({row['steps']})" for _, row in table.iterrows()],
         "ratio": [f"{ratio:.4g}" for ratio in table["ratio"]],
         "achieved": format_spreads(table, "achieved", 3),
+        **{name.replace("/", ", "): format_spreads(table, name, 3) for name in list_further_budgets(table)},
         "parameters": [f"{count / 1e6:.2f} M" for count in table["params"]],
         "MACs": format_counts(table["macs"]),
     }

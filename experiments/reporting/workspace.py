@@ -9,15 +9,13 @@ import wandb
 from wandb_workspaces.reports import v2 as reports
 from wandb_workspaces.workspaces import Section, Workspace
 
+from conf.schema import RESERVED
 from experiments.reporting.dashboard import STEP, has_wandb_key
 
 NAME = "secateur"
 """Name of the workspace, and title of the report."""
 
 CRITERION = reports.Config("criterion_name")
-LOSSES = ("output_loss", "task_loss", "weights")
-"""Keys below `eval/` that are no measure of `evaluation`."""
-
 TEXTS = {
     "Quality": "Each line is a criterion: the mean over runs, with a band of one standard deviation over seeds. To "
     "compare something else, such as distillations, change what the panels are grouped by.",
@@ -110,7 +108,7 @@ def find_measures(api: Any, path: str) -> list[str]:
     """Return the measures of the newest finished run of a project; ["output_loss"] where it has none."""
     for run in api.runs(path, filters={"state": "finished"}, order="-created_at", per_page=1):
         keys = [key.removeprefix("eval/") for key in run.summary.keys() if key.startswith("eval/")]  # noqa: SIM118
-        if measures := [key for key in keys if key not in LOSSES]:
+        if measures := [key for key in keys if key not in RESERVED]:
             return measures
         break
     return ["output_loss"]

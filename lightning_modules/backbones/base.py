@@ -1,5 +1,6 @@
 """The base class of all networks that can be pruned, and what a family of networks has to implement."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -69,6 +70,10 @@ class NetworkBackbone(nn.Module):
         """compiled forward functions of the modules that scoring calls; None compiles nothing"""
         self.moved: dict[str, str] = {}
         """{module path in the unpruned network: path in this one}, of modules that a plan renumbered"""
+
+    def copy(self) -> Self:
+        """Return a network with the same weights that shares nothing with this one."""
+        return copy.deepcopy(self)
 
     @property
     def takes_text(self) -> bool:

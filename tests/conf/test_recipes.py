@@ -115,6 +115,7 @@ def test_a_recipe_runs_end_to_end_on_a_shrunk_pipeline(recipe, shrunk, configure
     assert metrics["student/params"] < metrics["teacher/params"]
     assert np.isfinite([metrics["pruned/output_loss"], metrics["distilled/output_loss"]]).all()
     assert {change["kind"] for change in plan["changes"]} == {RECIPES[recipe][1]}
+    assert [path.name for path in (run / "previews" / "distil").iterdir()] == ["step=0000004.png"]
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     if recipe.startswith("bk_sdm"):  # stock: nothing but diffusers is needed
         exported = StableDiffusionPipeline.from_pretrained(run / "export")

@@ -54,6 +54,7 @@ def test_a_survey_says_what_to_look_at(scans):
     assert re.search(
         r"look at: +data\.train: all pictures together have 1\d of 256 pixel values, so that contrast", text
     )
+    assert "; stored values are 0 to 409" in text and "as stored" in text
     assert "1 files are no samples and are passed over, by ending: .odt (1)" in text
     assert "all pictures together" not in survey_scans(scans, pixel_range=[0, 4095]).summarise()
 

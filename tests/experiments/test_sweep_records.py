@@ -1,9 +1,12 @@
 """The records of a sweep, what it prints, and its exit code; the jobs themselves are replaced."""
 
 import json
+import logging
 import re
 import runpy
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +14,8 @@ import pytest
 from pytorch_lightning.utilities import rank_zero_only
 
 import train
-from experiments.engine import jobs, launch, sweep
+from conf.schema import ROOT
+from experiments.engine import jobs, launch, repeats, sweep
 from experiments.engine.locks import describe_this_process
 from experiments.engine.run import RunBusy
 from experiments.engine.sweep import SKIPPED, JobRecord, format_progress, format_seconds, read_sweep
@@ -118,6 +122,57 @@ def test_status_of_a_folder_without_sweeps_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["status", str(tmp_path)])
     with pytest.raises(SystemExit, match="has no sweep"):
         runpy.run_module("experiments.status", run_name="__main__")
+
+
+# What is printed, and when
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "lines"),
+    [
+        (["selection.ratio=1.5"], 1, ["selection.ratio=1.5 is out of range; choose 0 < ratio < 1 (a fraction, not"]),
+        (["selection.rati=0.5"], 1, ["Could not override 'selection.rati'."]),
+        (
+            ["-m", "selection.ratio=1.5"],
+            1,
+            ["sweep of 1 jobs; to watch it", "[1/1] ", "[1/1] failed: ConfigError: selection.ratio=1.5 is"],
+        ),
+    ],
+)
+def test_first_lines_and_mistakes_come_before_torch_is_imported(tmp_path, arguments, code, lines):
+    script = (
+        "import sys, train\n"
+        "try:\n    train.main()\n"
+        "finally:\n    print('torch' in sys.modules, 'pytorch_lightning' in sys.modules, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", script, f"paths.runs={tmp_path}/runs", *arguments]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == code
+    text = process.stdout + process.stderr
+    for start in lines:
+        assert any(line.startswith(start) for line in text.splitlines()), start
+    assert "False False" in process.stderr and "Traceback" not in text
+    assert not list(tmp_path.glob("runs/[!.]*"))  # no run folder
+
+
+def test_warnings_of_libraries_are_printed_once(monkeypatch, capsys):
+    monkeypatch.setattr(repeats, "_printed", set())
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    shown = []
+    monkeypatch.setattr(repeats, "_print_warning", lambda *arguments: shown.append(arguments))
+    root = logging.getLogger()
+    for _ in range(2):  # two jobs: Hydra makes the handlers of the log anew
+        handler = logging.StreamHandler(sys.stdout)
+        monkeypatch.setattr(root, "handlers", [handler])
+        repeats.drop_repeats()
+        for name in ("some_library.part", "experiments.engine.job"):
+            logging.getLogger(name).warning("from %s", name)
+        logging.getLogger("some_library").error("an error")
+        warnings.showwarning("deprecated", UserWarning, "library.py", 7)
+    out = capsys.readouterr().out
+    assert out.splitlines().count("from some_library.part") == 1
+    assert out.splitlines().count("from experiments.engine.job") == out.splitlines().count("an error") == 2
+    assert shown == [("deprecated", UserWarning, "library.py", 7)]
 
 
 # Runs that another process works on

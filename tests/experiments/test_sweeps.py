@@ -1,13 +1,12 @@
 """Sweeps, their report, and what they leave in Weights & Biases."""
 
-import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
-from support.dashboards import wandb_records
+from support.dashboards import OfflineRun
 from support.results import files, read_markdown, stamps
 
 from conf.schema import ROOT
@@ -100,32 +99,13 @@ def test_each_job_is_one_finished_wandb_run_even_when_it_fails(overrides, data_f
     assert len(runs) == 2
     codes = {}
     for run in runs:
-        (offline,) = (path for path in run.rglob("offline-run-*") if path.is_dir())
-        (file,) = offline.glob("run-*.wandb")
-        records = list(wandb_records(file))
-        (started,) = (record.run for record in records if record.HasField("run"))
-        assert started.run_id.startswith(f"debug-{run.name[-8:]}") and started.display_name == run.name
-        config = {item.key: json.loads(item.value_json) for item in started.config.update}
-        assert config["selection_ratio"] == 0.5 and config["criterion_name"] == "output_loss"
-        assert not any("." in key or " " in key for key in config)
-        assert started.run_group.startswith("sweep-") and started.job_type == "prune"
-        assert {"output_loss", "knapsack", "task_only"} <= set(started.tags)
-        (code,) = (record.exit.exit_code for record in records if record.HasField("exit"))
-        codes[config["optimizer_lr"]] = code
-        assert (run / "finished.json").exists() == (code == 0)
-        if code == 0:
-            keys = (
-                item.nested_key or [item.key] for r in records if r.HasField("summary") for item in r.summary.update
-            )
-            summary = {".".join(key) for key in keys}
-            assert {"eval/output_loss", "plan/achieved_ratio", "student/params", "student/latency_ms"} <= summary
-            assert {"gap_closed", "seconds/distil"} <= summary and not any(" " in key for key in summary)
-            defined = {record.metric.name or record.metric.glob_name for record in records if record.HasField("metric")}
-            assert {"trainer/global_step", "*"} <= defined
-            assert any(key.startswith("units/scores") for key in summary)
-            artifacts = {
-                record.artifact.name: record.artifact.type for record in records if record.HasField("artifact")
-            }
-            assert artifacts[f"debug-{run.name[-8:]}"] == "prune"
+        offline = OfflineRun(run)
+        assert offline.start.run_id.startswith(f"debug-{run.name[-8:]}") and offline.start.display_name == run.name
+        assert offline.config["selection_ratio"] == 0.5 and offline.config["criterion_name"] == "output_loss"
+        assert not any("." in key or " " in key for key in offline.config)
+        assert offline.start.run_group.startswith("sweep-") and offline.start.job_type == "prune"
+        assert {"output_loss", "knapsack", "task_only"} <= set(offline.start.tags)
+        codes[offline.config["optimizer_lr"]] = offline.exit_code
+        assert (run / "finished.json").exists() == (offline.exit_code == 0)
     assert codes == {broken: 1, works: 0}
     assert not (tmp_path / "wandb").exists()

@@ -2,12 +2,11 @@
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import wandb
 import yaml
-from support.dashboards import wandb_records
+from support.dashboards import OfflineRun
 from wandb import wandb_agent
 
 import train
@@ -48,18 +47,6 @@ def agent(monkeypatch, tmp_path):
     wandb.teardown()
 
 
-def read_trial(folder: Path, run_id: str) -> tuple:
-    """Return the run record and the summary {key: JSON} of the offline W&B run of a trial."""
-    (file,) = folder.rglob(f"run-{run_id}.wandb")
-    records = list(wandb_records(file))
-    (started,) = (record.run for record in records if record.HasField("run"))
-    summary = {}
-    for record in records:
-        for item in record.summary.update if record.HasField("summary") else ():
-            summary["/".join(item.nested_key or [item.key])] = item.value_json
-    return started, summary
-
-
 def test_a_trial_lands_in_the_sweep_and_a_finished_one_reports_again(
     agent, overrides, data_folder, tmp_path, capsys, quick_end
 ):
@@ -68,9 +55,9 @@ def test_a_trial_lands_in_the_sweep_and_a_finished_one_reports_again(
     measures = []
     for run_id in ("trial1", "trial2"):
         agent(run_id, values | {"criterion": "magnitude", "selection.ratio": 0.3})
-        started, summary = read_trial(tmp_path / "runs", run_id)
-        assert (started.run_id, started.sweep_id) == (run_id, "sweep1")
-        measures.append(float(summary["eval/output_loss"]))
+        trial = OfflineRun(tmp_path / "runs", run_id)
+        assert (trial.start.run_id, trial.start.sweep_id) == (run_id, "sweep1")
+        measures.append(trial.summary["eval/output_loss"])
     (run,) = (tmp_path / "runs" / "debug").iterdir()
     assert measures == [read_json(run / "metrics.json")["eval/output_loss"]] * 2
     out = capsys.readouterr()

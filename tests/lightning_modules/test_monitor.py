@@ -1,14 +1,12 @@
 """What a training logs beside its losses, and under which names."""
 
 import math
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 from pytorch_lightning.callbacks import Callback
 from support.results import the_run
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from support.tables import read_events, read_history
 from torch import nn
 
 from experiments.engine.pipeline import run_pipeline
@@ -25,17 +23,6 @@ stages:
   distil_again: {{_target_: {STAGES}.distil.Distil, makes: distilled_again}}
   evaluate: {{_target_: {STAGES}.evaluate.Evaluate}}
 """
-
-
-def read_history(path: Path) -> pd.DataFrame:
-    """The logged values, a row per step and a column per name."""
-    return pd.read_csv(path).pivot(index="step", columns="name", values="value")
-
-
-def read_events(folder: Path) -> dict[str, dict[int, float]]:
-    """{name: {step: value}} of TensorBoard's files."""
-    events = EventAccumulator(str(folder)).Reload()
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 class Gradients(Callback):

@@ -31,8 +31,9 @@ def describe_front(
 ) -> dict[str, Any]:
     """Return the content of pareto.json.
 
-    Each plan states what is left of every cost, its `removed` units as indices into `units`, and in `selection_ratio`
-    the `selection.ratio` with which the knapsack chooses it.
+    Each plan states what is left of every cost (of latency the whole less what each removed unit saves alone), its
+    `removed` units as indices into `units`, and in `selection_ratio` the `selection.ratio` with which the knapsack
+    chooses it.
 
     Args:
         selection: its budget, the first of several, is what the harm is weighed against; its protected units stay.
@@ -46,9 +47,10 @@ def describe_front(
 
     def describe(units: Sequence[str]) -> dict[str, Any]:
         removed = [index[name] for name in units]
-        left = {budget: pool.total(budget) - program.cost(removed) for budget, program in programs.items()}
+        freed = {budget: program.cost(removed) for budget, program in programs.items()}
+        left = {budget: max(pool.total(budget) - cost, 0) for budget, cost in freed.items()}
         return {
-            "ratio": 1 - left[selection.budget] / pool.total(selection.budget),
+            "ratio": freed[selection.budget] / pool.total(selection.budget),
             "harm": total_harm([harms[name] for name in names], removed),
             "removed_units": len(removed),
             **convert_latency(left),

@@ -1,5 +1,6 @@
 """The base class of diffusion networks: their inputs, predictions, losses, samples and exports."""
 
+import copy
 import json
 import math
 import shutil
@@ -54,6 +55,12 @@ class DiffusionBackbone(NetworkBackbone):
 
     def twin(self, network: nn.Module) -> Self:
         return type(self)(network, self.noise_scheduler, self.pipeline_parts, **self.options)
+
+    def copy(self) -> Self:
+        memo: dict[int, Any] = {}
+        if self.pipeline_parts is not None:
+            memo[id(self.pipeline_parts)] = self.pipeline_parts.copy(memo)
+        return copy.deepcopy(self, memo)
 
     # Batches
 

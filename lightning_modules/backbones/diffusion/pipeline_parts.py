@@ -77,6 +77,12 @@ class PipelineParts:
     def __deepcopy__(self, memo: Any) -> Self:
         return self
 
+    def copy(self, memo: dict[int, Any]) -> Self:
+        """Return parts that share nothing with these; `memo` is that of `copy.deepcopy`, of the whole backbone."""
+        twin = copy.copy(self)
+        twin.pipeline, twin.text_cache = copy.deepcopy(self.pipeline, memo), {}
+        return twin
+
     def modules(self) -> list[nn.Module]:
         """Return the networks of the pipeline other than the denoiser."""
         return [
