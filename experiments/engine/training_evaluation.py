@@ -74,7 +74,7 @@ class TrainingEvaluation:
         return self.evaluate(TEACHER, self.job.teacher)
 
     @torch.no_grad()
-    def evaluate(self, name: str, network: NetworkBackbone) -> Outcome:
+    def evaluate(self, name: str, network: Any) -> Outcome:
         """Return the outcome of a network, whose modes and gradients stay; the global generators are left as they were.
 
         A value or a sample that is not finite is logged as a warning and left out: it does not end the training.
@@ -131,7 +131,8 @@ class EvaluateWhileTraining(Callback):
         if self.step % self.every:
             return
         start = time.perf_counter()
-        averages = [callback for callback in trainer.callbacks if isinstance(callback, WarmedUpEMA)]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        averages = [callback for callback in callbacks if isinstance(callback, WarmedUpEMA)]
         for average in averages:
             average.exchange_weights(pl_module)
         try:
@@ -142,7 +143,7 @@ class EvaluateWhileTraining(Callback):
         self.log_values(trainer, outcome.values)
         if is_rank_zero():
             self.write_preview(outcome)
-        for callback in trainer.callbacks:
+        for callback in callbacks:
             if isinstance(callback, TrainingMonitor):
                 callback.exclude(time.perf_counter() - start)
 

@@ -39,7 +39,7 @@ def make_panels(measures: Sequence[str]) -> dict[str, list[Any]]:
         reports.MediaBrowser(title=title, media_keys=[key], num_columns=1)
         for title, key in (("samples", "samples"), ("the network, removed units in red", "strip"))
     ]
-    columns = [
+    columns: list[Any] = [
         *(reports.Config(name) for name in ("criterion_name", "selection_name", "selection_ratio")),
         *(reports.SummaryMetric(name) for name in ("student/params", "student/macs", "student/latency_ms")),
         *(reports.SummaryMetric(key) for key in ("eval/output_loss", *quality)),

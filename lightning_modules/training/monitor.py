@@ -37,7 +37,7 @@ class TrainingMonitor(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if (trainer.global_step + 1) % trainer.log_every_n_steps:
+        if (trainer.global_step + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         values: dict[str, Any] = {"learning_rate": float(optimizer.param_groups[0]["lr"])}
         if not isinstance(trainer.strategy, FSDPStrategy):
@@ -52,7 +52,7 @@ class TrainingMonitor(Callback):
         if trainer.global_step == self.step:  # gradients are still being accumulated
             return
         self.step = trainer.global_step
-        if self.step % trainer.log_every_n_steps:
+        if self.step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         now = time.perf_counter()
         speed, memory = self.samples / (now - self.start), peak_memory(trainer.strategy.root_device) / 2**30
