@@ -145,7 +145,7 @@ def test_first_lines_and_mistakes_come_before_torch_is_imported(tmp_path, argume
         "try:\n    train.main()\n"
         "finally:\n    print('torch' in sys.modules, 'pytorch_lightning' in sys.modules, file=sys.stderr)"
     )
-    command = [sys.executable, "-c", script, f"paths.runs={tmp_path}/runs", *arguments]
+    command = [sys.executable, "-c", script, *arguments, f"paths.runs={tmp_path}/runs"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == code
     text = process.stdout + process.stderr
