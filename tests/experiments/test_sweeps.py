@@ -100,7 +100,10 @@ def test_each_job_is_one_finished_wandb_run_even_when_it_fails(overrides, data_f
     codes = {}
     for run in runs:
         offline = OfflineRun(run)
-        assert offline.start.run_id.startswith(f"debug-{run.name[-8:]}") and offline.start.display_name == run.name
+        assert offline.start.run_id.startswith(f"debug-{run.name[-8:]}")
+        assert (
+            offline.start.display_name == f"{run.name} (tiny)"
+        )  # the name of the data set, which the folder leaves out
         assert offline.config["selection_ratio"] == 0.5 and offline.config["criterion_name"] == "output_loss"
         assert not any("." in key or " " in key for key in offline.config)
         assert offline.start.run_group.startswith("sweep-") and offline.start.job_type == "prune"
