@@ -12,10 +12,12 @@ _printed: set[tuple[Any, ...]] = set()
 _print_warning = warnings.showwarning
 
 
-def print_warning_once(message: Any, category: Any, filename: Any, lineno: Any, *rest: Any) -> None:
+def print_warning_once(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any, **more: Any
+) -> None:
     """Print a warning of Python, in place of `warnings.showwarning`, unless the same line has printed it before."""
     if is_new(filename, lineno, category, str(message)):
-        _print_warning(message, category, filename, lineno, *rest)
+        _print_warning(message, category, filename, lineno, *rest, **more)
 
 
 def is_no_repeat(record: logging.LogRecord) -> bool:

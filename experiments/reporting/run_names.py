@@ -61,8 +61,8 @@ def read_usual_choices(task: str) -> dict[str, str]:
     files = {path.stem: path for path in (ROOT / "conf" / "task").glob("*.yaml")}
     choices: dict[str, str] = {}
     for path in (ROOT / "conf" / "train.yaml", *([files[task]] if task in files else [])):
-        entries: Any = OmegaConf.to_container(OmegaConf.load(path).get("defaults", OmegaConf.create([])))
-        for entry in entries:
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))
+        for entry in content.get("defaults", ()):
             if isinstance(entry, dict):
                 choices |= {str(group).removeprefix("override /"): name for group, name in entry.items()}
     return choices

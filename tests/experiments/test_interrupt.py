@@ -72,7 +72,7 @@ def refuse(*_: object, **__: object) -> None:
 REFUSALS = {
     "a check of the whole": (pipeline, "check_parts", refuse, ConfigError),
     "a dashboard that cannot be reached": (dashboard.wandb, "init", refuse, ConfigError),
-    "Ctrl-C before the first stage": (pipeline, "build_teacher", press_ctrl_c, KeyboardInterrupt),
+    "Ctrl-C before the first stage": (pipeline, "load_teacher", press_ctrl_c, KeyboardInterrupt),
 }
 
 

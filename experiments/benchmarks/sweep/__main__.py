@@ -55,8 +55,9 @@ def measure(folder: Path, repeats: int) -> dict[str, float]:
         f"{name}: seconds to the answer": statistics.median(time_command(wrong)[1] for _ in range(repeats))
         for name, wrong in mistakes.items()
     }
-    UNet2DModel(**NETWORK).save_pretrained(folder / "teacher")
-    DDPMScheduler().save_pretrained(folder / "teacher")
+    teacher: list[Any] = [UNet2DModel(**NETWORK), DDPMScheduler()]
+    for part in teacher:
+        part.save_pretrained(folder / "teacher")
     sweep = ("-m", *JOB, *GRID, f"teacher.path={folder / 'teacher'}", f"paths.runs={folder}")
     figures["sweep of 9: seconds to the first line"], figures["sweep of 9: seconds"] = time_command(*sweep)
     records = read_records(folder)
