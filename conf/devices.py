@@ -25,24 +25,22 @@ def list_gpus() -> list[str]:
     return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
-def count_gpus() -> int:
-    """Return the number of GPUs that this process may use."""
-    return len(list_gpus())
-
-
 def count_job_slots(devices: int) -> int:
     """Return how many jobs with this number of devices can run at once on this machine."""
-    return max(1, count_gpus() // devices) if count_gpus() else JOBS_WITHOUT_GPU
+    gpus = len(list_gpus())
+    return max(1, gpus // devices) if gpus else JOBS_WITHOUT_GPU
 
 
-def claim_gpus(folder: Path, devices: int) -> None:
-    """Choose `devices` GPUs for this process that no other process of the sweep uses, until this process ends.
+def claim_gpus(folder: Path, gpus: list[str], devices: int) -> None:
+    """Choose `devices` of some GPUs for this process that no other process of the sweep uses, until this process ends.
 
     Where more jobs run at once than there are GPUs for, some share theirs. `folder` is the sweep's; the processes find
     their places by locks in it. It has to be called before CUDA starts; later calls change nothing.
     """
-    gpus = list_gpus()
-    if _slots or len(gpus) <= devices:
+    if _slots or not gpus:
+        return
+    if len(gpus) <= devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         return
     folder = folder / "devices"
     folder.mkdir(parents=True, exist_ok=True)

@@ -211,14 +211,13 @@ def register() -> None:
 
     They are `${root:}` (this repository's folder), `${either:a,b}` (the first that is not null), `${at_most:a,b}` (the
     smaller number), `${first_key:mapping,default}` and `${first_value:mapping,default}` (of the first entry, or the
-    default where there is no mapping), `${gpu_count:}`, `${job_slots:n}` (how many jobs of n devices fit on this
+    default where there is no mapping), `${job_slots:n}` (how many jobs of n devices fit on this
     machine at once), and an `${oc.env:NAME}` that notes what it reads.
     """
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
     OmegaConf.register_new_resolver("either", take_first_value, replace=True)
     OmegaConf.register_new_resolver("at_most", min, replace=True)
-    OmegaConf.register_new_resolver("gpu_count", devices.count_gpus, replace=True)
     OmegaConf.register_new_resolver("job_slots", devices.count_job_slots, replace=True)
     OmegaConf.register_new_resolver("first_key", partial(take_first_entry, 0), replace=True)
     OmegaConf.register_new_resolver("first_value", partial(take_first_entry, 1), replace=True)

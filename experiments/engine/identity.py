@@ -148,11 +148,16 @@ def decides_by_latency(selection: Mapping[str, Any]) -> bool:
 
 
 def drop_later_fields(node: dict[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a group without those `later` fields that have their defaults."""
+    """Return the configuration of a group without those `later` fields that have their defaults.
+
+    A class from elsewhere keeps its fields: its defaults may be others.
+    """
+    target = str(node.get("_target_", ""))
+    dropped = later if not target or target.partition(".")[0] in PACKAGES else {}
     return {
         key: drop_later_fields(value, later) if isinstance(value, dict) else value
         for key, value in node.items()
-        if key not in later or value != later[key]
+        if key not in dropped or value != dropped[key]
     }
 
 

@@ -29,6 +29,9 @@ def build_teacher(cfg: DictConfig) -> NetworkBackbone:
     return build(cfg.teacher, **schedule)
 
 
+KEPT_BYTES = 2**32
+"""The largest teacher that is kept for the next job of a sweep; of a larger one two copies may not fit into memory."""
+
 _kept: dict[str, NetworkBackbone] = {}
 """{hash of configuration and files: teacher} of the jobs of a sweep in this process: at most one, never itself used"""
 
@@ -36,7 +39,7 @@ _kept: dict[str, NetworkBackbone] = {}
 def load_teacher(cfg: DictConfig, teacher_id: str) -> NetworkBackbone:
     """Return the teacher of a job; jobs of a sweep that share a process read its files once, and get copies.
 
-    `teacher_id` is the fingerprint of its files.
+    A teacher of more than KEPT_BYTES is read again for each job. `teacher_id` is the fingerprint of its files.
     """
     if not shares_process():
         return build_teacher(cfg)
@@ -44,8 +47,11 @@ def load_teacher(cfg: DictConfig, teacher_id: str) -> NetworkBackbone:
     key = digest([settings, teacher_id])
     if key not in _kept:
         _kept.clear()
-        _kept[key] = build_teacher(cfg)
-        _kept[key].macs()  # copies have the count
+        teacher = build_teacher(cfg)
+        if sum(parameter.nbytes for parameter in teacher.network.parameters()) > KEPT_BYTES:
+            return teacher
+        teacher.macs()  # copies have the count
+        _kept[key] = teacher
     return _kept[key].copy()
 
 

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from conf import checks, devices, search_path
 from conf.schema import ConfigError
+from experiments.engine.artefacts import read_json
 from experiments.engine.repeats import drop_repeats
 from experiments.engine.sweep import JobRecord, open_record
 
@@ -25,7 +26,10 @@ def start_job(cfg: DictConfig) -> float | None:
     is_first = processes == 1 or is_first_process()
     record = open_record() if is_first else JobRecord()
     if record.folder is not None and not record.is_sweeps_process():
-        devices.claim_gpus(record.folder, cfg.trainer.devices)
+        # submitit's executor on this machine gives each process GPUs 0, 1, ..., whichever the sweep may use.
+        renumbered = os.environ.get("SUBMITIT_EXECUTOR") == "local"
+        gpus = read_json(record.folder / "sweep.json")["gpus"] if renumbered else devices.list_gpus()
+        devices.claim_gpus(record.folder, gpus, cfg.trainer.devices)
     if record.in_sweep:
         drop_repeats()
     with record.follow():

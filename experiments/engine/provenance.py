@@ -9,7 +9,7 @@ from typing import Any
 
 from conf import __version__
 from conf.schema import ROOT
-from experiments.engine.sweep import open_record
+from experiments.engine.sweep import compose_job_command, open_record
 
 LIBRARIES = ("torch", "diffusers", "transformers", "pytorch-lightning", "hydra-core", "numpy")
 
@@ -20,22 +20,15 @@ def collect_provenance() -> dict[str, Any]:
     `command` is what was called, and `job_command` what runs this job alone if it is one of a sweep. `commit` is None
     where the project is not a git checkout; `dirty` tells whether files differ from that commit.
     """
+    record = open_record()
     return {
         "secateur": __version__,
         **read_commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
         "command": shlex.join(sys.argv),
-        "job_command": compose_job_command(),
+        "job_command": compose_job_command(record.content) if record.in_sweep else shlex.join(sys.argv),
     }
-
-
-def compose_job_command() -> str:
-    """Return the arguments after `python` that run this job alone; launchers may have called another program."""
-    record = open_record()
-    if not record.in_sweep:
-        return shlex.join(sys.argv)
-    return shlex.join(["train.py", *record.content["options"], *record.content["overrides"]])
 
 
 def read_commit() -> dict[str, Any]:

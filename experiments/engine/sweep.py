@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from tabulate import tabulate
 
+from conf import devices
 from experiments.engine.artefacts import digest, read_json, remove, write_json
 from experiments.engine.locks import describe_this_process, has_ended
 
@@ -59,6 +60,7 @@ class SweepFolder(Callback):
             "jobs": count_jobs(config.hydra.sweeper, overrides, params),
             "started": time.time(),
             "ended": None,
+            "gpus": devices.list_gpus(),
         }
         write_json(folder / "sweep.json", content | describe_this_process())
         number = "" if content["jobs"] is None else f" of {content['jobs']} jobs"
@@ -250,15 +252,20 @@ def format_sweep(sweep: dict[str, Any]) -> str:
         parts.append(f"best measure: {sweep['best']['best_value']:.4g} with {shlex.join(overrides)}")
     for record in records:
         if record["state"] in (FAILED, STOPPED):
-            words = [*record["options"], *record["overrides"]]
-            if any(word.startswith("sweep=") for word in words):  # a file of sweep/ asks for a sweep
-                words.append("hydra.mode=RUN")
             parts.append(
                 f"job {record['number'] + 1} {record['state']}: {shorten(record.get('reason', ''))}\n"
                 f"  log:   {record.get('log', '-')}\n"
-                f"  again: python train.py {shlex.join(words)}"
+                f"  again: python {compose_job_command(record)}"
             )
     return "\n\n".join(parts)
+
+
+def compose_job_command(record: dict[str, Any]) -> str:
+    """Return the arguments after `python` that run a job of a sweep alone, given its record."""
+    words = ["train.py", *record["options"], *record["overrides"]]
+    if any(word.startswith("sweep=") for word in words):  # a file of sweep/ asks for a sweep
+        words.append("hydra.mode=RUN")
+    return shlex.join(words)
 
 
 def varied_overrides(records: list[dict[str, Any]]) -> list[list[str]]:

@@ -165,7 +165,7 @@ def test_each_process_of_a_sweep_claims_gpus_of_its_own(tmp_path, monkeypatch, v
         monkeypatch.setattr(devices, "_slots", [])
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         for _ in range(2):  # two jobs of one process
-            devices.claim_gpus(tmp_path, count)
+            devices.claim_gpus(tmp_path, devices.list_gpus(), count)
             assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
         locks += devices._slots
     for lock in locks:
