@@ -313,3 +313,12 @@ def test_a_run_without_a_fingerprint_still_counts(configure, pictures_job, tmp_p
     check_data_unchanged(run.folder, run_of(cfg).fingerprints, cfg)
     shutil.rmtree(tmp_path / "set")  # nothing to compare with
     assert run_of(cfg).fingerprints == {}
+
+
+@pytest.mark.parametrize(("package", "kept"), [("datamodules", False), ("mylab", True)])
+def test_a_later_field_at_its_default_is_left_out_of_this_projects_classes_only(package, kept):
+    node = {"name": "mine", "train": {"_target_": f"{package}.Pictures", "path": "/pictures", "fit": "crop"}}
+    later = run_module.drop_later_fields(node, run_module.LATER_FIELDS["data"])
+    assert later == (
+        node if kept else {"name": "mine", "train": {"_target_": f"{package}.Pictures", "path": "/pictures"}}
+    )

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.results import differences, files, the_run
+from support.results import differences, files, read_repeatable_history, the_run
 
 from conf.schema import ConfigError
 from experiments.engine.artefacts import read_json
@@ -54,9 +54,13 @@ def lists(data_folder) -> list[str]:
 
 def results(run: Path) -> dict[str, Any]:
     """All that must not depend on interruptions."""
-    kept = [name for name in files(run) if name.endswith((".safetensors", ".npy", ".csv"))]
-    kept += [name for name in files(run) if name.startswith(("scores", "plan", "metrics"))]
-    return {name: (run / name).read_bytes() for name in kept}
+    names = files(run)
+    kept = [name for name in names if name.endswith((".safetensors", ".npy"))]
+    kept += [name for name in names if name.startswith(("scores", "plan", "metrics"))]
+    histories = [name for name in names if name.startswith("history/")]
+    return {name: (run / name).read_bytes() for name in kept} | {
+        name: read_repeatable_history(run / name) for name in histories
+    }
 
 
 class Killed(BaseException):
