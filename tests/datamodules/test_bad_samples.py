@@ -70,7 +70,10 @@ BAD = {
     "truncated webp": (truncated("webp"), "OSError: "),
     "1x1": (saved("bad.png", Image.new("RGB", (1, 1))), "it has 1x1 pixels; the least is 4x4"),
     "3x100": (saved("bad.png", Image.new("RGB", (3, 100))), "it has 3x100 pixels; the least is 4x4"),
-    "floating point": (saved("bad.tif", Image.new("F", (9, 9), 0.5)), "floating-point pixels have no known range"),
+    "floating point": (
+        saved("bad.tif", Image.new("F", (9, 9), 0.5)),
+        "floating-point pixels, here from 0.5 to 0.5, have no known range",
+    ),
 }
 
 
