@@ -53,7 +53,11 @@ def describe_front(path: Path, figures: Path, selection: Mapping[str, Any]) -> d
         "figure": data_address(draw_front(front, figures / f"{path.stem.replace('-', '_')}.png")),
         "columns": ["ratio", "harm", "units removed", *(AXES[name] for name in costs), "add to the command"],
         "rows": [
-            {"cells": cells, "chosen": is_chosen(front, plan), "command": write_overrides(plan, selection)}
+            {
+                "cells": cells,
+                "chosen": is_chosen(front, plan),
+                "command": write_overrides(plan, front["budget"], selection),
+            }
             for plan, cells in zip(shown, texts, strict=True)
         ],
     }
@@ -74,9 +78,12 @@ def choose_plans(front: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def write_overrides(plan: Mapping[str, Any], selection: Mapping[str, Any]) -> str:
-    """Return the words that make the knapsack choose a plan, added to the command of a run with this selection."""
-    words = [f"selection.ratio={plan['selection_ratio']}"]
+def write_overrides(plan: Mapping[str, Any], budget: str, selection: Mapping[str, Any]) -> str:
+    """Return the words that make the knapsack choose a plan, added to the command of a run with this selection.
+
+    `budget` is that of the front: without `selection.budgets`, which the words set to null, the default would apply.
+    """
+    words = [f"selection.ratio={plan['selection_ratio']}", f"selection.budget={budget}"]
     tolerance = selection.get("tolerance")
     if isinstance(tolerance, Mapping) or tolerance < plan["ratio"] - plan["selection_ratio"]:
         words.append("selection.tolerance=0.02")
