@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from experiments.engine.artefacts import read_json
 from experiments.engine.identity import read_config
 from experiments.reporting.figures import KEPT, REMOVED, save_figure
-from experiments.reporting.pages import data_address
+from experiments.reporting.pages import encode_address
 from experiments.reporting.tables import format_counts
 
 STEPS = 20
@@ -37,7 +37,7 @@ def describe_front(path: Path, figures: Path, selection: Mapping[str, Any]) -> d
     """
     front = read_json(path)
     plans, costs = front["plans"], [name for name in AXES if name in front["totals"]]
-    shown = choose_plans(front)
+    shown, figure = choose_plans(front), draw_front(front, figures / f"{path.stem.replace('-', '_')}.png")
     texts = [[f"{plan['ratio']:.4f}", f"{plan['harm']:.4g}", str(plan["removed_units"])] for plan in shown]
     for name in costs:
         left = [plan[name] for plan in shown]
@@ -50,7 +50,7 @@ def describe_front(path: Path, figures: Path, selection: Mapping[str, Any]) -> d
         "budget": front["budget"],
         "has_latency": "latency_ms" in costs,
         "is_on_front": any(is_chosen(front, plan) for plan in plans),
-        "figure": data_address(draw_front(front, figures / f"{path.stem.replace('-', '_')}.png")),
+        "figure": encode_address(figure.read_bytes(), "image/png"),
         "columns": ["ratio", "harm", "units removed", *(AXES[name] for name in costs), "add to the command"],
         "rows": [
             {
