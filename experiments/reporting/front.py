@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 
 from experiments.engine.artefacts import read_json
 from experiments.engine.identity import read_config
-from experiments.reporting.figures import KEPT, REMOVED, save_figure
+from experiments.reporting.figures import KEPT, REMOVED, save_figure, set_log_scale
 from experiments.reporting.pages import encode_address
 from experiments.reporting.tables import format_counts
 
@@ -113,8 +113,7 @@ def draw_front(front: Mapping[str, Any], path: Path) -> Path:
         axis.plot(chosen[name] / scale, chosen["harm"], label=f"this run, {chosen['ratio']:.3f} removed", **style)
         axis.axvline(totals[name] / scale, color="black", ls=":", lw=1, label="teacher")
         if is_positive:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:g}")
+            set_log_scale(axis, "y")
         axis.set_xlabel(f"{AXES[name]}{letter} left")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("harm (sum of scores)")

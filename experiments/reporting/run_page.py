@@ -1,6 +1,7 @@
 """The report of one run: its figures, report.html, and the summary that a job prints at its end."""
 
 import itertools
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def report_run(folder: Path) -> str:
         folder / "report.html",
         "run.html.j2",
         title=name_run(folder.name, config),
+        report_command=shlex.join(["python", "-m", "experiments.report", str(folder.parent)]),
         summary=summary,
         networks=networks,
         samples=None if sample_figure is None else encode_address(sample_figure.read_bytes(), "image/png"),

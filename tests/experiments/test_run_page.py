@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
 from experiments.engine.artefacts import digest, read_json
-from experiments.reporting.figures import draw_losses
+from experiments.reporting import figures
+from experiments.reporting.figures import draw_losses, draw_unit_scores, set_log_scale
 from experiments.reporting.run_files import (
     list_histories,
     list_networks,
@@ -99,6 +101,44 @@ def test_losses_of_each_training_stage_are_drawn(tmp_path):
         (tmp_path / "history" / f"{stage}.csv").write_text("step,name,value\n")
     paths = {stage: tmp_path / "history" / f"{stage}.csv" for stage in ("distil", "finetune")}
     assert list(list_histories(tmp_path).items()) == list(paths.items())
+
+
+def read_labels(axis: Any, which: str) -> list[str]:
+    return [label.get_text() for label in axis.get_ticklabels(which=which) if label.get_text()]
+
+
+@pytest.mark.parametrize("direction", ["x", "y"])
+@pytest.mark.parametrize(
+    ("limits", "major", "minor"),
+    [
+        ((0.01, 10), {"0.01", "0.1", "1", "10"}, set()),
+        ((0.2, 0.9), set(), {"0.2", "0.3", "0.4", "0.6"}),
+        ((2e5, 2e7), {"1e+06", "1e+07"}, set()),
+    ],
+)
+def test_the_labels_of_logarithmic_axes_are_plain_numbers(direction, limits, major, minor):
+    figure, axes = plt.subplots()
+    set_log_scale(axes, direction)
+    axes.set(**{f"{direction}lim": limits})
+    figure.canvas.draw()
+    axis = getattr(axes, f"{direction}axis")
+    assert major <= set(read_labels(axis, "major")) and minor <= set(read_labels(axis, "minor"))
+    assert not any("$" in label for which in ("major", "minor") for label in read_labels(axis, which))
+    plt.close(figure)
+
+
+def test_scores_over_several_decades_have_plain_labels(tmp_path, monkeypatch):
+    labels: list[str] = []
+
+    def save(figure: Any, path: Path) -> Path:
+        figure.canvas.draw()
+        labels.extend(read_labels(figure.axes[0].xaxis, "major"))
+        plt.close(figure)
+        return path
+
+    monkeypatch.setattr(figures, "save_figure", save)
+    draw_unit_scores({"a": {"score": 0.01}, "b": {"score": 1.0}}, ["a"], "taylor", tmp_path / "scores.png")
+    assert {"0.01", "0.1", "1"} <= set(labels) and not any("$" in label for label in labels)
 
 
 def test_a_history_without_losses_has_no_figure(tmp_path):
