@@ -1,6 +1,7 @@
 """The report of one run: every network and every stage it had, also where an earlier version made it."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,20 @@ def test_a_report_of_several_rounds_shows_all_of_them(rounds):
     assert "Losses of the stage finetune" in page and "Scores of the units (scores-again.json)" in page
     assert page.count('<tr class="gone"><td>b</td>') == page.count('<tr class="gone"><td>a</td>') == 1
     assert "<td>distil</td><td>1.5 s</td>" in page
+    assert f"<code>{shlex.join(['python', '-m', 'experiments.report', str(rounds.parent)])}</code>" in page
+
+
+@pytest.mark.parametrize("budget", ["params", "latency"])
+def test_the_page_says_where_the_job_of_another_plan_times_again(rounds, budget):
+    plan = {"ratio": 0.5, "harm": 1.0, "removed_units": 1, "params": 2000, "latency_ms": 1.0, "removed": [0]}
+    totals = {"params": 4000, "latency_ms": 2.0}
+    front = {"budget": budget, "totals": totals, "chosen": plan, "plans": [{"selection_ratio": 0.5, **plan}]}
+    write(rounds, pareto=front)
+    (rounds / "config.yaml").write_text("data: {}\nselection: {tolerance: 0.02}\n")
+    report_run(rounds)
+    page = (rounds / "report.html").read_text()
+    assert f"<code>selection.ratio=0.5 selection.budget={budget} selection.pareto=false</code>" in page
+    assert ("times the units again, so that its plan can differ" in page) == (budget == "latency")
 
 
 def test_a_report_can_be_made_of_a_run_of_version_0_1(rounds):
