@@ -161,7 +161,8 @@ class Budgeted(Selection):
         target: the most that may be left of the cost, in parameters, MACs or FLOPs; given instead of `ratio`, which is
             then None.
         budgets: {budget: ratio} to limit several costs at once; `budget` and `ratio` are then its first entry.
-        pareto: whether all plans on the front of harm and removed cost are wanted besides the chosen one.
+        pareto: whether all plans on the front of harm and removed cost are wanted besides the chosen one; only where
+            the selection `chooses_least_harm`.
     """
 
     ratio: float | None = None
@@ -173,8 +174,15 @@ class Budgeted(Selection):
     pareto: bool = False
 
     takes_several_budgets: ClassVar[bool] = False
+    chooses_least_harm: ClassVar[bool] = False
+    """whether it chooses the plan of least summed scores, as the plans of the front are"""
 
     def __post_init__(self) -> None:
+        if self.pareto and not self.chooses_least_harm:
+            raise ValueError(
+                "selection.pareto=true: the front has the plans that selection=knapsack chooses, and "
+                f"{type(self).__name__} chooses by another rule; choose selection=knapsack, or selection.pareto=false"
+            )
         if self.budgets is not None:
             check_budgets(self.budgets, [str(budget) for budget in Budget])
             if not self.takes_several_budgets:

@@ -18,6 +18,7 @@ class Knapsack(Budgeted):
     """
 
     takes_several_budgets: ClassVar[bool] = True
+    chooses_least_harm: ClassVar[bool] = True
 
     def choose(self, limits: Sequence[Limit], scores: Sequence[float]) -> list[int] | None:
         limits = list(limits)

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import ClassVar
 
 from criteria.selection.base import Measure, Pool
 from criteria.selection.knapsack import Knapsack
@@ -22,6 +23,7 @@ class Refined(Knapsack):
     evaluations: int = 64
 
     needs_joint_loss = True
+    chooses_least_harm: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

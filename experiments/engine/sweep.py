@@ -21,10 +21,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from hydra.utils import get_object
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from tabulate import tabulate
 
 from conf import devices
+from conf.schema import ConfigError
 from experiments.engine.artefacts import digest, read_json, remove, write_json
 from experiments.engine.locks import describe_this_process, has_ended
 
@@ -38,6 +40,9 @@ REASON_LENGTH = 200
 
 SEARCH_RESULTS = "optimization_results.yaml"
 """The file that Optuna's sweeper writes into the folder of a sweep at its end."""
+
+DIRECTIONS = {"lower": "minimize", "higher": "maximize"}
+"""{the values of a measure that are better: the `hydra.sweeper.direction` that searches for them}"""
 
 POSTPONED: list[Callable[[], None]] = []
 """What is left to do at the end of this process' sweep: jobs that another process worked on when their turn came."""
@@ -189,6 +194,25 @@ def shares_process() -> bool:
     if not open_record().in_sweep:
         return False
     return HydraConfig.get().launcher._target_.endswith(("BasicLauncher", "JoblibLauncher"))
+
+
+def check_search_direction(metrics: DictConfig) -> None:
+    """Raise ConfigError if this job belongs to a search in the wrong direction for its first measure.
+
+    `metrics` are those of the evaluation; without any, a job returns its output loss. Sweepers without a `direction`
+    and measures whose class does not state which values are `better` are not checked.
+    """
+    if not open_record().in_sweep or "direction" not in (sweeper := HydraConfig.get().sweeper):
+        return
+    name, node = next(iter(metrics.items()), ("output_loss", None))
+    better = "lower" if node is None else getattr(get_object(node._target_), "better", None)
+    directions = sweeper.direction if isinstance(sweeper.direction, ListConfig) else [sweeper.direction]
+    directions = [str(getattr(direction, "name", direction)) for direction in directions]  # Optuna's default is an enum
+    if better is not None and directions != [DIRECTIONS[better]]:
+        raise ConfigError(
+            f"hydra.sweeper.direction={','.join(directions)}: a job returns its first measure, {name}, of which "
+            f"{better} values are better; choose hydra.sweeper.direction={DIRECTIONS[better]}"
+        )
 
 
 def count_jobs(sweeper: DictConfig, overrides: list[str], params: dict[str, str]) -> int | None:

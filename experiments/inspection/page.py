@@ -1,6 +1,5 @@
 """The page of a data set: one HTML file with its counts, samples, classes, bad samples and duplicates."""
 
-import base64
 import io
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from PIL import Image
 
 from datamodules.base import Preview
 from experiments.inspection.survey import Survey, describe_captions, describe_sizes, list_counts
-from experiments.reporting.pages import write_page
+from experiments.reporting.pages import encode_address, write_page
 
 LARGEST_EDGE = 256
 """Pixels of a picture on the page; larger ones are shown smaller."""
@@ -96,7 +95,7 @@ def encode_picture(picture: np.ndarray) -> str:
         image.thumbnail((LARGEST_EDGE, LARGEST_EDGE))
     buffer = io.BytesIO()
     image.save(buffer, "webp" if is_large else "png")
-    return encode_address(buffer, "image/webp" if is_large else "image/png")
+    return encode_address(buffer.getvalue(), "image/webp" if is_large else "image/png")
 
 
 def make_sounds(samples: list[Preview], mel: Any) -> list[str]:
@@ -108,10 +107,5 @@ def make_sounds(samples: list[Preview], mel: Any) -> list[str]:
     for wave in mel.wave(np.stack(pictures)):
         buffer = io.BytesIO()
         soundfile.write(buffer, wave, mel.rate, format="WAV", subtype="PCM_16")
-        addresses.append(encode_address(buffer, "audio/wav"))
+        addresses.append(encode_address(buffer.getvalue(), "audio/wav"))
     return addresses
-
-
-def encode_address(content: io.BytesIO, media_type: str) -> str:
-    """Return some content as a `data:` address, which a page holds instead of a link to a file."""
-    return f"data:{media_type};base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -4,7 +4,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 
@@ -13,6 +13,8 @@ matplotlib.use("Agg")  # no screen; before pyplot is imported
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogFormatter
 
 from experiments.reporting.tables import have_comparable_latencies, tabulate_channels
 
@@ -24,6 +26,21 @@ SHORT_LABEL = 28
 """Longest name of a method that leaves room for the curves beside it, in characters; else the legend lies below."""
 
 KEPT, REMOVED, PROTECTED = "#4c78a8", "#e45756", "#9d9d9d"
+
+
+class PlainLogFormatter(LogFormatter):
+    """Labels the ticks of a logarithmic axis that matplotlib would label, as plain numbers without math text."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def set_log_scale(axes: Axes, direction: Literal["x", "y"]) -> None:
+    """Make one axis of a figure logarithmic, with plain numbers as labels."""
+    axes.set(**{f"{direction}scale": "log"})
+    axis = axes.xaxis if direction == "x" else axes.yaxis
+    axis.set_major_formatter(PlainLogFormatter())
+    axis.set_minor_formatter(PlainLogFormatter())
 
 
 def draw_unit_scores(
@@ -48,7 +65,7 @@ def draw_unit_scores(
     colours = [REMOVED if name in removed else PROTECTED if name in protected else KEPT for name in names]
     axis.barh(names, values, color=colours, xerr=errors if errors.any() else None, error_kw={"lw": 0.8})
     if (values > 0).all() and values.max() > 50 * values.min():
-        axis.set_xscale("log")
+        set_log_scale(axis, "x")
     axis.invert_yaxis()
     axis.tick_params(labelsize=7)
     axis.set_xlabel(f"{criterion}: harm if removed")
@@ -76,7 +93,7 @@ def draw_group_scores(scores: dict[str, dict[str, float]], removed: set[str], cr
         chosen = table["removed"] == is_removed
         below.scatter(columns[chosen], table["score"][chosen], s=4, color=colour, linewidths=0)
     if spans_more_than(list(table["score"].quantile([0.5, 0.9])), 20) and (table["score"] > 0).all():
-        below.set_yscale("log")
+        set_log_scale(below, "y")
     below.set_ylabel(criterion)
     names = [f"{name}  {row['size'] - row['sum']:.0f}/{row['size']:.0f}" for name, row in groups.iterrows()]
     below.set_xticks(range(len(groups)), names, rotation=90, fontsize=6)
@@ -103,7 +120,7 @@ def draw_losses(history: pd.DataFrame, path: Path) -> Path | None:
         for name in names:
             marker = "o" if len(series[name]) == 1 else None  # a line through one point is invisible
             axis.plot(series[name]["step"], series[name]["value"], lw=1, marker=marker, label=name.split("/")[-1])
-        axis.set_yscale("log")
+        set_log_scale(axis, "y")
         axis.set_xlabel("optimiser step")
         axis.set_title(title, fontsize=10)
         axis.legend(fontsize=7)
@@ -196,7 +213,7 @@ def draw_bars(table: pd.DataFrame, label: str, path: Path, teacher: float | None
     if teacher is not None:
         axis.axvline(teacher, color="black", ls=":", lw=1, label="teacher")
     if not higher and spans_more_than([*table["quality"], *table["quality_pruned"], teacher], 20):
-        axis.set_xscale("log")
+        set_log_scale(axis, "x")
     axis.set_yticks(positions, ordered["method"], fontsize=8)
     axis.margins(x=0.12)
     axis.set_xlabel(label)
@@ -234,7 +251,7 @@ def draw_curves(
         style = {"color": colours[number % len(colours)], "marker": "os^Dv"[number % 5], "ms": 5, "capsize": 3}
         axis.errorbar(ordered[x], ordered[y], yerr=ordered[f"{y} std"].fillna(0), label=method, **style)
     if log and (table[y] > 0).all():
-        axis.set_yscale("log")
+        set_log_scale(axis, "y")
     if teacher is not None:
         axis.axhline(teacher, color="black", ls=":", lw=1, label="teacher")
     axis.set_xlabel(labels[0])

@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 
 from experiments.engine.artefacts import read_json
 from experiments.engine.identity import read_config
-from experiments.reporting.figures import KEPT, REMOVED, save_figure
-from experiments.reporting.pages import data_address
+from experiments.reporting.figures import KEPT, REMOVED, save_figure, set_log_scale
+from experiments.reporting.pages import encode_address
 from experiments.reporting.tables import format_counts
 
 STEPS = 20
@@ -37,7 +37,7 @@ def describe_front(path: Path, figures: Path, selection: Mapping[str, Any]) -> d
     """
     front = read_json(path)
     plans, costs = front["plans"], [name for name in AXES if name in front["totals"]]
-    shown = choose_plans(front)
+    shown, figure = choose_plans(front), draw_front(front, figures / f"{path.stem.replace('-', '_')}.png")
     texts = [[f"{plan['ratio']:.4f}", f"{plan['harm']:.4g}", str(plan["removed_units"])] for plan in shown]
     for name in costs:
         left = [plan[name] for plan in shown]
@@ -50,10 +50,14 @@ def describe_front(path: Path, figures: Path, selection: Mapping[str, Any]) -> d
         "budget": front["budget"],
         "has_latency": "latency_ms" in costs,
         "is_on_front": any(is_chosen(front, plan) for plan in plans),
-        "figure": data_address(draw_front(front, figures / f"{path.stem.replace('-', '_')}.png")),
+        "figure": encode_address(figure.read_bytes(), "image/png"),
         "columns": ["ratio", "harm", "units removed", *(AXES[name] for name in costs), "add to the command"],
         "rows": [
-            {"cells": cells, "chosen": is_chosen(front, plan), "command": write_overrides(plan, selection)}
+            {
+                "cells": cells,
+                "chosen": is_chosen(front, plan),
+                "command": write_overrides(plan, front["budget"], selection),
+            }
             for plan, cells in zip(shown, texts, strict=True)
         ],
     }
@@ -74,9 +78,12 @@ def choose_plans(front: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def write_overrides(plan: Mapping[str, Any], selection: Mapping[str, Any]) -> str:
-    """Return the words that make the knapsack choose a plan, added to the command of a run with this selection."""
-    words = [f"selection.ratio={plan['selection_ratio']}"]
+def write_overrides(plan: Mapping[str, Any], budget: str, selection: Mapping[str, Any]) -> str:
+    """Return the words that make the knapsack choose a plan, added to the command of a run with this selection.
+
+    `budget` is that of the front: without `selection.budgets`, which the words set to null, the default would apply.
+    """
+    words = [f"selection.ratio={plan['selection_ratio']}", f"selection.budget={budget}"]
     tolerance = selection.get("tolerance")
     if isinstance(tolerance, Mapping) or tolerance < plan["ratio"] - plan["selection_ratio"]:
         words.append("selection.tolerance=0.02")
@@ -106,8 +113,7 @@ def draw_front(front: Mapping[str, Any], path: Path) -> Path:
         axis.plot(chosen[name] / scale, chosen["harm"], label=f"this run, {chosen['ratio']:.3f} removed", **style)
         axis.axvline(totals[name] / scale, color="black", ls=":", lw=1, label="teacher")
         if is_positive:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:g}")
+            set_log_scale(axis, "y")
         axis.set_xlabel(f"{AXES[name]}{letter} left")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("harm (sum of scores)")

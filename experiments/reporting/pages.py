@@ -10,7 +10,6 @@ PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
 )
 PAGES.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
-MEDIA_TYPES = {".png": "image/png", ".wav": "audio/wav"}
 
 
 def write_page(path: Path, template: str, **content: Any) -> Path:
@@ -19,6 +18,6 @@ def write_page(path: Path, template: str, **content: Any) -> Path:
     return path
 
 
-def data_address(path: Path) -> str:
-    """Return a picture or a sound as a `data:` address, which a page holds instead of a link to the file."""
-    return f"data:{MEDIA_TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+def encode_address(content: bytes, media_type: str) -> str:
+    """Return a picture or a sound as a `data:` address, which a page holds instead of a link to a file."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"

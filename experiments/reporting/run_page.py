@@ -1,6 +1,7 @@
 """The report of one run: its figures, report.html, and the summary that a job prints at its end."""
 
 import itertools
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from experiments.engine.measures import describe_protocol, describe_references
 from experiments.engine.texts import read_texts
 from experiments.reporting import figures
 from experiments.reporting.front import report_fronts
-from experiments.reporting.pages import data_address, write_page
+from experiments.reporting.pages import encode_address, write_page
 from experiments.reporting.run_files import (
     Scoring,
     get_achieved_ratio,
@@ -52,20 +53,21 @@ def report_run(folder: Path) -> str:
         folder / "report.html",
         "run.html.j2",
         title=name_run(folder.name, config),
+        report_command=shlex.join(["python", "-m", "experiments.report", str(folder.parent)]),
         summary=summary,
         networks=networks,
-        samples=None if sample_figure is None else data_address(sample_figure),
+        samples=None if sample_figure is None else encode_address(sample_figure.read_bytes(), "image/png"),
         sounds=embed_sounds(folder, config, networks),
         texts=read_texts(folder, networks),
         quality=tabulate_quality(metrics, networks),
         better={name: protocol["better"] for name, protocol in get_measures(metrics).items()},
         protocol=describe_protocol(metrics["protocol"]) if "protocol" in metrics else None,
         references=describe_references(config, metrics.get("protocol", {})),
-        losses={stage: data_address(path) for stage, path in loss_figures.items()},
+        losses={stage: encode_address(path.read_bytes(), "image/png") for stage, path in loss_figures.items()},
         scorings=[
             {
                 "scoring": scoring,
-                "figure": data_address(path),
+                "figure": encode_address(path.read_bytes(), "image/png"),
                 "groups": summarise_groups(scoring.scores, set(scoring.removed)) if scoring.has_channels else [],
             }
             for scoring, path in zip(scorings, score_figures, strict=True)

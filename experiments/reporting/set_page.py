@@ -223,15 +223,15 @@ def draw_comparisons(table: pd.DataFrame, folder: Path) -> list[Path]:
             part.assign(method=name_methods(part)),
             folder,
             f"_{number + 1}" if number else "",
-            name_part(part) if len(parts) > 1 else "",
+            write_title(part) if len(parts) > 1 else "",
         )
     ]
     write_json(manifest, {"pictures": [picture.name for picture in pictures]})
     return pictures
 
 
-def name_part(table: pd.DataFrame) -> str:
-    """Return the task, teacher and data of rows that were measured alike, the title of their figures."""
+def write_title(table: pd.DataFrame) -> str:
+    """Return the title of the figures of rows that were measured alike: their task, teacher and data."""
     return ", ".join("/".join(sorted(set(table[name]) - {""})) for name in ("task", "teacher", "data"))
 
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from conf.schema import build
 from datamodules.audio import Mel
 from experiments.engine.artefacts import read_array
-from experiments.reporting.pages import data_address
+from experiments.reporting.pages import encode_address
 
 
 def write_sounds(folder: Path, mel: Mel, count: int = 8) -> dict[str, list[Path]]:
@@ -42,7 +42,11 @@ def embed_sounds(folder: Path, cfg: dict[str, Any], networks: Sequence[str], cou
     """
     mel = cfg["data"].get("mel")
     files = {} if mel is None else write_sounds(folder, build(OmegaConf.create(mel)))
-    return {name: [data_address(file) for file in files[name][:count]] for name in networks if name in files}
+    return {
+        name: [encode_address(file.read_bytes(), "audio/wav") for file in files[name][:count]]
+        for name in networks
+        if name in files
+    }
 
 
 def load_wandb_sounds(folder: Path) -> dict[str, list[Any]]:

@@ -1,6 +1,5 @@
 """Small pictures of samples for a page that shows many runs."""
 
-import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from experiments.engine.artefacts import read_array
+from experiments.reporting.pages import encode_address
 
 COLUMNS = 6
 """Number of samples of each network in a thumbnail."""
@@ -46,7 +46,7 @@ def embed_thumbnail(folder: Path, networks: Sequence[str], runs: int = 1) -> str
     while len(content) > min(LARGEST, ALL // runs) and min(picture.size) * factor > len(batches):
         factor /= 2
         content = compress(picture, factor)
-    return f"data:image/webp;base64,{base64.b64encode(content).decode()}"
+    return encode_address(content, "image/webp")
 
 
 def compress(picture: Image.Image, factor: float) -> bytes:

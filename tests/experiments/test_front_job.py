@@ -9,6 +9,11 @@ from typing import Any
 import pytest
 from support.results import files, the_run
 
+from criteria.selection.equal_share import EqualShare
+from criteria.selection.in_order import Greedy, Ranked
+from criteria.selection.refined import Refined
+from criteria.selection.threshold import Threshold
+from criteria.selection.uniform import Uniform
 from experiments.engine.identity import get_effective_settings
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.run import Run
@@ -73,7 +78,7 @@ def test_a_job_writes_its_front_and_the_ratio_of_each_plan_makes_it(
     assert "figures/pareto.png" in files(run)
 
     other = next(each for each in plans if each["selection_ratio"] > chosen["ratio"])
-    given = write_overrides(other, configure(*job).selection).split()
+    given = write_overrides(other, front["budget"], configure(*job).selection).split()
     run_pipeline(configure(*job, *given))
     (second,) = set((tmp_path / "runs").glob("*/*/plan.json")) - {run / "plan.json"}
     assert [change["unit"] for change in json.loads(second.read_text())["changes"]] == [
@@ -82,7 +87,7 @@ def test_a_job_writes_its_front_and_the_ratio_of_each_plan_makes_it(
 
 
 def test_a_front_of_channels_is_refused_before_anything_is_scored(overrides, configure):
-    given = ["criterion=magnitude", "criterion.level=channel", "selection=threshold", "selection.pareto=true"]
+    given = ["criterion=magnitude", "criterion.level=channel", "selection=knapsack", "selection.pareto=true"]
     with pytest.raises(ValueError, match=r"selection\.pareto=true is for blocks and operators"):
         run_pipeline(configure(*overrides, *given, "distillation=none"))
 
@@ -117,17 +122,28 @@ def test_the_table_has_the_first_plan_of_each_twentieth_and_the_chosen_one():
 
 
 @pytest.mark.parametrize(
-    ("selection", "words"),
+    ("given", "words"),
     [
-        ({"tolerance": 0.02}, ""),
-        ({"tolerance": 0.0}, "selection.tolerance=0.02 "),
+        ((), ""),
+        (("selection.budget=macs",), ""),
+        (("selection.tolerance=0",), "selection.tolerance=0.02 "),
+        (("selection.budgets={macs: 0.3, params: 0.2}",), "selection.budgets=null "),
         (
-            {"tolerance": {"params": 0.1}, "budgets": {"params": 0.5}},
+            ("selection.budgets={macs: 0.3, params: 0.2}", "selection.tolerance={macs: 0.1, params: 0.1}"),
             "selection.tolerance=0.02 selection.budgets=null ",
         ),
-        ({"tolerance": 0.02, "target": 10, "budgets": None}, "selection.target=null "),
+        (("selection.target=10", "selection.ratio=null"), "selection.target=null "),
     ],
 )
-def test_the_words_that_choose_a_plan_undo_what_is_in_their_way(selection, words):
-    plan = {"selection_ratio": 0.5027, "ratio": 0.50271}
-    assert write_overrides(plan, selection) == f"selection.ratio=0.5027 {words}selection.pareto=false"
+def test_the_words_that_choose_a_plan_undo_what_is_in_their_way(configure, given, words):
+    plan, selection = {"selection_ratio": 0.5027, "ratio": 0.50271}, configure(*given).selection
+    overrides = write_overrides(plan, selection.budget, selection)
+    assert overrides == f"selection.ratio=0.5027 selection.budget={selection.budget} {words}selection.pareto=false"
+    again = configure(*given, *overrides.split()).selection
+    assert (again.budget, again.ratio, again.budgets, again.target) == (selection.budget, 0.5027, None, None)
+
+
+@pytest.mark.parametrize("selection", [Ranked, Greedy, Refined, Threshold, EqualShare, Uniform])
+def test_a_front_is_refused_for_selections_by_another_rule(selection):
+    with pytest.raises(ValueError, match=f"{selection.__name__} chooses by another rule; choose selection=knapsack"):
+        selection(ratio=0.5, pareto=True)

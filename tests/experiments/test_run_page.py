@@ -1,15 +1,18 @@
 """The report of one run: every network and every stage it had, also where an earlier version made it."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
 from experiments.engine.artefacts import digest, read_json
-from experiments.reporting.figures import draw_losses
+from experiments.reporting import figures
+from experiments.reporting.figures import draw_losses, draw_unit_scores, set_log_scale
 from experiments.reporting.run_files import (
     list_histories,
     list_networks,
@@ -101,6 +104,44 @@ def test_losses_of_each_training_stage_are_drawn(tmp_path):
     assert list(list_histories(tmp_path).items()) == list(paths.items())
 
 
+def read_labels(axis: Any, which: str) -> list[str]:
+    return [label.get_text() for label in axis.get_ticklabels(which=which) if label.get_text()]
+
+
+@pytest.mark.parametrize("direction", ["x", "y"])
+@pytest.mark.parametrize(
+    ("limits", "major", "minor"),
+    [
+        ((0.01, 10), {"0.01", "0.1", "1", "10"}, set()),
+        ((0.2, 0.9), set(), {"0.2", "0.3", "0.4", "0.6"}),
+        ((2e5, 2e7), {"1e+06", "1e+07"}, set()),
+    ],
+)
+def test_the_labels_of_logarithmic_axes_are_plain_numbers(direction, limits, major, minor):
+    figure, axes = plt.subplots()
+    set_log_scale(axes, direction)
+    axes.set(**{f"{direction}lim": limits})
+    figure.canvas.draw()
+    axis = getattr(axes, f"{direction}axis")
+    assert major <= set(read_labels(axis, "major")) and minor <= set(read_labels(axis, "minor"))
+    assert not any("$" in label for which in ("major", "minor") for label in read_labels(axis, which))
+    plt.close(figure)
+
+
+def test_scores_over_several_decades_have_plain_labels(tmp_path, monkeypatch):
+    labels: list[str] = []
+
+    def save(figure: Any, path: Path) -> Path:
+        figure.canvas.draw()
+        labels.extend(read_labels(figure.axes[0].xaxis, "major"))
+        plt.close(figure)
+        return path
+
+    monkeypatch.setattr(figures, "save_figure", save)
+    draw_unit_scores({"a": {"score": 0.01}, "b": {"score": 1.0}}, ["a"], "taylor", tmp_path / "scores.png")
+    assert {"0.01", "0.1", "1"} <= set(labels) and not any("$" in label for label in labels)
+
+
 def test_a_history_without_losses_has_no_figure(tmp_path):
     history = pd.DataFrame({"step": [1], "name": ["lr"], "value": [0.1]})
     assert draw_losses(history, tmp_path / "losses.png") is None and not (tmp_path / "losses.png").exists()
@@ -137,6 +178,20 @@ def test_a_report_of_several_rounds_shows_all_of_them(rounds):
     assert "Losses of the stage finetune" in page and "Scores of the units (scores-again.json)" in page
     assert page.count('<tr class="gone"><td>b</td>') == page.count('<tr class="gone"><td>a</td>') == 1
     assert "<td>distil</td><td>1.5 s</td>" in page
+    assert f"<code>{shlex.join(['python', '-m', 'experiments.report', str(rounds.parent)])}</code>" in page
+
+
+@pytest.mark.parametrize("budget", ["params", "latency"])
+def test_the_page_says_where_the_job_of_another_plan_times_again(rounds, budget):
+    plan = {"ratio": 0.5, "harm": 1.0, "removed_units": 1, "params": 2000, "latency_ms": 1.0, "removed": [0]}
+    totals = {"params": 4000, "latency_ms": 2.0}
+    front = {"budget": budget, "totals": totals, "chosen": plan, "plans": [{"selection_ratio": 0.5, **plan}]}
+    write(rounds, pareto=front)
+    (rounds / "config.yaml").write_text("data: {}\nselection: {tolerance: 0.02}\n")
+    report_run(rounds)
+    page = (rounds / "report.html").read_text()
+    assert f"<code>selection.ratio=0.5 selection.budget={budget} selection.pareto=false</code>" in page
+    assert ("times the units again, so that its plan can differ" in page) == (budget == "latency")
 
 
 def test_a_report_can_be_made_of_a_run_of_version_0_1(rounds):

@@ -50,9 +50,10 @@ def test_the_page_of_a_run_plays_sounds_of_each_network(run):
     head, content = sounds["pruned"][0].split(",")
     assert head == "data:audio/wav;base64"
     assert base64.b64decode(content) == (run / "sounds/pruned/00.wav").read_bytes()
-    names = ("samples", "texts", "quality", "better", "losses", "scorings", "fronts", "references", "seconds")
+    names = ("samples", "texts", "quality", "better", "references", "losses", "scorings", "fronts", "seconds")
     nothing: dict[str, Any] = {
         "title": "a",
+        "report_command": "",
         "summary": "",
         "protocol": None,
         "config": "",

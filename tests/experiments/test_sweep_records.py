@@ -9,14 +9,18 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from hydra_plugins.hydra_optuna_sweeper.config import Direction
+from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 import train
-from conf.schema import ROOT
+from conf.schema import ROOT, ConfigError
 from experiments.engine import jobs, launch, repeats, sweep
 from experiments.engine.locks import describe_this_process
+from experiments.engine.pipeline import make_stages
 from experiments.engine.run import RunBusy
 from experiments.engine.sweep import SKIPPED, JobRecord, format_progress, format_seconds, read_sweep
 
@@ -242,3 +246,38 @@ def test_two_processes_of_one_sweep_keep_their_records_apart(sweep_command, tmp_
 )
 def test_durations_are_written_in_two_units(seconds, text):
     assert format_seconds(seconds) == text
+
+
+ACCURACY = ("task=classification", "evaluation=accuracy")
+
+
+@pytest.mark.parametrize(
+    ("given", "sweeper", "right"),
+    [
+        (ACCURACY, {"direction": "minimize"}, "accuracy, of which higher values are better; choose maximize"),
+        (ACCURACY, {"direction": "maximize"}, None),
+        (ACCURACY, {}, None),
+        ((), {"direction": "maximize"}, "frechet_resnet20, of which lower values are better; choose minimize"),
+        ((), {"direction": ["minimize"]}, None),
+        ((), {"direction": Direction.minimize}, None),
+        (("evaluation=none",), {"direction": "minimize"}, None),
+        (
+            ("evaluation=none",),
+            {"direction": "maximize"},
+            "output_loss, of which lower values are better; choose minimize",
+        ),
+    ],
+)
+def test_a_search_for_the_worst_is_refused(configure, monkeypatch, tmp_path, given, sweeper, right):
+    monkeypatch.setattr(sweep, "open_record", lambda: JobRecord(tmp_path))
+    hydra: Any = OmegaConf.create({"sweeper": sweeper}, flags={"allow_objects": True})
+    monkeypatch.setattr(sweep.HydraConfig, "get", lambda: hydra)
+    if right is None:
+        make_stages(configure(*given))
+        return
+    with pytest.raises(ConfigError) as error:
+        make_stages(configure(*given))
+    expected = right.replace("choose ", "choose hydra.sweeper.direction=")
+    assert str(error.value) == (
+        f"hydra.sweeper.direction={sweeper['direction']}: a job returns its first measure, {expected}"
+    )

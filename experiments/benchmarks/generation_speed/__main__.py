@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from conf.schema import ROOT, build, register
-from experiments.reporting.figures import save_figure
+from experiments.reporting.figures import save_figure, set_log_scale
 from lightning_modules.backbones.language.backbone import LanguageBackbone
 from lightning_modules.backbones.language.load import load_language_model
 from lightning_modules.metrics.cost import device_name
@@ -170,7 +170,7 @@ def draw_speeds(table: pd.DataFrame, path: Path) -> Path:
             for name, part in table[table["length"] == length].groupby("model", sort=False):
                 axis.plot(part["batch"], part[column], marker="o", ms=4, label=name)
             axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
+            set_log_scale(axis, "y")
             axis.set_xticks(sorted(table["batch"].unique()), labels=[str(n) for n in sorted(table["batch"].unique())])
             axis.set_xlabel("batch")
             axis.set_ylabel(label)

@@ -13,12 +13,17 @@ from experiments.engine.job import Job
 from experiments.engine.stage import Stage
 from experiments.engine.stages.distil import Distil
 from experiments.engine.stages.select import Select
+from experiments.engine.sweep import check_search_direction
 
 
 class Evaluate(Stage):
     """Measures the teacher and every network made so far under one protocol, `cfg.evaluation`."""
 
     usual_name = "evaluate"
+
+    def prepare(self, cfg: DictConfig) -> None:
+        if self.name == self.usual_name:  # its first measure is what a job returns
+            check_search_direction(cfg.evaluation.metrics)
 
     def link(self, before: Sequence[Stage]) -> None:
         self.selects = [stage for stage in before if isinstance(stage, Select)]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from conf import checks, schema
 from datamodules.seeding import numpy_rng
 from experiments.engine.inputs import build_teacher, make_criterion_batches
-from experiments.reporting.figures import save_figure
+from experiments.reporting.figures import save_figure, set_log_scale
 from experiments.reporting.tables import format_markdown
 from lightning_modules.modules.joint_loss import JointMeasure
 from lightning_modules.modules.scoring import score
@@ -143,9 +143,9 @@ def draw_scatter_plots(table: pd.DataFrame, correlations: dict[str, dict[str, An
         axis.axis("off")
     for axis, (name, row) in zip(axes.flat, correlations.items(), strict=False):
         points = axis.scatter(table[name], table["joint"], c=table["ratio"], s=12, cmap="viridis")
-        axis.set_yscale("log")
+        set_log_scale(axis, "y")
         if (table[name] > 0).all():
-            axis.set_xscale("log")
+            set_log_scale(axis, "x")
             axis.xaxis.set_minor_formatter(NullFormatter())
         if name == "output_loss":  # the same quantity as the joint loss, so the sum could be equal to it
             ends = [table["joint"].min(), table["joint"].max()]
