@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from datamodules.readers.base import BadSample, ListedSource, Source
-from datamodules.readers.folder import list_endings
+from datamodules.readers.folder import describe_others
 
 READ = 32
 """Samples, evenly spaced, whose whole content is part of a fingerprint."""
@@ -91,14 +91,13 @@ def describe_data(train: Source, holdout: Source) -> list[str]:
     if len(names := getattr(train, "class_names", None) or ()) > 1:
         numbered = list_names(f"{label} {name}" for label, name in enumerate(names))
         lines.append(f"data has {len(names)} classes: {numbered}")
-    if passed_over := getattr(train, "passed_over", None):
-        count = sum(passed_over.values())
-        lines.append(f"data: {count} files are no samples and are passed over, by ending: {list_endings(passed_over)}")
+    if others := describe_others(train):
+        lines.append(f"data has {others}; none of them is read")
     if duplicates := find_duplicates(train, holdout):
         first = " = ".join(duplicates[0])
         lines.append(
-            f"data: {len(duplicates)} of {len(holdout)} held-out samples are also among the training samples, byte for "
-            f"byte, so that figures on them are too good; the first: {first}"
+            f"data: held-out samples that are also training samples, byte for byte, so that figures on them are too "
+            f"good: {len(duplicates)} of {len(holdout)}; the first: {first}"
         )
     return lines
 

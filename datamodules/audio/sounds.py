@@ -23,7 +23,7 @@ from transformers.audio_utils import mel_filter_bank
 
 from datamodules.images import Images, hold_out
 from datamodules.readers.base import BadSample, ListedSource, MissingData, Record, located
-from datamodules.readers.folder import count_endings, describe_no_samples, file_size, files_below, read_file
+from datamodules.readers.folder import describe_no_samples, file_size, files_below, read_file, sort_others
 from datamodules.readers.hub import HuggingFace
 from datamodules.seeding import numpy_rng, torch_rng
 
@@ -233,9 +233,10 @@ class Sounds(ListedSource):
             raise MissingData(f"{root} is not a folder: `path` names the folder that holds the sounds")
         names_below = list(files_below(root))
         sounds = sorted(root / name for name in names_below if name.lower().endswith(EXTENSIONS))
-        self.passed_over = count_endings(name for name in names_below if not name.lower().endswith(EXTENSIONS))
+        others = (name for name in names_below if not name.lower().endswith(EXTENSIONS))
+        self.passed_over, self.dangling_links = sort_others(root, others)
         if not sounds:
-            raise MissingData(describe_no_samples(root, "sounds", EXTENSIONS, self.passed_over))
+            raise MissingData(describe_no_samples(self, root, "sounds", EXTENSIONS))
         groups = [find_class(file, label) for file in sounds]
         names = sorted(set(groups))
         numbers = all(name.isdecimal() for name in names)

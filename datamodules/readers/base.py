@@ -53,6 +53,8 @@ class ListedSource:
     """The name of each class, in the order of labels from 0; None where classes have no names."""
     passed_over: Mapping[str, int] = {}
     """{file ending: number of files beside the samples that are not read because of their ending}."""
+    dangling_links: Sequence[str] = ()
+    """Links beside the samples that lead nowhere, such as one to a folder of a class that was moved."""
 
     def name(self, index: int) -> str:
         """Return the name of a sample for messages."""

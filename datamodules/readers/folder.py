@@ -94,10 +94,11 @@ class Folder(ListedSource):
             raise MissingData(f"{self.root} is not a folder: `path` names the folder that holds the pictures")
         files = list(files_below(self.root))
         names = sorted((name for name in files if is_picture(name)), key=lambda name: name.split("/"))
-        self.passed_over = count_endings(name for name in files if not is_picture(name))
-        self.passed_over.pop(".txt" if captions == "txt" else PurePath(captions or "").suffix.lower(), None)
+        texts = ".txt" if captions == "txt" else PurePath(captions or "").suffix.lower() or None
+        others = (name for name in files if not is_picture(name) and PurePath(name).suffix.lower() != texts)
+        self.passed_over, self.dangling_links = sort_others(self.root, others)
         if not names:
-            raise MissingData(describe_no_samples(self.root, "pictures", EXTENSIONS, self.passed_over))
+            raise MissingData(describe_no_samples(self, self.root, "pictures", EXTENSIONS))
         parents = [name.rpartition("/")[0] for name in names]
         numbers = number_classes(set(parents), None if classes is None else located(classes, get))
         self.class_names = [name or "(no folder)" for name in sorted(numbers, key=lambda name: numbers[name])]
@@ -175,15 +176,36 @@ def count_endings(names: Iterable[str]) -> Counter[str]:
     return Counter(PurePath(name).suffix.lower() or "no ending" for name in names)
 
 
+def sort_others(root: Path, names: Iterable[str]) -> tuple[Counter[str], list[str]]:
+    """Return (the count of each ending, names of links that lead nowhere) of the files in a folder that are no samples.
+
+    A link that leads nowhere counts for no ending.
+    """
+    others = list(names)
+    paths = ((name, os.path.join(root, name)) for name in others)
+    dangling = sorted(name for name, path in paths if os.path.islink(path) and not os.path.exists(path))
+    return count_endings(others) - count_endings(dangling), dangling
+
+
 def list_endings(endings: Mapping[str, int]) -> str:
     """Return the most frequent endings with their numbers as text: ".heic (12), .gif (3)"."""
     return ", ".join(f"{ending} ({count})" for ending, count in Counter(endings).most_common(LISTED_ENDINGS))
 
 
-def describe_no_samples(root: Path, kind: str, extensions: Sequence[str], endings: Mapping[str, int]) -> str:
-    """Return the message for a folder without samples of a kind, which lists the endings of what it has."""
-    rest = f"; it has other files: {list_endings(endings)}" if endings else ""
-    return f"{root} has no {kind} ({', '.join(extensions)}) in it or in its folders{rest}"
+def describe_others(source: Any) -> str:
+    """Return what lies beside the samples of a source and is not read, as text; empty where there is nothing."""
+    parts = []
+    if endings := getattr(source, "passed_over", None):
+        parts.append(f"other files: {list_endings(endings)}")
+    if links := getattr(source, "dangling_links", None):
+        parts.append(f"links that lead nowhere: {len(links)}, such as {links[0]}")
+    return "; ".join(parts)
+
+
+def describe_no_samples(source: ListedSource, root: Path, kind: str, extensions: Sequence[str]) -> str:
+    """Return the message for a folder without samples of a kind, which lists what it has."""
+    others = describe_others(source)
+    return f"{root} has no {kind} ({', '.join(extensions)}) in it or in its folders{others and f'; it has {others}'}"
 
 
 def read_file(file: Path) -> bytes:

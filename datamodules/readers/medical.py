@@ -1,5 +1,6 @@
 """Slices of medical scans as pictures: volumes in NIfTI files, and DICOM files."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from datamodules.readers.base import BadSample, MissingData
-from datamodules.readers.parts import FileParts
+from datamodules.readers.parts import INDEXED_FILES, FileParts, Version
 from datamodules.readers.pictures import PictureForm, check_pixel_range, scale_values
 
 PLANES = ("sagittal", "coronal", "axial")
@@ -19,6 +20,10 @@ KEPT_BYTES = 2**28
 """Bytes of volumes that a process keeps in memory, as each slice would else cost the reading of a volume."""
 DICOM_MARK = b"DICM"
 """What a DICOM file has after its first 128 bytes."""
+GREY = ("MONOCHROME1", "MONOCHROME2")
+"""Photometric interpretations of DICOM's grey pictures."""
+COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+"""Photometric interpretations that pydicom decodes to RGB."""
 
 
 class NiftiSlices(FileParts):
@@ -70,11 +75,8 @@ class NiftiSlices(FileParts):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"volumes": {}}
 
-    def index_file(self, file: Path) -> tuple[str | None, Sequence[int]]:
-        nibabel = import_reader("nibabel", str(file))
-        image = nibabel.load(file)
-        axes = nibabel.io_orientation(image.affine)[:, 0]
-        count = image.shape[int(np.flatnonzero(axes == self.axis)[0])]
+    def index_file(self, file: Path, version: Version) -> tuple[str | None, Sequence[int]]:
+        count = count_slices(file, version)[self.axis]
         return None, range(int(self.first * count), max(int(self.first * count) + 1, int(self.last * count)))
 
     def read_part(self, file: Path, part: int) -> Image.Image:
@@ -101,8 +103,8 @@ class DicomSlices(FileParts):
     """The pictures of all DICOM files in a folder and its subfolders; whole patients are held out.
 
     A file belongs to the patient whose id it has, or without one to its folder. Its values are those of its modality
-    (such as Hounsfield units). Compressed files may need a decoder of pydicom's: `pip install pylibjpeg[all]`. Needs
-    the extra `secateur[medical]`.
+    (such as Hounsfield units), or its colours as RGB, also those of a palette. Compressed files may need a decoder of
+    pydicom's: `pip install pylibjpeg[all]`. Needs the extra `secateur[medical]`.
 
     Args:
         path: see FileParts, as `classes`, `start`, `stop` (both count patients) and `get`.
@@ -136,21 +138,43 @@ class DicomSlices(FileParts):
     def is_sample(self, name: str) -> bool:
         return super().is_sample(name) or (not PurePath(name).suffix and has_dicom_mark(self.root / name))
 
-    def index_file(self, file: Path) -> tuple[str | None, Sequence[int]]:
-        header = import_reader("pydicom", str(file)).dcmread(file, stop_before_pixels=True)
-        group = str(header.get("PatientID") or file.parent)
-        return group, range(int(header.get("NumberOfFrames") or 1))
+    def index_file(self, file: Path, version: Version) -> tuple[str | None, Sequence[int]]:
+        patient, count = read_header(file, version)
+        return patient or str(file.parent), range(count)
 
     def read_part(self, file: Path, part: int) -> Image.Image:
         pydicom = import_reader("pydicom", str(file))
         content = pydicom.dcmread(file)
+        colours = content.PhotometricInterpretation
+        if colours not in (*GREY, *COLOURS, "PALETTE COLOR"):
+            raise BadSample(f"its PhotometricInterpretation {colours} is not read; convert it to RGB")
         values = pydicom.pixels.pixel_array(content, index=part)
-        if values.ndim == 3:
+        if colours in COLOURS:
             return Image.fromarray(values)
+        if colours == "PALETTE COLOR":
+            bits = content.RedPaletteColorLookupTableDescriptor[2]
+            rgb = pydicom.pixels.apply_color_lut(values, content)[..., :3]
+            return Image.fromarray(scale_values(rgb, 0, 2**bits - 1))
         values = np.asarray(pydicom.pixels.apply_modality_lut(values, content), np.float64)
         low, high = self.pixel_range or find_window(content) or (values.min(), values.max())
         picture = scale_values(values, low, max(high, low + 1e-6))
-        return Image.fromarray(255 - picture if content.PhotometricInterpretation == "MONOCHROME1" else picture)
+        return Image.fromarray(255 - picture if colours == "MONOCHROME1" else picture)
+
+
+@functools.lru_cache(INDEXED_FILES)
+def count_slices(file: Path, version: Version) -> list[int]:
+    """Return the number of slices of a volume in each of PLANES."""
+    nibabel = import_reader("nibabel", str(file))
+    image = nibabel.load(file)
+    axes = nibabel.io_orientation(image.affine)[:, 0].tolist()
+    return [image.shape[axes.index(axis)] for axis in range(len(PLANES))]
+
+
+@functools.lru_cache(INDEXED_FILES)
+def read_header(file: Path, version: Version) -> tuple[str, int]:
+    """Return the id of a DICOM file's patient, empty where it has none, and the number of its frames."""
+    header = import_reader("pydicom", str(file)).dcmread(file, stop_before_pixels=True)
+    return str(header.get("PatientID") or ""), int(header.get("NumberOfFrames") or 1)
 
 
 def has_dicom_mark(file: Path) -> bool:

@@ -9,9 +9,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from datamodules.readers.base import BadSample, ListedSource, MissingData, Record, located
-from datamodules.readers.folder import count_endings, describe_no_samples, file_size, files_below, number_classes
+from datamodules.readers.folder import describe_no_samples, file_size, files_below, number_classes, sort_others
 from datamodules.readers.pictures import PictureForm
 from datamodules.seeding import numpy_rng
+
+INDEXED_FILES = 2**18
+"""Files whose index a process keeps for the next reader of the same folder: a few hundred MB of memory at most."""
+
+Version = tuple[int, int]
+"""Size in bytes and time of the last change in ns of a file."""
 
 
 class FileParts(ListedSource):
@@ -51,21 +57,22 @@ class FileParts(ListedSource):
             raise MissingData(f"{self.root} is not a folder: `path` names the folder that holds the {self.kind}")
         names = list(files_below(self.root))
         self.files = sorted((name for name in names if self.is_sample(name)), key=lambda name: name.split("/"))
-        self.passed_over = count_endings(set(names) - set(self.files))
+        self.passed_over, self.dangling_links = sort_others(self.root, set(names) - set(self.files))
         if not self.files:
-            raise MissingData(describe_no_samples(self.root, self.kind, self.extensions, self.passed_over))
+            raise MissingData(describe_no_samples(self, self.root, self.kind, self.extensions))
+        self.unreadable: dict[int, str] = {}
         groups: dict[str, list[tuple[int, int]]] = {}
-        for number, name in enumerate(tqdm(self.files, desc=f"index of {self.kind}", leave=False, disable=None)):
-            group, parts = self.try_to_index(name)
+        for number in tqdm(range(len(self.files)), desc=f"index of {self.kind}", leave=False, disable=None):
+            group, parts = self.try_to_index(number)
             groups.setdefault(group, []).extend((number, part) for part in parts)
         names = list(groups)
         chosen = [names[i] for i in numpy_rng("parts", len(names)).permutation(len(names))[start:stop]]
         self.parts = np.array([part for name in chosen for part in groups[name]], np.int64).reshape(-1, 2)
         if not len(self.parts):
+            chosen_range = f"from number {start} on{'' if stop is None else f' and before number {stop}'}"
             raise ValueError(
-                f"{self.root} has {len(self.files)} {self.kind} of {len(groups)} {self.group}s, and no sample is left "
-                f"from number {start}{'' if stop is None else f' to {stop}'} on; hold out fewer (data.train.start), at "
-                f"least one {self.group} and not all"
+                f"{self.root} has {len(groups)} {self.group}{'s' * (len(groups) != 1)}, and none is left "
+                f"{chosen_range}; hold out at least one {self.group}, and fewer than all (data.train.start)"
             )
         self.labels = np.full(len(self.parts), -1, np.int64)
         if classes:
@@ -76,8 +83,11 @@ class FileParts(ListedSource):
 
     # What subclasses define
 
-    def index_file(self, file: Path) -> tuple[str | None, Sequence[int]]:
-        """Return the group of a file, None for one of its own, and numbers of its parts. May raise any error."""
+    def index_file(self, file: Path, version: Version) -> tuple[str | None, Sequence[int]]:
+        """Return the group of a file, None for one of its own, and numbers of its parts. May raise any error.
+
+        What is read of the file is kept by (file, version): a job makes several readers of the same folder.
+        """
         raise NotImplementedError
 
     def read_part(self, file: Path, part: int) -> Image.Image:
@@ -90,13 +100,16 @@ class FileParts(ListedSource):
         """Return whether the file of this name, relative to the folder, is one of those that are read."""
         return name.lower().endswith(tuple(self.extensions))
 
-    def try_to_index(self, name: str) -> tuple[str, Sequence[int]]:
-        """Return the group and the parts of a file; one that cannot be opened is a single sample, a bad one."""
+    def try_to_index(self, number: int) -> tuple[str, Sequence[int]]:
+        """Return the group and the parts of a file; one that cannot be indexed is a single sample, a bad one."""
+        file = self.root / self.files[number]
         try:
-            group, parts = self.index_file(self.root / name)
-        except Exception:  # libraries raise almost any type for damaged files; `take` names it
+            status = file.stat()
+            group, parts = self.index_file(file, (status.st_size, status.st_mtime_ns))
+        except Exception as error:  # libraries raise almost any type for damaged files
+            self.unreadable[number] = f"{type(error).__name__}: {error}"
             group, parts = None, [0]
-        return name if group is None else group, parts
+        return self.files[number] if group is None else group, parts
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -106,21 +119,25 @@ class FileParts(ListedSource):
         return f"{self.files[file]}, number {part}"
 
     def read(self, index: int) -> Image.Image:
-        """Return a sample as a picture."""
+        """Return a sample as a picture. May raise any error; BadSample for a file that could not be indexed."""
         file, part = self.parts[index]
+        if int(file) in self.unreadable:
+            raise BadSample(f"the file is damaged: {self.unreadable[int(file)]}")
         return self.read_part(self.root / self.files[file], int(part))
 
-    def raw(self, index: int) -> bytes:
+    def read_or_name(self, index: int) -> Image.Image:
+        """Return a sample as a picture. Raises BadSample, with its name and the reason."""
         try:
-            return self.read(index).tobytes()
+            return self.read(index)
         except Exception as error:
-            raise BadSample(f"{self.name(index)} cannot be used: {type(error).__name__}: {error}") from error
+            kind = "" if isinstance(error, BadSample) else f"{type(error).__name__}: "
+            raise BadSample(f"{self.name(index)} cannot be used: {kind}{error}") from error
+
+    def raw(self, index: int) -> bytes:
+        return self.read_or_name(index).tobytes()
 
     def describe_sample(self, index: int) -> str:
-        try:
-            image = self.read(index)
-        except Exception as error:
-            raise BadSample(f"{self.name(index)} cannot be used: {type(error).__name__}: {error}") from error
+        image = self.read_or_name(index)
         return f"{Path(self.files[self.parts[index, 0]]).suffix[1:]}, {image.mode}, {image.width}x{image.height}"
 
     def find_stored_range(self, index: int) -> tuple[float, float] | None:

@@ -1,5 +1,6 @@
 """Frames of videos as pictures, read by PyAV."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from datamodules.readers.base import BadSample, MissingData
-from datamodules.readers.parts import FileParts
+from datamodules.readers.parts import INDEXED_FILES, FileParts, Version
 from datamodules.readers.pictures import PictureForm
 
 
@@ -46,10 +47,8 @@ class Frames(FileParts):
         self.every = every
         super().__init__(path, PictureForm(size, mode, fit), classes, start, stop, get)
 
-    def index_file(self, file: Path) -> tuple[str | None, Sequence[int]]:
-        with import_av(str(file)).open(str(file)) as container:
-            times = sorted(p.pts for p in container.demux(container.streams.video[0]) if p.pts is not None)
-        return None, times[:: self.every]
+    def index_file(self, file: Path, version: Version) -> tuple[str | None, Sequence[int]]:
+        return None, list_times(file, version, self.every)
 
     def read_part(self, file: Path, part: int) -> Image.Image:
         with import_av(str(file)).open(str(file)) as container:
@@ -60,6 +59,14 @@ class Frames(FileParts):
                     image: Image.Image = frame.to_image()
                     return image
         raise BadSample("the video ends before this frame")
+
+
+@functools.lru_cache(INDEXED_FILES)
+def list_times(file: Path, version: Version, every: int) -> tuple[int, ...]:
+    """Return the time of every n-th frame of a video, in units of its stream."""
+    with import_av(str(file)).open(str(file)) as container:
+        times = sorted(p.pts for p in container.demux(container.streams.video[0]) if p.pts is not None)
+    return tuple(times[::every])
 
 
 def import_av(path: str) -> Any:

@@ -15,7 +15,7 @@ from experiments.reporting.pages import encode_address, write_page
 LARGEST_EDGE = 256
 """Pixels of a picture on the page; larger ones are shown smaller."""
 SOUNDS = 8
-"""Sounds of each split that the page plays: the phases of each have to be survey."""
+"""Sounds of each split that the page plays, as finding the phases of each takes time."""
 LISTED = 50
 """Bad samples, duplicates and classes that the page lists."""
 

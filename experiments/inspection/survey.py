@@ -14,7 +14,7 @@ from datamodules.bad_samples import MIN_COUNTED, TooManyBadSamples
 from datamodules.base import DataModule, Preview
 from datamodules.inventory import find_duplicates, space_evenly
 from datamodules.readers.base import BadSample, ListedSource, Source
-from datamodules.readers.folder import list_endings
+from datamodules.readers.folder import describe_others
 
 LOOKED_AT = 1000
 """Samples of each split, evenly spaced, that are read."""
@@ -77,7 +77,7 @@ class Survey:
         batch_size: number of samples in a training batch.
         splits: the surveys of the training samples and of the held-out ones.
         class_names: names of the classes, in the order of labels from 0; () without names.
-        passed_over: {file ending: number of files that are no samples}.
+        others: what lies beside the samples and is not read, as text.
         duplicates: (held-out sample, training sample) that are the same.
         compared: how the two splits were compared, in words.
         problems: what a person should look at, as sentences.
@@ -88,7 +88,7 @@ class Survey:
     batch_size: int
     splits: list[SplitSurvey]
     class_names: Sequence[str]
-    passed_over: dict[str, int]
+    others: str
     duplicates: list[tuple[str, str]]
     compared: str
     problems: list[str] = field(default_factory=list)
@@ -106,7 +106,7 @@ class Survey:
             batches = f", {split.count // self.batch_size:,} batches of {self.batch_size} in a pass"
             lines.append(
                 f"{split.name + ':':<12}{split.count:,} samples{batches * (split is train)}; "
-                f"{split.looked_at:,} were read, {len(split.bad)} are bad"
+                f"read: {split.looked_at:,}, bad among these: {len(split.bad)}"
             )
         if train.forms:
             lines.append(f"{'stored as:':<12}{list_counts(train.forms)}")
@@ -142,7 +142,7 @@ def survey_data(data: DataModule, name: str) -> Survey:
         data.batch_size,
         splits,
         getattr(train, "class_names", None) or (),
-        dict(getattr(train, "passed_over", None) or {}),
+        describe_others(train),
         *compare_splits(train, holdout, *splits),
     )
     survey.problems = list(list_problems(survey, data))
@@ -226,9 +226,9 @@ def list_problems(survey: Survey, data: DataModule) -> Iterator[str]:
                 if expected > allowed
                 else "a job would replace them"
             )
-            yield f"data.{split.name}: {len(split.bad)} of {split.looked_at} samples are bad, {verdict}; {reason}"
+            yield f"data.{split.name}: bad samples: {len(split.bad)} of {split.looked_at}; {verdict}. {reason}"
         if split.constant:
-            yield f"data.{split.name}: {len(split.constant)} pictures are of one colour, such as {split.constant[0]}"
+            yield f"data.{split.name}: pictures of one colour: {len(split.constant)}, such as {split.constant[0]}"
         if 1 < split.levels < FEW_LEVELS:
             stored = (
                 "" if split.stored_range is None else "; stored values are {:g} to {:g}".format(*split.stored_range)
@@ -239,18 +239,17 @@ def list_problems(survey: Survey, data: DataModule) -> Iterator[str]:
             )
         if split.repeated:
             first = " = ".join(split.repeated[0])
-            yield f"data.{split.name}: {len(split.repeated)} samples are equal to others, such as {first}"
+            yield f"data.{split.name}: samples that are equal to others: {len(split.repeated)}, such as {first}"
     train, holdout = survey.splits
     if survey.duplicates:
         first = " = ".join(survey.duplicates[0])
-        yield f"{len(survey.duplicates)} held-out samples are also training samples, such as {first}"
+        yield f"held-out samples that are also training samples: {len(survey.duplicates)}, such as {first}"
     if missing := sorted(train.labels.keys() - holdout.labels.keys()):
         yield f"no held-out sample has the classes {', '.join(map(survey.name_class, missing[:FORMS]))}"
     if unknown := sorted(holdout.labels.keys() - train.labels.keys()):
         yield f"no training sample has the classes {', '.join(map(survey.name_class, unknown[:FORMS]))}"
-    if survey.passed_over:
-        files = sum(survey.passed_over.values())
-        yield f"{files} files are no samples and are passed over, by ending: {list_endings(survey.passed_over)}"
+    if survey.others:
+        yield f"the data have {survey.others}; none of them is read"
     if survey.batch_size > train.count:
         yield f"data.batch_size={survey.batch_size} is more than the {train.count} training samples: a job would stop"
 

@@ -9,6 +9,7 @@ FOLDER and a test in FOLDER/tests. All of them run as they are written.
 
 import argparse
 import importlib.util
+import json
 import keyword
 import re
 import shlex
@@ -16,10 +17,18 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from conf.schema import ROOT
 from experiments.scaffold.readers import find_reader
+
+
+def quote_yaml(text: str) -> str:
+    """Return a text as a quoted string of YAML, in which OmegaConf sees no interpolation."""
+    escaped = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+    return json.dumps(escaped, ensure_ascii=False)
+
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -27,6 +36,7 @@ TEMPLATES = Environment(
     keep_trailing_newline=True,
     trim_blocks=True,
 )
+TEMPLATES.filters["quote_yaml"] = quote_yaml
 GROUPS = {"data": "data", "criterion": "criterion", "loss": "distillation", "stage": "pipeline"}
 """{kind: the group of conf/ that its file belongs to}"""
 
@@ -58,6 +68,10 @@ class NewFiles:
                     f"{field}={value} is no name of a Python module; choose lower-case letters, digits and _, such as "
                     "my_moths"
                 )
+        if not isinstance(yaml.safe_load(self.name), str):
+            raise ValueError(f"NAME={self.name} is no text in YAML; choose another name, such as my_{self.name}")
+        if not str(self.folder).isprintable():
+            raise ValueError(f"--folder={str(self.folder)!r} has characters that cannot be printed; choose another one")
         if (ROOT / "conf" / GROUPS[self.kind] / f"{self.choice}.yaml").exists():
             raise ValueError(f"NAME={self.name}: {GROUPS[self.kind]}={self.choice} exists; choose another name")
         if is_taken(self.package, self.folder):
@@ -84,8 +98,8 @@ class NewFiles:
             template = "data_at_path.yaml"
             content = {"path": str(Path(self.path).expanduser().absolute()), "reader": reader.choice}
             content["is_nested"] = reader.is_nested
-        yaml = self.folder / "conf" / GROUPS[self.kind] / f"{self.choice}.yaml"
-        files = {yaml: self.fill(template, **content)}
+        choice = self.folder / "conf" / GROUPS[self.kind] / f"{self.choice}.yaml"
+        files = {choice: self.fill(template, **content)}
         if self.path is None:
             if not (self.folder / self.package / "__init__.py").exists():
                 files[self.folder / self.package / "__init__.py"] = ""

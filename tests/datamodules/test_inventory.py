@@ -85,12 +85,16 @@ def test_the_log_has_classes_passed_over_files_and_duplicates(tmp_path):
     for number in range(6):
         shutil.copy(root / "cat" / "0.png", root / "dog" / f"copy {number}.png")
     (root / "dog" / "a.heic").touch()
+    (root / "moth").symlink_to("missing")
+    (root / "owl.txt").symlink_to("missing")
     data = image_folder(str(root), 8, holdout_images=6, batch_size=2)
     held_out = sum(data.source("holdout").raw(index) == (root / "cat" / "0.png").read_bytes() for index in range(6))
     classes, passed_over, duplicates = data.describe()
     assert classes == "data has 2 classes: 0 cat, 1 dog"
-    assert passed_over == "data: 1 files are no samples and are passed over, by ending: .heic (1)"
-    assert 0 < held_out < 7 and duplicates.startswith(f"data: {held_out} of 6 held-out samples are also among")
+    assert (
+        passed_over == "data has other files: .heic (1); links that lead nowhere: 2, such as moth; none of them is read"
+    )
+    assert 0 < held_out < 7 and f"are too good: {held_out} of 6; the first: " in duplicates
 
 
 def test_sets_without_common_samples_have_no_duplicates(tmp_path):

@@ -8,17 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import av
 import lmdb
-import nibabel
 import numpy as np
-import pydicom
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
-from pydicom.uid import ExplicitVRLittleEndian
 from support.config import composed
 from support.images import pictures, write_idx, write_mnist
+from support.parts import write_dicom, write_video, write_volume
 
 from conf import checks
 from conf.schema import build
@@ -27,50 +24,10 @@ from datamodules.readers.arrays import Npz
 from datamodules.readers.base import BadSample, MissingData
 from datamodules.readers.folder import Folder
 from datamodules.readers.idx import Idx, read_idx
-from datamodules.readers.medical import DicomSlices, NiftiSlices
 from datamodules.readers.pictures import PictureForm
-from datamodules.readers.video import Frames
 from experiments.engine.run import Run
 
 # Files of each format
-
-
-def write_video(file: Path, frames: int = 12, first: int = 0) -> None:
-    """A lossless video of 16x12 pixels with the number of the frame, times 10, in every pixel."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(file), "w") as container:
-        stream = container.add_stream("ffv1", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 16, 12, "bgr0"
-        for number in range(first, first + frames):
-            picture = np.full((12, 16, 3), 10 * number, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def write_volume(file: Path, seed: int = 0) -> np.ndarray:
-    """A volume of 8x6x10 voxels with values from 0 to 4000, whose axes point right, to the front and up."""
-    values = np.random.default_rng(seed).integers(0, 4001, (8, 6, 10)).astype(np.int16)
-    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), file)
-    return values
-
-
-def write_dicom(file: Path, values: np.ndarray, patient: str = "1", **fields: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    content = pydicom.Dataset()
-    content.file_meta = pydicom.dataset.FileMetaDataset()
-    content.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    content.file_meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
-    content.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
-    content.PatientID, content.PhotometricInterpretation, content.SamplesPerPixel = patient, "MONOCHROME2", 1
-    content.Rows, content.Columns = values.shape[-2:]
-    if values.ndim == 3:
-        content.NumberOfFrames = len(values)
-    content.BitsAllocated = content.BitsStored = 16
-    content.HighBit, content.PixelRepresentation = 15, 0
-    content.PixelData = values.astype("<u2").tobytes()
-    for name, value in fields.items():
-        setattr(content, name, value)
-    content.save_as(file, enforce_file_format=True)
 
 
 def write_lmdb(folder: Path) -> None:
@@ -307,127 +264,6 @@ def test_fashion_mnist_is_read_as_debian_ships_it():
     assert np.bincount(data.source("train").labels).tolist() == [6000] * 10
     assert data.image_shape() == (3, 32, 32)
     assert data.captions("train", 1) == ["a photo of an ankle boot"]
-
-
-# Videos
-
-
-def test_frames_of_a_video_are_found_by_their_number(tmp_path):
-    write_video(tmp_path / "a" / "1.mkv")
-    source = Frames(str(tmp_path), 8, every=3)
-    assert len(source) == 4
-    record = source.take(np.array([3, 1, 0, 2]))
-    assert record["image"][:, 0, 0, 0].tolist() == [90, 30, 0, 60] and record["original_size"][0].tolist() == [12, 16]
-
-
-def test_whole_videos_are_held_out_and_folders_are_classes(tmp_path):
-    for number in range(4):
-        write_video(tmp_path / "ab"[number % 2] / f"{number}.mkv", frames=5, first=5 * number)
-    parts = [Frames(str(tmp_path), 8, every=1, start=start, stop=stop) for start, stop in ((1, None), (0, 1))]
-    numbers = [set((part.take(np.arange(len(part)))["image"][:, 0, 0, 0] // 50).tolist()) for part in parts]
-    assert len(numbers[1]) == 1 and numbers[0] | numbers[1] == {0, 1, 2, 3} and not numbers[0] & numbers[1]
-    assert list(parts[0].class_names) == ["a", "b"] and set(parts[0].labels.tolist()) == {0, 1}
-
-
-def test_a_damaged_video_is_a_bad_sample_with_its_name(tmp_path):
-    write_video(tmp_path / "1.mkv", frames=2)
-    (tmp_path / "2.mp4").write_bytes(b"no video")
-    source = Frames(str(tmp_path), 8, every=1)
-    (bad,) = [index for index in range(len(source)) if source.name(index).startswith("2.mp4")]
-    with pytest.raises(BadSample, match=r"2\.mp4, number 0 cannot be used: InvalidDataError"):
-        source.take(np.array([bad]))
-
-
-def test_a_single_video_cannot_be_held_out_from(tmp_path):
-    write_video(tmp_path / "1.mkv")
-    with pytest.raises(ValueError, match=r"has 1 videos of 1 videos, and no sample is left from number 1 on"):
-        Frames(str(tmp_path), 8, start=1)
-
-
-# Scans
-
-
-@pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
-def test_slices_of_a_volume_have_the_front_or_the_head_at_the_top(tmp_path, plane):
-    values = write_volume(tmp_path / "a.nii.gz")
-    source = NiftiSlices(str(tmp_path), 8, plane=plane, pixel_range=[0, 4000], fit="stretch")
-    axis = ("sagittal", "coronal", "axial").index(plane)
-    assert len(source) == values.shape[axis]
-    shown = np.asarray(source.read(2))
-    expected = np.flip(values.take(2, axis).T, 0)
-    assert (shown == np.round(expected / (4000 / 255)).astype(np.uint8)).all()
-
-
-def test_a_volume_of_another_orientation_gives_the_same_slices(tmp_path):
-    values = write_volume(tmp_path / "a.nii")
-    turned = nibabel.Nifti1Image(values.transpose(2, 0, 1)[:, ::-1], np.eye(4)[[1, 2, 0, 3]] * [[-1], [1], [1], [1]])
-    nibabel.save(turned, tmp_path / "b.nii")
-    source = NiftiSlices(str(tmp_path), 8, part=[0.2, 0.8])
-    assert len(source) == 12
-    slices = {source.name(index): np.asarray(source.read(index)) for index in range(12)}
-    for number in range(2, 8):
-        assert (slices[f"a.nii, number {number}"] == slices[f"b.nii, number {number}"]).all()
-
-
-def test_percentiles_of_a_volume_become_black_and_white(tmp_path):
-    values = np.zeros((10, 10, 10), np.float32)
-    values[5:] = 1
-    values[9, 9, 9] = 1000  # one voxel does not darken the rest
-    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "a.nii")
-    assert set(np.asarray(NiftiSlices(str(tmp_path), 10).read(0)).ravel().tolist()) == {0, 255}
-
-
-def test_dicom_files_use_their_window_and_whole_patients_are_held_out(tmp_path):
-    for number in range(6):
-        write_dicom(
-            tmp_path / f"{number}.dcm",
-            np.full((4, 4), 1000 + number),
-            patient=str(number // 2),
-            RescaleSlope=1,
-            RescaleIntercept=-1000,
-            WindowCenter=3,
-            WindowWidth=6,
-        )
-    source = DicomSlices(str(tmp_path), 4)
-    values = {source.name(index)[0]: int(source.take(np.array([index]))["image"].max()) for index in range(6)}
-    assert values == {str(number): round(number * 255 / 5) for number in range(6)}
-    held, rest = (DicomSlices(str(tmp_path), 4, start=start, stop=stop) for start, stop in ((0, 1), (1, None)))
-    patients = [{int(part.name(index)[0]) // 2 for index in range(len(part))} for part in (held, rest)]
-    assert len(patients[0]) == 1 and patients[0] | patients[1] == {0, 1, 2} and not patients[0] & patients[1]
-
-
-def test_dicom_frames_inversion_and_range(tmp_path):
-    frames = np.arange(3)[:, None, None] * np.full((1, 4, 4), 100)
-    write_dicom(tmp_path / "no ending", frames, PhotometricInterpretation="MONOCHROME1")
-    source = DicomSlices(str(tmp_path), 4, pixel_range=[0, 200])
-    assert [int(source.take(np.array([index]))["image"].max()) for index in range(3)] == [255, 127, 0]
-
-
-@pytest.mark.parametrize(("reader", "name"), [(NiftiSlices, "a.nii"), (DicomSlices, "a.dcm")])
-def test_a_damaged_scan_is_a_bad_sample_with_its_name(tmp_path, reader, name):
-    (tmp_path / name).write_bytes(b"nothing")
-    with pytest.raises(BadSample, match=rf"{name}, number 0 cannot be used: "):
-        reader(str(tmp_path), 8).take(np.array([0]))
-
-
-@pytest.mark.parametrize(
-    ("reader", "options", "message"),
-    [
-        (NiftiSlices, {"plane": "oblique"}, r"data\.plane='oblique' is unknown; choose one of: sagittal, coronal, ax"),
-        (NiftiSlices, {"part": [0.5, 0.5]}, r"data\.part=\[0\.5, 0\.5\] is out of range"),
-        (Frames, {"every": 0}, r"data\.every=0 is out of range"),
-    ],
-)
-def test_impossible_fields_of_a_reader_are_named(tmp_path, reader, options, message):
-    with pytest.raises(ValueError, match=message):
-        reader(str(tmp_path), 8, **options)
-
-
-@pytest.mark.parametrize("reader", [NiftiSlices, DicomSlices, Frames])
-def test_a_folder_without_such_files_lists_what_it_has(tmp_path, reader):
-    (tmp_path / "a.heic").touch()
-    with pytest.raises(MissingData, match=r"has no (volumes|DICOM files|videos) \(.*\) in it.*: \.heic \(1\)"):
-        reader(str(tmp_path), 8)
 
 
 def test_a_folder_without_pictures_says_so(tmp_path):

@@ -50,12 +50,16 @@ def test_a_survey_counts_what_is_there(scans):
 
 def test_a_survey_says_what_to_look_at(scans):
     text = survey_scans(scans).summarise()
-    assert "samples are bad, a job would replace them; " in text and "b/1.png cannot be used: no known format" in text
+    assert (
+        "bad samples: 1 of " in text
+        and "; a job would replace them. " in text
+        and "b/1.png cannot be used: no known format" in text
+    )
     assert re.search(
         r"look at: +data\.train: all pictures together have 1\d of 256 pixel values, so that contrast", text
     )
     assert "; stored values are 0 to 409" in text and "as stored" in text
-    assert "1 files are no samples and are passed over, by ending: .odt (1)" in text
+    assert "look at:    the data have other files: .odt (1); none of them is read" in text
     assert "all pictures together" not in survey_scans(scans, pixel_range=[0, 4095]).summarise()
 
 

@@ -83,11 +83,24 @@ def test_data_at_a_path_are_one_file_by_what_lies_there(tmp_path, configure, dat
         assert f"conf/data/{begins}.yaml" in content
 
 
+@pytest.mark.parametrize("name", ["set #1", "a: b", "${seed}", r"a\${seed}", 'it\'s "it" \u00e9'])
+def test_a_path_of_any_characters_is_written_as_it_is(tmp_path, configure, data_folder, name):
+    for folder, file in ((tmp_path / name / "pictures", "0.png"), (tmp_path / name / "videos", "0.mp4")):
+        folder.mkdir(parents=True)
+        (folder / file).touch()
+        files = NewFiles("data", folder.name, tmp_path / "lab", "own", str(folder))
+        (data_folder / "data" / f"{folder.name}.yaml").write_text(next(iter(files.render().values())))
+    assert configure("data=pictures").data.path == str(tmp_path / name / "pictures")
+    assert configure("data=videos").data.train.path == str(tmp_path / name / "videos")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"name": "My-Moths"}, "NAME=My-Moths is no name of a Python module"),
         ({"name": "class"}, "NAME=class is no name of a Python module"),
+        ({"name": "null"}, "NAME=null is no text in YAML; choose another name, such as my_null"),
+        ({"folder": Path("/a\nb")}, r"--folder='/a\\nb' has characters that cannot be printed"),
         ({"name": "taylor"}, "NAME=taylor: criterion=taylor exists; choose another name"),
         ({"package": "torch"}, "--package=torch: Python has a package of that name"),
         ({"path": "/x"}, "--path=/x is for data; leave it out for a criterion"),
