@@ -100,8 +100,8 @@ def test_pictures_and_tables_are_in_the_folder_of_the_offline_run(run):
     names = {path.name.split("_")[0]: path for path in media.rglob("*.png")}
     assert set(names) == {"samples", "scores", "strip"}  # the curves of losses are drawn by W&B itself
     steps = [row["trainer/global_step"] for row in offline.history if "train/samples.path" in row]
-    assert steps == [1, 3]
-    assert len(list((media / "images" / "train").glob("samples_*.png"))) == 2
+    assert steps == [0, 1, 3]
+    assert len(list((media / "images" / "train").glob("samples_*.png"))) == 3
     (table,) = media.rglob("*.table.json")
     content, (scoring,) = read_json(table), read_scorings(run, read_plans(run))
     assert content["columns"] == ["unit", "score", "standard_error", "decision"]
