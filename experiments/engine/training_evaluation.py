@@ -114,7 +114,7 @@ class EvaluateWhileTraining(Callback):
     the moving average of the weights is on, its weights are evaluated, as they are after training.
 
     An error before the first step ends the training, as nothing is lost yet. A later one is logged as a warning, and
-    the training goes on. With several ranks every error ends it: the other ranks would wait for the one that has failed.
+    the training goes on. With several ranks every error ends it, as the others would wait for the rank that has failed.
 
     Args:
         evaluation: evaluates a network.

@@ -139,7 +139,7 @@ def test_a_later_error_changes_no_bit_of_the_training(configure, sampling, tmp_p
 
 def test_an_error_before_the_first_step_ends_the_training(configure, sampling, tmp_path, monkeypatch):
     fail_in_evaluation(monkeypatch, 1)
-    with pytest.raises(OutOfMemory, match="^out of memory in stage 'distil'"):
+    with pytest.raises(OutOfMemory, match=r"^out of memory in stage 'distil'"):
         run_pipeline(configure(*sampling, EVERY_TWO))
     assert list(the_run(tmp_path / "runs").glob("checkpoints/distil/*")) == []
 
