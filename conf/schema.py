@@ -102,7 +102,8 @@ class Evaluation:
     loss_samples: int = 128
     """number of held-out samples for losses, and for the accuracy of a classifier after `pretrain`"""
     every_n_steps: int | None = None
-    """optimiser steps between two evaluations while training, by the first measure; null: none"""
+    """optimiser steps between two evaluations while training, by the first measure; null: none. A finished run is not
+    evaluated again: force=true repeats it"""
     training_samples: int = 64
     """maximum number of samples, or of held-out images of a classifier, in an evaluation while training"""
     latency_batch: int = 16

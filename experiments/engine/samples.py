@@ -3,7 +3,6 @@
 import contextlib
 import filecmp
 import functools
-import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,21 +18,18 @@ from experiments.engine.artefacts import digest, read_array, write_folder
 from experiments.engine.cache import is_intact, lock_entry, write_shared_folder
 from experiments.engine.identity import RESULT_VERSION, get_effective_settings
 from experiments.engine.job import TEACHER, Job
-from experiments.engine.measures import TrainingImages, check_measures, list_unfit_measures, measure_samples
+from experiments.engine.measures import TrainingImages, check_measures, measure_samples
 from experiments.engine.ranks import ask_rank_zero, barrier, is_rank_zero
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.metrics.protocol import Labels, Measure, Samples
 from lightning_modules.modules.sampling import Generation, seed_batches
 from lightning_modules.training.trainer import make_trainer, resolve_precision
 
-log = logging.getLogger(__name__)
-
 
 class SampleEvaluation:
     """Generates the samples of networks as `cfg.evaluation` says, and measures them.
 
-    Raises ValueError naming a measure that cannot be taken of such samples, and warns of one whose features were learnt
-    from other data.
+    Raises ValueError naming a measure that cannot be taken of such samples.
     """
 
     def __init__(self, job: Job, measures: dict[str, Measure]) -> None:
@@ -44,8 +40,6 @@ class SampleEvaluation:
             job.data, job.run.cache, job.device, evaluation.reference_images, evaluation.resize
         )
         check_measures(measures, self.get_shape(), self.list_captions(), self.list_labels())
-        for sentence in list_unfit_measures(self.cfg, dict(measures)) if is_rank_zero() else ():
-            log.warning(sentence)
 
     def get_shape(self) -> tuple[int, int, int]:
         """Return (channels, height, width) of the samples as they are stored."""

@@ -1,8 +1,10 @@
 """Evaluation while training: the first measure, samples and texts of the student every `evaluation.every_n_steps`."""
 
+import contextlib
 import functools
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,10 +79,11 @@ class TrainingEvaluation:
     def evaluate(self, name: str, network: Any) -> Outcome:
         """Return the outcome of a network, whose modes and gradients stay; the global generators are left as they were.
 
-        A value or a sample that is not finite is logged as a warning and left out: it does not end the training.
+        A value or a sample that is not finite is logged as a warning and left out: it does not end the training. Raises
+        what measures, samplers and the device raise.
         """
         device, outcome = self.job.device, Outcome()
-        with isolate_rng(), as_before(network), autocast(self.cfg.evaluation.precision, device):
+        with isolate_generators(), as_before(network), autocast(self.cfg.evaluation.precision, device):
             network.to(device).eval()
             try:
                 if self.samples is not None:
@@ -104,11 +107,14 @@ class TrainingEvaluation:
 
 
 class EvaluateWhileTraining(Callback):
-    """Evaluates the student every `evaluation.every_n_steps` optimiser steps, beside the teacher.
+    """Evaluates the student every `evaluation.every_n_steps` optimiser steps and before the first, beside the teacher.
 
     Values are logged as `<section>/eval/<measure>`, and the teacher's as `<section>/eval/teacher_<measure>`. Samples of
     both are drawn side by side into previews/<stage>/, texts are written there as JSON; both are logged to W&B. Where
     the moving average of the weights is on, its weights are evaluated, as they are after training.
+
+    An error before the first step ends the training, as nothing is lost yet. A later one is logged as a warning, and
+    the training goes on. With several ranks every error ends it, as the others would wait for the rank that has failed.
 
     Args:
         evaluation: evaluates a network.
@@ -123,36 +129,61 @@ class EvaluateWhileTraining(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.step = trainer.global_step
+        if self.step == 0:
+            self.evaluate_student(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if trainer.global_step == self.step:  # gradients are still being accumulated
             return
         self.step = trainer.global_step
-        if self.step % self.every:
-            return
+        if self.step % self.every == 0:
+            self.evaluate_student(trainer, pl_module)
+
+    def evaluate_student(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Evaluate the student as it is now, log the values, and write the preview."""
         start = time.perf_counter()
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         averages = [callback for callback in callbacks if isinstance(callback, WarmedUpEMA)]
+        outcome: Outcome | None = None
         for average in averages:
-            average.exchange_weights(pl_module)
+            average.exchange_weights(module)
         try:
-            outcome = self.evaluation.evaluate(self.stage, self.student)
+            with self.warn_of_errors(trainer.world_size):
+                outcome = self.evaluation.evaluate(self.stage, self.student)
         finally:
             for average in averages:
-                average.exchange_weights(pl_module)
-        self.log_values(trainer, outcome.values)
-        if is_rank_zero():
-            self.write_preview(outcome)
+                average.exchange_weights(module)
+        if outcome is not None:
+            with self.warn_of_errors(trainer.world_size):
+                self.log_values(trainer, outcome.values, self.evaluation.teacher.values)
+                if is_rank_zero():
+                    self.write_preview(outcome)
         for callback in callbacks:
             if isinstance(callback, TrainingMonitor):
                 callback.exclude(time.perf_counter() - start)
 
-    def log_values(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
-        """Write the values to all loggers, in a row of their own at the step of the newest losses."""
-        teacher = {f"teacher_{name}": value for name, value in self.evaluation.teacher.values.items()}
-        row = {f"{self.section}/eval/{name}": value for name, value in {**values, **teacher}.items()}
+    @contextlib.contextmanager
+    def warn_of_errors(self, ranks: int) -> Iterator[None]:
+        """Log an error as a warning, unless it comes before the first step or there are several ranks."""
+        try:
+            yield
+        except Exception as error:
+            if self.step == 0 or ranks > 1:
+                raise
+            log.warning(
+                "evaluation.every_n_steps=%d: the evaluation after step %d of the stage %s has failed, and the "
+                "training goes on: %s: %s",
+                *(self.every, self.step, self.stage, type(error).__name__, error),
+            )
+
+    def log_values(self, trainer: pl.Trainer, student: dict[str, float], teacher: dict[str, float]) -> None:
+        """Write the values of both networks to all loggers, in a row of their own at the step of the newest losses."""
+        if self.step == 0 and self.every == 1:  # the row belongs to the evaluation after the first step
+            return
+        values = student | {f"teacher_{name}": value for name, value in teacher.items()}
+        row = {f"{self.section}/eval/{name}": value for name, value in values.items()}
         for logger in trainer.loggers if row else ():
-            logger.log_metrics(row, step=self.step - 1)
+            logger.log_metrics(row, step=get_logged_step(self.step))
             logger.save()
 
     def write_preview(self, outcome: Outcome) -> None:
@@ -163,9 +194,27 @@ class EvaluateWhileTraining(Callback):
         student = f"step {self.step}"
         if outcome.images is not None and teacher.images is not None:
             draw_sample_grids({TEACHER: teacher.images, student: outcome.images}, path)
-            job.dashboard.log_samples(f"{self.section}/samples", path, self.step - 1)
+            job.dashboard.log_samples(f"{self.section}/samples", path, get_logged_step(self.step))
         if outcome.texts is not None and teacher.texts is not None:
             assert self.evaluation.texts is not None
             columns = {"prompt": self.evaluation.texts.prompts, TEACHER: teacher.texts, student: outcome.texts}
             write_json(path.with_suffix(".json"), columns)
-            job.dashboard.log_texts(f"{self.section}/texts", columns, self.step - 1)
+            job.dashboard.log_texts(f"{self.section}/texts", columns, get_logged_step(self.step))
+
+
+def get_logged_step(steps_taken: int) -> int:
+    """Return the step at which an evaluation is logged: that of the newest losses, or 0 before the first step."""
+    return max(steps_taken - 1, 0)
+
+
+@contextlib.contextmanager
+def isolate_generators() -> Iterator[None]:
+    """Restore the global random generators afterwards; Lightning's `isolate_rng` does not after an error."""
+    error: Exception | None = None
+    with isolate_rng():
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+    if error is not None:
+        raise error

@@ -56,15 +56,16 @@ class Dashboard:
             mode: Any = logger.mode
             if mode == "auto":
                 mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+            settings = get_displayed_settings(self.cfg)
             target = {"project": logger.project, "entity": logger.entity, "id": f"{self.cfg.name}-{self.run.id}"}
             self.wandb = wandb.init(
                 **({} if is_trial() else target),
-                name=name_run(self.run.folder.name, get_displayed_settings(self.cfg)),
+                name=name_run(self.run.folder.name, settings),
                 group=get_sweep_name() or self.cfg.name,
                 job_type=self.cfg.pipeline.name,
-                tags=list_tags(self.cfg),
+                tags=list_tags(settings),
                 dir=self.run.folder,
-                config=flatten_dict(get_displayed_settings(self.cfg), "_"),
+                config=flatten_dict(settings, "_"),
                 mode=mode,
                 resume="allow" if mode == "online" else None,
                 settings=wandb.Settings(console="off", silent=mode == "offline"),
@@ -138,13 +139,13 @@ def get_sweep_name() -> str | None:
     return None if record.folder is None else f"sweep-{record.folder.name}"
 
 
-def list_tags(cfg: DictConfig) -> list[str]:
+def list_tags(settings: dict[str, Any]) -> list[str]:
     """Return the names of what users filter by: the data set, the teacher, and how it is pruned and distilled.
 
-    W&B allows tags of up to 64 characters.
+    `settings` are those of get_displayed_settings. W&B allows tags of up to 64 characters.
     """
-    groups = (cfg.data, cfg.teacher, cfg.criterion, cfg.selection, cfg.distillation)
-    names = [str(group.name) for group in groups if group is not None and group.get("name")]
+    groups = [settings.get(name) or {} for name in ("data", "teacher", "criterion", "selection", "distillation")]
+    names = [str(group["name"]) for group in groups if group.get("name")]
     return [name[:64] for name in dict.fromkeys(names) if name != "none"]
 
 

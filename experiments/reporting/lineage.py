@@ -1,6 +1,7 @@
 """The artifacts of a W&B run, each made from the one before: teacher, scores, plan, networks, export."""
 
 import fnmatch
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from conf.schema import ROOT
 from experiments.engine.artefacts import digest, read_json
 from experiments.engine.run import MANIFEST
 from experiments.reporting.run_files import read_plans
+
+log = logging.getLogger(__name__)
 
 KINDS = {
     "scores*.json": "scores",
@@ -25,7 +28,8 @@ def log_lineage(run: Any, folder: Path, run_id: str, teacher_path: str | None) -
     """Log a finished run's artifacts in the order in which they were made, each as the input of the next.
 
     JSON files are uploaded. Networks and exports are references to where they are, with checksums; the teacher is a
-    reference without, as its fingerprint is in its name.
+    reference without, as its fingerprint is in its name. Where wandb does not take them, that is logged as a warning,
+    because the job is done.
 
     Args:
         run: the W&B run, online or offline.
@@ -38,8 +42,11 @@ def log_lineage(run: Any, folder: Path, run_id: str, teacher_path: str | None) -
     for number, artifact in enumerate(artifacts):
         if number:
             artifact.metadata |= {"made_from": artifacts[number - 1].name}
-        # `use_artifact` refuses to work offline; this is what it calls itself.
-        run._log_artifact(artifact, is_user_created=True, use_after_commit=number + 1 < len(artifacts))
+        try:  # `use_artifact` refuses to work offline; this is what it calls itself
+            run._log_artifact(artifact, is_user_created=True, use_after_commit=number + 1 < len(artifacts))
+        except (AttributeError, TypeError, wandb.Error) as error:
+            log.warning("wandb %s does not log the artifact %s: %s", wandb.__version__, artifact.name, error)
+            return
 
 
 def list_artefacts(folder: Path) -> list[tuple[str, str]]:

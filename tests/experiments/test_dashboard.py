@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
+import yaml
+from omegaconf import OmegaConf
 from support.dashboards import OfflineRun
 from support.results import the_run
 from support.tables import read_events, read_history
 
-from experiments.engine.artefacts import read_json
+from experiments.engine.artefacts import read_json, write_json
+from experiments.engine.identity import get_displayed_settings
 from experiments.engine.pipeline import run_pipeline
 from experiments.reporting import strip, upload
+from experiments.reporting.dashboard import list_tags
 from experiments.reporting.figures import KEPT, PROTECTED, REMOVED
+from experiments.reporting.lineage import log_lineage
 from experiments.reporting.run_files import Scoring, list_networks, read_plans, read_scorings
-from experiments.reporting.upload import upload_run
+from experiments.reporting.upload import make_logger_group, read_literal_config, upload_run
 
 LEVELS = ("down_blocks_1", "mid_block", "up_blocks_0", "up_blocks_1")
 TRAINED = {
@@ -100,8 +106,8 @@ def test_pictures_and_tables_are_in_the_folder_of_the_offline_run(run):
     names = {path.name.split("_")[0]: path for path in media.rglob("*.png")}
     assert set(names) == {"samples", "scores", "strip"}  # the curves of losses are drawn by W&B itself
     steps = [row["trainer/global_step"] for row in offline.history if "train/samples.path" in row]
-    assert steps == [1, 3]
-    assert len(list((media / "images" / "train").glob("samples_*.png"))) == 2
+    assert steps == [0, 1, 3]
+    assert len(list((media / "images" / "train").glob("samples_*.png"))) == 3
     (table,) = media.rglob("*.table.json")
     content, (scoring,) = read_json(table), read_scorings(run, read_plans(run))
     assert content["columns"] == ["unit", "score", "standard_error", "decision"]
@@ -134,25 +140,111 @@ def test_artifacts_are_a_chain_from_the_teacher_to_the_export(run):
 def test_a_finished_run_is_uploaded_later_with_the_same_content(run, tmp_path, capsys, monkeypatch):
     other = tmp_path / "runs" / "debug" / run.name
     shutil.copytree(run, other, ignore=shutil.ignore_patterns("wandb"))
-    monkeypatch.setattr(sys, "argv", ["upload", str(other), "--logger", "project=mine", "--logger", "artifacts=false"])
+    report, previews = tmp_path / "runs" / "debug" / "report", other / "previews" / "distil"
+    report.mkdir()
+    write_json(previews / "step=0000002.json", {"prompt": ["a"], "teacher": ["b"], "step 2": ["c"]})
+    options = ["--logger", "project=mine", "--logger", "artifacts=false"]
+    monkeypatch.setattr(sys, "argv", ["upload", str(other), str(report), *options])
     with pytest.raises(SystemExit) as caught:
         upload.main()
-    assert caught.value.code == 0 and f"{other}: logged" in capsys.readouterr().out
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"{other}: logged",
+        f"{report}: skipped, as it is no run (it has no config.yaml)",
+    ]
     first, second = OfflineRun(run), OfflineRun(other)
     assert (second.start.project, second.start.run_id) == ("mine", first.start.run_id)
     assert second.config == first.config
-    assert second.history_keys == first.history_keys
-    assert second.summary.keys() == first.summary.keys()
+    texts = {key for key in second.history_keys if key.startswith("train/texts")}
+    assert texts and second.history_keys - texts == first.history_keys
+    assert [row["trainer/global_step"] for row in second.history if texts & row.keys()] == [1]
+    assert {key for key in second.summary if not key.startswith("train/texts")} == first.summary.keys()
     assert [part.type for part in second.select("artifact")] == ["run_table"]
     with pytest.raises(SystemExit) as caught:
         upload.main()
     assert caught.value.code == 1
-    assert f"{other} was logged to W&B already: wandb sync {other}/wandb/offline-run-*" in capsys.readouterr().err
+    assert f"{other}: it was logged to W&B already: wandb sync {other}/wandb/offline-run-*" in capsys.readouterr().err
 
 
 def test_only_finished_runs_are_uploaded(tmp_path):
     with pytest.raises(ValueError, match="is no folder of a finished run"):
-        upload_run(tmp_path, [])
+        upload_run(tmp_path, make_logger_group([]))
+
+
+def make_finished_run(folder: Path, cfg: Any) -> None:
+    write_json(folder / "finished.json", {"run_id": "0123456789abcdef"})
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+
+
+def test_an_upload_goes_on_after_an_error_and_can_be_repeated(configure, overrides, tmp_path, monkeypatch, capsys):
+    names, uploaded = [tmp_path / name for name in ("a", "b", "c")], []
+    make_finished_run(names[0], configure(*overrides, "logger=csv"))
+    make_finished_run(names[1], configure(*overrides, "logger=csv"))
+    make_finished_run(names[2], configure(*overrides, "logger.wandb=true"))
+    (names[2] / "wandb").mkdir()
+
+    class NoDashboard:
+        wandb = None
+
+        def __init__(self, cfg, run) -> None:
+            self.folder = run.folder
+
+        def __enter__(self):
+            (self.folder / "wandb").mkdir(exist_ok=True)
+            return self
+
+        def __exit__(self, *_) -> None: ...
+
+        def finish(self, *_) -> None:
+            uploaded.append(self.folder.name)
+
+    monkeypatch.setattr(upload, "Dashboard", NoDashboard)
+    monkeypatch.setattr(sys, "argv", ["upload", *map(str, names)])
+    for name in ("metrics.json", "measured.json"):
+        write_json(names[1] / name, {})
+    for expected in (["b"], ["b", "a"]):
+        with pytest.raises(SystemExit) as caught:
+            upload.main()
+        assert caught.value.code == 1 and uploaded == expected
+        errors = capsys.readouterr().err.splitlines()
+        assert errors[-1].startswith(f"{names[2]}: it was logged to W&B already")
+        if expected == ["b"]:
+            assert errors[0].startswith(f"{names[0]}: ") and "metrics.json" in errors[0]
+        else:
+            assert errors[0].startswith(f"{names[1]}: it was logged to W&B already")
+        for name in ("metrics.json", "measured.json"):
+            write_json(names[0] / name, {})
+
+
+@pytest.mark.parametrize(
+    "text", ["${oc.env:HF_TOKEN}", r"\${oc.env:HF_TOKEN}", r"a\\${oc.env:HF_TOKEN}", "${a.b}-${c}"]
+)
+def test_a_foreign_run_sends_no_environment_variable(configure, tmp_path, monkeypatch, text):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    cfg = OmegaConf.to_container(configure(), resolve=False)
+    for group, field in (("logger", "project"), ("data", "name"), ("selection", "name")):
+        cfg[group][field] = text
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(cfg))
+    literal = read_literal_config(tmp_path)
+    assert (literal.logger.project, literal.data.name, literal.selection.name) == (text, text, text)
+    assert make_logger_group(["entity=me"]) == {**make_logger_group([]), "project": "secateur", "entity": "me"}
+
+
+def test_tags_have_no_value_of_an_environment_variable(configure, overrides, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    tags = list_tags(get_displayed_settings(configure(*overrides, "data.name=${oc.env:HF_TOKEN}")))
+    assert tags[0] == "${oc.env:HF_TOKEN}" and "hf_secret" not in tags
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError, wandb.Error])
+def test_artifacts_that_wandb_does_not_take_do_not_end_a_job(run, caplog, error):
+    class Run:
+        def _log_artifact(self, *_: Any, **__: Any) -> None:
+            raise error("moved")
+
+    log_lineage(Run(), run, "0123456789", "some/teacher")
+    (warning,) = [record.getMessage() for record in caplog.records if record.name.endswith("lineage")]
+    assert "does not log the artifact teacher-" in warning and warning.endswith(": moved")
 
 
 def test_a_strip_colours_units_and_groups_of_channels(tmp_path):

@@ -1,7 +1,10 @@
 """Evaluation while training: what it gives, and that it changes nothing."""
 
+import contextlib
+import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,16 +16,17 @@ from support.results import differences, files, read_repeatable_history, results
 from conf.schema import ConfigError
 from experiments.engine import training_evaluation
 from experiments.engine.artefacts import read_json
+from experiments.engine.clock import OutOfMemory
 from experiments.engine.identity import get_effective_settings
 from experiments.engine.job import TEACHER, Job
 from experiments.engine.pipeline import run_pipeline
-from experiments.engine.training_evaluation import TrainingEvaluation
+from experiments.engine.training_evaluation import EvaluateWhileTraining, TrainingEvaluation
 from lightning_modules.training.progress import StageBar
 
 pytestmark = pytest.mark.usefixtures("quick_end")
 
 EVERY_TWO = "evaluation.every_n_steps=2"
-PREVIEWS = {f"previews/distil/step=000000{step}.png" for step in (2, 4)}
+PREVIEWS = {f"previews/distil/step=000000{step}.png" for step in (0, 2, 4)}
 
 
 def read_evaluations(run: Path) -> dict[str, dict[int, float]]:
@@ -47,8 +51,9 @@ def test_it_changes_no_bit_and_agrees_with_the_final_evaluation(configure, sampl
     assert differences(results(run), results(plain)) == []
     assert files(run) == files(plain) | PREVIEWS
     values, metrics = read_evaluations(run), read_json(run / "metrics.json")
+    assert values["frechet_channels"][0] == metrics["pruned/frechet_channels"]  # before the first step
     assert set(values) == {"frechet_channels", "teacher_frechet_channels"}  # the first measure
-    assert values["frechet_channels"].keys() == {1, 3}
+    assert values["frechet_channels"].keys() == {0, 1, 3}
     assert values["frechet_channels"][3] == metrics["distilled/frechet_channels"]
     assert set(values["teacher_frechet_channels"].values()) == {metrics["teacher/frechet_channels"]}
     rows = read_repeatable_history(run / "history" / "distil.csv")
@@ -75,7 +80,7 @@ def test_a_resumed_run_continues_its_evaluations(configure, sampling, tmp_path, 
     assert differences(results(run), results(undisturbed)) == []
     histories = [read_repeatable_history(path / "history" / "distil.csv") for path in (run, undisturbed)]
     assert histories[0] == histories[1]
-    assert read_evaluations(run)["frechet_channels"].keys() == {1, 3}
+    assert read_evaluations(run)["frechet_channels"].keys() == {0, 1, 3}
     assert all((run / name).read_bytes() == (undisturbed / name).read_bytes() for name in PREVIEWS)
 
 
@@ -88,10 +93,10 @@ def test_without_measures_there_are_pictures(configure, sampling, tmp_path, monk
     run_pipeline(configure(*job, "evaluation=none", EVERY_TWO, "evaluation.training_samples=3", "ema_decay=null"))
     assert read_evaluations(the_run(tmp_path / "runs")) == {}
     assert [(name, list(images)) for name, images in drawn] == [
-        (f"step=000000{step}.png", ["teacher", f"step {step}"]) for step in (2, 4)
+        (f"step=000000{step}.png", ["teacher", f"step {step}"]) for step in (0, 2, 4)
     ]
-    (first, *_), (second, *_) = ([images["teacher"], images] for _, images in drawn)
-    assert first.shape == (3, 8, 8, 3) and np.array_equal(first, second)
+    first, *later = (images["teacher"] for _, images in drawn)
+    assert first.shape == (3, 8, 8, 3) and all(np.array_equal(first, images) for images in later)
 
 
 def test_samples_that_are_not_finite_do_not_end_the_training(configure, sampling, tmp_path, monkeypatch, caplog):
@@ -103,6 +108,69 @@ def test_samples_that_are_not_finite_do_not_end_the_training(configure, sampling
     run = the_run(tmp_path / "runs")
     assert (run / "finished.json").exists() and read_evaluations(run) == {}
     assert "evaluation of distil while training: samples are not finite" in caplog.text
+
+
+def fail_in_evaluation(monkeypatch, number: int) -> None:
+    """Let the student's evaluation of a number raise an error, after it has drawn random numbers."""
+    measure, names = TrainingEvaluation.measure_images, []
+
+    def measure_or_fail(evaluation, name, images):
+        names.append(name)
+        if name == "distil" and names.count(name) == number:
+            torch.rand(1), np.random.rand()
+            raise torch.OutOfMemoryError("16 GiB are in use")
+        return measure(evaluation, name, images)
+
+    monkeypatch.setattr(TrainingEvaluation, "measure_images", measure_or_fail)
+
+
+def test_a_later_error_changes_no_bit_of_the_training(configure, sampling, tmp_path, monkeypatch, caplog, plain):
+    shutil.move(tmp_path / "runs", tmp_path / "plain")
+    fail_in_evaluation(monkeypatch, 2)
+    run_pipeline(configure(*sampling, EVERY_TWO))
+    run, plain = the_run(tmp_path / "runs"), the_run(tmp_path / "plain")
+    assert differences(results(run), results(plain)) == []
+    assert read_evaluations(run)["frechet_channels"].keys() == {0, 3}
+    assert (
+        "evaluation.every_n_steps=2: the evaluation after step 2 of the stage distil has failed, and the training goes "
+        "on: OutOfMemoryError: 16 GiB are in use"
+    ) in caplog.text
+
+
+def test_an_error_before_the_first_step_ends_the_training(configure, sampling, tmp_path, monkeypatch):
+    fail_in_evaluation(monkeypatch, 1)
+    with pytest.raises(OutOfMemory, match=r"^out of memory in stage 'distil'"):
+        run_pipeline(configure(*sampling, EVERY_TWO))
+    assert list(the_run(tmp_path / "runs").glob("checkpoints/distil/*")) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "ranks", "error", "passes"),
+    [
+        (0, 1, RuntimeError, True),
+        (2, 1, RuntimeError, False),
+        (2, 2, RuntimeError, True),
+        (2, 1, KeyboardInterrupt, True),
+        (2, 1, SystemExit, True),
+    ],
+)
+def test_which_errors_end_a_training(configure, step, ranks, error, passes):
+    watcher = EvaluateWhileTraining(SimpleNamespace(cfg=configure(EVERY_TWO)), None, "distil", "train")
+    watcher.step = step
+    with pytest.raises(error) if passes else contextlib.nullcontext(), watcher.warn_of_errors(ranks):
+        raise error
+
+
+def test_each_step_has_one_value_with_an_evaluation_every_step(configure, sampling, tmp_path):
+    run_pipeline(configure(*sampling, "evaluation.every_n_steps=1", "evaluation.training_samples=2"))
+    table = pd.read_csv(the_run(tmp_path / "runs") / "history" / "distil.csv")
+    assert list(table["step"][table["name"] == "train/eval/frechet_channels"]) == [0, 1, 2, 3]
+
+
+def test_an_unfit_measure_is_warned_of_once(configure, sampling, caplog):
+    caplog.set_level(logging.WARNING)
+    run_pipeline(configure(*sampling, EVERY_TWO, "+evaluation.fits.frechet_channels=[other]"))
+    assert caplog.text.count("evaluation.metrics.frechet_channels: its features were learnt from data=other") == 1
 
 
 def test_a_picture_shows_teacher_and_student(plain, configure, sampling, tmp_path):

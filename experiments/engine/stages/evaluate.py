@@ -1,5 +1,6 @@
 """The stage `evaluate`: measures quality, costs and latency of all networks, the teacher among them."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,10 +11,14 @@ from experiments.engine.evaluation import Evaluator
 from experiments.engine.identity import decides_by_latency
 from experiments.engine.inputs import make_held_out_batches
 from experiments.engine.job import Job
+from experiments.engine.measures import list_unfit_measures, select_sample_measures
+from experiments.engine.ranks import is_rank_zero
 from experiments.engine.stage import Stage
 from experiments.engine.stages.distil import Distil
 from experiments.engine.stages.select import Select
 from experiments.engine.sweep import check_search_direction
+
+log = logging.getLogger(__name__)
 
 
 class Evaluate(Stage):
@@ -37,6 +42,9 @@ class Evaluate(Stage):
         calibration = {score.data(job) for score in self.scores if job.cfg.calibration.data is not None}
         self.evaluator = Evaluator(job, list(calibration))
         make_held_out_batches(job.cfg, job.data)
+        measures = dict(select_sample_measures(self.evaluator.measures))
+        for sentence in list_unfit_measures(job.cfg, measures) if is_rank_zero() else ():
+            log.warning(sentence)
 
     def run(self, job: Job) -> None:
         path = job.run / self.artefact("metrics.json")
