@@ -204,7 +204,7 @@ def check_search_direction(metrics: DictConfig) -> None:
     """
     if not open_record().in_sweep or "direction" not in (sweeper := HydraConfig.get().sweeper):
         return
-    name, node = next(iter(metrics.items()), ("output_loss", None))
+    name, node = next(((str(key), value) for key, value in metrics.items()), ("output_loss", None))
     better = "lower" if node is None else getattr(get_object(node._target_), "better", None)
     directions = sweeper.direction if isinstance(sweeper.direction, ListConfig) else [sweeper.direction]
     directions = [str(getattr(direction, "name", direction)) for direction in directions]  # Optuna's default is an enum
