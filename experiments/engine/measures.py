@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +190,7 @@ def check_network_measures(measures: dict[str, NetworkMeasure], taken: Sequence[
             measure.check(network, data)
 
 
-def list_unfit_measures(cfg: DictConfig, measures: Measures) -> list[str]:
+def list_unfit_measures(cfg: DictConfig, measures: Mapping[str, Measure | NetworkMeasure]) -> list[str]:
     """Return a sentence per measure whose features were learnt from other data than the job's, with what to choose.
 
     `evaluation.fits` lists the data sets, by name, that the features of a measure were learnt from.
