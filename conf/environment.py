@@ -1,10 +1,13 @@
-"""Records which environment variables a configuration reads."""
+"""Environment variables: those that number the processes of a job, and those that a configuration reads."""
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 from omegaconf.resolvers import oc
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+"""Environment variables from which Lightning reads a process' rank; the first that is set counts."""
 
 _names_read: list[str] = []
 """names of the variables that `${oc.env:...}` has read"""

@@ -138,6 +138,12 @@ def find_content(cell: Any) -> Path | bytes | None:
     return cell
 
 
+def name_bad_sample(name: str, error: Exception) -> BadSample:
+    """Return the error of a sample that cannot be used, with its name and the reason."""
+    kind = "" if isinstance(error, BadSample) else f"{type(error).__name__}: "
+    return BadSample(f"{name} cannot be used: {kind}{error}")
+
+
 def check_whole_labels(labels: Any, name: str) -> np.ndarray:
     """Return labels as int64. Raises ValueError, with the name of their array, unless they are whole numbers."""
     array = np.asarray(labels)

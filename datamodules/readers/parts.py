@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from datamodules.readers.base import BadSample, ListedSource, MissingData, Record, located
+from datamodules.readers.base import BadSample, ListedSource, MissingData, Record, located, name_bad_sample
 from datamodules.readers.folder import describe_no_samples, file_size, files_below, number_classes, sort_others
 from datamodules.readers.pictures import PictureForm
 from datamodules.seeding import numpy_rng
@@ -130,8 +130,7 @@ class FileParts(ListedSource):
         try:
             return self.read(index)
         except Exception as error:
-            kind = "" if isinstance(error, BadSample) else f"{type(error).__name__}: "
-            raise BadSample(f"{self.name(index)} cannot be used: {kind}{error}") from error
+            raise name_bad_sample(self.name(index), error) from error
 
     def raw(self, index: int) -> bytes:
         return self.read_or_name(index).tobytes()

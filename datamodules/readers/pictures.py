@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from datamodules.readers.base import BadSample, Record, merge_records
+from datamodules.readers.base import BadSample, Record, merge_records, name_bad_sample
 
 MIN_EDGE = 4
 """Pixels of the shorter edge. A smaller picture is a placeholder, as web servers send them, and a BadSample."""
@@ -67,8 +67,7 @@ class PictureForm:
             except UnidentifiedImageError as error:  # its own message holds an address in memory
                 raise BadSample(f"{name} cannot be used: no known format of pictures") from error
             except Exception as error:  # decoders raise almost any type for damaged files
-                kind = "" if isinstance(error, BadSample) else f"{type(error).__name__}: "
-                raise BadSample(f"{name} cannot be used: {kind}{error}") from error
+                raise name_bad_sample(name, error) from error
         return merge_records(records)
 
     def convert(self, image: Image.Image) -> Image.Image:

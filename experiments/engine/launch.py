@@ -6,13 +6,11 @@ import sys
 from omegaconf import DictConfig
 
 from conf import checks, devices, search_path
+from conf.environment import RANK_VARIABLES
 from conf.schema import ConfigError
 from experiments.engine.artefacts import read_json
 from experiments.engine.repeats import drop_repeats
 from experiments.engine.sweep import JobRecord, open_record
-
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-"""Environment variables from which Lightning reads a process' rank; the first that is set counts."""
 
 
 def start_job(cfg: DictConfig) -> float | None:

@@ -11,6 +11,8 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import ParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
 
+from conf.environment import RANK_VARIABLES
+
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0
@@ -25,7 +27,7 @@ def is_rank_zero() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-LEFTOVERS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "JSM_NAMESPACE_RANK")
+LEFTOVERS = (*RANK_VARIABLES, "SLURM_LOCALID", "SLURM_NTASKS")
 """Environment variables from which Lightning takes a process for one of several."""
 
 

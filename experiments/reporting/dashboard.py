@@ -22,7 +22,14 @@ from experiments.engine.ranks import is_rank_zero
 from experiments.engine.run import Run
 from experiments.engine.sweep import open_record
 from experiments.reporting.lineage import log_lineage, make_run_artifact
-from experiments.reporting.run_files import Scoring, get_gap_closed, list_networks, read_plans, read_scorings
+from experiments.reporting.run_files import (
+    Scoring,
+    get_gap_closed,
+    list_decisions,
+    list_networks,
+    read_plans,
+    read_scorings,
+)
 from experiments.reporting.run_names import name_run
 from experiments.reporting.sounds import load_wandb_sounds
 from experiments.reporting.strip import draw_strip
@@ -151,13 +158,13 @@ def list_tags(settings: dict[str, Any]) -> list[str]:
 
 def make_units_table(scoring: Scoring) -> wandb.Table:
     """Return a table with a row per unit, in the order of the forward pass: its score, and what became of it."""
-    removed, protected = set(scoring.removed), set(scoring.protected)
+    decisions = list_decisions(scoring.scores, scoring.removed, scoring.protected)
     rows = [
         [
             name,
             entry["score"],
             entry.get("standard_error"),
-            "removed" if name in removed else "protected" if name in protected else "kept",
+            decisions[name],
         ]
         for name, entry in scoring.scores.items()
     ]

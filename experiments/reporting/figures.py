@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter
 
+from experiments.reporting.run_files import list_decisions
 from experiments.reporting.tables import have_comparable_latencies, tabulate_channels
 
 plt.rcParams["text.parse_math"] = False  # a `$` in a run's name is a dollar
@@ -26,6 +27,8 @@ SHORT_LABEL = 28
 """Longest name of a method that leaves room for the curves beside it, in characters; else the legend lies below."""
 
 KEPT, REMOVED, PROTECTED = "#4c78a8", "#e45756", "#9d9d9d"
+COLOURS = {"kept": KEPT, "removed": REMOVED, "protected": PROTECTED}
+"""{what became of a unit: its colour}"""
 
 
 class PlainLogFormatter(LogFormatter):
@@ -62,7 +65,7 @@ def draw_unit_scores(
     names, values = list(scores), np.array([entry["score"] for entry in scores.values()])
     errors = np.array([entry.get("standard_error", 0.0) for entry in scores.values()])
     figure, axis = plt.subplots(figsize=(8, 0.22 * len(names) + 1.2))
-    colours = [REMOVED if name in removed else PROTECTED if name in protected else KEPT for name in names]
+    colours = [COLOURS[decision] for decision in list_decisions(names, removed, protected).values()]
     axis.barh(names, values, color=colours, xerr=errors if errors.any() else None, error_kw={"lw": 0.8})
     if (values > 0).all() and values.max() > 50 * values.min():
         set_log_scale(axis, "x")

@@ -1,6 +1,6 @@
 """What reports read from the folder of a run, also of one that an earlier version has made."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,12 @@ def read_scorings(folder: Path, plans: list[dict[str, Any]]) -> list[Scoring]:
             )
         )
     return scorings
+
+
+def list_decisions(names: Iterable[str], removed: Iterable[str], protected: Iterable[str]) -> dict[str, str]:
+    """Return {unit: what became of it}, which is "removed", "protected" or "kept"."""
+    removed, protected = set(removed), set(protected)
+    return {name: "removed" if name in removed else "protected" if name in protected else "kept" for name in names}
 
 
 def read_plans(folder: Path) -> list[dict[str, Any]]:

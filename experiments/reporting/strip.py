@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
 
-from experiments.reporting.figures import KEPT, PROTECTED, REMOVED, save_figure
-from experiments.reporting.run_files import Scoring
+from experiments.reporting.figures import COLOURS, KEPT, REMOVED, save_figure
+from experiments.reporting.run_files import Scoring, list_decisions
 from experiments.reporting.tables import tabulate_channels
 
 SHARE = LinearSegmentedColormap.from_list("share", [KEPT, REMOVED])
@@ -48,11 +48,11 @@ def draw_strip(scoring: Scoring, path: Path) -> Path:
 
 def list_colours(scoring: Scoring) -> dict[str, object]:
     """Return the colour of each cell, {name of a unit or group: colour}, in the order of the forward pass."""
-    removed, protected = set(scoring.removed), set(scoring.protected)
     if scoring.has_channels:
-        shares = tabulate_channels(scoring.scores, removed).groupby("group", sort=False)["removed"].mean()
+        shares = tabulate_channels(scoring.scores, set(scoring.removed)).groupby("group", sort=False)["removed"].mean()
         return {str(name): SHARE(share) for name, share in shares.items()}
-    return {name: REMOVED if name in removed else PROTECTED if name in protected else KEPT for name in scoring.scores}
+    decisions = list_decisions(scoring.scores, scoring.removed, scoring.protected)
+    return {name: COLOURS[decision] for name, decision in decisions.items()}
 
 
 def name_part(unit: str) -> str:

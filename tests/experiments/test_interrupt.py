@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 from support.results import files, the_run
+from support.stops import ctrl_c_after_step
 
 from conf.schema import ConfigError
 from experiments.engine import pipeline
 from experiments.engine.pipeline import run_pipeline
 from experiments.reporting import dashboard
 from experiments.reporting.dashboard import Dashboard
-from lightning_modules.training.progress import StageBar
 
 
 @pytest.fixture(autouse=True)
@@ -29,17 +29,9 @@ def press_ctrl_c(*_: object, **__: object) -> None:
 def test_ctrl_c_in_training_names_the_step_to_go_on_from(
     configure, overrides, tmp_path, monkeypatch, capsys, quick_end
 ):
-    cfg, update = configure(*overrides), StageBar.on_train_batch_end
-
-    def update_or_stop(bar, trainer, *arguments) -> None:
-        update(bar, trainer, *arguments)
-        if trainer.global_step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageBar, "on_train_batch_end", update_or_stop)
-        with pytest.raises(SystemExit) as caught:
-            run_pipeline(cfg)
+    cfg = configure(*overrides)
+    with ctrl_c_after_step(monkeypatch, 3), pytest.raises(SystemExit) as caught:
+        run_pipeline(cfg)
     assert caught.value.code == 130
     run = the_run(tmp_path / "runs")
     assert f"stopped: the same command goes on from step 2 of stage distil ({run})" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from support.results import differences, files, read_repeatable_history, results, the_run
+from support.stops import ctrl_c_after_step
 
 from conf.schema import ConfigError
 from experiments.engine import training_evaluation
@@ -21,7 +22,6 @@ from experiments.engine.identity import get_effective_settings
 from experiments.engine.job import TEACHER, Job
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.training_evaluation import EvaluateWhileTraining, TrainingEvaluation
-from lightning_modules.training.progress import StageBar
 
 pytestmark = pytest.mark.usefixtures("quick_end")
 
@@ -64,17 +64,8 @@ def test_a_resumed_run_continues_its_evaluations(configure, sampling, tmp_path, 
     shutil.move(tmp_path / "runs", tmp_path / "plain")
     job = [*sampling, EVERY_TWO, "evaluation.training_samples=4", "trainer.accumulate_grad_batches=2"]
     run_pipeline(configure(*job, f"paths.runs={tmp_path}/undisturbed"))
-    update = StageBar.on_train_batch_end
-
-    def update_or_stop(bar, trainer, *arguments) -> None:
-        update(bar, trainer, *arguments)
-        if trainer.global_step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageBar, "on_train_batch_end", update_or_stop)
-        with pytest.raises(SystemExit):
-            run_pipeline(configure(*job))
+    with ctrl_c_after_step(monkeypatch, 3), pytest.raises(SystemExit):
+        run_pipeline(configure(*job))
     run_pipeline(configure(*job))
     run, undisturbed = the_run(tmp_path / "runs"), the_run(tmp_path / "undisturbed")
     assert differences(results(run), results(undisturbed)) == []

@@ -42,7 +42,7 @@ class Evaluate(Stage):
         calibration = {score.data(job) for score in self.scores if job.cfg.calibration.data is not None}
         self.evaluator = Evaluator(job, list(calibration))
         make_held_out_batches(job.cfg, job.data)
-        measures = dict(select_sample_measures(self.evaluator.measures))
+        measures = select_sample_measures(self.evaluator.measures)
         for sentence in list_unfit_measures(job.cfg, measures) if is_rank_zero() else ():
             log.warning(sentence)
 
