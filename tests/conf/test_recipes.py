@@ -115,7 +115,8 @@ def test_a_recipe_runs_end_to_end_on_a_shrunk_pipeline(recipe, shrunk, configure
     assert metrics["student/params"] < metrics["teacher/params"]
     assert np.isfinite([metrics["pruned/output_loss"], metrics["distilled/output_loss"]]).all()
     assert {change["kind"] for change in plan["changes"]} == {RECIPES[recipe][1]}
-    assert [path.name for path in (run / "previews" / "distil").iterdir()] == ["step=0000004.png"]
+    previews = sorted(path.name for path in (run / "previews" / "distil").iterdir())
+    assert previews == ["step=0000000.png", "step=0000004.png"]  # before the first step, and after the last
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     if recipe.startswith("bk_sdm"):  # stock: nothing but diffusers is needed
         exported = StableDiffusionPipeline.from_pretrained(run / "export")
