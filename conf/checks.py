@@ -17,7 +17,7 @@ import hydra.utils
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import NOTES, PRECISIONS, RESERVED, ConfigError
+from conf.schema import CHECKPOINT_ACTIVATIONS, NOTES, PRECISIONS, RESERVED, ConfigError
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -62,6 +62,7 @@ def check_values(cfg: DictConfig) -> None:
         "trainer.accelerator": ("auto", "cpu", "gpu"),
         "trainer.resume": ("auto", "required"),
         "trainer.precision": PRECISIONS,
+        "trainer.checkpoint_activations": CHECKPOINT_ACTIVATIONS,
         "calibration.precision": PRECISIONS,
         "evaluation.precision": PRECISIONS,
         "logger.mode": ("auto", "online", "offline"),
@@ -210,8 +211,16 @@ def check_target(path: str, node: Any) -> None:
 
 
 PROJECT_ARGUMENTS = (
-    *("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic", "plugins", "callbacks"),
-    *("logger", "enable_model_summary", "enable_checkpointing", "use_distributed_sampler", "default_root_dir"),
+    *("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic", "benchmark"),
+    *(
+        "plugins",
+        "callbacks",
+        "logger",
+        "enable_model_summary",
+        "enable_checkpointing",
+        "use_distributed_sampler",
+        "default_root_dir",
+    ),
     *(
         "max_epochs",
         "max_steps",

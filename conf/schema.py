@@ -25,6 +25,10 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 """Precisions of computations. Weights stay float32, as `16-true` or `bf16-true` would round those of the teacher."""
 
 
+CHECKPOINT_ACTIVATIONS = ("none", "blocks", "all")
+"""Which activations of the trained network are computed again in the backward pass instead of being saved: none, those
+inside each unit (ResNet block, attention, transformer block, decoder layer), or all those inside each stage."""
+
 NOTES = ("name", "license")
 """Keys beside a `_target_` that are not passed to it."""
 
@@ -47,6 +51,12 @@ class Trainer:
     """a strategy of Lightning's: auto, ddp, fsdp"""
     precision: str = "auto"
     """auto is bf16-mixed on a GPU that has it, else 32-true; or one of PRECISIONS"""
+    deterministic: bool = True
+    """the same bits on one device, also after an interruption; false lets cuDNN search for its fastest algorithms"""
+    compile: bool = False
+    """compile the networks part by part for training (torch.compile); changes results by rounding"""
+    checkpoint_activations: str = "none"
+    """none | blocks | all: less memory for activations, for one more forward pass; see CHECKPOINT_ACTIVATIONS"""
     steps: int = MISSING
     """optimiser steps"""
     accumulate_grad_batches: int = 1

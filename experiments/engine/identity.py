@@ -20,7 +20,10 @@ RESULT_VERSION = 2
 
 NO_EFFECT = {
     "": ("name", "label", "force", "logger", "callbacks", "paths", "precompute"),
-    "trainer": ("accelerator", "devices", "num_nodes", "strategy", "resume", "checkpoint_every", "log_every_n_steps"),
+    "trainer": (
+        *("accelerator", "devices", "num_nodes", "strategy", "resume"),
+        *("checkpoint_every", "log_every_n_steps", "checkpoint_activations"),
+    ),
     "data": ("num_workers", "max_bad_fraction"),
     "teacher": ("get",),
     "calibration": ("memory_gib",),
@@ -32,6 +35,7 @@ NO_EFFECT = {
 LATER_FIELDS: dict[str, dict[str, Any]] = {
     "data": {"bos": "auto", "fit": "crop", "pixel_range": None, "box": None, "captions": None},
     "selection": {"budgets": None, "pareto": False},
+    "trainer": {"deterministic": True, "compile": False},
 }
 """{group: {field: default}}: fields that configurations did not have at first. At their defaults they are no part of a
 run's identity, so that runs from before them keep their ids."""
@@ -136,7 +140,12 @@ def drop_settings_without_effect(config: Any) -> dict[str, Any]:
             ((content[group] or {}) if group else content).pop(name, None)
     for name in NO_EFFECT["data"]:
         (content["calibration"].get("data") or {}).pop(name, None)
-    for parent, group in ((content, "data"), (content["calibration"], "data"), (content, "selection")):
+    for parent, group in (
+        (content, "data"),
+        (content["calibration"], "data"),
+        (content, "selection"),
+        (content, "trainer"),
+    ):
         if parent.get(group) is not None:
             parent[group] = drop_later_fields(parent[group], LATER_FIELDS[group])
     return content

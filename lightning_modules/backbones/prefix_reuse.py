@@ -34,7 +34,7 @@ class Replay:
         self.parts = {part: list(part.modules()) for part in find_parts(network, set(units))}
         self.record: list[tuple[nn.Module, Any]] = []
         if forwards is not None:
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_PER_FUNCTION)
+            allow_many_graphs()
             for part in self.parts.keys() - self.forwards.keys():
                 self.forwards[part] = torch.compile(part.forward)
 
@@ -92,6 +92,11 @@ class Replay:
         finally:
             for part in self.parts:
                 part.__dict__.pop("forward", None)
+
+
+def allow_many_graphs() -> None:
+    """Raise the limit of graphs per compiled function to GRAPHS_PER_FUNCTION."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_PER_FUNCTION)
 
 
 def find_parts(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]:

@@ -37,14 +37,20 @@ class LevelWeights(nn.Module):
         self.energy: Tensor
         self.register_buffer("energy", torch.zeros(levels))
 
-    def forward(self, level: int, teacher: Tensor) -> Tensor:
-        """Return the weight of a level, a scalar, for the teacher's feature map (N,...) of a batch."""
+    def measure(self, teacher: Tensor) -> Tensor:
+        """Return the statistic of the teacher's feature map (N,...) of a batch that its weight depends on, a scalar."""
         if self.normalization == "none":
             return torch.ones((), device=teacher.device)
         if self.normalization == "teacher_norm":
-            return 1 / mean_over_ranks({"norm": teacher.flatten(1).norm(dim=1).mean()})["norm"]
-        energy = mean_over_ranks({"energy": teacher.square().mean()})["energy"]
-        return 1 / (self.update_running(level, energy) if self.normalization == "running" else energy)
+            return teacher.flatten(1).norm(dim=1).mean()
+        return teacher.square().mean()
+
+    def forward(self, level: int, statistic: Tensor) -> Tensor:
+        """Return the weight of a level, a scalar, for what `measure` returns for this rank's samples of a batch."""
+        if self.normalization == "none":
+            return statistic
+        mean = mean_over_ranks({"statistic": statistic})["statistic"]
+        return 1 / (self.update_running(level, mean) if self.normalization == "running" else mean)
 
     def weigh_samples(self, level: int, teacher: Sequence[Tensor]) -> Tensor:
         """Return one weight per sample, (N,), for the teacher's feature maps of N samples, each (tokens,C).

@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 
 from datamodules.seeding import derive
 from lightning_modules.backbones.base import NetworkBackbone
+from lightning_modules.backbones.rounding import round_weights
 from lightning_modules.modules.non_finite import NonFiniteLoss, advise_on_non_finite, is_list_of_texts
 from lightning_modules.nested import count_samples, tensors_by_path
 from lightning_modules.training.ranks import DrawsForGlobalBatch, mean_over_ranks, world_size
@@ -47,6 +48,9 @@ class TrainedModule(pl.LightningModule):
         dump: folder into which a batch with a loss or gradient that is not finite is written.
     """
 
+    functions: tuple[str, ...] = ()
+    """names of the methods, besides those of the networks, that `trainer.compile` compiles"""
+
     def __init__(self, optimizer: Optimizer, lr_scheduler: Schedule, seed: int, dump: Path) -> None:
         super().__init__()
         self.make_optimizer, self.make_schedule, self.seed, self.dump = optimizer, lr_scheduler, seed, dump
@@ -59,6 +63,19 @@ class TrainedModule(pl.LightningModule):
         """the first part of the names of the logged values; a second training of a job has another"""
         self.loss_values: dict[str, Tensor] = {}
         """the losses of the newest batch, without gradients"""
+        self.gradient_norm: Tensor | None = None
+        """norm of the gradients of the newest optimiser step, before clipping"""
+
+    def networks(self) -> dict[NetworkBackbone, list[nn.Module]]:
+        """Return {network that `losses` runs: its modules whose outputs are read}.
+
+        These are compiled by `trainer.compile`, and their activations recomputed by `trainer.checkpoint_activations`.
+        Without any, both fields have no effect.
+        """
+        return {}
+
+    def prepare(self, precision: str) -> None:
+        """Prepare networks for a training in a precision, by Lightning's name; called before anything is compiled."""
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return scalars of a batch by name. "loss" is minimised, and all are logged as `<section>/<name>`.
@@ -92,12 +109,25 @@ class TrainedModule(pl.LightningModule):
         return DrawsForGlobalBatch(count_samples(batch), torch.distributed.get_rank(), world)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+        self.gradient_norm = nn.utils.get_total_norm(gradients.values())
         if self.trainer.precision == "16-mixed":
             return  # the scaler of this precision skips such steps, and needs to see them
-        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-        if not torch.isfinite(nn.utils.get_total_norm(gradients.values())):
+        if not torch.isfinite(self.gradient_norm):
             bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
             self.stop_on_non_finite(f"gradient of {', '.join(bad[:3]) or 'all parameters together'}")
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients by the norm that the check of finiteness has computed, if there is one."""
+        if self.gradient_norm is None or gradient_clip_algorithm not in (None, "norm"):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm)
 
     def stop_on_non_finite(self, quantity: str) -> None:
         """Write the newest batch, the networks' inputs and the losses into `dump`, and raise NonFiniteLoss with advice.
@@ -186,13 +216,24 @@ class DistillationModule(TrainedModule):
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed, dump)
         self.student, self.reference = student.train(), Reference(teacher)
+        self.needs_teacher = True
+        """whether `losses` calls the teacher"""
+
+    def networks(self) -> dict[NetworkBackbone, list[nn.Module]]:
+        return {self.student: [], self.teacher: []} if self.needs_teacher else {self.student: []}
 
     @property
     def teacher(self) -> NetworkBackbone:
         return self.reference.network
 
+    def prepare(self, precision: str) -> None:
+        """Round the teacher's weights once as autocast would round them in every pass."""
+        if self.needs_teacher:
+            self.reference = Reference(round_weights(self.teacher, precision))
+
     def on_fit_start(self) -> None:
-        self.teacher.to(self.device)
+        if self.needs_teacher:
+            self.teacher.to(self.device)
 
     def result(self) -> NetworkBackbone:
         """Return the trained student."""

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import SumMetric
 
+from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.new import build_new_backbone
 from lightning_modules.backbones.diffusion.pipeline_parts import TEXT_FOLDER, move
@@ -45,6 +46,9 @@ class Denoiser(TrainedModule):
             raise ValueError(f"pretrain.drop_text={drop_text} is out of range; choose a probability, 0 to 1")
         self.backbone, self.drop_text, self.captions = backbone.train(), drop_text, captions
         self.test_loss, self.test_images = new_mean_metric(), SumMetric()
+
+    def networks(self) -> dict[NetworkBackbone, list[nn.Module]]:
+        return {self.backbone: []}
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         inputs = self.network_inputs = self.backbone.training_inputs(batch)

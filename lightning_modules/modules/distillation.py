@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from conf.schema import build
 from lightning_modules.backbones.base import NetworkBackbone
@@ -54,6 +54,8 @@ class Distillation(DistillationModule):
         seed: see TrainedModule.
         dump: see TrainedModule.
     """
+
+    functions = ("compare_maps",)
 
     def __init__(
         self,
@@ -127,9 +129,12 @@ class Distillation(DistillationModule):
         self.merge_adapters()
         return self.student
 
-    def on_fit_start(self) -> None:
-        if self.needs_teacher:
-            super().on_fit_start()
+    def networks(self) -> dict[NetworkBackbone, list[nn.Module]]:
+        networks = super().networks()
+        for network, paths in ((self.student, self.levels.values()), (self.teacher, self.levels)):
+            if network in networks:
+                networks[network] = [network.network.get_submodule(path) for path in paths]
+        return networks
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = self.network_inputs = self.student.training_inputs(batch)
@@ -145,9 +150,7 @@ class Distillation(DistillationModule):
             losses["output"] = self.student.distance(eps_s, eps_t, inputs)
             total = total + self.w_out * losses["output"]
             for level, name in enumerate(self.levels):
-                raw, weighted = self.compare_features(
-                    level, maps_s[name].float(), maps_t[name].float(), inputs.get("mask")
-                )
+                raw, weighted = self.compare_features(level, maps_s[name], maps_t[name], inputs.get("mask"))
                 losses[f"feature/{name}"], losses[f"weighted_feature/{name}"] = raw.detach(), weighted.detach()
                 total = total + self.w_feat * weighted
         return {"loss": total} | losses
@@ -160,13 +163,14 @@ class Distillation(DistillationModule):
 
         Args:
             level: index of the level.
-            f_s: the student's feature map, (N,...).
+            f_s: the student's feature map, (N,...), of any dtype.
             f_t: the teacher's feature map of the same shape.
             mask_NL: which tokens count; None if all do.
         """
         if mask_NL is None:
-            raw = self.feature_distance(f_s, f_t)
-            return raw, self.weights(level, f_t) * raw
+            raw, statistic = self.compare_maps(f_s, f_t)
+            return raw, self.weights(level, statistic) * raw
+        f_s, f_t = f_s.float(), f_t.float()
         counts = mask_NL.sum(1).tolist()
         samples = zip(f_s[mask_NL].split(counts), f_t[mask_NL].split(counts), strict=True)
         pairs = [(sample_s, sample_t) for sample_s, sample_t in samples if len(sample_s)]
@@ -175,3 +179,11 @@ class Distillation(DistillationModule):
             return (nothing := 0 * f_s.sum()), nothing
         raw_N = torch.stack([self.feature_distance(*pair) for pair in pairs])
         return raw_N.sum() / len(counts), (weights_N * raw_N).sum() / len(counts)
+
+    def compare_maps(self, f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the distance of two feature maps (N,...) in float32, and the teacher's statistic: two scalars.
+
+        A compiled function keeps no copy of the maps in float32.
+        """
+        f_t = f_t.float()
+        return self.feature_distance(f_s.float(), f_t), self.weights.measure(f_t)

@@ -3,6 +3,7 @@
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import WeightAveraging
+from torch import Tensor
 
 
 class WarmedUpEMA(WeightAveraging):
@@ -13,17 +14,20 @@ class WarmedUpEMA(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        def average(averaged: torch.Tensor, current: torch.Tensor, updates: torch.Tensor | int) -> torch.Tensor:
-            if not averaged.is_floating_point():
-                return current
-            k = int(updates)
-            return averaged.lerp(current, 1 - min(decay, (1 + k) / (10 + k)))
+        self.decay = decay
+        super().__init__(use_buffers=False, multi_avg_fn=self.average)
 
-        super().__init__(use_buffers=False, avg_fn=average)
+    def average(self, averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
+        """Update averages in place by the weights as they are now; `updates` is not read, as it may be on a device."""
+        k = self._latest_update_step  # one update per optimiser step
+        torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + k) / (10 + k)))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._device = trainer.strategy.root_device  # the module itself is moved there only after this
         super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            # torch compares this number with 0 at every update: on a GPU, the process would wait for the device.
+            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
     def exchange_weights(self, module: pl.LightningModule) -> None:
         """Exchange the weights of a module for their average; a second call restores both, bit for bit."""

@@ -6,8 +6,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.strategies import FSDPStrategy
-from torch import nn
 
 from lightning_modules.metrics.cost import peak_memory
 from lightning_modules.nested import count_samples
@@ -24,7 +22,7 @@ class TrainingMonitor(Callback):
     that of the step. Samples of all ranks count. Memory is the peak of this process: resident size on a CPU, the
     allocator's on a GPU.
 
-    With `strategy=fsdp` a rank has only part of the gradients, so that no norm is logged.
+    The norm is the one that a TrainedModule computes to check it; other modules have none.
     """
 
     def __init__(self, section: str) -> None:
@@ -39,11 +37,7 @@ class TrainingMonitor(Callback):
     ) -> None:
         if (trainer.global_step + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        values: dict[str, Any] = {"learning_rate": float(optimizer.param_groups[0]["lr"])}
-        if not isinstance(trainer.strategy, FSDPStrategy):
-            gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-            values["gradient_norm"] = nn.utils.get_total_norm(gradients)
-        self.log_with_losses(pl_module, values)
+        self.log_with_losses(pl_module, {"learning_rate": float(optimizer.param_groups[0]["lr"])})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -56,7 +50,9 @@ class TrainingMonitor(Callback):
             return
         now = time.perf_counter()
         speed, memory = self.samples / (now - self.start), peak_memory(trainer.strategy.root_device) / 2**30
-        self.log_with_losses(pl_module, dict(zip(MEASURED, (speed, memory), strict=True)))
+        norm = getattr(pl_module, "gradient_norm", None)
+        values = {} if norm is None else {"gradient_norm": norm}
+        self.log_with_losses(pl_module, values | dict(zip(MEASURED, (speed, memory), strict=True)))
         self.start, self.samples = now, 0
 
     def exclude(self, seconds: float) -> None:

@@ -1,6 +1,7 @@
 """Progress bars."""
 
 import sys
+import time
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,6 +20,8 @@ class StageBar(ProgressBar):
         super().__init__()
         self.stage = stage
         self.enabled = True
+        self.shown = 0.0
+        """when the values were last read"""
 
     def disable(self) -> None:
         self.enabled = False
@@ -41,8 +44,10 @@ class StageBar(ProgressBar):
         self.open(trainer.num_training_batches, trainer.fit_loop.epoch_loop.total_batch_idx + 1)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        values = ", ".join(f"{name}={float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
-        self.bar.set_postfix_str(values, refresh=False)
+        if time.monotonic() - self.shown >= self.bar.mininterval:  # reading a value waits for the device
+            values = ", ".join(f"{name}={float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
+            self.bar.set_postfix_str(values, refresh=False)
+            self.shown = time.monotonic()
         self.bar.update()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -14,6 +14,8 @@ from pytorch_lightning.loggers import Logger
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from conf.schema import ConfigError, build
+from lightning_modules.backbones.rounding import AUTOCAST_DTYPES
+from lightning_modules.modules.base import TrainedModule
 from lightning_modules.training.checkpoints import (
     AtomicCheckpoints,
     find_newest_checkpoint,
@@ -21,6 +23,7 @@ from lightning_modules.training.checkpoints import (
 )
 from lightning_modules.training.history import History
 from lightning_modules.training.monitor import TrainingMonitor
+from lightning_modules.training.parts import compute_in_parts
 from lightning_modules.training.progress import StageBar
 from lightning_modules.training.sigterm import (
     SIGTERM_EXIT_CODE,
@@ -49,19 +52,21 @@ def resolve_precision(name: str, device: str) -> str:
 
 def autocast(name: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Return a context that computes in the precision that `make_trainer` would use, for code without a Trainer."""
-    dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    dtype = dtypes.get(resolve_precision(name, device.type))
+    dtype = AUTOCAST_DTYPES.get(resolve_precision(name, device.type))
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def make_trainer(conf: Any, stage: str, precision: str, **arguments: Any) -> pl.Trainer:
+def make_trainer(conf: Any, stage: str, precision: str, deterministic: bool = True, **arguments: Any) -> pl.Trainer:
     """Return a Trainer on the devices of `conf` (the trainer group), with one progress bar named after the stage.
 
-    `arguments` are further arguments of Lightning's Trainer. `conf.options` has an effect in `fit` only.
+    `arguments` are further arguments of Lightning's Trainer. The fields of `conf` that choose how fast and with how
+    much memory networks are trained, and `conf.options`, have an effect in `fit` only.
     """
     device = resolve_accelerator(conf.accelerator)
     torch.backends.cuda.matmul.allow_tf32 = False  # so that scores and metrics on a GPU equal those on a CPU
     torch.backends.cudnn.allow_tf32 = False
+    # No operation here reads memory that it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     callbacks = [StageBar(stage), EndOnSigterm(), *arguments.pop("callbacks", [])]
     return pl.Trainer(
         accelerator=device,
@@ -69,7 +74,8 @@ def make_trainer(conf: Any, stage: str, precision: str, **arguments: Any) -> pl.
         num_nodes=conf.num_nodes,
         strategy=conf.strategy,
         precision=resolve_precision(precision, device),  # type: ignore[arg-type]
-        deterministic="warn",
+        deterministic="warn" if deterministic else False,
+        benchmark=not deterministic,
         plugins=[AtomicCheckpoints()],
         callbacks=callbacks,
         logger=arguments.pop("logger", False),
@@ -145,6 +151,7 @@ def fit(
         conf,
         stage,
         conf.precision,
+        conf.deterministic,
         callbacks=[saver, stopper, TrainingMonitor(section), *callbacks],
         logger=[history, *loggers],
         enable_checkpointing=True,
@@ -173,7 +180,12 @@ def fit(
         return
     if checkpoint:
         print(f"{stage}: resuming from step {steps_taken} of {conf.steps} ({checkpoint.name})", flush=True)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    in_parts: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if isinstance(module, TrainedModule):
+        module.prepare(str(trainer.precision))
+        in_parts = compute_in_parts(module, conf.compile, conf.checkpoint_activations)
+    with in_parts:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:  # a resumed Trainer does not know the checkpoints of earlier processes
         for old in sorted(checkpoints.glob("step=*.ckpt"))[:-2]:
             old.unlink()

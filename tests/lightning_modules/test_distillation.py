@@ -93,30 +93,36 @@ def maps(seed: int = 0) -> Tensor:
     return torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(seed)) * 2**seed
 
 
+def weigh(weights: LevelWeights, level: int, teacher: Tensor) -> Tensor:
+    return weights(level, weights.measure(teacher))
+
+
 def test_teacher_energy_makes_a_term_a_relative_error_at_any_scale():
     weights = LevelWeights("teacher_energy", 1)
     f_s, f_t = maps(0), maps(1)
-    term = weights(0, f_t) * F.mse_loss(f_s, f_t)
+    term = weigh(weights, 0, f_t) * F.mse_loss(f_s, f_t)
     torch.testing.assert_close(term, ((f_s - f_t) ** 2).mean() / (f_t**2).mean(), rtol=1e-6, atol=0)
-    assert torch.equal(weights(0, 64 * f_t) * F.mse_loss(64 * f_s, 64 * f_t), term)  # a power of two: no rounding
+    assert torch.equal(
+        weigh(weights, 0, 64 * f_t) * F.mse_loss(64 * f_s, 64 * f_t), term
+    )  # a power of two: no rounding
 
 
 def test_normalization_none_does_not_change_the_terms():
-    assert torch.equal(LevelWeights("none", 1)(0, maps()), torch.ones(()))
+    assert torch.equal(weigh(LevelWeights("none", 1), 0, maps()), torch.ones(()))
 
 
 def test_teacher_norm_is_the_inverse_of_the_mean_norm_per_sample():
     f_t = maps(2)
     norms = [float(sample.flatten().double().square().sum().sqrt()) for sample in f_t]
-    assert float(LevelWeights("teacher_norm", 1)(0, f_t)) == pytest.approx(4 / sum(norms), rel=1e-6)
+    assert float(weigh(LevelWeights("teacher_norm", 1), 0, f_t)) == pytest.approx(4 / sum(norms), rel=1e-6)
 
 
 def test_running_starts_like_teacher_energy_and_averages_per_level():
     running, energy = LevelWeights("running", 2, momentum=0.75), LevelWeights("teacher_energy", 2)
-    assert torch.equal(running(0, maps(0)), energy(0, maps(0)))
-    assert torch.equal(running(1, maps(3)), energy(1, maps(3)))  # levels do not mix
+    assert torch.equal(weigh(running, 0, maps(0)), weigh(energy, 0, maps(0)))
+    assert torch.equal(weigh(running, 1, maps(3)), weigh(energy, 1, maps(3)))  # levels do not mix
     e0, e1 = (float(maps(seed).square().mean()) for seed in (0, 1))
-    assert float(running(0, maps(1))) == pytest.approx(1 / (0.75 * e0 + 0.25 * e1), rel=1e-6)
+    assert float(weigh(running, 0, maps(1))) == pytest.approx(1 / (0.75 * e0 + 0.25 * e1), rel=1e-6)
     assert list(running.state_dict()) == ["energy"]  # so that a resumed run continues with it
 
 

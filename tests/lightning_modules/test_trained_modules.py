@@ -259,14 +259,27 @@ def record_trainer_arguments(monkeypatch: pytest.MonkeyPatch, make: Callable[[],
 
 
 def test_trainer_options_apply_to_training_only(configure, overrides, tmp_path, monkeypatch):
-    cfg = configure(*overrides, "+trainer.options={detect_anomaly: true, benchmark: false}")
+    cfg = configure(*overrides, "+trainer.options={detect_anomaly: true, inference_mode: false}")
     trained = record_trainer_arguments(
         monkeypatch, lambda: fit(pl.LightningModule(), pl.LightningDataModule(), cfg.trainer, tmp_path, "distil")
     )
-    assert (trained["detect_anomaly"], trained["benchmark"]) == (True, False)
-    assert trained.keys() - {"detect_anomaly", "benchmark"} == set(PROJECT_ARGUMENTS) - {"default_root_dir"}
+    assert (trained["detect_anomaly"], trained["inference_mode"]) == (True, False)
+    assert trained.keys() - {"detect_anomaly", "inference_mode"} == set(PROJECT_ARGUMENTS) - {"default_root_dir"}
     other = record_trainer_arguments(monkeypatch, lambda: make_trainer(cfg.trainer, "score units", "32-true"))
-    assert not other.keys() & {"detect_anomaly", "benchmark"}
+    assert not other.keys() & {"detect_anomaly", "inference_mode"}
+
+
+@pytest.mark.parametrize(("deterministic", "expected"), [("true", ("warn", False)), ("false", (False, True))])
+def test_only_training_searches_for_the_fastest_algorithms(
+    configure, overrides, tmp_path, monkeypatch, deterministic, expected
+):
+    cfg = configure(*overrides, f"trainer.deterministic={deterministic}")
+    trained = record_trainer_arguments(
+        monkeypatch, lambda: fit(pl.LightningModule(), pl.LightningDataModule(), cfg.trainer, tmp_path, "distil")
+    )
+    other = record_trainer_arguments(monkeypatch, lambda: make_trainer(cfg.trainer, "score units", "32-true"))
+    assert (trained["deterministic"], trained["benchmark"]) == expected
+    assert (other["deterministic"], other["benchmark"]) == ("warn", False)
 
 
 @pytest.mark.parametrize("name", PROJECT_ARGUMENTS)

@@ -14,6 +14,7 @@ from experiments.engine.training import get_section, train
 from experiments.engine.training_evaluation import EvaluateWhileTraining, TrainingEvaluation
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.modules.contract import check_module
+from lightning_modules.training.parts import check_recomputation
 
 
 class Distil(Stage):
@@ -54,6 +55,7 @@ class Distil(Stage):
         module: Any = hydra.utils.get_object(cfg.distillation._target_)
         if hasattr(module, "check_settings"):  # a module from outside the repository may have none
             module.check_settings(cfg.distillation, teacher, narrower)
+        check_recomputation(teacher, cfg.trainer.checkpoint_activations)
         job.data.train_dataloader()
         if cfg.evaluation.every_n_steps is not None:
             self.evaluation = TrainingEvaluation(job)
