@@ -5,8 +5,9 @@ gradient that is not finite.
 """
 
 import contextlib
+import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ from lightning_modules.modules.non_finite import NonFiniteLoss, advise_on_non_fi
 from lightning_modules.nested import count_samples, tensors_by_path
 from lightning_modules.training.ranks import DrawsForGlobalBatch, mean_over_ranks, world_size
 
-Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Optimizer = Callable[..., torch.optim.Optimizer]
 Schedule = Callable[[torch.optim.Optimizer], Any]
 
 
@@ -166,11 +167,24 @@ class TrainedModule(pl.LightningModule):
         return advise_on_non_finite(self.global_step, precision, "optimizer.lr", "trainer.precision", otherwise)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        fused = can_be_fused(self.make_optimizer, parameters, str(self.trainer.precision))
+        optimizer = self.make_optimizer(parameters, **({"fused": True} if fused else {}))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_schedule(optimizer), "interval": "step"},
         }
+
+
+def can_be_fused(make_optimizer: Callable[..., Any], parameters: Sequence[nn.Parameter], precision: str) -> bool:
+    """Tell whether an optimiser can take its step in one kernel: on a GPU, if it can and nothing else was configured.
+
+    Not with the gradient scaling of `16-mixed`, for which a fused optimiser would undo the scaling after the clipping.
+    """
+    on_gpu = all(parameter.is_cuda for parameter in parameters)
+    configured = getattr(make_optimizer, "keywords", {}).keys() & {"fused", "foreach"}
+    takes_it = "fused" in inspect.signature(make_optimizer).parameters
+    return on_gpu and takes_it and not configured and precision != "16-mixed"
 
 
 class Reference:

@@ -1,9 +1,11 @@
 """Modules, losses, callbacks, loggers and Trainer options of users: which are accepted, and which are refused."""
 
+import functools
 import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from experiments.engine.identity import get_effective_settings
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.losses.cosine import CosineDistance
 from lightning_modules.modules.autoencoder import Autoencoder
+from lightning_modules.modules.base import can_be_fused
 from lightning_modules.modules.contract import PIPELINE_ARGUMENTS, check_module
 from lightning_modules.modules.denoiser import Denoiser
 from lightning_modules.modules.lora import Lora
@@ -382,3 +385,20 @@ def test_without_tensorboard_the_error_names_what_to_install(configure, override
     with pytest.raises(ConfigError, match=r"^logger\.loggers\.tensorboard cannot be made: (?s:.*)'\.\[tensorboard\]'"):
         run_pipeline(configure(*overrides, "logger=tensorboard"))
     assert not list((tmp_path / "runs").glob("debug/*"))
+
+
+# Optimisers
+
+
+@pytest.mark.parametrize(
+    ("make", "on_gpu", "precision", "expected"),
+    [
+        (functools.partial(torch.optim.AdamW, lr=1.0), True, "bf16-mixed", True),
+        (functools.partial(torch.optim.AdamW, lr=1.0), False, "32-true", False),
+        (functools.partial(torch.optim.AdamW, lr=1.0), True, "16-mixed", False),
+        (functools.partial(torch.optim.AdamW, lr=1.0, foreach=True), True, "32-true", False),
+        (functools.partial(torch.optim.Rprop, lr=1.0), True, "32-true", False),
+    ],
+)
+def test_an_optimizer_is_fused_on_a_gpu_that_allows_it(make, on_gpu, precision, expected):
+    assert can_be_fused(make, [SimpleNamespace(is_cuda=on_gpu)], precision) == expected
