@@ -294,6 +294,10 @@ class DiffusionBackbone(NetworkBackbone):
             "conditions": move(self.example_conditions(batch), device),
         }
 
+    def example_training_inputs(self, batch: int, device: torch.device | str, shape: Sequence[int] = ()) -> Batch:
+        inputs = self.example_inputs(batch, device)
+        return inputs | {"target": torch.zeros_like(inputs["sample"])}
+
     def example_conditions(self, batch: int) -> dict[str, Any]:
         """Return zeros for the network's other arguments."""
         return {}
