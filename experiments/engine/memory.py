@@ -105,9 +105,9 @@ def list_options(cfg: DictConfig, settings: TrainingSettings) -> list[Option]:
     """Return what would save memory, by itself, and as the last entry all of it together where there is more."""
     world, accumulated = cfg.trainer.devices * cfg.trainer.num_nodes, cfg.trainer.accumulate_grad_batches
     options: list[Option] = []
-    if (
-        parts := next((n for n in range(2, settings.batch_size + 1) if settings.batch_size % n == 0), None)
-    ) is not None:
+    divisors = [n for n in range(2, settings.batch_size + 1) if settings.batch_size % n == 0]
+    if divisors:
+        parts = divisors[0]
         smaller = settings.batch_size // parts
         text = f"data.batch_size={smaller * world} trainer.accumulate_grad_batches={accumulated * parts}"
         options.append((text, {"batch_size": smaller}))

@@ -1,8 +1,8 @@
 """How much memory a training would need on a GPU: python -m experiments.memory experiment=laptop_diff_sd15_50
 
 The arguments are those of train.py. A table is printed: batch sizes, what is recomputed in the backward pass, and an
-estimate for each. Nothing is downloaded where the teacher's shape is among assets/architectures/; of another teacher, the
-weights are read. Stored latents are assumed (`latents=`), so that neither VAE nor text encoders take memory.
+estimate for each. Nothing is downloaded where the teacher's shape is among assets/architectures/; of another teacher,
+the weights are read. Stored latents are assumed (`latents=`), so that neither VAE nor text encoders take memory.
 
 Which units a plan removes depends on scores, which need weights. The table is for the plan within the budget that keeps
 the operations, and so the activations: few plans need more memory.
@@ -94,7 +94,7 @@ def list_settings(cfg: DictConfig, module: TrainedModule) -> Iterator[TrainingSe
 
 
 def find_sample_shape(cfg: DictConfig, module: TrainedModule) -> tuple[int, ...]:
-    """Return the shape of a sample, as far as the networks do not have it; data are read only where it is in no field."""
+    """Return the shape of a sample where the networks do not have it; data are read only where no field has it."""
     networks = module.networks()
     if any(backbone.writes_text for backbone in networks):
         return (cfg.data.length,)

@@ -200,7 +200,7 @@ def check_finite(network: nn.Module, path: Path) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Tell whether all values of a tensor are finite; its minimum and maximum tell it without a tensor of truth values."""
+    """Tell whether all values of a tensor are finite. Minimum and maximum tell it without a tensor of truth values."""
     return tensor.numel() == 0 or all(bool(value.isfinite()) for value in torch.aminmax(tensor))
 
 

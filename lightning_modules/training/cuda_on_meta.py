@@ -18,7 +18,7 @@ LOWERED: frozenset[Callable[..., Any]] = frozenset(
         *(Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, F.scaled_dot_product_attention),
     )
 )
-"""Functions that autocast computes in the lower precision (torch/amp, the list for CUDA), as far as networks use them"""
+"""Functions that autocast computes in the lower precision (torch.amp, list for CUDA), as far as networks use them"""
 
 RAISED: frozenset[Callable[..., Any]] = frozenset(
     (

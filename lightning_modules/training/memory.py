@@ -1,6 +1,7 @@
 """Estimates of the device memory that a training needs: one step on the meta device, whose tensors are counted."""
 
 import copy
+import functools
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from criteria.base import Batch
 from lightning_modules.backbones.rounding import AUTOCAST_DTYPES
 from lightning_modules.modules.base import DistillationModule, Reference, TrainedModule
 from lightning_modules.training.cuda_on_meta import CudaOnMeta
@@ -118,7 +120,7 @@ def estimate_memory(
     memory, cuda = LiveMemory(), CudaOnMeta(AUTOCAST_DTYPES.get(settings.precision))
     for backbone in module.networks():
         inputs = backbone.example_training_inputs(settings.batch_size, "meta", sample_shape)
-        backbone.training_inputs = lambda batch, inputs=inputs: dict(inputs)  # type: ignore[method-assign]
+        backbone.training_inputs = functools.partial(return_copy, inputs)  # type: ignore[method-assign]
         for part in find_recomputed(backbone, settings.checkpoint_activations):
             part.forward = cuda.wrap(part.forward)  # torch leaves the mode for the backward pass
     memory.count_all([*list_gradients(module), *list_state(optimizer)])
@@ -153,6 +155,11 @@ def count_held_memory(
         optimizer=state // settings.shards,
         average=count_bytes([module]) // settings.shards if settings.averages else 0,
     )
+
+
+def return_copy(inputs: Batch, batch: Batch) -> Batch:
+    """Return a copy of some inputs, whatever the batch."""
+    return dict(inputs)
 
 
 def copy_to_meta(module: Any) -> Any:
@@ -191,7 +198,7 @@ def list_encoders(module: TrainedModule) -> list[nn.Module]:
 
 
 def make_optimizer_with_state(module: TrainedModule) -> torch.optim.Optimizer:
-    """Return the optimiser of a module on the meta device, with the state and the gradients that it has after a step."""
+    """Return the optimiser of a module on the meta device, with the state and gradients that it has after a step."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = module.make_optimizer(trained)
     for group in optimizer.param_groups:  # on CUDA, torch's optimisers take all tensors at once unless told otherwise
@@ -216,6 +223,6 @@ def take_step(module: TrainedModule, optimizer: torch.optim.Optimizer, batch: di
     with cuda.keep_casts():
         loss = module.losses(batch)["loss"]
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     del loss
     optimizer.step()

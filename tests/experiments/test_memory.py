@@ -99,9 +99,7 @@ def test_a_training_that_fits_is_logged(configure: Any, overrides: list[str], ca
     needed = estimate_memory(module, settings).total
     with caplog.at_level(logging.INFO):
         check_fits(configure(*overrides), module, "distil", settings, (), round(needed * (1 - MARGIN)) + 1)
-    assert re.search(
-        r"distil: about 0\.\d+ GiB of memory are needed \(networks .*activations .*\); free are", caplog.text
-    )
+    assert re.search(r"distil: about 0\.\d+ GiB of memory are needed \(networks .*activations .*\); free", caplog.text)
 
 
 def test_a_training_that_does_not_fit_is_refused_with_options_by_effect(configure: Any, overrides: list[str]) -> None:
@@ -151,9 +149,7 @@ def test_a_job_on_a_cpu_logs_what_it_holds(configure: Any, overrides: list[str],
     with caplog.at_level(logging.INFO):  # the level that Hydra sets for train.py
         run_pipeline(configure(*overrides))
     log = (the_run(tmp_path / "runs") / "run.log").read_text()
-    assert re.search(
-        r"distil: about [\d.]+ GiB of memory are needed \(networks .*\) besides activations; on a CPU", log
-    )
+    assert re.search(r"distil: about [\d.]+ GiB of memory are needed \(networks .*\) besides activations", log)
 
 
 @pytest.mark.usefixtures("quick_end")

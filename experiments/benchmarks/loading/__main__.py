@@ -3,8 +3,8 @@
 python -m experiments.benchmarks.loading                                       # the shape of Stable Diffusion 1.5
 python -m experiments.benchmarks.loading --architecture sdxl_base --what teacher
 
-Networks have a published shape and one value for all weights, written once in half precision into a temporary folder. Every
-measurement is a process of its own, and both ways take turns, so that ratios hold on a busy machine.
+Networks have a published shape and one value for all weights, written once in half precision into a temporary folder.
+Every measurement is a process of its own, and both ways take turns, so that ratios hold on a busy machine.
 """
 
 import argparse
