@@ -8,6 +8,7 @@ from pytorch_lightning.callbacks import Callback
 
 from conf.schema import build
 from experiments.engine.job import Job
+from experiments.engine.memory import guard_memory
 from experiments.engine.stage import Stage
 from lightning_modules.modules.base import TrainedModule
 from lightning_modules.training.ema import WarmedUpEMA
@@ -36,7 +37,8 @@ def train(job: Job, node: DictConfig, stage: Stage, watchers: Sequence[Callback]
         module.section = section
     callbacks: list[Callback] = [WarmedUpEMA(cfg.ema_decay)] if cfg.ema_decay is not None else []
     callbacks += [*make_callbacks(cfg.callbacks), *watchers]
-    fit(module, job.data, cfg.trainer, run.folder, stage.name, job.dashboard.loggers, callbacks, section)
+    with guard_memory(cfg, module, stage.name, job.device, job.data):
+        fit(module, job.data, cfg.trainer, run.folder, stage.name, job.dashboard.loggers, callbacks, section)
     return module
 
 

@@ -190,6 +190,13 @@ class NetworkBackbone(nn.Module):
         """Return inputs of zeros for `batch` samples, for counting and timing."""
         raise NotImplementedError
 
+    def example_training_inputs(self, batch: int, device: torch.device | str, shape: Sequence[int] = ()) -> Batch:
+        """Return what `training_inputs` returns for `batch` samples, all zeros.
+
+        `shape` is that of a sample of the data; networks that take samples of one shape only do not need it.
+        """
+        return self.example_inputs(batch, device)
+
     def predict(self, inputs: Batch) -> Tensor:
         """Return the network's output, batch first."""
         raise NotImplementedError

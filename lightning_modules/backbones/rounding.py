@@ -26,7 +26,8 @@ def round_weights(backbone: NetworkBackbone, precision: str) -> NetworkBackbone:
     """
     if precision not in AUTOCAST_DTYPES:
         return backbone
-    backbone.to("cpu")
+    if not next(backbone.parameters()).is_meta:
+        backbone.to("cpu")
     layers = [part for part in backbone.network.modules() if isinstance(part, ROUNDED_LAYERS)]
     embedded = {id(part.weight) for part in backbone.network.modules() if isinstance(part, nn.Embedding)}
     memo: dict[int, object] = {id(backbone.pipeline_parts): backbone.pipeline_parts}

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import no_init_weights
 from huggingface_hub import HfApi
 
 from lightning_modules.backbones.base import NetworkBackbone, run_network
@@ -24,7 +25,8 @@ def make_dense_twin(teacher: NetworkBackbone, student: NetworkBackbone) -> Any:
     layer is zero does nothing. Raises ValueError where it does not: for replaced operators, channels and restaging.
     """
     student_state = student.network.state_dict()
-    twin = type(teacher.network).from_config(dict(teacher.network.config))
+    with no_init_weights():
+        twin = type(teacher.network).from_config(dict(teacher.network.config))
     old_prefixes = {new: old for old, new in student.moved.items()}
     new_prefixes = sorted(old_prefixes, key=len, reverse=True)
 

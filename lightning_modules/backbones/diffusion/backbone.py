@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 
 from criteria.base import Batch
@@ -293,6 +294,10 @@ class DiffusionBackbone(NetworkBackbone):
             "conditions": move(self.example_conditions(batch), device),
         }
 
+    def example_training_inputs(self, batch: int, device: torch.device | str, shape: Sequence[int] = ()) -> Batch:
+        inputs = self.example_inputs(batch, device)
+        return inputs | {"target": torch.zeros_like(inputs["sample"])}
+
     def example_conditions(self, batch: int) -> dict[str, Any]:
         """Return zeros for the network's other arguments."""
         return {}
@@ -369,7 +374,7 @@ There is no text encoder: the folder `text/` has the text states of {len(caption
 
 def copy_network(network: nn.Module, config: Mapping[str, Any], cls: Any) -> nn.Module:
     """Return a network of class `cls` with this configuration and a copy of the weights."""
-    with next(network.parameters()).device:
+    with next(network.parameters()).device, no_init_weights():
         student = cls.from_config(dict(config))
     student.load_state_dict(network.state_dict())
     return student

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 
 from criteria.selection.bk_sdm import VARIANTS
@@ -103,7 +104,7 @@ def restage(teacher: nn.Module, variant: str) -> nn.Module:
     config: Any = teacher.config
     cls: Any = type(teacher)
     device = torch.device("meta" if next(teacher.parameters()).is_meta else "cpu")
-    with device:
+    with device, no_init_weights():
         student = cls.from_config(make_student_config(config, variant))
     teacher_state, student_state = teacher.state_dict(), student.state_dict()
     sources = {key: find_source(key, variant) for key in student_state}

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.modeling_utils import no_init_weights
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
@@ -107,7 +108,7 @@ class TransformerBackbone(DiffusionBackbone):
         if config.get("dual_attention_layers"):
             kept = {int(old.split(".")[1]): int(new.split(".")[1]) for old, new in moved.items()}
             config["dual_attention_layers"] = [kept[i] for i in config["dual_attention_layers"] if i in kept]
-        with next(self.network.parameters()).device:
+        with next(self.network.parameters()).device, no_init_weights():
             student = type(self.network).from_config(config)
         state = {}
         for key, value in self.network.state_dict().items():

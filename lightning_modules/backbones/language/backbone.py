@@ -209,9 +209,13 @@ class LanguageBackbone(NetworkBackbone):
         return self.training_inputs(batch)
 
     def example_inputs(self, batch: int, device: torch.device | str) -> Batch:
-        inputs = {"sample": torch.zeros(batch, self.length, dtype=torch.long, device=device)}
+        return self.example_training_inputs(batch, device, (self.length,))
+
+    def example_training_inputs(self, batch: int, device: torch.device | str, shape: Sequence[int] = ()) -> Batch:
+        (length,) = shape or (self.length,)
+        inputs = {"sample": torch.zeros(batch, length, dtype=torch.long, device=device)}
         if torch.device(device).type == "meta":  # without a mask, transformers reads values to choose one
-            inputs["attention_mask"] = torch.zeros(batch, 1, self.length, self.length, device=device)
+            inputs["attention_mask"] = torch.zeros(batch, 1, length, length, device=device)
         return inputs
 
     def predict(self, inputs: Batch) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
 
 from datamodules.texts.tokenizers import has_tokenizer, load_tokenizer
 from lightning_modules.backbones.files import check_weights, find_model, find_network_folder
@@ -181,7 +182,7 @@ def read_llama2c(file: Path) -> tuple[Any, dict[str, Any]]:
         rms_norm_eps=1e-5,
         tie_word_embeddings=tied,
     )
-    with torch.random.fork_rng(devices=[]):  # the random weights of the constructor are replaced
+    with no_init_weights():
         network = LlamaForCausalLM(config)
     missing, unexpected = network.load_state_dict(state)
     return network, {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": []}
