@@ -1,10 +1,11 @@
 """Data sets of images for calibration, training and evaluation."""
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from datamodules.readers.base import MissingData, Record, Source
 from datamodules.readers.folder import Folder
 from datamodules.readers.shards import Shards
 from datamodules.seeding import derive, numpy_rng
+from datamodules.teacher_outputs import Draws, StoredOutputs
 
 SPLITS = ("train", "holdout")
 
@@ -79,13 +81,52 @@ class ImageSet(Samples):
 class LatentSet(ImageSet):
     """Batches with stored latents: "latent_mean" and "latent_std" (N,C,h,w) in place of "image", and "text" (states).
 
-    For an image that `ImageSet` would mirror, these are the latents of the mirrored image.
+    For an image that `ImageSet` would mirror, these are the latents of the mirrored image. With stored outputs of the
+    teacher, a batch has one of them per sample, see StoredOutputs; which one is a function of (seed, position).
+
+    Args:
+        source: the stored latents.
+        seed: see ImageSet.
+        flip: see ImageSet.
+        labels: see ImageSet.
+        outputs: the stored outputs of the teacher; None for batches without them.
     """
+
+    def __init__(
+        self,
+        source: StoredSplit,
+        seed: int = 0,
+        flip: bool = False,
+        labels: np.ndarray | None = None,
+        outputs: StoredOutputs | None = None,
+    ) -> None:
+        super().__init__(source, seed, flip, labels=labels)
+        self.outputs = outputs
 
     def record(self, positions: list[int], indices: np.ndarray) -> dict[str, Any]:
         source: Any = self.source
-        flipped = [self.flip and numpy_rng(self.seed, "augment", p).random() < 0.5 for p in positions]
-        return source.take(indices, np.array(flipped))
+        flipped = np.array([self.flip and numpy_rng(self.seed, "augment", p).random() < 0.5 for p in positions])
+        record = source.take(indices, flipped)
+        if self.outputs is None:
+            return record
+        return record | self.outputs.take(indices, self.outputs.draws.choose(self.seed, positions, len(self), flipped))
+
+
+class DrawSet(LatentSet):
+    """Batches of what a teacher is given: position p is draw `p // len(source)` of sample `p % len(source)`.
+
+    They are those of LatentSet with "draw_seed" (N,), which have no output of a teacher yet.
+    """
+
+    def __init__(self, source: StoredSplit, draws: Draws, labels: np.ndarray | None = None) -> None:
+        super().__init__(source, labels=labels)
+        self.draws = draws
+
+    def record(self, positions: list[int], indices: np.ndarray) -> dict[str, Any]:
+        source: Any = self.source
+        numbers = np.array(positions) // len(source)
+        record = source.take(indices, numbers >= self.draws.per_picture)
+        return record | {"draw_seed": self.draws.seeds(indices, numbers)}
 
 
 class Images(DataModule):
@@ -123,6 +164,7 @@ class Images(DataModule):
         self.counters: dict[str, BadSampleCounter] = {}
         """{split: count of the bad samples among those that `take` returned}"""
         self.latents: Path | None = None
+        self.outputs: StoredOutputs | None = None
         self.labels: dict[str, np.ndarray | None] = {}
         """{split: the label that takes the place of each label of its source}"""
 
@@ -183,15 +225,28 @@ class Images(DataModule):
         check_augmentation(manifest, folder, self.flip, self.crop)
         self.latents, self.manifest = Path(folder).expanduser(), manifest
 
+    def with_teacher_outputs(self) -> Self:
+        if self.latents is None or self.manifest is None:
+            return super().with_teacher_outputs()
+        twin = copy.copy(self)
+        twin.outputs = StoredOutputs(self.latents, self.manifest)
+        return twin
+
     def dataset(self, split: str, seed: int = 0, flip: bool = False, crop: int = 0) -> ImageSet:
         """Return the samples of a split in batches: stored latents where there are some, else images."""
         labels = self.labels.get(split)
         if self.manifest is None or self.latents is None:
             return ImageSet(self.source(split), seed, flip, crop, labels)
-        return LatentSet(StoredSplit(self.latents, split, self.manifest), seed, flip, labels=labels)
+        outputs = self.outputs if split == "train" else None
+        return LatentSet(StoredSplit(self.latents, split, self.manifest), seed, flip, labels, outputs)
 
     def training(self, seed: int) -> ImageSet:
         return self.dataset("train", seed, self.flip, self.crop)
+
+    def enumerate_draws(self, draws: Draws) -> DrawSet:
+        """Return every draw of every training sample, for storing the teacher's outputs beside stored latents."""
+        assert self.latents is not None and self.manifest is not None
+        return DrawSet(StoredSplit(self.latents, "train", self.manifest), draws, self.labels.get("train"))
 
     def make_previews(self, batch: dict[str, Any]) -> list[Preview]:
         previews = super().make_previews(batch)
