@@ -204,12 +204,9 @@ class Precomputation:
         total, size = len(self.data.source(split)), self.options.samples_per_shard
         skipped = BadSampleCounter(f"data.{split}", self.data.max_bad_fraction, max(total, MIN_COUNTED))
         for start in range(0, total, size):
-            note, indices = (
-                self.folder / f"{split}-{start // size:05d}.json",
-                np.arange(start, min(start + size, total)),
-            )
-            write = functools.partial(self.write_shard, split, indices, note, skipped)
-            notes.append(write_missing(note, write))
+            note = self.folder / f"{split}-{start // size:05d}.json"
+            indices = np.arange(start, min(start + size, total))
+            notes.append(write_missing(note, functools.partial(self.write_shard, split, indices, note, skipped)))
         skipped.report()
         return notes
 

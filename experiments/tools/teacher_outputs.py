@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from datamodules.images import Images
 from datamodules.latents import write_shard
 from datamodules.teacher_outputs import OUTPUTS_FILE, Draws
 from experiments.engine.artefacts import digest, write_json
@@ -76,8 +75,7 @@ class OutputPrecomputation:
     """
 
     def __init__(self, cfg: DictConfig, teacher: DiffusionBackbone) -> None:
-        data = build_data(cfg)
-        assert isinstance(data, Images) and data.manifest is not None
+        data: Any = build_data(cfg)
         teacher.check_data(data)
         self.folder, self.options, self.precision = (
             Path(cfg.latents).expanduser(),
