@@ -58,6 +58,7 @@ def check_values(cfg: DictConfig) -> None:
         if name in RESERVED:
             raise ConfigError(f"evaluation.metrics.{name}: that name is taken; choose none of: {', '.join(RESERVED)}")
     check_ranges(content)
+    check_teacher_outputs(content)
     choices = {
         "trainer.accelerator": ("auto", "cpu", "gpu"),
         "trainer.resume": ("auto", "required"),
@@ -95,7 +96,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(
         ("evaluation.samples", "evaluation.training_samples"), (2, math.inf, "a whole number of 2 or more")
     ),
-    "data.num_workers": (0, math.inf, "0 or more"),
+    **dict.fromkeys(("data.num_workers", "precompute.teacher_draws"), (0, math.inf, "a whole number of 0 or more")),
     "ema_decay": (0, math.nextafter(1, 0), "0 <= ema_decay < 1, or null for none"),
     "trainer.gradient_clip_val": (0, math.inf, "0 or more, or null"),
     "optimizer.lr": (0, math.inf, "0 or more"),
@@ -148,6 +149,39 @@ def check_ranges(content: Any) -> None:
         raise ConfigError(
             f"lr_scheduler.num_warmup_steps={warm_up} is longer than the training, trainer.steps={steps}: the learning "
             f"rate would never reach optimizer.lr; choose lr_scheduler.num_warmup_steps of {steps} or less"
+        )
+
+
+def check_teacher_outputs(content: Any) -> None:
+    """Raise ConfigError where the teacher's outputs are to be read from a folder, or stored, and cannot be.
+
+    `content` are the plain values of a configuration.
+    """
+    if content["precompute"]["teacher_draws"] and content["pretrain"] is not None:
+        raise ConfigError(
+            f"precompute.teacher_draws={content['precompute']['teacher_draws']}: a pretraining has no teacher; choose 0"
+        )
+    choice = select(content, "distillation.teacher_outputs")
+    if choice not in (None, "live", "stored"):
+        raise ConfigError(f"distillation.teacher_outputs={choice!r} is unknown; choose one of: live, stored")
+    if choice != "stored":
+        return
+    if features := select(content, "distillation.w_feat"):
+        raise ConfigError(
+            f"distillation.w_feat={features}: feature maps of the teacher are not stored, so that they need "
+            "distillation.teacher_outputs=live, not stored; choose that, or distillation.w_feat=0 (as in "
+            "distillation=output_only)"
+        )
+    if select(content, "distillation.w_out") == 0:
+        raise ConfigError(
+            "distillation.w_out=0: no term of the loss uses the teacher's outputs; choose "
+            "distillation.teacher_outputs=live, or distillation.w_out above 0"
+        )
+    if content["latents"] is None:
+        raise ConfigError(
+            "distillation.teacher_outputs='stored', but latents=null: the outputs lie beside stored latents; choose "
+            "latents=FOLDER, which python -m experiments.precompute fills with precompute.teacher_draws=8 (or another "
+            "number), or distillation.teacher_outputs=live"
         )
 
 

@@ -144,6 +144,9 @@ class Precompute:
     """of stored latents: float16 | float32; with float32, training has the same bits as from pictures"""
     batch_size: int = 16
     samples_per_shard: int = 1024
+    teacher_draws: int = 0
+    """draws of (noise, timestep) per training sample for which the teacher's outputs are stored, for
+    distillation.teacher_outputs=stored; 0 stores none. Mirrored pictures have as many of their own"""
 
 
 @dataclass

@@ -4,7 +4,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytorch_lightning as pl
@@ -141,6 +141,16 @@ class DataModule(pl.LightningDataModule):
     def use_latents(self, folder: str) -> None:
         """Read samples from stored latents. Raises ValueError for data that have none."""
         raise ValueError(f"latents={folder}: {type(self).__name__} has no latents; choose latents=null")
+
+    def with_teacher_outputs(self) -> Self:
+        """Return this data module with stored outputs of the teacher in its training batches, see StoredOutputs.
+
+        Raises ValueError for data that are not read from stored latents, MissingData where no outputs are stored.
+        """
+        raise ValueError(
+            f"distillation.teacher_outputs='stored', but the data ({type(self).__name__}) are not read from stored "
+            "latents; choose distillation.teacher_outputs=live, or latents=... for a diffusion model with a VAE"
+        )
 
     def fingerprint(self) -> str | None:
         """Return a hash of the content of all splits, wherever it is stored; None where it cannot be told."""

@@ -9,13 +9,14 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from datamodules.readers.base import MissingData
@@ -36,10 +37,24 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"latents={str(folder)!r} has no manifest.json: python -m experiments.precompute makes it, with the "
             "same arguments as the job (a precomputation that was stopped goes on when it is called again)"
         )
+    return parse_manifest(path)
+
+
+def parse_manifest(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file that describes what is stored. Raises ValueError for a damaged one."""
     try:
-        return json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not readable JSON ({error}); precompute again") from error
+    return content
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a shard of tensors that is complete or absent."""
+    partial = path.with_name(f".{path.name}")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    partial.chmod(0o644)  # safetensors makes files that only their owner can read
+    partial.replace(path)
 
 
 def open_shard(file: Path) -> Any:

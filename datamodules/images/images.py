@@ -1,91 +1,26 @@
 """Data sets of images for calibration, training and evaluation."""
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from datamodules.bad_samples import BadSampleCounter, read_or_replace, take_or_replace
-from datamodules.base import DataModule, Preview, Samples
+from datamodules.base import DataModule, Preview
+from datamodules.images.batches import DrawSet, ImageSet, LatentSet
 from datamodules.inventory import describe_data, fingerprint_source, list_names, match_labels
 from datamodules.latents import StoredSplit, check_augmentation, read_manifest
 from datamodules.readers.base import MissingData, Record, Source
 from datamodules.readers.folder import Folder
 from datamodules.readers.shards import Shards
-from datamodules.seeding import derive, numpy_rng
+from datamodules.teacher_outputs import Draws, StoredOutputs
 
 SPLITS = ("train", "holdout")
-
-
-class ImageSet(Samples):
-    """Batches of a source: "image" float32 (N,C,H,W) in [-1,1], "label" (N,), "index" (N,), and the rest of its record.
-
-    A batch also has "posterior" (N,), the seeds from which a VAE's latents are drawn. These seeds, mirroring and
-    shifting are functions of (seed, position).
-
-    Args:
-        source: the source.
-        seed: seed of everything that is random.
-        flip: mirror every other image, at random.
-        crop: shift each image by up to so many pixels in both directions, at random; black comes in at the border.
-        labels: (classes,) the label that takes the place of each label of the source; None leaves them.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        seed: int = 0,
-        flip: bool = False,
-        crop: int = 0,
-        labels: np.ndarray | None = None,
-    ) -> None:
-        super().__init__(source, seed)
-        self.flip, self.crop, self.labels = flip, crop, labels
-
-    def __getitems__(self, positions: list[int]) -> dict[str, Any]:
-        seeds = [derive(self.seed, "posterior", position) for position in positions]
-        batch = super().__getitems__(positions) | {"posterior": torch.tensor(seeds)}
-        if self.labels is not None:
-            label_N = batch["label"]
-            batch["label"] = torch.where(label_N < 0, label_N, torch.from_numpy(self.labels)[label_N])
-        return batch
-
-    def record(self, positions: list[int], indices: np.ndarray) -> dict[str, Any]:
-        """Return the source's record of some samples, with augmented images as a float tensor."""
-        record = super().record(positions, indices)
-        images = record.pop("image")
-        if self.flip or self.crop:
-            images = np.stack([self.augment(image, p) for image, p in zip(images, positions, strict=True)])
-        tensor = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).contiguous().float()
-        return record | {"image": tensor / 127.5 - 1}
-
-    def augment(self, image: np.ndarray, position: int) -> np.ndarray:
-        """Return an image (H,W,C), mirrored and shifted as a function of (seed, position)."""
-        rng = numpy_rng(self.seed, "augment", position)
-        if self.flip and rng.random() < 0.5:
-            image = image[:, ::-1]
-        if self.crop:
-            top, left = rng.integers(0, 2 * self.crop + 1, 2)
-            height, width = image.shape[:2]
-            padded = np.pad(image, ((self.crop, self.crop), (self.crop, self.crop), (0, 0)))
-            image = padded[top : top + height, left : left + width]
-        return image
-
-
-class LatentSet(ImageSet):
-    """Batches with stored latents: "latent_mean" and "latent_std" (N,C,h,w) in place of "image", and "text" (states).
-
-    For an image that `ImageSet` would mirror, these are the latents of the mirrored image.
-    """
-
-    def record(self, positions: list[int], indices: np.ndarray) -> dict[str, Any]:
-        source: Any = self.source
-        flipped = [self.flip and numpy_rng(self.seed, "augment", p).random() < 0.5 for p in positions]
-        return source.take(indices, np.array(flipped))
 
 
 class Images(DataModule):
@@ -123,6 +58,7 @@ class Images(DataModule):
         self.counters: dict[str, BadSampleCounter] = {}
         """{split: count of the bad samples among those that `take` returned}"""
         self.latents: Path | None = None
+        self.outputs: StoredOutputs | None = None
         self.labels: dict[str, np.ndarray | None] = {}
         """{split: the label that takes the place of each label of its source}"""
 
@@ -183,15 +119,28 @@ class Images(DataModule):
         check_augmentation(manifest, folder, self.flip, self.crop)
         self.latents, self.manifest = Path(folder).expanduser(), manifest
 
+    def with_teacher_outputs(self) -> Self:
+        if self.latents is None or self.manifest is None:
+            return super().with_teacher_outputs()
+        twin = copy.copy(self)
+        twin.outputs = StoredOutputs(self.latents, self.manifest)
+        return twin
+
     def dataset(self, split: str, seed: int = 0, flip: bool = False, crop: int = 0) -> ImageSet:
         """Return the samples of a split in batches: stored latents where there are some, else images."""
         labels = self.labels.get(split)
         if self.manifest is None or self.latents is None:
             return ImageSet(self.source(split), seed, flip, crop, labels)
-        return LatentSet(StoredSplit(self.latents, split, self.manifest), seed, flip, labels=labels)
+        outputs = self.outputs if split == "train" else None
+        return LatentSet(StoredSplit(self.latents, split, self.manifest), seed, flip, labels, outputs)
 
     def training(self, seed: int) -> ImageSet:
         return self.dataset("train", seed, self.flip, self.crop)
+
+    def enumerate_draws(self, draws: Draws) -> DrawSet:
+        """Return every draw of every training sample, for storing the teacher's outputs beside stored latents."""
+        assert self.latents is not None and self.manifest is not None
+        return DrawSet(StoredSplit(self.latents, "train", self.manifest), draws, self.labels.get("train"))
 
     def make_previews(self, batch: dict[str, Any]) -> list[Preview]:
         previews = super().make_previews(batch)

@@ -12,6 +12,7 @@ from conf.environment import recorded_environment
 from conf.schema import PACKAGES, ROOT
 from datamodules.latents import read_manifest
 from datamodules.readers.base import data_root
+from datamodules.teacher_outputs import read_outputs_manifest
 from experiments.engine.artefacts import digest
 from experiments.engine.cache import read_result, write_result
 
@@ -36,6 +37,7 @@ LATER_FIELDS: dict[str, dict[str, Any]] = {
     "data": {"bos": "auto", "fit": "crop", "pixel_range": None, "box": None, "captions": None},
     "selection": {"budgets": None, "pareto": False},
     "trainer": {"deterministic": True, "compile": False},
+    "distillation": {"teacher_outputs": "live"},
 }
 """{group: {field: default}}: fields that configurations did not have at first. At their defaults they are no part of a
 run's identity, so that runs from before them keep their ids."""
@@ -123,8 +125,26 @@ def get_displayed_settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def replace_latents_path(cfg: DictConfig, content: Any) -> Any:
-    """Return plain values of a configuration in which stored latents are named by their id instead of their path."""
-    return content if cfg.latents is None else content | {"latents": read_manifest(cfg.latents)["id"]}
+    """Return plain values of a configuration in which stored latents are named by their id instead of their path.
+
+    The id of stored outputs of the teacher is there as well, where a distillation reads them.
+    """
+    if cfg.latents is None:
+        return content
+    ids = {"latents": read_manifest(cfg.latents)["id"]}
+    if reads_teacher_outputs(content):
+        ids["teacher_outputs"] = read_outputs_manifest(cfg.latents)["id"]
+    return content | ids
+
+
+def reads_teacher_outputs(content: Mapping[str, Any]) -> bool:
+    """Tell whether a distillation reads stored outputs of the teacher, by plain values of a configuration.
+
+    Stages may have settings of their own.
+    """
+    stages = (content.get("pipeline") or {}).get("stages") or {}
+    nodes = [content, *((stage or {}).get("settings") or {} for stage in stages.values())]
+    return any((node.get("distillation") or {}).get("teacher_outputs") == "stored" for node in nodes)
 
 
 def drop_settings_without_effect(config: Any) -> dict[str, Any]:
@@ -145,6 +165,7 @@ def drop_settings_without_effect(config: Any) -> dict[str, Any]:
         (content["calibration"], "data"),
         (content, "selection"),
         (content, "trainer"),
+        (content, "distillation"),
     ):
         if parent.get(group) is not None:
             parent[group] = drop_later_fields(parent[group], LATER_FIELDS[group])

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 
 from conf.schema import build
+from datamodules.base import DataModule
 from experiments.engine.job import Job
 from experiments.engine.memory import guard_memory
 from experiments.engine.stage import Stage
@@ -15,7 +16,9 @@ from lightning_modules.training.ema import WarmedUpEMA
 from lightning_modules.training.trainer import fit, make_callbacks
 
 
-def train(job: Job, node: DictConfig, stage: Stage, watchers: Sequence[Callback] = (), **networks: Any) -> Any:
+def train(
+    job: Job, node: DictConfig, stage: Stage, data: DataModule, watchers: Sequence[Callback] = (), **networks: Any
+) -> Any:
     """Build a module, train it, and return it.
 
     The names of logged values begin with `train/`, or with the stage's name where it is not the usual one, so that two
@@ -25,6 +28,7 @@ def train(job: Job, node: DictConfig, stage: Stage, watchers: Sequence[Callback]
         job: the job.
         node: the configuration of the module, with a `_target_`.
         stage: the stage, under whose name checkpoints and history are stored.
+        data: the data module whose training batches the module is trained on.
         watchers: callbacks that the stage adds; they come after the moving average of the weights.
         networks: the networks that the module takes, by the names of its parameters.
     """
@@ -37,8 +41,8 @@ def train(job: Job, node: DictConfig, stage: Stage, watchers: Sequence[Callback]
         module.section = section
     callbacks: list[Callback] = [WarmedUpEMA(cfg.ema_decay)] if cfg.ema_decay is not None else []
     callbacks += [*make_callbacks(cfg.callbacks), *watchers]
-    with guard_memory(cfg, module, stage.name, job.device, job.data):
-        fit(module, job.data, cfg.trainer, run.folder, stage.name, job.dashboard.loggers, callbacks, section)
+    with guard_memory(cfg, module, stage.name, job.device, data):
+        fit(module, data, cfg.trainer, run.folder, stage.name, job.dashboard.loggers, callbacks, section)
     return module
 
 

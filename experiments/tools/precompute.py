@@ -2,11 +2,13 @@
 
 The arguments are those of the job that is to use the latents. For every picture, and with data.flip=true for its mirror
 image, the mean and the standard deviation of the VAE's posterior are stored, and for every distinct caption its text
-states, so that training runs neither VAE nor text encoder. Several processes may share the work: each encodes shards
+states, so that training runs neither VAE nor text encoder. With precompute.teacher_draws the teacher's outputs are
+stored as well, see teacher_outputs.py. Several processes may share the work: each encodes shards
 that no other process works on. A call that was stopped continues where it was.
 """
 
 import contextlib
+import functools
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -16,9 +18,8 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from omegaconf import DictConfig
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from conf import checks, schema, search_path
@@ -26,11 +27,13 @@ from conf.schema import ConfigError, build
 from datamodules.bad_samples import MIN_COUNTED, BadSampleCounter
 from datamodules.base import DataModule
 from datamodules.images import ImageSet
-from datamodules.latents import FLIPPED, POSTERIOR
+from datamodules.latents import FLIPPED, POSTERIOR, write_shard
 from datamodules.readers.base import BadSample, MissingData
-from experiments.engine.artefacts import digest, read_json, write_json
+from experiments.engine.artefacts import digest, write_json
 from experiments.engine.identity import get_effective_settings
 from experiments.engine.inputs import build_teacher
+from experiments.tools.shard_files import begin, write_missing
+from experiments.tools.teacher_outputs import store_outputs
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.pipeline_parts import PipelineParts
 from lightning_modules.backbones.diffusion.text_states import store_texts
@@ -128,8 +131,15 @@ def check_latents(cfg: DictConfig, data: DataModule, backbone: Any) -> None:
 
 
 def precompute(cfg: DictConfig) -> Path:
-    """Write what is missing of the latents in the folder `cfg.latents`; returns the folder."""
-    return Precomputation(cfg).run()
+    """Write what is missing of the latents, and of the teacher's outputs, in the folder `cfg.latents`; returns it."""
+    latents = Precomputation(cfg)
+    folder = latents.run()
+    if cfg.precompute.teacher_draws:
+        if (folder / "manifest.json").exists():
+            store_outputs(cfg, latents.backbone)
+        else:
+            log.info("%s: call this again for the teacher's outputs, once all latents are there", folder)
+    return folder
 
 
 class Precomputation:
@@ -165,13 +175,7 @@ class Precomputation:
     def run(self) -> Path:
         """Write the text states, then the shards that no other process works on, then the manifest if all are there."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        started = self.folder / "started.json"
-        if started.exists() and read_json(started) != self.description:
-            raise ValueError(
-                f"{self.folder} was begun with another VAE, text encoder, data set, type or size of shards; choose "
-                "another folder, or delete it"
-            )
-        write_json(started, self.description)
+        begin(self.folder / "started.json", self.description)
         if self.backbone.takes_text:
             captions = [text for split in SPLITS for text in iterate_captions(self.data, split)]
             dtype, size = getattr(torch, self.options.dtype), self.options.batch_size
@@ -196,20 +200,13 @@ class Precomputation:
 
     def write_split(self, split: str) -> list[dict[str, Any] | None]:
         """Write the missing shards of a split; returns each shard's note, None where another process works on it."""
-        notes: list[dict[str, Any] | None] = []
+        notes = []
         total, size = len(self.data.source(split)), self.options.samples_per_shard
         skipped = BadSampleCounter(f"data.{split}", self.data.max_bad_fraction, max(total, MIN_COUNTED))
         for start in range(0, total, size):
             note = self.folder / f"{split}-{start // size:05d}.json"
-            if not note.exists():
-                try:
-                    with FileLock(self.folder / f".{note.stem}.lock", timeout=0):
-                        if not note.exists():
-                            self.write_shard(split, np.arange(start, min(start + size, total)), note, skipped)
-                except Timeout:
-                    notes.append(None)
-                    continue
-            notes.append(read_json(note))
+            indices = np.arange(start, min(start + size, total))
+            notes.append(write_missing(note, functools.partial(self.write_shard, split, indices, note, skipped)))
         skipped.report()
         return notes
 
@@ -236,10 +233,7 @@ class Precomputation:
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         path = note.with_suffix(".safetensors")
-        partial = path.with_name(f".{path.name}")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-        partial.chmod(0o644)  # safetensors makes files that only their owner can read
-        partial.replace(path)
+        write_shard(path, tensors)
         write_json(note, {"file": path.name, "rows": len(tensors["index"]), "skipped": skipped.count - before})
 
     def encode(self, batch: dict[str, Any], flips: bool) -> dict[str, torch.Tensor]:

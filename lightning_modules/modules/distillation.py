@@ -49,6 +49,8 @@ class Distillation(DistillationModule):
             weights.
         feature_distance: distance (student's map, teacher's map) -> scalar. The maps are float32 of shape (N,C,H,W) or
             (N,L,C), or (tokens,C) of one sample if padding is left out. None is the mean squared error.
+        teacher_outputs: `live`, or `stored`: batches have the teacher's outputs ("teacher_output", of the shape of an
+            output), and the teacher is not called. Needs w_feat = 0.
         optimizer: see TrainedModule.
         lr_scheduler: see TrainedModule.
         seed: see TrainedModule.
@@ -69,6 +71,7 @@ class Distillation(DistillationModule):
         skip_emptied: bool = True,
         lora: Lora | None = None,
         feature_distance: Callable[[Tensor, Tensor], Tensor] | None = None,
+        teacher_outputs: str = "live",
         *,
         optimizer: Optimizer,
         lr_scheduler: Schedule,
@@ -84,7 +87,9 @@ class Distillation(DistillationModule):
                 f"feature maps of distillation.taps={taps}; choose distillation.w_task or distillation.w_out above 0"
             )
         self.feature_distance = F.mse_loss if feature_distance is None else feature_distance
-        self.needs_teacher = bool(w_out or self.levels)
+        self.has_stored_outputs = teacher_outputs == "stored"
+        assert not (self.has_stored_outputs and self.levels), "conf/checks.py refuses this"
+        self.needs_teacher = bool(w_out or self.levels) and not self.has_stored_outputs
         self.weights = LevelWeights(normalization, len(self.levels))
         self.merge_adapters = (lambda: None) if lora is None else lora.insert(student.network, seed)
 
@@ -143,10 +148,10 @@ class Distillation(DistillationModule):
             eps_s = self.student.predict(inputs).float()
         losses = {"task": self.student.losses(eps_s, inputs).mean()}
         total = self.w_task * losses["task"]
-        if self.needs_teacher:
+        if self.needs_teacher or self.has_stored_outputs:
             modules_t = {name: self.teacher.network.get_submodule(name) for name in self.levels}
             with torch.no_grad(), record_features(modules_t) as maps_t:
-                eps_t = self.teacher.predict(inputs).float()
+                eps_t = (batch["teacher_output"] if self.has_stored_outputs else self.teacher.predict(inputs)).float()
             losses["output"] = self.student.distance(eps_s, eps_t, inputs)
             total = total + self.w_out * losses["output"]
             for level, name in enumerate(self.levels):

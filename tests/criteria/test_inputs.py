@@ -74,6 +74,35 @@ def test_calibration_is_a_function_of_seed_and_sample_number(kind, tmp_path):
     assert not (other["sample"] == whole["sample"]).any() and not (other["timestep"] == whole["timestep"]).any()
 
 
+@pytest.mark.parametrize("kind", ["sd", "sd_v", "sdxl", "dit", "pixart", "sd3", "flux"])
+def test_inputs_of_stored_draws_are_functions_of_their_seeds(kind, tmp_path):
+    """Latent, timestep and noise, and which labels are dropped; the global generator has no part in them."""
+    backbone = load_tiny_teacher(tiny_pipeline(kind, tmp_path))
+
+    def inputs(numbers: list[int], seeds: list[int], state: int) -> dict[str, Tensor]:
+        torch.manual_seed(state)
+        batch = training_batch(backbone, numbers) | {"draw_seed": torch.tensor(seeds)}
+        return tensors(backbone.training_inputs(batch))
+
+    whole = inputs([0, 1, 2], [5, 6, 7], state=0)
+    parts = [inputs([2], [7], state=1), inputs([0, 1], [5, 6], state=2)]
+    for key, value in whole.items():
+        apart = value if key.endswith("txt_ids") else torch.cat([parts[1][key], parts[0][key]])
+        torch.testing.assert_close(value, apart, rtol=0, atol=2e-6, msg=named(key))
+    other = inputs([0, 1, 2], [8, 9, 10], state=0)
+    assert not (other["sample"] == whole["sample"]).any() and not (other["timestep"] == whole["timestep"]).any()
+
+
+def test_labels_of_stored_draws_are_dropped_as_often_as_others(tmp_path):
+    backbone, count = load_tiny_teacher(tiny_pipeline("dit", tmp_path)), 2000
+    batch = {"label": torch.ones(count, dtype=torch.long), "draw_seed": torch.arange(count)}
+    batch |= {"latent_mean": torch.zeros(count, 4, LATENT, LATENT), "latent_std": torch.ones(count, 4, LATENT, LATENT)}
+    labels = backbone.training_inputs(batch)["conditions"]["class_labels"]
+    assert set(labels.tolist()) == {1, backbone.null_class}
+    share = float((labels == backbone.null_class).float().mean())
+    assert share == pytest.approx(backbone.LABEL_DROPOUT, abs=0.03)  # four standard deviations
+
+
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_flow_matching_takes_the_schedulers_timesteps(kind, tmp_path):
     backbone = load_tiny_teacher(tiny_pipeline(kind, tmp_path))

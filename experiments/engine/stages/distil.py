@@ -6,12 +6,14 @@ from typing import Any
 import hydra.utils
 from omegaconf import DictConfig
 
+from datamodules.teacher_outputs import read_outputs_manifest
 from experiments.engine.job import TEACHER, Job
 from experiments.engine.stage import Stage, find_latest, find_latest_network
 from experiments.engine.stages.score import check_data
 from experiments.engine.stages.select import Select
 from experiments.engine.training import get_section, train
 from experiments.engine.training_evaluation import EvaluateWhileTraining, TrainingEvaluation
+from experiments.tools.teacher_outputs import check_outputs
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.modules.contract import check_module
 from lightning_modules.training.parts import check_recomputation
@@ -56,7 +58,11 @@ class Distil(Stage):
         if hasattr(module, "check_settings"):  # a module from outside the repository may have none
             module.check_settings(cfg.distillation, teacher, narrower)
         check_recomputation(teacher, cfg.trainer.checkpoint_activations)
-        job.data.train_dataloader()
+        self.data = job.data
+        if cfg.distillation.get("teacher_outputs") == "stored":
+            self.data = job.data.with_teacher_outputs()
+            check_outputs(cfg.latents, read_outputs_manifest(cfg.latents), teacher)
+        self.data.train_dataloader()
         if cfg.evaluation.every_n_steps is not None:
             self.evaluation = TrainingEvaluation(job)
 
@@ -68,7 +74,7 @@ class Distil(Stage):
             with job.clock(self.name):
                 networks = {"student": job.load(self.source, base, changes), "teacher": job.teacher}
                 watchers = [] if self.evaluation is None else [self.watch(self.evaluation, networks["student"])]
-                module = train(job, job.cfg.distillation, self, watchers, **networks)
+                module = train(job, job.cfg.distillation, self, self.data, watchers, **networks)
                 job.save(self.makes, module.result())
         job.networks[self.makes], job.origins[self.makes] = job.load(self.makes, base, changes), (base, changes)
 

@@ -38,4 +38,4 @@ class Train(Stage):
 
     def run(self, job: Job) -> None:
         with job.clock(self.name):
-            self.module: Any = train(job, job.cfg.pretrain, self)
+            self.module: Any = train(job, job.cfg.pretrain, self, job.data)

@@ -93,12 +93,23 @@ class DiffusionBackbone(NetworkBackbone):
     def training_inputs(self, batch: Batch) -> Batch:
         """Return the inputs of a batch, with noise and uniform timesteps from the global CPU generator.
 
-        They are the same on every device. Latents are drawn from a VAE's posterior with the seeds in the batch.
+        They are the same on every device. Latents are drawn from a VAE's posterior with the seeds in the batch. In a
+        batch with "draw_seed" (N,), everything that is drawn for a sample is a function of the sample's seed there.
         """
+        if "draw_seed" in batch:
+            return self.inputs_of_draws(batch)
         seeds = batch["posterior"].tolist() if "posterior" in batch else None
         latents = self.latents(batch, seeds and [torch.Generator().manual_seed(seed) for seed in seeds])
         timesteps = torch.randint(0, self.noise_scheduler.config.num_train_timesteps, (len(latents),))
         return self.noise_batch(batch, latents, torch.randn(latents.shape), timesteps)
+
+    def inputs_of_draws(self, batch: Batch) -> Batch:
+        """Return the inputs of a batch whose latents, timesteps and noise are functions of its "draw_seed" (N,)."""
+        rngs = [torch.Generator().manual_seed(seed) for seed in batch["draw_seed"].tolist()]
+        latents, steps = self.latents(batch, rngs), self.noise_scheduler.config.num_train_timesteps
+        timesteps = torch.cat([torch.randint(0, steps, (1,), generator=rng) for rng in rngs])
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=rng) for rng in rngs])
+        return self.noise_batch(batch, latents, noise, timesteps)
 
     @torch.no_grad()
     def latents(self, batch: Batch, rngs: Sequence[torch.Generator] | None) -> Tensor:

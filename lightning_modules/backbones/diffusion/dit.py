@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from criteria.base import Batch
+from datamodules.seeding import torch_rng
 from lightning_modules.backbones.diffusion.transformer import TransformerBackbone
 
 
@@ -57,7 +58,12 @@ class DiTBackbone(TransformerBackbone):
     def training_inputs(self, batch: Batch) -> Batch:
         inputs = super().training_inputs(batch)
         labels = inputs["conditions"]["class_labels"]
-        dropped = (torch.rand(len(labels)) < self.LABEL_DROPOUT).to(labels.device)
+        if "draw_seed" in batch:
+            rngs = [torch_rng("label", seed) for seed in batch["draw_seed"].tolist()]
+            values_N = torch.cat([torch.rand(1, generator=rng) for rng in rngs])
+        else:
+            values_N = torch.rand(len(labels))
+        dropped = (values_N < self.LABEL_DROPOUT).to(labels.device)
         return inputs | {"conditions": {"class_labels": torch.where(dropped, self.null_class, labels)}}
 
     def example_conditions(self, batch: int) -> dict[str, Any]:

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from conf.nested import flatten_dict
-from datamodules.latents import SHARED, open_shard
+from datamodules.latents import SHARED, open_shard, write_shard
 from lightning_modules.backbones.diffusion.pipeline_parts import PipelineParts
 
 ROWS_PER_SHARD = 8192
@@ -69,10 +68,7 @@ def store_texts(
         encoded = [caption.encode() for caption in shard_texts]
         tensors["caption_bytes"] = torch.from_numpy(np.frombuffer(b"".join(encoded) or b"\0", np.uint8).copy())
         tensors["caption_ends"] = torch.tensor(np.cumsum([len(caption) for caption in encoded]))
-        partial = path.with_name(f".{path.name}")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata)
-        partial.chmod(0o644)  # safetensors makes files that only their owner can read
-        partial.replace(path)
+        write_shard(path, tensors, metadata)
     return rows
 
 
