@@ -17,7 +17,7 @@ import hydra.utils
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import CHECKPOINT_ACTIVATIONS, NOTES, PRECISIONS, RESERVED, ConfigError
+from conf.schema import CHECKPOINT_ACTIVATIONS, NOTES, PRECISIONS, RESERVED, STRATEGIES, ConfigError
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -60,6 +60,7 @@ def check_values(cfg: DictConfig) -> None:
     check_ranges(content)
     choices = {
         "trainer.accelerator": ("auto", "cpu", "gpu"),
+        "trainer.strategy": STRATEGIES,
         "trainer.resume": ("auto", "required"),
         "trainer.precision": PRECISIONS,
         "trainer.checkpoint_activations": CHECKPOINT_ACTIVATIONS,
