@@ -64,6 +64,13 @@ class FullySharded(DDPStrategy):
     def on_train_end(self) -> None:
         self.copy_weights_back()
 
+    def teardown(self) -> None:
+        """End as Lightning's strategies do, but leave the copy where it is: nothing reads it any more."""
+        assert self.cluster_environment is not None and self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
     @torch.no_grad()
     def copy_weights_back(self) -> None:
         """Copy weights and buffers of the sharded module into the whole one; all ranks have to call it."""
@@ -127,8 +134,8 @@ def shard_module(module: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def shard_units(backbone: NetworkBackbone, mesh: DeviceMesh) -> None:
-    """Distribute each unit of depth of a network by itself, units inside of others first."""
-    for name in sorted(backbone.survivors(), key=lambda name: -name.count(".")):
+    """Distribute each unit of depth that computes by itself, units inside of others first."""
+    for name in sorted(backbone.self_contained(), key=lambda name: -name.count(".")):
         fully_shard(backbone.network.get_submodule(name), mesh=mesh)
 
 
