@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from conf import schema
 from lightning_modules.disk import DiskFull
+from lightning_modules.modules.distillation import Distillation
 from lightning_modules.modules.lora import Lora
+from lightning_modules.modules.non_finite import NonFiniteLoss
 from lightning_modules.training.checkpoints import (
     AtomicCheckpoints,
     find_newest_checkpoint,
@@ -210,6 +212,32 @@ def test_two_ranks_train_like_one_process_and_end_together_on_sigterm(configure,
     one, two, resumed = (trained_state(folder / "checkpoints" / "distil" / "step=0000003.ckpt") for folder in folders)
     assert differences(resumed, two) == []
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+
+
+class GradientBreaks(Distillation):
+    """The derivative of the loss is not finite in the third step, on rank 1 alone."""
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        losses = super().losses(batch)
+        breaks = self.global_step == 2 and self.global_rank == 1
+        zero = (self.student.network.conv_in.bias.sum() * 0).sqrt() if breaks else 0
+        return losses | {"loss": losses["loss"] + zero}
+
+
+def break_gradient(rank: int, cfg: DictConfig, folder: Path) -> None:
+    teacher = tiny_backbone("UNet2DModel")
+    module = distillation(teacher.pruned(bypasses(REMOVED)), teacher, GradientBreaks, folder / "failure")
+    message = r"the gradient of student.network.conv_in.bias is not finite at optimiser step 2 .*; no step was taken"
+    with pytest.raises(NonFiniteLoss, match=message):
+        fit(module, schema.build(cfg.data), cfg.trainer, folder, "distil")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_ranks_stop_on_a_gradient_that_is_not_finite_on_one(configure, overrides, tmp_path, strategy):
+    cfg = configure(*overrides, f"trainer={strategy}", "trainer.accelerator=cpu")
+    with two_ranks(break_gradient, cfg, tmp_path):
+        pass
+    assert files(tmp_path / "failure") == {f"non_finite_rank{rank}.safetensors" for rank in range(2)}
 
 
 class Batches(pl.LightningDataModule):
