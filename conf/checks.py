@@ -72,10 +72,10 @@ def check_values(cfg: DictConfig) -> None:
     for path, valid in choices.items():
         if (value := select(content, path)) not in valid:
             raise ConfigError(f"{path}={value!r} is unknown; choose one of: {', '.join(valid)}")
-    if (content["trainer"]["strategy"], content["trainer"]["precision"]) == ("fsdp", "16-mixed"):
+    if cfg.trainer.strategy == "fsdp" and cfg.trainer.precision == "16-mixed":
         raise ConfigError(
-            "trainer.precision='16-mixed': with trainer.strategy='fsdp' each rank would scale its own gradients; choose "
-            "bf16-mixed, 32-true or auto"
+            "trainer.precision='16-mixed': with trainer.strategy='fsdp' each rank would scale its own gradients; "
+            "choose bf16-mixed, 32-true or auto"
         )
 
 

@@ -123,9 +123,9 @@ def shard_frozen(backbone: NetworkBackbone, mesh: DeviceMesh) -> None:
 
 
 def shard_module(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Distribute the parameters of a module over the ranks of `mesh`: each unit of its networks by itself, then the rest.
+    """Distribute the parameters of a module over the ranks: each unit of its networks by itself, then the rest.
 
-    Buffers stay whole. Parameters are moved to the device of the ranks part by part.
+    Buffers stay whole. Parameters are moved to the device of `mesh` part by part.
     """
     for part in module.modules():
         if isinstance(part, NetworkBackbone):

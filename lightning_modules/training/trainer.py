@@ -33,7 +33,6 @@ from lightning_modules.training.sigterm import (
     is_true_on_any_rank,
 )
 
-
 SHARDED = "fsdp"
 """The value of `trainer.strategy` with which networks are distributed over the ranks while they are trained."""
 

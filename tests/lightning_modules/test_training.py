@@ -212,6 +212,10 @@ def test_two_ranks_train_like_one_process_and_end_together_on_sigterm(configure,
     one, two, resumed = (trained_state(folder / "checkpoints" / "distil" / "step=0000003.ckpt") for folder in folders)
     assert differences(resumed, two) == []
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+    for later in (folders[2] / "checkpoints" / "distil").glob("step=000000[34].ckpt"):
+        later.unlink()
+    alone = train(configure(*job).copy(), folders[2])  # one process goes on where the two were stopped
+    torch.testing.assert_close(alone, weights, rtol=1e-4, atol=1e-6)
 
 
 class GradientBreaks(Distillation):
