@@ -457,3 +457,18 @@ def test_two_processes_score_and_train_like_one(configure, overrides, data_folde
     for name, rounding in (("pruned", 1e-6), ("distilled", 1e-3)):  # AdamW enlarges the rounding of small gradients
         losses = (read_json(run / "metrics.json")[f"{name}/output_loss"] for run in (one, two))
         assert next(losses) == pytest.approx(next(losses), rel=rounding), name
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("gpu", marks=pytest.mark.gpu)]
+)
+def test_one_part_is_trained_as_the_whole(overrides, data_folder, tmp_path, kind):
+    """FSDP2 on one device, the only kind of it that a machine with one GPU can run."""
+    job = [override for override in overrides if not override.startswith(("paths.runs=", "trainer="))]
+    job += [f"trainer.accelerator={kind}", "trainer.precision=32-true", "evaluation.every_n_steps=2"]
+    trained = []
+    for strategy in ("auto", "fsdp"):
+        runs = tmp_path / strategy
+        train(*job, f"trainer.strategy={strategy}", f"paths.runs={runs}", config_dir=data_folder)
+        trained.append(load_file(next((the_run(runs) / "networks" / "distilled").glob("*.safetensors"))))
+    torch.testing.assert_close(trained[1], trained[0], rtol=1e-4, atol=1e-5)
