@@ -17,7 +17,7 @@ import hydra.utils
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import CHECKPOINT_ACTIVATIONS, NOTES, PRECISIONS, RESERVED, ConfigError
+from conf.schema import CHECKPOINT_ACTIVATIONS, NOTES, PRECISIONS, RESERVED, STRATEGIES, ConfigError
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -61,6 +61,7 @@ def check_values(cfg: DictConfig) -> None:
     check_teacher_outputs(content)
     choices = {
         "trainer.accelerator": ("auto", "cpu", "gpu"),
+        "trainer.strategy": STRATEGIES,
         "trainer.resume": ("auto", "required"),
         "trainer.precision": PRECISIONS,
         "trainer.checkpoint_activations": CHECKPOINT_ACTIVATIONS,
@@ -72,6 +73,11 @@ def check_values(cfg: DictConfig) -> None:
     for path, valid in choices.items():
         if (value := select(content, path)) not in valid:
             raise ConfigError(f"{path}={value!r} is unknown; choose one of: {', '.join(valid)}")
+    if cfg.trainer.strategy == "fsdp" and cfg.trainer.precision == "16-mixed":
+        raise ConfigError(
+            "trainer.precision='16-mixed': with trainer.strategy='fsdp' each rank would scale its own gradients; "
+            "choose bf16-mixed, 32-true or auto"
+        )
 
 
 RANGES: dict[str, tuple[float, float, str]] = {

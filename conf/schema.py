@@ -24,6 +24,10 @@ PACKAGES = ("conf", "criteria", "datamodules", "experiments", "lightning_modules
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 """Precisions of computations. Weights stay float32, as `16-true` or `bf16-true` would round those of the teacher."""
 
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
+"""How several devices train together. The second ddp is for modules of one's own with parameters that a loss may not
+use."""
+
 
 CHECKPOINT_ACTIVATIONS = ("none", "blocks", "all")
 """Which activations of the trained network are computed again in the backward pass instead of being saved: none, those
@@ -48,7 +52,8 @@ class Trainer:
     devices: int = 1
     num_nodes: int = 1
     strategy: str = "auto"
-    """a strategy of Lightning's: auto, ddp, fsdp"""
+    """how several devices train together, one of STRATEGIES: auto is ddp where there are several; fsdp distributes
+    weights, their moving average, gradients and optimiser states over them"""
     precision: str = "auto"
     """auto is bf16-mixed on a GPU that has it, else 32-true; or one of PRECISIONS"""
     deterministic: bool = True

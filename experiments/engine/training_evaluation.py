@@ -26,6 +26,7 @@ from lightning_modules.metrics.protocol import Samples
 from lightning_modules.modules.scoring import as_before
 from lightning_modules.training.ema import WarmedUpEMA
 from lightning_modules.training.monitor import TrainingMonitor
+from lightning_modules.training.sharding import FullySharded
 from lightning_modules.training.trainer import autocast
 
 log = logging.getLogger(__name__)
@@ -83,8 +84,13 @@ class TrainingEvaluation:
         what measures, samplers and the device raise.
         """
         device, outcome = self.job.device, Outcome()
-        with isolate_generators(), as_before(network), autocast(self.cfg.evaluation.precision, device):
-            network.to(device).eval()
+        with (
+            isolate_generators(),
+            as_before(network),
+            placed_on(network, device),
+            autocast(self.cfg.evaluation.precision, device),
+        ):
+            network.eval()
             try:
                 if self.samples is not None:
                     outcome.images = self.samples.generate_without_files(network)
@@ -147,6 +153,8 @@ class EvaluateWhileTraining(Callback):
         outcome: Outcome | None = None
         for average in averages:
             average.exchange_weights(module)
+        if isinstance(trainer.strategy, FullySharded):  # it trains a copy of the student
+            trainer.strategy.copy_weights_back()
         try:
             with self.warn_of_errors(trainer.world_size):
                 outcome = self.evaluation.evaluate(self.stage, self.student)
@@ -205,6 +213,17 @@ class EvaluateWhileTraining(Callback):
 def get_logged_step(steps_taken: int) -> int:
     """Return the step at which an evaluation is logged: that of the newest losses, or 0 before the first step."""
     return max(steps_taken - 1, 0)
+
+
+@contextlib.contextmanager
+def placed_on(network: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Move a network to a device, and afterwards back to where it was."""
+    before = next(network.parameters()).device
+    network.to(device)
+    try:
+        yield
+    finally:
+        network.to(before)
 
 
 @contextlib.contextmanager

@@ -113,6 +113,10 @@ class NetworkBackbone(nn.Module):
         """Return the module paths of the depth units that were not removed."""
         raise NotImplementedError
 
+    def self_contained(self) -> list[str]:
+        """Return the survivors of which the network uses nothing but their outputs, no weight and no part of theirs."""
+        return self.survivors()
+
     def kept(self) -> list[str]:
         """Return the depth units that were not removed, by their module paths in the unpruned network."""
         return self.survivors()

@@ -22,7 +22,7 @@ from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.rounding import round_weights
 from lightning_modules.modules.non_finite import NonFiniteLoss, advise_on_non_finite, is_list_of_texts
 from lightning_modules.nested import count_samples, tensors_by_path
-from lightning_modules.training.ranks import DrawsForGlobalBatch, mean_over_ranks, world_size
+from lightning_modules.training.ranks import DrawsForGlobalBatch, mean_over_ranks, total_norm, world_size
 
 Optimizer = Callable[..., torch.optim.Optimizer]
 Schedule = Callable[[torch.optim.Optimizer], Any]
@@ -111,7 +111,7 @@ class TrainedModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-        self.gradient_norm = nn.utils.get_total_norm(gradients.values())
+        self.gradient_norm = total_norm(gradients.values())
         if self.trainer.precision == "16-mixed":
             return  # the scaler of this precision skips such steps, and needs to see them
         if not torch.isfinite(self.gradient_norm):

@@ -5,6 +5,8 @@ import torch
 from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
 
+from lightning_modules.training.sharding import FullySharded, shard_module
+
 
 class WarmedUpEMA(WeightAveraging):
     """Exponential moving average of the weights whose decay in update k is min(decay, (1 + k) / (10 + k)).
@@ -23,11 +25,15 @@ class WarmedUpEMA(WeightAveraging):
         torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + k) / (10 + k)))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._device = trainer.strategy.root_device  # the module itself is moved there only after this
+        strategy = trainer.strategy
+        # The module itself is moved to the device only after this; a sharded one is moved there part by part.
+        self._device = None if isinstance(strategy, FullySharded) else strategy.root_device
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
             # torch compares this number with 0 at every update: on a GPU, the process would wait for the device.
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+            if isinstance(strategy, FullySharded):
+                shard_module(self._average_model.module, strategy.mesh)
 
     def exchange_weights(self, module: pl.LightningModule) -> None:
         """Exchange the weights of a module for their average; a second call restores both, bit for bit."""

@@ -44,6 +44,8 @@ class StageBar(ProgressBar):
         self.open(trainer.num_training_batches, trainer.fit_loop.epoch_loop.total_batch_idx + 1)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if self.bar.disable:  # on ranks other than rank 0
+            return
         if time.monotonic() - self.shown >= self.bar.mininterval:  # reading a value waits for the device
             values = ", ".join(f"{name}={float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
             self.bar.set_postfix_str(values, refresh=False)

@@ -1,11 +1,12 @@
 """Training that does not depend on the number of ranks: sums and means over ranks, and random draws per sample."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -35,6 +36,12 @@ def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     means = torch.stack([value.detach().float() for value in values.values()])
     torch.distributed.all_reduce(means)
     return dict(zip(values, means / world_size(), strict=True))
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the 2-norm of all tensors together; if they are distributed over ranks, all ranks have to call it."""
+    norm = nn.utils.get_total_norm(tensors)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 SIZED_DRAWS: Mapping[Callable[..., Any], int] = {torch.rand: 0, torch.randn: 0, torch.randint: 1}

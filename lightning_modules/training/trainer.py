@@ -25,12 +25,16 @@ from lightning_modules.training.history import History
 from lightning_modules.training.monitor import TrainingMonitor
 from lightning_modules.training.parts import compute_in_parts
 from lightning_modules.training.progress import StageBar
+from lightning_modules.training.sharding import FullySharded
 from lightning_modules.training.sigterm import (
     SIGTERM_EXIT_CODE,
     CheckpointOnSigterm,
     EndOnSigterm,
     is_true_on_any_rank,
 )
+
+SHARDED = "fsdp"
+"""The value of `trainer.strategy` with which networks are distributed over the ranks while they are trained."""
 
 
 def resolve_accelerator(name: str) -> str:
@@ -60,7 +64,8 @@ def make_trainer(conf: Any, stage: str, precision: str, deterministic: bool = Tr
     """Return a Trainer on the devices of `conf` (the trainer group), with one progress bar named after the stage.
 
     `arguments` are further arguments of Lightning's Trainer. The fields of `conf` that choose how fast and with how
-    much memory networks are trained, and `conf.options`, have an effect in `fit` only.
+    much memory networks are trained, and `conf.options`, have an effect in `fit` only. Networks are sharded in `fit`
+    only, too; otherwise every rank has all of them.
     """
     device = resolve_accelerator(conf.accelerator)
     torch.backends.cuda.matmul.allow_tf32 = False  # so that scores and metrics on a GPU equal those on a CPU
@@ -72,7 +77,7 @@ def make_trainer(conf: Any, stage: str, precision: str, deterministic: bool = Tr
         accelerator=device,
         devices=conf.devices,
         num_nodes=conf.num_nodes,
-        strategy=conf.strategy,
+        strategy=arguments.pop("strategy", "ddp" if conf.strategy == SHARDED else conf.strategy),
         precision=resolve_precision(precision, device),  # type: ignore[arg-type]
         deterministic="warn" if deterministic else False,
         benchmark=not deterministic,
@@ -147,6 +152,7 @@ def fit(
         enable_version_counter=False,
     )
     stopper = CheckpointOnSigterm(checkpoints, conf.checkpoint_every)
+    sharded = FullySharded(module) if conf.strategy == SHARDED else None
     trainer = make_trainer(
         conf,
         stage,
@@ -163,6 +169,7 @@ def fit(
         log_every_n_steps=conf.log_every_n_steps,
         num_sanity_val_steps=0,
         limit_val_batches=0,
+        strategy=sharded or conf.strategy,
         **build(conf.options),
     )
     if trainer.world_size > 1 and any(isinstance(part, _BatchNorm) for part in module.modules()):
@@ -180,12 +187,15 @@ def fit(
         return
     if checkpoint:
         print(f"{stage}: resuming from step {steps_taken} of {conf.steps} ({checkpoint.name})", flush=True)
+    trained = sharded.make_trained_copy() if sharded else module
     in_parts: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if isinstance(module, TrainedModule):
-        module.prepare(str(trainer.precision))
-        in_parts = compute_in_parts(module, conf.compile, conf.checkpoint_activations)
+    if isinstance(trained, TrainedModule):
+        trained.prepare(str(trainer.precision))
+        in_parts = compute_in_parts(trained, conf.compile, conf.checkpoint_activations)
+    if sharded:
+        sharded.separate(trained)
     with in_parts:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(trained, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:  # a resumed Trainer does not know the checkpoints of earlier processes
         for old in sorted(checkpoints.glob("step=*.ckpt"))[:-2]:
             old.unlink()

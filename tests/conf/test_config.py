@@ -255,6 +255,7 @@ def test_an_unknown_choice_lists_the_choices_there_are(configure, group):
     ("override", "choices"),
     [
         ("trainer.resume=requierd", "auto, required"),
+        ("trainer.strategy=fsdp2", "auto, ddp, ddp_find_unused_parameters_true, fsdp"),
         ("logger.mode=ofline", "auto, online, offline"),
     ],
 )
@@ -263,6 +264,12 @@ def test_an_unknown_word_lists_the_choices(configure, override, choices):
     with pytest.raises(ConfigError) as caught:
         configure(override)
     assert f"{key}={value!r} is unknown; choose one of: {choices}" in str(caught.value)
+
+
+def test_sharded_networks_are_not_trained_with_scaled_gradients(configure):
+    configure("trainer=fsdp", "trainer.precision=bf16-mixed")
+    with pytest.raises(ConfigError, match=r"trainer.precision='16-mixed': .*; choose bf16-mixed, 32-true or auto"):
+        configure("trainer=fsdp", "trainer.precision=16-mixed")
 
 
 @pytest.mark.parametrize("value", ["0", "-1"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.process import train
+from support.results import files
 
 import train as entry_point
 from conf import devices
@@ -83,24 +84,30 @@ def test_launchers_of_several_processes_share_scores(sweep, tmp_path, launcher, 
 
 
 SBATCH = """#!/bin/bash
-# sbatch of a cluster of one machine: starts the tasks of a job array, each in the background.
+# sbatch of a cluster of one machine: starts a job, or those of a job array, in the background.
 script="${@: -1}"
-tasks=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
-for task in $(seq 0 "${tasks:-0}"); do
-    SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_JOB_ID=$((7 + task)) bash "$script" > /dev/null 2>&1 &
+jobs=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+export SLURM_NTASKS_PER_NODE=$(sed -n 's/^#SBATCH --ntasks-per-node=//p' "$script")
+if [ -z "$jobs" ]; then
+    SLURM_JOB_ID=7 bash "$script" > /dev/null 2>&1 &
+fi
+for job in $(test -z "$jobs" || seq 0 "$jobs"); do
+    SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$job SLURM_JOB_ID=$((7 + job)) bash "$script" > /dev/null 2>&1 &
 done
 echo "Submitted batch job 7"
 """
 SRUN = """#!/bin/bash
-# srun without its options: the command with the variables of a task.
+# srun without its options: the command once per task, with the variables of that task.
 while [[ $1 == -* ]]; do
     case $1 in --output|--error|-o|-e) shift 2;; *) shift;; esac
 done
-export SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_JOB_NUM_NODES=1
-export SLURM_JOB_NODELIST=$(hostname)
-exec "$@"
+export SLURM_NTASKS=$SLURM_NTASKS_PER_NODE SLURM_NODEID=0 SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=$(hostname)
+for task in $(seq 0 $((SLURM_NTASKS - 1))); do
+    SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+done
+wait
 """
-SACCT = "#!/bin/bash\necho 'JobID|State'\nfor task in 0 1; do echo \"7_$task|RUNNING\"; done\n"
+SACCT = "#!/bin/bash\necho 'JobID|State'\nfor job in 7 7_0 7_1; do echo \"$job|RUNNING\"; done\n"
 
 
 @pytest.fixture
@@ -112,6 +119,59 @@ def slurm(tmp_path, monkeypatch) -> None:
         (folder / name).write_text(content)
         (folder / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+REFUSE = """#!/bin/bash
+# sbatch of a cluster that keeps the script and refuses the job.
+cp "${@: -1}" "$(dirname "$0")/script"
+echo "refused" >&2
+exit 1
+"""
+
+
+NAMED = '''
+from pathlib import Path
+from pytorch_lightning.callbacks import Callback
+
+
+class Named(Callback):
+    """Leaves a file beside this one with the name of its rank."""
+
+    def on_train_start(self, trainer, module):
+        environment = type(trainer.strategy.cluster_environment).__name__
+        name = f"rank {trainer.global_rank} of {trainer.world_size} in {environment}"
+        Path(__file__).with_name(name).touch()
+'''
+
+
+@pytest.mark.slow
+def test_the_tasks_of_a_slurm_job_are_the_ranks_of_one_training(sweep, tmp_path, monkeypatch, slurm):
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named" / "named.py").write_text(NAMED)
+    monkeypatch.setenv("PYTHONPATH", f"{os.environ['PYTHONPATH']}{os.pathsep}{tmp_path / 'named'}")
+    trained = [override for override in sweep if override not in ("distillation=none", "trainer=cpu")]
+    devices = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "+callbacks.named._target_=named.Named"]
+    train(*trained, "launcher=submitit_slurm", *devices)
+    (record,) = read_only_sweep(tmp_path)["records"]
+    assert record["state"] == "finished"
+    assert "networks/distilled/config.json" in files(Path(record["run"]))
+    assert files(tmp_path / "named") >= {f"rank {rank} of 2 in SLURMEnvironment" for rank in range(2)}
+
+
+@pytest.mark.parametrize(("machines", "gpus"), [(1, 1), (2, 4)])
+def test_a_slurm_job_has_a_task_for_each_gpu_of_each_machine(sweep, slurm, tmp_path, monkeypatch, machines, gpus):
+    (tmp_path / "slurm" / "sbatch").write_text(REFUSE)
+    devices = ["trainer=fsdp", f"trainer.devices={gpus}", f"trainer.num_nodes={machines}"]
+    with pytest.raises(SystemExit):
+        run_here(monkeypatch, *sweep, "launcher=submitit_slurm", *devices, "hydra.launcher.partition=long")
+    lines = (tmp_path / "slurm" / "script").read_text().splitlines()
+    options = dict(line.removeprefix("#SBATCH --").split("=", 1) for line in lines if line.startswith("#SBATCH"))
+    expected = {"nodes": machines, "ntasks-per-node": gpus, "gpus-per-node": gpus, "cpus-per-task": 8}
+    expected |= {"mem-per-cpu": "8GB", "partition": "long", "time": 1440, "open-mode": "append"}
+    assert {name: options[name] for name in expected} == {name: str(value) for name, value in expected.items()}
+    assert "mem" not in options
+    (command,) = (line for line in lines if line.startswith("srun"))
+    assert f"{sys.executable} -u -m submitit.core._submit {tmp_path}/runs/.sweep/" in command
 
 
 SEARCH = ["hydra.sweeper.n_trials=2", "hydra.sweeper.sampler.seed=0", "optimizer.lr=1e-4"]

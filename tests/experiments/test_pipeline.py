@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -421,12 +422,30 @@ def test_a_run_whose_export_does_not_match_is_not_finished(configure, overrides,
 # Several processes for one job
 
 
+def start_two_processes(*job: str) -> None:
+    """Start both processes of a job as Lightning does, from one process."""
+    train(*job, "trainer=ddp", "trainer.devices=2")
+
+
+def start_two_machines(*job: str) -> None:
+    """Start a job as torchrun does on two machines, with one process on each; here both machines are this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    command = [*torchrun, "--rdzv-backend=c10d", place, str(ROOT / "train.py"), *job]
+    command += ["trainer=fsdp", "trainer.devices=1", "trainer.num_nodes=2"]
+    machines = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [machine.wait(600) for machine in machines] == [0, 0]
+
+
 @pytest.mark.slow
-def test_two_processes_score_and_train_like_one(configure, overrides, data_folder, tmp_path, unverified):
+@pytest.mark.parametrize("start", [start_two_processes, start_two_machines])
+def test_two_processes_score_and_train_like_one(configure, overrides, data_folder, tmp_path, unverified, start):
     job = [override for override in overrides if not override.startswith(("paths.runs=", "trainer="))]
     job += ["calibration.samples=6", "calibration.batch_size=2"]
     run_pipeline(configure(*job, "trainer=cpu", f"paths.runs={tmp_path}/one"))
-    train(*job, "trainer=ddp", "trainer.accelerator=cpu", f"paths.runs={tmp_path}/two", config_dir=data_folder)
+    start("--config-dir", str(data_folder), *job, "trainer.accelerator=cpu", f"paths.runs={tmp_path}/two")
     one, two = the_run(tmp_path / "one"), the_run(tmp_path / "two")
     assert one.name == two.name
     assert files(two) == FINISHED
@@ -438,3 +457,18 @@ def test_two_processes_score_and_train_like_one(configure, overrides, data_folde
     for name, rounding in (("pruned", 1e-6), ("distilled", 1e-3)):  # AdamW enlarges the rounding of small gradients
         losses = (read_json(run / "metrics.json")[f"{name}/output_loss"] for run in (one, two))
         assert next(losses) == pytest.approx(next(losses), rel=rounding), name
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("gpu", marks=pytest.mark.gpu)]
+)
+def test_one_part_is_trained_as_the_whole(overrides, data_folder, tmp_path, kind):
+    """FSDP2 on one device, the only kind of it that a machine with one GPU can run."""
+    job = [override for override in overrides if not override.startswith(("paths.runs=", "trainer="))]
+    job += [f"trainer.accelerator={kind}", "trainer.precision=32-true", "evaluation.every_n_steps=2"]
+    trained = []
+    for strategy in ("auto", "fsdp"):
+        runs = tmp_path / strategy
+        train(*job, f"trainer.strategy={strategy}", f"paths.runs={runs}", config_dir=data_folder)
+        trained.append(load_file(next((the_run(runs) / "networks" / "distilled").glob("*.safetensors"))))
+    torch.testing.assert_close(trained[1], trained[0], rtol=1e-4, atol=1e-5)

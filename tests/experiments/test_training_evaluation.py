@@ -10,7 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from omegaconf import DictConfig
 from PIL import Image
+from support.jobs import QUICK_END
+from support.ranks import two_ranks
 from support.results import differences, files, read_repeatable_history, results, the_run
 from support.stops import ctrl_c_after_step
 
@@ -73,6 +76,25 @@ def test_a_resumed_run_continues_its_evaluations(configure, sampling, tmp_path, 
     assert histories[0] == histories[1]
     assert read_evaluations(run)["frechet_channels"].keys() == {0, 1, 3}
     assert all((run / name).read_bytes() == (undisturbed / name).read_bytes() for name in PREVIEWS)
+
+
+def run_on_rank(rank: int, cfg: DictConfig) -> None:
+    run_pipeline(cfg)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_evaluate_as_one_process(configure, sampling, tmp_path, strategy):
+    run_pipeline(configure(*sampling, EVERY_TWO))
+    on_two = [f"trainer={strategy}", "trainer.accelerator=cpu", f"paths.runs={tmp_path}/two"]
+    with two_ranks(run_on_rank, configure(*sampling, EVERY_TWO, *on_two), patches=QUICK_END):
+        pass
+    one, two = the_run(tmp_path / "runs"), the_run(tmp_path / "two")
+    assert one.name == two.name and files(two) == files(one)
+    expected, found = (pd.DataFrame(read_evaluations(run)).sort_index(axis=1) for run in (one, two))
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-3)
+    metrics = read_json(two / "metrics.json")
+    assert found["frechet_channels"][3] == metrics["distilled/frechet_channels"]
+    assert (found["teacher_frechet_channels"] == metrics["teacher/frechet_channels"]).all()
 
 
 def test_without_measures_there_are_pictures(configure, sampling, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import itertools
 import os
 import signal
 import tempfile
@@ -9,24 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from support.distillation import REMOVED, distillation
-from support.networks import bypasses, tiny_backbone
+from support.networks import bypasses, tiny_backbone, tiny_batch
 from support.ranks import two_ranks
 from support.results import differences, files, read_repeatable_history, trained_state
 from torch import Tensor, nn
 
 from conf import schema
 from lightning_modules.disk import DiskFull
+from lightning_modules.modules.distillation import Distillation
+from lightning_modules.modules.lora import Lora
+from lightning_modules.modules.non_finite import NonFiniteLoss
 from lightning_modules.training.checkpoints import (
     AtomicCheckpoints,
     find_newest_checkpoint,
     partial_path,
     remove_partial_checkpoints,
 )
+from lightning_modules.training.ema import WarmedUpEMA
 from lightning_modules.training.ranks import DrawsForGlobalBatch
 from lightning_modules.training.sigterm import SIGTERM_EXIT_CODE, EndOnSigterm
 from lightning_modules.training.trainer import fit
@@ -146,39 +152,154 @@ class Terminate(Callback):
 
 
 def train(cfg: DictConfig, folder: Path, *callbacks: Callback) -> dict[str, Tensor]:
-    """The student's weights after a fit of its steps with SGD, which adds no rounding where gradients are near 0."""
+    """The student's averaged weights after a fit with SGD, which adds no rounding where gradients are near 0."""
     teacher = tiny_backbone("UNet2DModel")
     student = teacher.pruned(bypasses(REMOVED))
     for part in student.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.25
     module = distillation(student, teacher)
-    module.make_optimizer = functools.partial(torch.optim.SGD, lr=0.05)
-    fit(module, schema.build(cfg.data), cfg.trainer, folder, "distil", callbacks=callbacks)
+    module.make_optimizer = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.5)
+    fit(module, schema.build(cfg.data), cfg.trainer, folder, "distil", callbacks=[WarmedUpEMA(0.9), *callbacks])
+    assert module.student is student and module.teacher is teacher
     return student.state_dict()
 
 
-def train_and_terminate(rank: int, cfg: DictConfig, folder: Path) -> None:
-    """Train on two ranks to the end, and once more until rank 1 receives a SIGTERM."""
-    weights = train(cfg, folder)
+class Distributed(Callback):
+    """Checks after a step that each rank holds about half of every network, average and momentum."""
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        (average,) = (callback for callback in trainer.callbacks if isinstance(callback, WarmedUpEMA))
+        momenta = [state["momentum_buffer"] for state in trainer.optimizers[0].state.values()]
+        for tensors in (module.parameters(), average._average_model.parameters(), module.teacher.parameters(), momenta):
+            sizes = [(tensor.to_local().numel(), tensor.numel()) for tensor in tensors]
+            own, whole = map(sum, zip(*sizes, strict=True))
+            assert whole / 3 < own < whole * 2 / 3
+
+
+def train_terminate_and_resume(rank: int, cfg: DictConfig, folder: Path) -> None:
+    """Train on two ranks to the end, then until rank 1 receives a SIGTERM, and from there on."""
+    watchers = [Distributed()] if cfg.trainer.strategy == "fsdp" and cfg.trainer.accumulate_grad_batches == 1 else []
+    weights = train(cfg, folder, *watchers)
     torch.save(weights, folder / f"{rank}.pt")
     with pytest.raises(SystemExit) as caught:
-        train(cfg, folder / "terminated", Terminate(batch=1, rank=1))
+        train(cfg, folder / "terminated", Terminate(cfg.trainer.accumulate_grad_batches, rank=1))
     assert caught.value.code == (0 if rank else SIGTERM_EXIT_CODE)
+    if rank == 0:
+        assert files(folder / "terminated" / "checkpoints") == {"distil/step=0000002.ckpt"}
+    assert differences(train(cfg, folder / "terminated"), weights) == []
 
 
-def test_two_ranks_train_like_one_process_and_end_together_on_sigterm(configure, overrides, tmp_path):
-    weights = train(configure(*overrides).copy(), tmp_path / "one")
-    cfg = configure(*overrides, "trainer=ddp", "trainer.accelerator=cpu", "trainer.checkpoint_every=3")
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [("ddp", []), ("fsdp", []), ("fsdp", ["trainer.accumulate_grad_batches=2"])],
+    ids=["ddp", "fsdp", "fsdp_accumulated"],
+)
+def test_two_ranks_train_like_one_process_and_end_together_on_sigterm(configure, overrides, tmp_path, strategy, more):
+    """Weights, their average, momenta and logged values agree with those of one process, and resuming in all bits."""
+    job = [*overrides, "trainer.checkpoint_every=3", *more]
+    weights = train(configure(*job).copy(), tmp_path / "one")
     (tmp_path / "two" / "terminated").mkdir(parents=True)
-    with two_ranks(train_and_terminate, cfg, tmp_path / "two"):
+    cfg = configure(*job, f"trainer={strategy}", "trainer.accelerator=cpu")
+    with two_ranks(train_terminate_and_resume, cfg, tmp_path / "two"):
         pass
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / "two" / f"{rank}.pt"), weights, rtol=1e-4, atol=1e-6)
-    one, two = (read_repeatable_history(tmp_path / name / "history" / "distil.csv") for name in ("one", "two"))
-    assert [row[:2] for row in two] == [row[:2] for row in one]
+    folders = [tmp_path / name for name in ("one", "two", "two/terminated")]
+    one, two, resumed = (read_repeatable_history(folder / "history" / "distil.csv") for folder in folders)
+    assert resumed == two and [row[:2] for row in two] == [row[:2] for row in one]
     assert [row[2] for row in two] == pytest.approx([row[2] for row in one], rel=1e-4)
-    assert files(tmp_path / "two" / "terminated" / "checkpoints") == {"distil/step=0000002.ckpt"}
+    one, two, resumed = (trained_state(folder / "checkpoints" / "distil" / "step=0000003.ckpt") for folder in folders)
+    assert differences(resumed, two) == []
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+    for later in (folders[2] / "checkpoints" / "distil").glob("step=000000[34].ckpt"):
+        later.unlink()
+    alone = train(configure(*job).copy(), folders[2])  # one process goes on where the two were stopped
+    torch.testing.assert_close(alone, weights, rtol=1e-4, atol=1e-6)
+
+
+class GradientBreaks(Distillation):
+    """The derivative of the loss is not finite in the third step, on rank 1 alone."""
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        losses = super().losses(batch)
+        breaks = self.global_step == 2 and self.global_rank == 1
+        zero = (self.student.network.conv_in.bias.sum() * 0).sqrt() if breaks else 0
+        return losses | {"loss": losses["loss"] + zero}
+
+
+def break_gradient(rank: int, cfg: DictConfig, folder: Path) -> None:
+    teacher = tiny_backbone("UNet2DModel")
+    module = distillation(teacher.pruned(bypasses(REMOVED)), teacher, GradientBreaks, folder / "failure")
+    message = r"the gradient of student.network.conv_in.bias is not finite at optimiser step 2 .*; no step was taken"
+    with pytest.raises(NonFiniteLoss, match=message):
+        fit(module, schema.build(cfg.data), cfg.trainer, folder, "distil")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_ranks_stop_on_a_gradient_that_is_not_finite_on_one(configure, overrides, tmp_path, strategy):
+    cfg = configure(*overrides, f"trainer={strategy}", "trainer.accelerator=cpu")
+    with two_ranks(break_gradient, cfg, tmp_path):
+        pass
+    assert files(tmp_path / "failure") == {f"non_finite_rank{rank}.safetensors" for rank in range(2)}
+
+
+class Batches(pl.LightningDataModule):
+    """The same batch of four samples for ever; a rank gets its samples of it."""
+
+    def __init__(self, batch: dict[str, Any]) -> None:
+        super().__init__()
+        self.batch = batch
+
+    def train_dataloader(self) -> Any:
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        return itertools.repeat(self.select(self.batch, rank, world))
+
+    def select(self, batch: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
+        return {
+            name: self.select(rows, rank, world) if isinstance(rows, dict) else rows[rank::world]
+            for name, rows in batch.items()
+        }
+
+
+SHARDED = {
+    "UNet2DConditionModel": {},
+    "dit": {"taps": "units"},
+    "llama": {"taps": "units"},
+    "llama with adapters": {"lora": Lora(["q_proj", "down_proj"], rank=2), "w_feat": 0},
+}
+"""{network: options of its distillation}"""
+
+
+def distil_families(conf: DictConfig, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The weights of a student of each network after its distillation, adapters merged."""
+    # Before the ranks are connected: the networks' libraries write files on rank 0 alone then.
+    teachers = {name: tiny_backbone(name.split()[0]) for name in SHARDED}
+    return {name: distil_family(name, teacher, conf, folder) for name, teacher in teachers.items()}
+
+
+def distil_family(name: str, teacher: Any, conf: DictConfig, folder: Path) -> dict[str, Tensor]:
+    module = distillation(teacher.pruned(bypasses(teacher.survivors()[1:2])), teacher, **SHARDED[name])
+    module.make_optimizer = functools.partial(torch.optim.SGD, lr=0.05)
+    fit(module, Batches(tiny_batch(teacher)), conf, folder / name, "distil", callbacks=[WarmedUpEMA(0.9)])
+    return module.result().network.state_dict()
+
+
+def distil_and_store(rank: int, conf: DictConfig, folder: Path) -> None:
+    torch.save(distil_families(conf, folder), folder / f"{rank}.pt")
+
+
+def test_every_family_is_distilled_in_parts_as_in_one_process(configure, tmp_path):
+    cfg = configure("debug=tiny", "trainer=fsdp", "trainer.accelerator=cpu", "trainer.steps=2")
+    (tmp_path / "two").mkdir()
+    with two_ranks(distil_and_store, cfg.trainer, tmp_path / "two"):
+        pass
+    one = configure("debug=tiny", "trainer=cpu", "trainer.steps=2").trainer
+    found = [torch.load(tmp_path / "two" / f"{rank}.pt") for rank in range(2)]
+    expected = distil_families(one, tmp_path / "one")
+    assert list(expected) == list(SHARDED)
+    for rank in range(2):
+        torch.testing.assert_close(found[rank], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("more", [[], ["trainer.accumulate_grad_batches=2"]], ids=["plain", "accumulated"])

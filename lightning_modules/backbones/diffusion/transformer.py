@@ -82,6 +82,9 @@ class TransformerBackbone(DiffusionBackbone):
     def survivors(self) -> list[str]:
         return [name for name, block in self.blocks().items() if not isinstance(block, Skip)]
 
+    def self_contained(self) -> list[str]:
+        return [name for name in self.survivors() if name not in self.required_blocks()]
+
     def kept(self) -> list[str]:
         return list(self.moved) or self.survivors()
 
