@@ -3,6 +3,7 @@
 import contextlib
 import filecmp
 import functools
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from conf.schema import build
+from conf.schema import ROOT, build
 from experiments.engine.artefacts import digest, read_array, write_folder
 from experiments.engine.cache import is_intact, lock_entry, write_shared_folder
 from experiments.engine.identity import RESULT_VERSION, get_effective_settings
@@ -24,6 +25,11 @@ from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.metrics.protocol import Labels, Measure, Samples
 from lightning_modules.modules.sampling import Generation, seed_batches
 from lightning_modules.training.trainer import make_trainer, resolve_precision
+
+log = logging.getLogger(__name__)
+
+SHIPPED = ROOT / "assets" / "samples"
+"""Samples of embedded teachers that come with this repository, in a folder per protocol, named as in the cache."""
 
 
 class SampleEvaluation:
@@ -77,6 +83,7 @@ class SampleEvaluation:
         if name == TEACHER:  # one job at a time generates them
             folder = self.job.run.cache / "samples" / self.hash_protocol()
             with lock_entry(folder):
+                copy_shipped_samples(folder)
                 self.generate(name, network, folder)
         else:
             self.generate(name, network, folder)
@@ -161,6 +168,15 @@ class SampleEvaluation:
             "guidance": sampler.guidance,
             "prompts": None if self.prompts is None else f"{len(self.prompts)} ({digest(self.prompts)[:8]})",
         }
+
+
+def copy_shipped_samples(folder: Path) -> None:
+    """Copy samples that come with this repository into the cache, if there are any for this protocol and none yet."""
+    shipped = SHIPPED / folder.name
+    if is_rank_zero() and shipped.exists() and not folder.exists():
+        log.info("the teacher's samples are those in %s", shipped)
+        with write_shared_folder(folder) as partial:
+            shutil.copyfile(shipped / "images.npy", partial / "images.npy")
 
 
 def is_same_file(path: Path, other: Path) -> bool:
