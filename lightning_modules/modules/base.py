@@ -179,9 +179,10 @@ class TrainedModule(pl.LightningModule):
 def can_be_fused(make_optimizer: Callable[..., Any], parameters: Sequence[nn.Parameter], precision: str) -> bool:
     """Tell whether an optimiser can take its step in one kernel: on a GPU, if it can and nothing else was configured.
 
-    Not with the gradient scaling of `16-mixed`, for which a fused optimiser would undo the scaling after the clipping.
+    The meta device stands for a GPU, for estimates of memory. Not with the gradient scaling of `16-mixed`, for which a
+    fused optimiser would undo the scaling after the clipping.
     """
-    on_gpu = all(parameter.is_cuda for parameter in parameters)
+    on_gpu = all(parameter.is_cuda or parameter.is_meta for parameter in parameters)
     configured = getattr(make_optimizer, "keywords", {}).keys() & {"fused", "foreach"}
     takes_it = "fused" in inspect.signature(make_optimizer).parameters
     return on_gpu and takes_it and not configured and precision != "16-mixed"

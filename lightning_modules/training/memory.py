@@ -15,7 +15,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from criteria.base import Batch
 from lightning_modules.backbones.rounding import AUTOCAST_DTYPES
-from lightning_modules.modules.base import DistillationModule, Reference, TrainedModule
+from lightning_modules.modules.base import DistillationModule, Reference, TrainedModule, can_be_fused
+from lightning_modules.modules.distillation import Distillation
 from lightning_modules.training.cuda_on_meta import CudaOnMeta
 from lightning_modules.training.parts import compute_in_parts, find_recomputed
 
@@ -113,7 +114,7 @@ def estimate_memory(
     """
     module = copy_to_meta(module)
     module.prepare(settings.precision)
-    optimizer = make_optimizer_with_state(module)
+    optimizer = make_optimizer_with_state(module, settings.precision)
     held = count_held_memory(module, optimizer, settings)
     images = torch.zeros(settings.batch_size, *sample_shape, device="meta")
     batch = {"image": images, "label": torch.zeros(settings.batch_size, dtype=torch.long, device="meta")}
@@ -123,6 +124,9 @@ def estimate_memory(
         backbone.training_inputs = functools.partial(return_copy, inputs)  # type: ignore[method-assign]
         for part in find_recomputed(backbone, settings.checkpoint_activations):
             part.forward = cuda.wrap(part.forward)  # torch leaves the mode for the backward pass
+    if isinstance(module, Distillation) and module.has_stored_outputs:
+        with torch.no_grad(), cuda:
+            batch["teacher_output"] = module.student.predict(module.student.training_inputs(batch)).float()
     memory.count_all([*list_gradients(module), *list_state(optimizer)])
     start = memory.now
     with torch.random.fork_rng(devices=[]), compute_in_parts(module, False, settings.checkpoint_activations), memory:
@@ -137,7 +141,7 @@ def estimate_held_memory(module: TrainedModule, settings: TrainingSettings) -> M
     """Return the memory that a training holds all the time: without activations. It is found in little time."""
     module = copy_to_meta(module)
     module.prepare(settings.precision)
-    return count_held_memory(module, make_optimizer_with_state(module), settings)
+    return count_held_memory(module, make_optimizer_with_state(module, settings.precision), settings)
 
 
 def count_held_memory(
@@ -197,12 +201,17 @@ def list_encoders(module: TrainedModule) -> list[nn.Module]:
     return parts[0].modules() if parts else []
 
 
-def make_optimizer_with_state(module: TrainedModule) -> torch.optim.Optimizer:
-    """Return the optimiser of a module on the meta device, with the state and gradients that it has after a step."""
+def make_optimizer_with_state(module: TrainedModule, precision: str) -> torch.optim.Optimizer:
+    """Return the optimiser of a module on the meta device, with the state and gradients that it has after a step.
+
+    A fused optimiser makes no temporary tensors; the meta device has none, and one tensor after another is as good.
+    Otherwise CUDA takes all tensors at once, unless something else was configured.
+    """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = module.make_optimizer(trained)
-    for group in optimizer.param_groups:  # on CUDA, torch's optimisers take all tensors at once unless told otherwise
-        group |= {"foreach": not group["fused"], "fused": False} if "fused" in group else {}
+    optimizer, fused = module.make_optimizer(trained), can_be_fused(module.make_optimizer, trained, precision)
+    for group in optimizer.param_groups:
+        if "foreach" in group and group["foreach"] is None:
+            group["foreach"] = not fused
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

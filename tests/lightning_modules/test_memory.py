@@ -70,7 +70,7 @@ def measure_live(module: Any, level: str) -> int:
     give_inputs(module, "cpu")
     memory = LiveMemory()
     with compute_in_parts(module, False, level), memory:
-        optimizer = make_optimizer_with_state(module)
+        optimizer = make_optimizer_with_state(module, "32-true")
         take_step(module, optimizer, {}, WithoutCuda())  # type: ignore[arg-type]
     return memory.peak
 
@@ -78,7 +78,7 @@ def measure_live(module: Any, level: str) -> int:
 def measure_allocated(module: Any) -> int:
     """The peak of a second step on the CPU above what is held before it, by the allocator of torch."""
     give_inputs(module, "cpu")
-    optimizer = make_optimizer_with_state(module)
+    optimizer = make_optimizer_with_state(module, "32-true")
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         take_step(module, optimizer, {}, WithoutCuda())  # type: ignore[arg-type]
     assert profile.profiler is not None
@@ -277,6 +277,26 @@ def test_everything_held_is_counted_exactly() -> None:
     assert held.average == count_bytes([module]) >= 4 * student
     assert held.activations == 0 and held.total == held.networks + 12 * student + held.average
     assert dataclasses.replace(estimate_memory(module, TrainingSettings(BATCH)), activations=0) == held
+
+
+def test_stored_outputs_take_the_place_of_the_teacher() -> None:
+    teacher = tiny_backbone("UNet2DModel")
+    live, stored = (
+        distillation(tiny_backbone("UNet2DModel"), teacher, w_feat=0.0, teacher_outputs=choice)
+        for choice in ("live", "stored")
+    )
+    with_teacher, without = (estimate_memory(module, TrainingSettings(BATCH)) for module in (live, stored))
+    assert without.networks == with_teacher.networks - count_bytes([teacher])
+    assert without.activations <= with_teacher.activations
+
+
+def test_a_fused_optimiser_makes_no_temporary_tensors() -> None:
+    module = small_training("UNet2DModel")
+    parameters = 4 * module.student.params()
+    assert estimate_memory(module, TrainingSettings(1)).activations >= parameters  # foreach: a copy of all weights
+    module.make_optimizer = functools.partial(torch.optim.AdamW, lr=1e-4)
+    assert estimate_memory(module, TrainingSettings(1)).activations < parameters
+    assert estimate_memory(module, TrainingSettings(1, "16-mixed")).activations >= parameters  # is not fused
 
 
 def test_ranks_copy_gradients_or_share_everything() -> None:
