@@ -73,10 +73,21 @@ def check_values(cfg: DictConfig) -> None:
     for path, valid in choices.items():
         if (value := select(content, path)) not in valid:
             raise ConfigError(f"{path}={value!r} is unknown; choose one of: {', '.join(valid)}")
-    if cfg.trainer.strategy == "fsdp" and cfg.trainer.precision == "16-mixed":
+    if cfg.trainer.strategy == "fsdp":
+        check_sharding(cfg.trainer)
+
+
+def check_sharding(trainer: DictConfig) -> None:
+    """Raise ConfigError for what networks that are distributed over ranks cannot be trained with."""
+    if trainer.precision == "16-mixed":
         raise ConfigError(
             "trainer.precision='16-mixed': with trainer.strategy='fsdp' each rank would scale its own gradients; "
             "choose bf16-mixed, 32-true or auto"
+        )
+    if trainer.compile:
+        raise ConfigError(
+            "trainer.compile=true: with trainer.strategy='fsdp' weights are gathered inside the functions that would "
+            "be compiled; choose trainer.compile=false, or trainer.strategy=ddp"
         )
 
 

@@ -42,7 +42,7 @@ class FullySharded(DDPStrategy):
     def separate(self, trained: pl.LightningModule) -> None:
         """Copy the frozen networks that the copy shares with the module itself, for which they stay whole."""
         for name, value in list(vars(trained).items()):
-            if isinstance(value, Reference) and value is vars(self.whole).get(name):
+            if isinstance(value, Reference) and vars(self.whole)[name] is value:
                 setattr(trained, name, Reference(copy.deepcopy(value.network.cpu())))
 
     @functools.cached_property
@@ -52,7 +52,7 @@ class FullySharded(DDPStrategy):
 
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
-        for network in find_frozen_networks(self.lightning_module):
+        for network in find_networks(self.lightning_module, trained=False):
             shard_frozen(network, self.mesh)
         shard_module(self.lightning_module, self.mesh)
         register_fsdp_forward_method(self.lightning_module, "training_step")
@@ -108,12 +108,11 @@ class FullySharded(DDPStrategy):
         return checkpoint
 
 
-def find_frozen_networks(module: pl.LightningModule) -> list[NetworkBackbone]:
-    """Return the networks that a module runs and that are no part of it."""
+def find_networks(module: nn.Module, trained: bool) -> list[NetworkBackbone]:
+    """Return the networks that a TrainedModule runs: those that are parts of it, or those that it only refers to."""
     parts = set(module.modules())
-    return (
-        [network for network in module.networks() if network not in parts] if isinstance(module, TrainedModule) else []
-    )
+    networks = module.networks() if isinstance(module, TrainedModule) else ()
+    return [network for network in networks if (network in parts) is trained]
 
 
 def shard_frozen(backbone: NetworkBackbone, mesh: DeviceMesh) -> None:
@@ -127,9 +126,8 @@ def shard_module(module: nn.Module, mesh: DeviceMesh) -> None:
 
     Buffers stay whole. Parameters are moved to the device of `mesh` part by part.
     """
-    for part in module.modules():
-        if isinstance(part, NetworkBackbone):
-            shard_units(part, mesh)
+    for network in find_networks(module, trained=True):
+        shard_units(network, mesh)
     fully_shard(module, mesh=mesh)
 
 

@@ -266,10 +266,17 @@ def test_an_unknown_word_lists_the_choices(configure, override, choices):
     assert f"{key}={value!r} is unknown; choose one of: {choices}" in str(caught.value)
 
 
-def test_sharded_networks_are_not_trained_with_scaled_gradients(configure):
-    configure("trainer=fsdp", "trainer.precision=bf16-mixed")
-    with pytest.raises(ConfigError, match=r"trainer.precision='16-mixed': .*; choose bf16-mixed, 32-true or auto"):
-        configure("trainer=fsdp", "trainer.precision=16-mixed")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.precision=16-mixed", "trainer.precision='16-mixed': .*; choose bf16-mixed, 32-true or auto"),
+        ("trainer.compile=true", "trainer.compile=true: .*; choose trainer.compile=false, or trainer.strategy=ddp"),
+    ],
+)
+def test_what_sharded_networks_cannot_be_trained_with_is_refused(configure, override, message):
+    configure("trainer=ddp", override)
+    with pytest.raises(ConfigError, match=message):
+        configure("trainer=fsdp", override)
 
 
 @pytest.mark.parametrize("value", ["0", "-1"])
