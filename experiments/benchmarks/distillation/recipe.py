@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-VAE = {
+VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "block_out_channels": (128, 256, 512, 512),
@@ -27,7 +27,12 @@ VAE = {
 }
 """The VAE of Stable Diffusion 1.x: 8 pixels per latent."""
 
-TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+TEXT: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
 """The text encoder of Stable Diffusion 1.x."""
 
 
@@ -60,13 +65,13 @@ def make_encoders(count: int, latents: int, width: int, device: torch.device, sm
         smaller: divisor of the widths and the number of layers, for a trial on a CPU.
     """
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-    channels = tuple(c // smaller for c in VAE["block_out_channels"])  # type: ignore[attr-defined]
+    channels = tuple(c // smaller for c in VAE["block_out_channels"])
     text = TEXT | {"hidden_size": width, "num_hidden_layers": max(1, TEXT["num_hidden_layers"] // smaller)}
     heads = TEXT["num_attention_heads"] if width % TEXT["num_attention_heads"] == 0 else 1
-    config = CLIPTextConfig(**text | {"num_attention_heads": heads})  # type: ignore[arg-type]
+    config = CLIPTextConfig(**text | {"num_attention_heads": heads})
     with torch.device(device):
-        vae: Any = AutoencoderKL(**VAE | {"block_out_channels": channels, "norm_num_groups": 4 if smaller > 1 else 32})  # type: ignore[arg-type]
-        encoder = CLIPTextModel(config)
+        vae: Any = AutoencoderKL(**VAE | {"block_out_channels": channels, "norm_num_groups": 4 if smaller > 1 else 32})
+        encoder: Any = CLIPTextModel(config)
     pixels = torch.randn(count, 3, 8 * latents, 8 * latents, device=device, dtype=dtype)
     tokens = torch.randint(0, config.vocab_size, (count, 77), device=device)
     return Encoders(vae.to(dtype).eval(), encoder.to(dtype).eval(), pixels, tokens)
