@@ -29,9 +29,9 @@ STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
 use."""
 
 
-CHECKPOINT_ACTIVATIONS = ("none", "blocks", "all")
-"""Which activations of the trained network are computed again in the backward pass instead of being saved: none, those
-inside each unit (ResNet block, attention, transformer block, decoder layer), or all those inside each stage."""
+CHECKPOINT_ACTIVATIONS = ("none", "blocks")
+"""Which activations of the trained network are computed again in the backward pass instead of being saved: none, or
+those inside each unit of depth (ResNet block, attention, transformer block, decoder layer)."""
 
 NOTES = ("name", "license")
 """Keys beside a `_target_` that are not passed to it."""
@@ -61,7 +61,7 @@ class Trainer:
     compile: bool = False
     """compile the networks part by part for training (torch.compile); changes results by rounding"""
     checkpoint_activations: str = "none"
-    """none | blocks | all: less memory for activations, for one more forward pass; see CHECKPOINT_ACTIVATIONS"""
+    """none | blocks: less memory for activations, for one more forward pass; see CHECKPOINT_ACTIVATIONS"""
     steps: int = MISSING
     """optimiser steps"""
     accumulate_grad_batches: int = 1

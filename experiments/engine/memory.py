@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from conf.schema import CHECKPOINT_ACTIVATIONS, ConfigError
+from conf.schema import ConfigError
 from datamodules.base import DataModule
 from lightning_modules.modules.base import TrainedModule
 from lightning_modules.training.memory import (
@@ -119,15 +119,12 @@ def list_options(cfg: DictConfig, settings: TrainingSettings) -> list[Option]:
         options.append(("latents=FOLDER (python -m experiments.precompute)", {"encodes": False}))
     if settings.copies_gradients:
         options.append(("trainer=fsdp", {"copies_gradients": False, "shards": world}))
-    levels = [level for level in CHECKPOINT_ACTIVATIONS if level not in ("none", settings.checkpoint_activations)]
-    recomputing: list[Option] = [
-        (f"trainer.checkpoint_activations={level}", {"checkpoint_activations": level}) for level in levels
-    ]
-    together = [*options, *(recomputing[:1] if settings.checkpoint_activations == "none" else [])]
-    if len(together) > 1:
-        changes = {key: value for _, change in together for key, value in change.items()}
-        return [*options, *recomputing, (" ".join(text for text, _ in together), changes)]
-    return [*options, *recomputing]
+    if settings.checkpoint_activations == "none":
+        options.append(("trainer.checkpoint_activations=blocks", {"checkpoint_activations": "blocks"}))
+    if len(options) > 1:
+        changes = {key: value for _, change in options for key, value in change.items()}
+        options.append((" ".join(text for text, _ in options), changes))
+    return options
 
 
 def advise(cfg: DictConfig, module: TrainedModule, settings: TrainingSettings, sample_shape: tuple[int, ...]) -> str:

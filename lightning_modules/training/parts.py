@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.prefix_reuse import allow_many_graphs, find_parts
 from lightning_modules.modules.base import TrainedModule
+from lightning_modules.training.ranks import DrawsForGlobalBatch
 
 
 @contextlib.contextmanager
@@ -58,8 +59,6 @@ def find_recomputed(backbone: NetworkBackbone, checkpoint_activations: str) -> l
     if checkpoint_activations == "none" or not any(weight.requires_grad for weight in backbone.parameters()):
         return []
     check_recomputation(backbone, checkpoint_activations)
-    if checkpoint_activations == "all":
-        return list(backbone.stages().values())
     return [backbone.network.get_submodule(name) for name in backbone.survivors()]
 
 
@@ -76,4 +75,7 @@ def recompute(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Return what a function returns; its activations are not saved, but computed again in the backward pass."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    draws = DrawsForGlobalBatch.active or contextlib.nullcontext()
+    return checkpoint(
+        forward, *args, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), draws), **kwargs
+    )

@@ -1,7 +1,7 @@
 """Training that does not depend on the number of ranks: sums and means over ranks, and random draws per sample."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +66,7 @@ class DrawsForGlobalBatch(TorchFunctionMode):
 
     A draw is one per sample if its first dimension is a multiple of the number of samples. Other draws are the same on
     all ranks. Draws with an explicit generator are not changed. Some draws are not covered and are the same on all
-    ranks: those of torch.distributions, the dropout of scaled_dot_product_attention, and those of a forward pass that
-    activation checkpointing repeats during the backward pass.
+    ranks: those of torch.distributions, and the dropout of scaled_dot_product_attention.
 
     Args:
         samples: number of samples of this rank's batch; all ranks have the same.
@@ -75,9 +74,21 @@ class DrawsForGlobalBatch(TorchFunctionMode):
         world: number of ranks.
     """
 
+    active: "DrawsForGlobalBatch | None" = None
+    """the context that draws are made in now; a forward pass that is repeated in the backward pass needs it again"""
+
     def __init__(self, samples: int, rank: int, world: int) -> None:
         super().__init__()
         self.samples, self.rank, self.world = samples, rank, world
+
+    def __enter__(self) -> Self:
+        DrawsForGlobalBatch.active = self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        DrawsForGlobalBatch.active = None
+        super().__exit__(*error)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

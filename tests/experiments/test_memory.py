@@ -66,7 +66,6 @@ def test_options_change_what_they_name(configure: Any, overrides: list[str]) -> 
         "ema_decay=null": {"averages": False},
         "latents=FOLDER (python -m experiments.precompute)": {"encodes": False},
         "trainer.checkpoint_activations=blocks": {"checkpoint_activations": "blocks"},
-        "trainer.checkpoint_activations=all": {"checkpoint_activations": "all"},
         "data.batch_size=3 trainer.accumulate_grad_batches=9 trainer.precision=bf16-mixed ema_decay=null "
         "latents=FOLDER (python -m experiments.precompute) trainer.checkpoint_activations=blocks": {
             **{"batch_size": 3, "precision": "bf16-mixed", "averages": False, "encodes": False},
@@ -77,18 +76,16 @@ def test_options_change_what_they_name(configure: Any, overrides: list[str]) -> 
 
 def test_options_of_several_ranks_keep_the_samples_of_a_step(configure: Any, overrides: list[str]) -> None:
     cfg = configure(*overrides, "trainer.devices=2")
-    settings = TrainingSettings(8, "bf16-mixed", "all", averages=False, copies_gradients=True)
+    settings = TrainingSettings(8, "bf16-mixed", "blocks", averages=False, copies_gradients=True)
     assert [text for text, _ in list_options(cfg, settings)] == [
         "data.batch_size=8 trainer.accumulate_grad_batches=2",
         "trainer=fsdp",
-        "trainer.checkpoint_activations=blocks",
         "data.batch_size=8 trainer.accumulate_grad_batches=2 trainer=fsdp",
     ]
 
 
 def test_nothing_is_offered_that_is_chosen_already(configure: Any, overrides: list[str]) -> None:
-    options = list_options(configure(*overrides), TrainingSettings(1, "bf16-mixed", "blocks", averages=False))
-    assert [text for text, _ in options] == ["trainer.checkpoint_activations=all"]
+    assert list_options(configure(*overrides), TrainingSettings(1, "bf16-mixed", "blocks", averages=False)) == []
 
 
 # The check

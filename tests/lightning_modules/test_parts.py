@@ -15,7 +15,8 @@ from experiments.engine.pipeline import run_pipeline
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.rounding import ROUNDED_LAYERS, round_weights
 from lightning_modules.modules.distillation import Distillation
-from lightning_modules.training.parts import compute_in_parts, find_compiled
+from lightning_modules.training.parts import compute_in_parts, find_compiled, recompute
+from lightning_modules.training.ranks import DrawsForGlobalBatch
 
 ALL = (*FAMILIES, "classifier")
 
@@ -90,19 +91,17 @@ def saved_bytes(module: Distillation, batch: dict[str, Any]) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputed_activations_give_the_same_gradients_with_less_memory(family):
     module, batch = distil(family, w_feat=0.1)
-    expected, memory = gradients(module, batch), {"none": saved_bytes(module, batch)}
-    for choice in ("blocks", "all"):
-        module.zero_grad()
-        with compute_in_parts(module, False, choice):
-            assert same_tensors(gradients(module, batch), expected)
-            memory[choice] = saved_bytes(module, batch)
-    assert memory["all"] < memory["none"] and memory["blocks"] < memory["none"]
+    expected, memory = gradients(module, batch), saved_bytes(module, batch)
+    module.zero_grad()
+    with compute_in_parts(module, False, "blocks"):
+        assert same_tensors(gradients(module, batch), expected)
+        assert saved_bytes(module, batch) < memory
 
 
 def test_activations_of_batch_norms_are_not_recomputed():
     module, _ = distil("classifier")
-    message = r"^trainer\.checkpoint_activations='all': the batch norms .* choose none$"
-    with pytest.raises(ValueError, match=message), compute_in_parts(module, False, "all"):
+    message = r"^trainer\.checkpoint_activations='blocks': the batch norms .* choose none$"
+    with pytest.raises(ValueError, match=message), compute_in_parts(module, False, "blocks"):
         pass
 
 
@@ -112,7 +111,7 @@ def count_calls(module: nn.Module) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize(("choice", "expected"), [("none", 1), ("blocks", 2), ("all", 2)])
+@pytest.mark.parametrize(("choice", "expected"), [("none", 1), ("blocks", 2)])
 def test_the_student_alone_is_computed_twice(choice, expected):
     module, batch = distil("UNet2DModel")
     inner = "down_blocks.0.resnets.0.conv1"
@@ -122,10 +121,27 @@ def test_the_student_alone_is_computed_twice(choice, expected):
     assert [len(each) for each in calls] == [expected, 1]
 
 
+def test_dropout_is_repeated_for_the_same_part_of_the_global_batch():
+    weight, values = torch.ones(4, requires_grad=True), torch.rand(2, 4)
+    passes: list[Tensor] = []
+
+    def forward(values: Tensor) -> Tensor:
+        passes.append(torch.nn.functional.dropout(values * weight, 0.5, training=True))
+        return passes[-1].square()
+
+    torch.manual_seed(0)
+    with DrawsForGlobalBatch(samples=2, rank=1, world=2):
+        output = recompute(forward, values)
+    output.sum().backward()
+    assert len(passes) == 2 and torch.equal(passes[0], passes[1])
+    assert 0 < passes[0].count_nonzero() < passes[0].numel()
+    assert DrawsForGlobalBatch.active is None
+
+
 def test_networks_are_restored_after_an_error():
     module, _ = distil("UNet2DModel")
-    with pytest.raises(RuntimeError, match="stop"), compute_in_parts(module, False, "all"):
-        assert "forward" in module.student.network.mid_block.__dict__
+    with pytest.raises(RuntimeError, match="stop"), compute_in_parts(module, False, "blocks"):
+        assert "forward" in module.student.network.mid_block.resnets[0].__dict__
         raise RuntimeError("stop")
     assert not any("forward" in part.__dict__ for part in module.student.modules())
 
@@ -140,7 +156,7 @@ def test_every_parameter_is_in_one_part_and_no_hook_is_inside(family, choice, ta
     module, _ = distil(family, taps=taps)
     for backbone, read in module.networks().items():
         student = backbone is module.student
-        recomputed = {"none": [], "blocks": backbone.survivors(), "all": list(backbone.stages())}[choice]
+        recomputed = {"none": [], "blocks": backbone.survivors()}[choice]
         boundaries = {*read, *(backbone.network.get_submodule(name) for name in recomputed if student)}
         parts = find_compiled(backbone.network, boundaries)
         inside = [id(weight) for part in parts for weight in part.parameters()]
@@ -204,7 +220,7 @@ def test_compiled_training_steps_equal_eager_ones_up_to_rounding():
 @pytest.mark.usefixtures("quick_end")
 def test_a_job_with_recomputed_activations_has_the_same_id_and_bits(configure, overrides, tmp_path, compiled):
     runs = []
-    for number, options in enumerate(([], ["trainer.checkpoint_activations=all"])):
+    for number, options in enumerate(([], ["trainer.checkpoint_activations=blocks"])):
         run_pipeline(configure(*overrides, *options, f"paths.runs={tmp_path}/runs{number}"))
         runs.append(the_run(tmp_path / f"runs{number}"))
     assert not compiled

@@ -265,7 +265,7 @@ class Batches(pl.LightningDataModule):
 
 BF16 = "trainer.precision=bf16-mixed"
 SHARDED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-    "recomputed": ("UNet2DConditionModel", {}, ["trainer.checkpoint_activations=all"]),
+    "recomputed": ("UNet2DConditionModel", {}, ["trainer.checkpoint_activations=blocks"]),
     "rounded": ("UNet2DConditionModel", {"taps": "units"}, [BF16, "trainer.checkpoint_activations=blocks"]),
     "first block": ("dit", {"taps": "units"}, []),
     "tied": ("llama", {"taps": "units"}, []),

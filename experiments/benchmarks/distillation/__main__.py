@@ -58,10 +58,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "eager, activations of blocks recomputed": {"deterministic": False, "checkpoint_activations": "blocks"},
     "compiled, deterministic": {"deterministic": True, "compile": True},
     "compiled": {"deterministic": False, "compile": True},
-    "compiled, activations of stages recomputed": {
+    "compiled, activations of blocks recomputed": {
         "deterministic": False,
         "compile": True,
-        "checkpoint_activations": "all",
+        "checkpoint_activations": "blocks",
     },
 }
 """{row: fields of `trainer`}"""
