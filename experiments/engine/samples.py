@@ -83,7 +83,8 @@ class SampleEvaluation:
         if name == TEACHER:  # one job at a time generates them
             folder = self.job.run.cache / "samples" / self.hash_protocol()
             with lock_entry(folder):
-                copy_shipped_samples(folder)
+                if self.job.device.type == "cpu":  # a GPU makes the teacher's samples as it makes the others
+                    copy_shipped_samples(folder)
                 self.generate(name, network, folder)
         else:
             self.generate(name, network, folder)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import soundfile
 import wandb
 from omegaconf import OmegaConf
 
@@ -20,6 +19,8 @@ def write_sounds(folder: Path, mel: Mel, count: int = 8) -> dict[str, list[Path]
     Returns {network: its files}. A network whose samples do not have the size of the data's mel spectrograms
     (`evaluation.resize`), or that has none, is left out.
     """
+    import soundfile  # noqa: PLC0415  for sounds alone
+
     files: dict[str, list[Path]] = {}
     for path in sorted((folder / "samples").glob("*/images.npy")):
         mels = read_array(path)[:count]

@@ -47,6 +47,7 @@ class LevelWeights(nn.Module):
 
     def forward(self, level: int, statistic: Tensor) -> Tensor:
         """Return the weight of a level, a scalar, for what `measure` returns for this rank's samples of a batch."""
+        assert statistic.ndim == 0, "what `measure` returns, not a feature map"
         if self.normalization == "none":
             return statistic
         mean = mean_over_ranks({"statistic": statistic})["statistic"]

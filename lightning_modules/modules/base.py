@@ -64,6 +64,8 @@ class TrainedModule(pl.LightningModule):
         """the first part of the names of the logged values; a second training of a job has another"""
         self.loss_values: dict[str, Tensor] = {}
         """the losses of the newest batch, without gradients"""
+        self.precision_of_training = "32-true"
+        """Lightning's name of the precision; `prepare` sets it"""
         self.gradient_norm: Tensor | None = None
         """norm of the gradients of the newest optimiser step, before clipping"""
 
@@ -77,6 +79,7 @@ class TrainedModule(pl.LightningModule):
 
     def prepare(self, precision: str) -> None:
         """Prepare networks for a training in a precision, by Lightning's name; called before anything is compiled."""
+        self.precision_of_training = precision
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return scalars of a batch by name. "loss" is minimised, and all are logged as `<section>/<name>`.
@@ -124,8 +127,12 @@ class TrainedModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients by the norm that the check of finiteness has computed, if there is one."""
-        if self.gradient_norm is None or gradient_clip_algorithm not in (None, "norm"):
+        """Clip the gradients by the norm that the check of finiteness has computed, if there is one.
+
+        Raises RuntimeError, as Lightning does, for an optimiser that undoes the scaling of gradients itself.
+        """
+        is_scaled = self.precision_of_training == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False)
+        if self.gradient_norm is None or gradient_clip_algorithm not in (None, "norm") or is_scaled:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm)
@@ -168,7 +175,7 @@ class TrainedModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
-        fused = can_be_fused(self.make_optimizer, parameters, str(self.trainer.precision))
+        fused = can_be_fused(self.make_optimizer, parameters, self.precision_of_training)
         optimizer = self.make_optimizer(parameters, **({"fused": True} if fused else {}))
         return {
             "optimizer": optimizer,
@@ -211,6 +218,10 @@ class DistillationModule(TrainedModule):
     runs and raises ValueError for settings that cannot work. `settings` are the fields of the group, and `narrower`
     says whether the student's feature maps have fewer channels than the teacher's.
 
+    `losses` reads `self.teacher` and its modules anew in every call, as `prepare` may replace the teacher by a copy in
+    half precision. A subclass that reads outputs inside the networks by hooks has to list these modules in
+    `networks()`: elsewhere, compiled functions do not notice hooks.
+
     Args:
         student: the pruned network, whose parameters are trained.
         teacher: the unpruned network. It is frozen, in eval mode and in no checkpoint.
@@ -242,7 +253,11 @@ class DistillationModule(TrainedModule):
         return self.reference.network
 
     def prepare(self, precision: str) -> None:
-        """Round the teacher's weights once as autocast would round them in every pass."""
+        """Round the teacher's weights once as autocast would round them in every pass.
+
+        In mixed precision `self.teacher` is another object afterwards.
+        """
+        super().prepare(precision)
         if self.needs_teacher:
             self.reference = Reference(round_weights(self.teacher, precision))
 

@@ -30,6 +30,8 @@ class WarmedUpEMA(WeightAveraging):
         self._device = None if isinstance(strategy, FullySharded) else strategy.root_device
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
+            for part in self._average_model.modules():  # a replaced function (see parts.py) is the trained network's
+                part.__dict__.pop("forward", None)
             # torch compares this number with 0 at every update: on a GPU, the process would wait for the device.
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
             if isinstance(strategy, FullySharded):

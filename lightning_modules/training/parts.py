@@ -21,7 +21,8 @@ def compute_in_parts(module: TrainedModule, compiles: bool, checkpoint_activatio
     """Compile the parts of a module's networks, and save fewer activations of those that are trained, in a context.
 
     Parts are the largest modules with parameters inside which no output is read and no activation is recomputed: hooks
-    inside a compiled function would be traced with it, and a change of them would not be noticed.
+    inside a compiled function would be traced with it, and a change of them would not be noticed. Each shape is a graph
+    of its own.
 
     Args:
         module: its `networks()` and `functions` are computed in another way while the context lasts.
@@ -32,11 +33,11 @@ def compute_in_parts(module: TrainedModule, compiles: bool, checkpoint_activatio
     for backbone, read in module.networks().items():
         recomputed = find_recomputed(backbone, checkpoint_activations)
         for part in find_compiled(backbone.network, {*read, *recomputed}) if compiles else ():
-            methods[part, "forward"] = torch.compile(part.forward)
+            methods[part, "forward"] = torch.compile(part.forward, dynamic=False)
         for part in recomputed:
             methods[part, "forward"] = functools.partial(recompute, methods.get((part, "forward"), part.forward))
     for name in module.functions if compiles else ():
-        methods[module, name] = torch.compile(getattr(module, name))
+        methods[module, name] = torch.compile(getattr(module, name), dynamic=False)
     if compiles:
         allow_many_graphs()
     try:

@@ -47,12 +47,18 @@ class StageBar(ProgressBar):
         if self.bar.disable:  # on ranks other than rank 0
             return
         if time.monotonic() - self.shown >= self.bar.mininterval:  # reading a value waits for the device
-            values = ", ".join(f"{name}={float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
-            self.bar.set_postfix_str(values, refresh=False)
-            self.shown = time.monotonic()
+            self.show_values(trainer)
         self.bar.update()
 
+    def show_values(self, trainer: pl.Trainer) -> None:
+        """Show the values of the newest step, such as the loss, beside the bar."""
+        values = ", ".join(f"{name}={float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
+        self.bar.set_postfix_str(values, refresh=False)
+        self.shown = time.monotonic()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.bar.disable:
+            self.show_values(trainer)
         self.bar.close()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -105,6 +105,16 @@ def make_callbacks(nodes: DictConfig) -> list[Callback]:
     return callbacks
 
 
+def warn_without_networks(module: pl.LightningModule, stage: str) -> None:
+    """Warn that fields of speed and memory have no effect on a module that does not say which networks it runs."""
+    if not isinstance(module, TrainedModule) or not module.networks():
+        warnings.warn(
+            f"{stage}: trainer.compile and trainer.checkpoint_activations have no effect, as {type(module).__name__} "
+            "lists no networks (TrainedModule.networks)",
+            stacklevel=3,
+        )
+
+
 def fit(
     module: pl.LightningModule,
     data: pl.LightningDataModule,
@@ -118,7 +128,8 @@ def fit(
     """Train a module for `conf.steps` optimiser steps, from the newest checkpoint if there is one.
 
     A resumed run ends with the same bits as an uninterrupted one on the same devices: the order of batches and the
-    noise are functions of (seed, position), and the loader's position is in the checkpoint. On SIGTERM the current step
+    noise are functions of (seed, position), and the loader's position is in the checkpoint. With `conf.compile`, or
+    without `conf.deterministic`, it may differ by rounding. On SIGTERM the current step
     is completed, a checkpoint is written, and SystemExit is raised. Raises ValueError for trainer.resume=required
     without a checkpoint, and CorruptCheckpoint if none of the checkpoints can be read.
 
@@ -189,6 +200,8 @@ def fit(
         print(f"{stage}: resuming from step {steps_taken} of {conf.steps} ({checkpoint.name})", flush=True)
     trained = sharded.make_trained_copy() if sharded else module
     in_parts: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if conf.compile or conf.checkpoint_activations != "none":
+        warn_without_networks(trained, stage)
     if isinstance(trained, TrainedModule):
         trained.prepare(str(trainer.precision))
         in_parts = compute_in_parts(trained, conf.compile, conf.checkpoint_activations)

@@ -12,6 +12,7 @@ from experiments.engine import samples
 from experiments.engine.inputs import build_teacher
 from experiments.engine.job import TEACHER, Job
 from experiments.engine.pipeline import identify_teacher, run_pipeline
+from lightning_modules.modules.sampling import Generation, seed_batches
 
 
 @pytest.mark.usefixtures("quick_end")
@@ -44,3 +45,17 @@ def test_the_default_job_uses_the_samples_of_the_repository(configure, tmp_path)
     images = np.load(folder / "images.npy")
     assert [path.name for path in samples.SHIPPED.iterdir()] == [folder.name]
     assert images.shape == (256, 32, 32, 3) and images.dtype == np.uint8
+
+
+@pytest.mark.slow
+def test_the_samples_of_the_repository_are_those_of_the_teacher(configure):
+    cfg = configure("evaluation.batch_size=8")
+    teacher = build_teacher(cfg).eval()
+    generation = Generation(teacher, build(cfg.sampler.scheduler), cfg.sampler.steps, cfg.sampler.guidance)
+    with torch.no_grad():
+        batch = next(iter(seed_batches(cfg.evaluation.seed, cfg.evaluation.samples, 8, None)))
+        found = generation.generate_images(batch)
+    (folder,) = samples.SHIPPED.iterdir()
+    shipped = np.load(folder / "images.npy")[:8]
+    assert np.abs(found.astype(int) - shipped).max() <= 2  # other processors round differently
+    assert shipped.std() > 30

@@ -1,17 +1,20 @@
 """Training on a GPU: the teacher's rounded weights, one kernel per optimiser step, and the same bits twice."""
 
-import functools
 from collections.abc import Iterator
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from support.distillation import REMOVED, distillation
 from support.networks import bypasses, same_tensors, tiny_backbone, tiny_batch
 
+from conf import schema
+from experiments.benchmarks.distillation.__main__ import OneBatch
 from lightning_modules.backbones.rounding import round_weights
-from lightning_modules.modules.base import can_be_fused
 from lightning_modules.modules.distillation import Distillation
+from lightning_modules.training.ema import WarmedUpEMA
 from lightning_modules.training.parts import compute_in_parts
+from lightning_modules.training.trainer import fit
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
@@ -70,7 +73,33 @@ def test_compiled_steps_equal_eager_ones_up_to_rounding():
         torch.testing.assert_close(compiled[name], weight, rtol=0, atol=5e-3)  # three steps of at most 1e-3 each
 
 
-def test_the_optimizer_is_fused_on_a_gpu():
-    weight = torch.nn.Parameter(torch.zeros(1, device="cuda"))
-    assert can_be_fused(functools.partial(torch.optim.AdamW, lr=0.1), [weight], "bf16-mixed")
-    assert not can_be_fused(functools.partial(torch.optim.AdamW, lr=0.1), [weight], "16-mixed")
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_resumed_training_ends_in_the_weights_of_an_undisturbed_one(tmp_path, compiles):
+    batch = tiny_batch(tiny_backbone("UNet2DModel"), 4)
+    weights, moments = [], []
+    for folder, ends in (("undisturbed", (4,)), ("resumed", (2, 4))):
+        for steps in ends:  # the second training goes on from the checkpoint of the first
+            teacher = tiny_backbone("UNet2DModel")
+            module = distillation(teacher.pruned(bypasses(REMOVED)), teacher)
+            fields = {"accelerator": "gpu", "steps": steps, "checkpoint_every": 2, "compile": compiles}
+            conf = OmegaConf.merge(OmegaConf.structured(schema.Trainer), fields)
+            callbacks = [WarmedUpEMA(0.9)]
+            fit(module, OneBatch(batch, steps), conf, tmp_path / folder, "distil", callbacks=callbacks)
+        weights.append(module.student.state_dict())
+        file = tmp_path / folder / "checkpoints" / "distil" / "step=0000004.ckpt"
+        (optimizer,) = torch.load(file, map_location="cpu", weights_only=True)["optimizer_states"]
+        assert optimizer["param_groups"][0]["fused"]
+        moments.append(optimizer["state"][0]["exp_avg"])
+    assert same_tensors(*weights) and torch.equal(*moments)
+
+
+def test_fully_sharded_training_on_one_gpu_equals_that_of_the_whole_module(tmp_path):
+    trained = []
+    for strategy in ("auto", "fsdp"):
+        teacher = tiny_backbone("UNet2DModel")
+        module = distillation(teacher.pruned(bypasses(REMOVED)), teacher)
+        fields = {"accelerator": "gpu", "steps": 3, "precision": "32-true", "strategy": strategy}
+        conf = OmegaConf.merge(OmegaConf.structured(schema.Trainer), fields)
+        fit(module, OneBatch(tiny_batch(teacher, 4), 3), conf, tmp_path / strategy, "distil")
+        trained.append(module.student.cpu().state_dict())
+    torch.testing.assert_close(trained[1], trained[0], rtol=1e-4, atol=1e-4)

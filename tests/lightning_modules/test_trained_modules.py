@@ -401,4 +401,4 @@ def test_without_tensorboard_the_error_names_what_to_install(configure, override
     ],
 )
 def test_an_optimizer_is_fused_on_a_gpu_that_allows_it(make, on_gpu, precision, expected):
-    assert can_be_fused(make, [SimpleNamespace(is_cuda=on_gpu)], precision) == expected
+    assert can_be_fused(make, [SimpleNamespace(is_cuda=on_gpu, is_meta=False)], precision) == expected

@@ -12,14 +12,20 @@ backward passes, without what is computed a second time, against the rate of one
 
 import argparse
 import csv
+import datetime
+import functools
 import gc
 import json
+import os
 import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+# As train.py does: without it, deterministic rows would not be what a job computes.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytorch_lightning as pl
 import torch
@@ -67,15 +73,15 @@ ROWS: dict[str, dict[str, Any]] = {
 """{row: fields of `trainer`}"""
 
 FAMILIES = {
+    "compiled by Triton": "triton",
+    "copy, conversion": "memcpy|memset|copy|convert|nchwtonhwc|nhwctonchw",
     "attention": "flash|fmha|scaled_dot|attention",
-    "convolution": "conv|wgrad|dgrad|xmma|cudnn|fprop",
-    "matrix product": "gemm|cutlass|nvjet|::mm|::addmm|::bmm|matmul|linear",
+    "convolution": "conv|wgrad|dgrad|fprop|winograd",
+    "matrix product": "gemm|nvjet|cutlass|::mm|::addmm|::bmm|matmul|linear",
     "optimiser, average, norms of gradients": "multi_tensor|foreach|adam|lpnorm",
     "norm": "norm",
-    "compiled by Triton": "triton",
-    "copy, conversion": "memcpy|memset|copy|_to_copy|nchwTonhwc|nhwcTonchw",
 }
-"""{family of kernels: pattern of their names}; the first that matches counts"""
+"""{family of kernels: pattern of their names in lower case}; the first that matches counts"""
 
 
 def build_networks(shape: str, latents: int | None, device: torch.device) -> tuple[UNetBackbone, UNetBackbone]:
@@ -151,10 +157,13 @@ def sum_kernels(profiler: profile, device: torch.device) -> dict[str, float]:
     totals = dict.fromkeys([*FAMILIES, "other"], 0.0)
     for event in profiler.key_averages():
         microseconds = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        name = event.key.lower()
-        family = next((family for family, pattern in FAMILIES.items() if re.search(pattern, name)), "other")
-        totals[family] += microseconds / 1000
+        totals[find_family(event.key)] += microseconds / 1000
     return totals
+
+
+def find_family(kernel: str) -> str:
+    """Return the family of a kernel or operator by its name."""
+    return next((family for family, pattern in FAMILIES.items() if re.search(pattern, kernel.lower())), "other")
 
 
 def train_recipe(
@@ -171,6 +180,8 @@ def train_recipe(
     try:
         with recipe(student.network, teacher.network, pairs, encoders) as trained:
             for _ in range(options.warmup):
+                trained.step(latents, text)
+            while trained.skipped:  # the scale of the gradients is still too large
                 trained.step(latents, text)
             synchronize(device)
             start = time.perf_counter()
@@ -210,8 +221,8 @@ def train_project(
         teacher,
         w_feat=0.1,
         skip_emptied=False,
-        optimizer=lambda parameters, **more: torch.optim.AdamW(parameters, lr=1e-5, **more),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-5),
+        lr_scheduler=functools.partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0),
         seed=0,
         dump=options.out / "failure",
     )
@@ -247,7 +258,7 @@ def measure_rows(options: argparse.Namespace, device: torch.device) -> Iterator[
         peak = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}" if device.type == "cuda" else ""
         yield {
             "training": name,
-            "images/s": f"{options.batch / seconds:.2f}",
+            "samples/s": f"{options.batch / seconds:.2f}",
             "ratio": f"{options.batch / seconds / rate:.2f}",
             "MFU": f"{flops / seconds / ceiling:.3f}",
             "peak GiB": peak,
@@ -295,8 +306,10 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/distillation"))
     options = parser.parse_args()
+    if options.encoders and options.shape == "sdxl_base":
+        parser.error("--encoders are those of Stable Diffusion 1.x; choose --shape sd15 or small")
     device = torch.device(resolve_accelerator(options.device))
-    machine = f"{device_name(device)}, torch {torch.__version__}"
+    machine = f"{device_name(device)}, torch {torch.__version__}, {datetime.date.today()}"
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"results_{options.shape}.csv"
     with open(path, "w", newline="") as file:

@@ -10,6 +10,7 @@ times the parts of its training: of the first step nothing, as memory is allocat
 import argparse
 import contextlib
 import csv
+import datetime
 import json
 import tempfile
 import time
@@ -75,7 +76,7 @@ class StepParts(Callback):
             self.seconds["backward pass"] += time.perf_counter() - self.backward
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
-        if index == 0:
+        if not self.measures and trainer.global_step == 1:
             self.measures, self.start = True, time.perf_counter()
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
@@ -93,6 +94,7 @@ def measure(overrides: list[str], steps: int) -> dict[str, float]:
         path = Path(folder) / "seconds.json"
         callback = f"+callbacks.parts={{_target_: {__name__}.StepParts, path: {path}}}"
         own = [
+            "logger=csv",
             "criterion=magnitude",
             "evaluation=none",
             "trainer=cpu",
@@ -117,10 +119,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
+    if options.steps < 2:
+        parser.error(f"--steps {options.steps}: the first step is not measured; choose 2 or more")
     seconds = measure(options.overrides, options.steps)
     total = sum(seconds.values())
     shares = {part: value / total for part, value in seconds.items()}
-    machine = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    machine = f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, {datetime.date.today()}"
     options.out.mkdir(parents=True, exist_ok=True)
     with open(options.out / "job.csv", "w", newline="") as file:
         writer = csv.writer(file)

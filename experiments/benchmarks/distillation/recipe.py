@@ -94,6 +94,8 @@ class Recipe:
         student.enable_gradient_checkpointing()
         self.optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5, weight_decay=1e-2)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.device.type == "cuda")
+        self.skipped = False
+        """whether the newest step changed no weight, as a scaled gradient was not finite"""
         self.average = copy.deepcopy(student).requires_grad_(False)
         self.maps: dict[str, list[Tensor]] = {"student": [], "teacher": []}
         self.handles = [
@@ -128,8 +130,10 @@ class Recipe:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.skipped = self.scaler.get_scale() < scale
         self.optimizer.zero_grad()
         self.update_average()
         return loss.detach()
