@@ -1,12 +1,11 @@
 """What a forward pass on a CUDA device saves in memory, imitated on the meta device: autocast and fused attention."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_modules.nested import map_tensors
@@ -39,7 +38,8 @@ FLASH_HEAD_SIZE = 256
 class CudaOnMeta(TorchFunctionMode):
     """A context in which functions of tensors on the meta device have the dtypes that they would have on a CUDA device.
 
-    Attention is one of the fused kernels, which save no matrix of all pairs of tokens.
+    A weight is cast at every use, as under Lightning's autocast, which keeps no cache. Attention is one of the fused
+    kernels, which save no matrix of all pairs of tokens.
 
     Args:
         dtype: the lower precision of autocast; None computes without autocast.
@@ -48,17 +48,6 @@ class CudaOnMeta(TorchFunctionMode):
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.dtype = dtype
-        self.casts: dict[int, Tensor] | None = None
-        """{id of a parameter: its copy in the lower precision}, as autocast keeps them; None keeps none"""
-
-    @contextlib.contextmanager
-    def keep_casts(self) -> Iterator[None]:
-        """Cast each trained parameter once while the context lasts, as autocast does until it is left."""
-        self.casts = {}
-        try:
-            yield
-        finally:
-            self.casts = None
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that runs inside this context, wherever it is called."""
@@ -84,13 +73,7 @@ class CudaOnMeta(TorchFunctionMode):
     def lower(self, tensor: Tensor) -> Tensor:
         """Return a floating-point tensor in the lower precision, and any other tensor as it is."""
         assert self.dtype is not None
-        if not tensor.is_floating_point() or tensor.dtype == self.dtype:
-            return tensor
-        if self.casts is None or not (isinstance(tensor, nn.Parameter) and tensor.requires_grad):
-            return tensor.to(self.dtype)
-        if id(tensor) not in self.casts:
-            self.casts[id(tensor)] = tensor.to(self.dtype)
-        return self.casts[id(tensor)]
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
 
 def is_low(tensor: Tensor) -> bool:

@@ -117,11 +117,16 @@ def estimate_memory(
     optimizer = make_optimizer_with_state(module, settings.precision)
     held = count_held_memory(module, optimizer, settings)
     images = torch.zeros(settings.batch_size, *sample_shape, device="meta")
-    batch = {"image": images, "label": torch.zeros(settings.batch_size, dtype=torch.long, device="meta")}
+    batch: dict[str, Any] = {
+        "image": images,
+        "label": torch.zeros(settings.batch_size, dtype=torch.long, device="meta"),
+    }
     memory, cuda = LiveMemory(), CudaOnMeta(AUTOCAST_DTYPES.get(settings.precision))
     for backbone in module.networks():
         inputs = backbone.example_training_inputs(settings.batch_size, "meta", sample_shape)
         backbone.training_inputs = functools.partial(return_copy, inputs)  # type: ignore[method-assign]
+        if backbone.takes_text:
+            batch["empty_text"] = backbone.example_training_inputs(1, "meta", sample_shape)["conditions"]
         for part in find_recomputed(backbone, settings.checkpoint_activations):
             part.forward = cuda.wrap(part.forward)  # torch leaves the mode for the backward pass
     if isinstance(module, Distillation) and module.has_stored_outputs:
@@ -133,7 +138,7 @@ def estimate_memory(
         if settings.encodes:
             encode(module, images)
         with cuda:
-            take_step(module, optimizer, batch, cuda)
+            take_step(module, optimizer, batch)
     return replace(held, activations=memory.peak - start)
 
 
@@ -175,7 +180,7 @@ def copy_to_meta(module: Any) -> Any:
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
     for buffer in module.buffers():
         memo[id(buffer)] = buffer.to("meta")
-    return copy.deepcopy(module, memo)
+    return copy.deepcopy(module, memo).to("meta")
 
 
 def count_bytes(modules: Iterable[nn.Module]) -> int:
@@ -227,10 +232,9 @@ def encode(module: TrainedModule, images: Tensor) -> None:
             copy_to_meta(vae).encode(images)
 
 
-def take_step(module: TrainedModule, optimizer: torch.optim.Optimizer, batch: dict[str, Any], cuda: CudaOnMeta) -> None:
+def take_step(module: TrainedModule, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> None:
     """Take an optimiser step in the order of Lightning: forward pass, gradients to None, backward pass, update."""
-    with cuda.keep_casts():
-        loss = module.losses(batch)["loss"]
+    loss = module.losses(batch)["loss"]
     optimizer.zero_grad()
     loss.backward()
     del loss
