@@ -45,12 +45,8 @@ class Clock:
         """Time a block; raises OutOfMemory in place of an error of Python or torch that says that memory is full."""
         log.debug("%s: begins", name)
         start = time.monotonic()
-        try:
+        with explain_out_of_memory(lambda error: self.advise(name)):
             yield
-        except (MemoryError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise OutOfMemory(self.advise(name)) from error
-            raise
         seconds = time.monotonic() - start
         log.debug("%s: %.2f s", name, seconds)
         self.seconds[name] = round(self.seconds.get(name, 0) + seconds, 2)
@@ -66,6 +62,24 @@ class Clock:
             "trainer.accumulate_grad_batches keeps the effective batch size, trainer.precision=bf16-mixed halves "
             "activations"
         )
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(advise: Callable[[BaseException], str]) -> Iterator[None]:
+    """Raise OutOfMemory in place of an error of Python or torch that says that memory is full.
+
+    Args:
+        advise: returns the message for such an error. It is not called for an OutOfMemory of a block inside, whose
+            advice is closer to the cause.
+    """
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(advise(error)) from error
+        raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:

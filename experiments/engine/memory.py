@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from conf.schema import ConfigError
 from datamodules.base import DataModule
+from experiments.engine.clock import explain_out_of_memory
 from lightning_modules.modules.base import TrainedModule
 from lightning_modules.training.memory import (
     MemoryEstimate,
@@ -25,7 +26,7 @@ from lightning_modules.training.trainer import resolve_precision
 log = logging.getLogger(__name__)
 
 MARGIN = 0.15
-"""How much of an estimate may be missing on the device before a training is refused"""
+"""By what share of the free memory an estimate may exceed it before a training is refused"""
 
 Option = tuple[str, Mapping[str, Any]]
 """Overrides of the configuration that save memory, and the fields of TrainingSettings that they change"""
@@ -45,8 +46,9 @@ def guard_memory(cfg: DictConfig, module: Any, stage: str, device: torch.device,
         data: the data of the training.
 
     Raises:
-        ConfigError: where the estimate is more than what is free by more than MARGIN, before the training, and where
-            the training runs out of memory; with what would save memory, and how much is needed then.
+        ConfigError: before the training, where the estimate is more than what is free by more than MARGIN.
+        OutOfMemory: where the training runs out of memory. Both messages name what would save memory, and how much is
+            needed then.
     """
     if not isinstance(module, TrainedModule):
         yield
@@ -59,11 +61,13 @@ def guard_memory(cfg: DictConfig, module: Any, stage: str, device: torch.device,
     else:
         held = estimate_held_memory(module, settings)
         log.info("%s: %s besides activations; on a CPU, nothing is refused", stage, describe_estimate(held))
-    try:
+
+    def explain(error: BaseException) -> str:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return f"out of memory in stage {stage!r} ({reason}). {advise(cfg, module, settings, data.sample_shape())}"
+
+    with explain_out_of_memory(explain):
         yield
-    except torch.OutOfMemoryError as error:
-        reason = f"{stage}: out of memory ({str(error).splitlines()[0]})"
-        raise ConfigError(f"{reason}. {advise(cfg, module, settings, data.sample_shape())}") from error
 
 
 def check_fits(
@@ -79,7 +83,7 @@ def check_fits(
     if estimate is None:
         return
     log.info("%s: %s; free are %s", stage, describe_estimate(estimate), format_gib(free))
-    if estimate.total * (1 - MARGIN) > free:
+    if estimate.total > free * (1 + MARGIN):
         raise ConfigError(
             f"{stage}: {describe_estimate(estimate)}, but free on the device are {format_gib(free)}. "
             f"{advise(cfg, module, settings, sample_shape)}"

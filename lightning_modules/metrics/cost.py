@@ -1,11 +1,13 @@
 """Costs of a network: multiply-accumulates with and without attention, latency, and peak memory."""
 
 import contextlib
+import platform
 import re
 import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -95,6 +97,19 @@ def latencies(calls: Mapping[str, Callable[[], Any]], repeats: int, device: torc
 def device_name(device: torch.device) -> str:
     """Return the name of a device for measured times."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def describe_machine(device: torch.device) -> str:
+    """Return what measured values depend on: GPU, or processor and threads; versions of Python and torch; and date."""
+    name = device_name(device) if device.type == "cuda" else f"{processor_name()}, {torch.get_num_threads()} threads"
+    return f"{name}, Python {platform.python_version()}, torch {torch.__version__}, {date.today()}"
+
+
+def processor_name() -> str:
+    """Return the model of the processor; its architecture where the system does not tell the model."""
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return model[1] if model else platform.machine()
 
 
 def reset_peak_memory() -> None:

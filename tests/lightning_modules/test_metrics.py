@@ -1,9 +1,11 @@
 """Distances between distributions, against closed forms, and costs of a network, against counting by hand."""
 
 import hashlib
+import platform
 import re
 import warnings
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -24,7 +26,7 @@ from datamodules.seeding import numpy_rng
 from experiments.engine.pipeline import run_pipeline
 from lightning_modules.backbones import costs
 from lightning_modules.backbones.classification.load import load_resnet
-from lightning_modules.metrics.cost import Macs, count_macs, latencies, peak_memory
+from lightning_modules.metrics.cost import Macs, count_macs, describe_machine, latencies, peak_memory, reset_peak_memory
 from lightning_modules.metrics.distances import Frechet
 from lightning_modules.metrics.features import Inception, ResNet20
 from lightning_modules.metrics.statistics import Statistics
@@ -419,3 +421,23 @@ def test_the_peak_memory_never_falls_and_holds_what_was_allocated():
     before = peak_memory(torch.device("cpu"))
     block = np.ones(2**24)
     assert peak_memory(torch.device("cpu")) >= max(before, block.nbytes)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a process's peak can be reset on Linux only")
+def test_a_new_measurement_of_peak_memory_does_not_contain_what_was_freed_before():
+    block = np.ones(2**24)
+    before, size = peak_memory(torch.device("cpu")), block.nbytes
+    del block
+    reset_peak_memory()
+    assert peak_memory(torch.device("cpu")) < before - size / 2
+
+
+def test_a_machine_is_described_by_processor_threads_versions_and_date(monkeypatch):
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, {date.today()}"
+    description = describe_machine(torch.device("cpu"))
+    assert description.endswith(f", {torch.get_num_threads()} threads, {versions}")
+    info = Path("/proc/cpuinfo")
+    processor = description.partition(f", {torch.get_num_threads()} threads")[0]
+    assert processor and (processor == platform.machine() or f": {processor}\n" in info.read_text())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert describe_machine(torch.device("cuda")) == f"NVIDIA H200, {versions}"

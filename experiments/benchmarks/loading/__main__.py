@@ -10,13 +10,10 @@ Every measurement is a process of its own, and both ways take turns, so that rat
 import argparse
 import csv
 import json
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -32,9 +29,10 @@ from experiments.benchmarks.result_speed.__main__ import build_on_meta
 from lightning_modules.backbones.diffusion.restage import find_source, make_student_config, restage
 from lightning_modules.backbones.diffusion.unet import UNetBackbone
 from lightning_modules.backbones.loading import load_network
-from lightning_modules.metrics.cost import device_name
+from lightning_modules.metrics.cost import describe_machine, peak_memory, reset_peak_memory
 
-COLUMNS = ("architecture", "what", "way", "seconds", "peak_gib", "weights_gib", "of", "time_ratio")
+COLUMNS = ("architecture", "what", "way", "seconds", "peak_gib", "weights_gib", "time_ratio")
+CPU = torch.device("cpu")
 VARIANT = "base"
 """the student that is built: BK-SDM's, which fits SD1.x and SD2.x"""
 
@@ -59,19 +57,20 @@ def build_as_before(teacher: UNetBackbone) -> nn.Module:
 def measure(what: str, way: str, folder: Path) -> dict[str, float]:
     """Return seconds, peak memory and size of the weights, in GiB, of one way in this process.
 
-    The peak is that of the whole process less what it had before. It counts pages of the file that are in memory, which
-    the system can take back.
+    The peak is the most that the whole process had at once, less what it had right before: for a student, with its
+    teacher. It counts pages of the file that are in memory, which the system can take back.
     """
     teacher = UNetBackbone(load_network(folder), DDPMScheduler()) if what == "student" else None
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, perf_counter()
+    reset_peak_memory()
+    before, start = peak_memory(CPU), perf_counter()
     if teacher is None:
         network = load_network(folder) if way == "now" else load_as_before(folder)
     else:
         network = restage(teacher.network, VARIANT) if way == "now" else build_as_before(teacher)
     seconds = perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak = peak_memory(CPU) - before
     weights = sum(parameter.nbytes for parameter in network.parameters())
-    return {"seconds": seconds, "peak_gib": peak / 2**20, "weights_gib": weights / 2**30}
+    return {"seconds": seconds, "peak_gib": peak / 2**30, "weights_gib": weights / 2**30}
 
 
 def measure_in_process(what: str, way: str, folder: Path) -> dict[str, float]:
@@ -102,8 +101,8 @@ def measure_architecture(name: str, kinds: list[str], repeats: int) -> list[dict
             }
             first = medians["before"]["seconds"]
             rows += [
-                {"architecture": name, "what": what, "way": way, "of": "before"}
-                | {key: f"{value:.2f}" for key, value in median.items()}
+                {"architecture": name, "what": what, "way": way}
+                | {key: f"{value:.3f}" for key, value in median.items()}
                 | {"time_ratio": f"{first / median['seconds']:.2f}"}
                 for way, median in medians.items()
             ]
@@ -123,10 +122,7 @@ def main() -> None:
         print(json.dumps(measure(what, way, Path(folder))))
         return
     rows = [row for name in options.architecture for row in measure_architecture(name, options.what, options.repeats)]
-    machine = (
-        f"{device_name(torch.device('cpu'))}, {platform.machine()}, torch {torch.__version__}, "
-        f"diffusers {diffusers.__version__}, {date.today()}"
-    )
+    machine = f"{describe_machine(CPU)}, diffusers {diffusers.__version__}"
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"results_{'_'.join(options.architecture)}.csv"
     with open(path, "w", newline="") as file:
