@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from conf.schema import ConfigError
 from datamodules.base import DataModule
 from experiments.engine.clock import explain_out_of_memory
+from experiments.engine.ranks import is_rank_zero
 from lightning_modules.modules.base import TrainedModule
 from lightning_modules.training.memory import (
     MemoryEstimate,
@@ -36,7 +37,8 @@ Option = tuple[str, Mapping[str, Any]]
 def guard_memory(cfg: DictConfig, module: Any, stage: str, device: torch.device, data: DataModule) -> Iterator[None]:
     """Check that a training fits the memory of a device, and explain where it runs out of memory all the same.
 
-    On a CPU nothing is refused. A module that is no TrainedModule is not estimated.
+    On a CPU nothing is refused, and of several ranks the first one checks for all. A module that is no TrainedModule is
+    not estimated, nor is one that does not run on the meta device.
 
     Args:
         cfg: the configuration of the stage.
@@ -53,14 +55,19 @@ def guard_memory(cfg: DictConfig, module: Any, stage: str, device: torch.device,
     if not isinstance(module, TrainedModule):
         yield
         return
-    module = copy_to_meta(module)  # as it is now: a training leaves weights and batches on the device
-    settings = describe_training(cfg, module, device.type)
-    if device.type == "cuda":
+    try:
+        module = copy_to_meta(module)  # as it is now: a training leaves weights and batches on the device
+        settings = describe_training(cfg, module, device.type)
+        held = estimate_held_memory(module, settings)
+    except Exception as error:  # a module or an optimiser of one's own may read the values of tensors
+        log.warning("%s: the memory of a %s cannot be estimated: %s", stage, type(module).__name__, error)
+        yield
+        return
+    if device.type != "cuda":
+        log.info("%s: %s besides activations; on a CPU, nothing is refused", stage, describe_estimate(held))
+    elif is_rank_zero():  # the current device of a rank that Lightning has started is not yet its own
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         check_fits(cfg, module, stage, settings, data.sample_shape(), free)
-    else:
-        held = estimate_held_memory(module, settings)
-        log.info("%s: %s besides activations; on a CPU, nothing is refused", stage, describe_estimate(held))
 
     def explain(error: BaseException) -> str:
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -121,7 +128,7 @@ def list_options(cfg: DictConfig, settings: TrainingSettings) -> list[Option]:
         options.append(("ema_decay=null", {"averages": False}))
     if settings.encodes:
         options.append(("latents=FOLDER (python -m experiments.precompute)", {"encodes": False}))
-    if settings.copies_gradients:
+    if settings.copies_gradients and settings.precision != "16-mixed" and not cfg.trainer.compile:
         options.append(("trainer=fsdp", {"copies_gradients": False, "shards": world}))
     if settings.checkpoint_activations == "none":
         options.append(("trainer.checkpoint_activations=blocks", {"checkpoint_activations": "blocks"}))
@@ -133,7 +140,7 @@ def list_options(cfg: DictConfig, settings: TrainingSettings) -> list[Option]:
 
 def advise(cfg: DictConfig, module: TrainedModule, settings: TrainingSettings, sample_shape: tuple[int, ...]) -> str:
     """Return what would save memory, with the estimate of each option, the least memory first."""
-    log.info("estimating how much memory would do")
+    log.info("estimating the memory of other settings")
     estimates = []
     for text, changes in list_options(cfg, settings):
         estimate = try_to_estimate(module, replace(settings, **changes), sample_shape)
@@ -143,7 +150,8 @@ def advise(cfg: DictConfig, module: TrainedModule, settings: TrainingSettings, s
     if now is None or not estimates:
         return "Choose a smaller data.batch_size, or a network with fewer parameters"
     lines = "".join(text for total, text in sorted(estimates) if total < now.total)
-    return f"Estimated memory with these settings: {format_gib(now.total)}; with others:{lines}"
+    others = f"; with others:{lines}" if lines else "; no other setting needs less"
+    return f"Estimated memory with these settings: {format_gib(now.total)}{others}"
 
 
 def try_to_estimate(

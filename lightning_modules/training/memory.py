@@ -143,7 +143,7 @@ def estimate_memory(
 
 
 def estimate_held_memory(module: TrainedModule, settings: TrainingSettings) -> MemoryEstimate:
-    """Return the memory that a training holds all the time: without activations. It is found in little time."""
+    """Return the memory that a training holds all the time: without activations. This is fast."""
     module = copy_to_meta(module)
     module.prepare(settings.precision)
     return count_held_memory(module, make_optimizer_with_state(module, settings.precision), settings)
@@ -209,8 +209,8 @@ def list_encoders(module: TrainedModule) -> list[nn.Module]:
 def make_optimizer_with_state(module: TrainedModule, precision: str) -> torch.optim.Optimizer:
     """Return the optimiser of a module on the meta device, with the state and gradients that it has after a step.
 
-    A fused optimiser makes no temporary tensors; the meta device has none, and one tensor after another is as good.
-    Otherwise CUDA takes all tensors at once, unless something else was configured.
+    A fused optimiser makes no temporary tensors. The meta device has no fused kernels; updating one tensor at a time needs
+    as little memory. Otherwise CUDA updates all tensors at once, unless something else was configured.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer, fused = module.make_optimizer(trained), can_be_fused(module.make_optimizer, trained, precision)

@@ -1,6 +1,7 @@
 """The check that a training fits its device, the advice where it does not, and `python -m experiments.memory`."""
 
 import dataclasses
+import functools
 import logging
 import math
 import re
@@ -120,6 +121,15 @@ def test_a_training_that_does_not_fit_is_refused_with_options_by_effect(configur
     assert len(options[0][1].split()) > 3  # all together save most
 
 
+def test_what_cannot_be_estimated_is_trained_all_the_same(configure: Any, overrides: list[str], caplog: Any) -> None:
+    module = small_training()
+    module.make_optimizer = functools.partial(torch.optim.Adafactor, lr=1e-3)
+    trained = []
+    with guard_memory(configure(*overrides), module, "distil", torch.device("cpu"), DATA):
+        trained.append(module)
+    assert trained and "distil: the memory of a Distillation cannot be estimated: " in caplog.text
+
+
 def test_the_memory_of_a_gpu_is_what_is_free_and_what_this_process_can_use_again(
     configure: Any, overrides: list[str], monkeypatch: Any
 ) -> None:
@@ -130,6 +140,9 @@ def test_the_memory_of_a_gpu_is_what_is_free_and_what_this_process_can_use_again
 
     with guard_memory(configure(*overrides), small_training(), "distil", torch.device("cuda"), DATA):
         assert checked[0][-2:] == ((3, 8, 8), 2**20 + 2**19)
+    monkeypatch.setattr(memory, "is_rank_zero", lambda: False)
+    with guard_memory(configure(*overrides), small_training(), "distil", torch.device("cuda"), DATA):
+        assert len(checked) == 1  # the first rank checks for all
 
 
 def test_a_module_that_reads_values_is_not_estimated_and_not_refused(
