@@ -57,6 +57,18 @@ NO_EFFECT = (
     "statistics",
 )
 """Fields of a data set's configuration that do not change what is stored."""
+DIFFERENCES = {
+    "version": "another version",
+    "vae": "another VAE",
+    "text": "another text encoder",
+    "data": "another data set or other fields of it",
+    "content": "other samples",
+    "flips": "another data.flip",
+    "image_shape": "pictures of another shape",
+    "dtype": "another precompute.dtype",
+    "samples_per_shard": "another precompute.samples_per_shard",
+}
+"""{key of what describes stored latents: how messages call another value of it}"""
 
 
 def load_backbone(cfg: DictConfig) -> Any:
@@ -115,17 +127,11 @@ def check_latents(cfg: DictConfig, data: DataModule, backbone: Any) -> None:
         content = hash_content(data)
     except MissingData:
         content = manifest["content"]
-    names = {
-        "vae": "another VAE",
-        "text": "another text encoder",
-        "data": "another data set or other fields of it",
-        "content": "other samples",
-    }
     for key, wanted in identify_latents(cfg, backbone, content).items():
         stored = manifest["text_encoder" if key == "text" else key]
         if stored != wanted:
             raise ValueError(
-                f"latents={cfg.latents} was made with {names.get(key, 'another version')}: its {key} is "
+                f"latents={cfg.latents} was made with {DIFFERENCES[key]}: its {key} is "
                 f"{stored[:16]}, this job's {wanted[:16]}; precompute into another folder"
             )
 
@@ -175,7 +181,7 @@ class Precomputation:
     def run(self) -> Path:
         """Write the text states, then the shards that no other process works on, then the manifest if all are there."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        begin(self.folder / "started.json", self.description)
+        begin(self.folder / "started.json", self.description, DIFFERENCES, "choose another folder, or delete it")
         if self.backbone.takes_text:
             captions = [text for split in SPLITS for text in iterate_captions(self.data, split)]
             dtype, size = getattr(torch, self.options.dtype), self.options.batch_size

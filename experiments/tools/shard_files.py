@@ -9,17 +9,25 @@ from filelock import FileLock, Timeout
 from experiments.engine.artefacts import read_json, write_json
 
 
-def begin(path: Path, description: Mapping[str, Any]) -> None:
+def begin(path: Path, description: Mapping[str, Any], names: Mapping[str, str], remedy: str) -> None:
     """Write what shards are made from, before the first of them.
 
     Raises ValueError, naming the differences, where they were begun from something else.
+
+    Args:
+        path: the file that is written.
+        description: what shards are made from.
+        names: {key of the description: how messages call another value of it}.
+        remedy: what messages advise to do.
     """
     if path.exists() and (begun := read_json(path)) != description:
-        differences = [key for key in {**begun, **description} if begun.get(key) != description.get(key)]
-        raise ValueError(
-            f"{path.parent} was begun with another VAE, text encoder, data set, teacher, type or size of shards "
-            f"({path.name} has another: {', '.join(differences)}); choose another folder, or delete it"
-        )
+        differences = [
+            f"{names.get(key, f'another {key}')} ({key}: {str(begun.get(key))[:16]}, this job's "
+            f"{str(description.get(key))[:16]})"
+            for key in {**begun, **description}
+            if begun.get(key) != description.get(key)
+        ]
+        raise ValueError(f"{path} was begun with {', '.join(differences)}; {remedy}")
     write_json(path, description)
 
 

@@ -25,19 +25,47 @@ from lightning_modules.training.trainer import autocast, resolve_accelerator, re
 
 log = logging.getLogger(__name__)
 
-OUTPUTS_VERSION = 1
-"""Goes up when stored outputs have another content or form."""
+OUTPUTS_VERSION = 2
+"""Goes up when stored outputs have another content, form or description."""
+DIFFERENCES = {
+    "version": "another version",
+    "weights": "another teacher",
+    "configuration": "a teacher of another configuration",
+    "prediction_type": "a teacher of another prediction type",
+    "schedule": "another noise schedule",
+    "scaling": "another scaling of the VAE's latents",
+    "latents": "other latents",
+    "draws": "another precompute.teacher_draws",
+    "seed": "another seed",
+    "dtype": "another precompute.dtype",
+    "precision": "another trainer.precision",
+}
+"""{key of what describes stored outputs: how messages call another value of it}"""
+SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+"""Fields of a VAE's configuration that scale the latents after they were drawn from what is stored."""
+
+
+def digest_config(part: Any) -> str:
+    """Return the sha256 of the class and the configuration of a part of a pipeline, without paths and versions."""
+    settings = {key: value for key, value in part.config.items() if not key.startswith("_")}
+    return digest([type(part).__name__, settings])
 
 
 def describe_teacher(teacher: DiffusionBackbone) -> dict[str, str]:
-    """Return what a teacher's outputs depend on beside its inputs: hashes of its weights and of its noise schedule."""
-    schedule = teacher.noise_scheduler
-    settings = {key: value for key, value in schedule.config.items() if not key.startswith("_")}
+    """Return what a teacher's outputs depend on beside what is stored of its inputs.
+
+    These are hashes of the network's weights and configuration, of the noise schedule, and of the scaling of latents.
+    The version comes first, as other versions have other keys.
+    """
+    parts = teacher.pipeline_parts
+    scaling = parts.vae.config if parts is not None and parts.has_vae else {}
     return {
-        "weights": digest_of_weights(teacher.network),
-        "prediction_type": prediction_type(schedule),
-        "schedule": digest([type(schedule).__name__, settings]),
         "version": str(OUTPUTS_VERSION),
+        "weights": digest_of_weights(teacher.network),
+        "configuration": digest_config(teacher.network),
+        "prediction_type": prediction_type(teacher.noise_scheduler),
+        "schedule": digest_config(teacher.noise_scheduler),
+        "scaling": digest([scaling.get(field) for field in SCALING]),
     }
 
 
@@ -49,17 +77,12 @@ def check_outputs(folder: str, manifest: Mapping[str, Any], teacher: Any) -> Non
         manifest: what describes the stored outputs.
         teacher: the job's teacher.
     """
-    names = {
-        "weights": "another teacher",
-        "prediction_type": "a teacher of another prediction type",
-        "schedule": "another noise schedule",
-    }
     for key, wanted in describe_teacher(teacher).items():
         if manifest[key] != wanted:
             raise ValueError(
-                f"latents={folder}: the teacher's outputs in it were computed with {names.get(key, 'another version')}"
-                f": its {key} is {manifest[key][:16]}, this job's {wanted[:16]}; choose "
-                "distillation.teacher_outputs=live, or precompute into another folder"
+                f"latents={folder}: the teacher's outputs in it were computed with {DIFFERENCES[key]}: its "
+                f"{key} is {manifest[key][:16]}, this job's {wanted[:16]}; choose distillation.teacher_outputs=live, "
+                "or precompute into another folder"
             )
 
 
@@ -98,7 +121,8 @@ class OutputPrecomputation:
 
     def run(self) -> None:
         """Write the shards that no other process works on, then the description if all are there."""
-        begin(self.folder / "outputs_started.json", self.description)
+        remedy = "choose another folder, or delete outputs* in it"
+        begin(self.folder / "outputs_started.json", self.description, DIFFERENCES, remedy)
         ends = np.cumsum([shard["rows"] for shard in self.shards])
         notes = []
         for number, (shard, end) in enumerate(zip(self.shards, ends, strict=True)):

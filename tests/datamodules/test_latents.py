@@ -174,7 +174,7 @@ def test_latents_of_something_else_are_refused(
     cfg = configure(*job)
     with pytest.raises(ValueError, match=message):
         check_latents(cfg, build_data(cfg), build_teacher(cfg))
-    with pytest.raises(ValueError, match="was begun with another"):
+    with pytest.raises(ValueError, match=rf"started\.json was begun with {message}.*another folder, or delete it$"):
         precompute(cfg)
 
 
@@ -182,7 +182,9 @@ def test_shards_of_another_size_are_no_continuation(stored, configure):
     job, folder = stored
     (folder / "manifest.json").unlink()
     (folder / "train-00001.json").unlink()
-    with pytest.raises(ValueError, match="size of shards"):
+    with pytest.raises(
+        ValueError, match=r"another precompute\.samples_per_shard \(samples_per_shard: \d+, this job's 20\)"
+    ):
         precompute(configure(*job, "precompute.samples_per_shard=20"))
 
 

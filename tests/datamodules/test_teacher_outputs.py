@@ -26,7 +26,6 @@ from experiments.engine.identity import get_effective_settings
 from experiments.engine.inputs import build_data, build_teacher
 from experiments.engine.pipeline import run_pipeline
 from experiments.engine.stages import distil
-from experiments.tools import teacher_outputs
 from experiments.tools.precompute import check_latents, precompute
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.training.trainer import fit
@@ -200,12 +199,30 @@ def test_outputs_whose_computation_was_stopped_go_on(job, stored, configure):
 
 
 @pytest.mark.parametrize(
-    ("change", "key"),
-    [("precompute.teacher_draws=4", "draws"), ("seed=1", "seed"), ("trainer.precision=bf16-mixed", "")],
+    ("change", "difference"),
+    [
+        ("precompute.teacher_draws=4", r"another precompute\.teacher_draws \(draws: 2, this job's 4\)"),
+        ("seed=1", r"another seed \(seed: 0, this job's 1\)"),
+        (
+            "trainer.precision=bf16-mixed",
+            r"another trainer\.precision \(precision: 32-true, this job's bf16-mixed\)",
+        ),
+    ],
 )
-def test_outputs_of_other_draws_are_no_continuation(job, stored, configure, change, key):
-    with pytest.raises(ValueError, match=rf"was begun with another.*outputs_started\.json.*{key}"):
+def test_outputs_of_other_draws_are_no_continuation(job, stored, configure, change, difference):
+    message = rf"outputs_started\.json was begun with {difference}; choose another folder, or delete outputs\* in it$"
+    with pytest.raises(ValueError, match=message):
         precompute(configure(*job, change))
+
+
+def test_outputs_that_were_deleted_can_be_made_for_other_draws(job, stored, configure):
+    others = {path.name for path in stored.iterdir()} - {path.name for path in stored.glob("outputs*")}
+    before = {name: (stored / name).read_bytes() for name in others - {"started.json"}}
+    for path in stored.glob("outputs*"):
+        path.unlink()
+    precompute(configure(*job, "seed=1"))
+    assert all((stored / name).read_bytes() == content for name, content in before.items())
+    assert read_outputs_manifest(stored)["seed"] == 1
 
 
 def test_outputs_wait_for_latents_that_another_process_makes(job, configure, monkeypatch, caplog):
@@ -232,26 +249,33 @@ def test_outputs_that_are_not_finite_are_not_stored(job, configure, tmp_path, mo
     ("change", "message"),
     [
         ("weights", "another teacher"),
+        ("attention_head_dim", "a teacher of another configuration"),
+        ("scaling_factor", "another scaling of the VAE's latents"),
         ("prediction_type", "a teacher of another prediction type.*is epsilon, this job's v_prediction"),
         ("schedule", "another noise schedule"),
-        ("version", "another version"),
+        ("version", "another version.*is 1, this job's 2"),
     ],
 )
-def test_outputs_of_another_teacher_are_refused(
-    job, stored, configure, text_teacher, tmp_path, monkeypatch, change, message
-):
+def test_outputs_of_another_teacher_are_refused(job, stored, configure, text_teacher, tmp_path, change, message):
     other = tmp_path / "other"
     shutil.copytree(text_teacher, other)
     if change == "weights":
         file = next((other / "unet").glob("*.safetensors"))
         weights = load_file(file)
         save_file(weights | {"conv_in.bias": weights["conv_in.bias"] + 1}, file, {"format": "pt"})
-    elif change == "version":
-        monkeypatch.setattr(teacher_outputs, "OUTPUTS_VERSION", 2)
+    elif change == "version":  # the first one had no hash of the configuration
+        manifest = read_outputs_manifest(stored)
+        del manifest["configuration"]
+        (stored / "outputs.json").write_text(json.dumps(manifest | {"version": "1"}))
     else:
-        file = other / "scheduler" / "scheduler_config.json"
-        change = {"prediction_type": "v_prediction"} if change == "prediction_type" else {"beta_end": 0.02}
-        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        file, settings = {
+            "attention_head_dim": ("unet/config.json", {"attention_head_dim": 4}),
+            "scaling_factor": ("vae/config.json", {"scaling_factor": 0.5}),
+            "prediction_type": ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}),
+            "schedule": ("scheduler/scheduler_config.json", {"beta_end": 0.02}),
+        }[change]
+        path = other / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     cfg = configure(*job, STORED, f"teacher.path={other}")
     with pytest.raises(ValueError, match=rf"computed with {message}.*teacher_outputs=live, or precompute into another"):
         run_pipeline(cfg)

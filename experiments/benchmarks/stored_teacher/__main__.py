@@ -32,7 +32,7 @@ from experiments.tools.teacher_outputs import store_outputs
 from lightning_modules.backbones.base import Change
 from lightning_modules.backbones.diffusion.pipeline_parts import move
 from lightning_modules.metrics.cost import device_name
-from lightning_modules.training.trainer import autocast, resolve_accelerator
+from lightning_modules.training.trainer import autocast, resolve_accelerator, resolve_precision
 
 JOB = (
     *("task=t2i", "evaluation=none", "evaluation.loss_samples=256", "distillation=output_only", "data.flip=false"),
@@ -77,7 +77,8 @@ def time_steps(cfg: DictConfig, changes: Sequence[Change], repeats: int) -> dict
         repeats: number of rounds that are timed.
     """
     device = torch.device(resolve_accelerator(cfg.trainer.accelerator))
-    data: Any = build_data(cfg).with_teacher_outputs()
+    plain: Any = build_data(cfg)
+    data = {"live": plain, "stored": plain.with_teacher_outputs()}
 
     def make_round(choice: str) -> Callable[[], dict]:
         teacher = build_teacher(cfg)
@@ -86,15 +87,16 @@ def time_steps(cfg: DictConfig, changes: Sequence[Change], repeats: int) -> dict
         module = schema.build(
             cfg.distillation, student=student, teacher=teacher, seed=0, dump=Path(cfg.paths.runs), **parts
         )(teacher_outputs=choice).to(device)
-        if choice == "live":
-            teacher.to(device)
-        optimizer, loader = module.configure_optimizers()["optimizer"], iter(data.train_dataloader())
+        module.prepare(resolve_precision(cfg.trainer.precision, device.type))
+        module.on_fit_start()
+        optimizer, loader = module.configure_optimizers()["optimizer"], iter(data[choice].train_dataloader())
 
         def run_round() -> dict:
             for _ in range(TIMED_STEPS):
                 optimizer.zero_grad()
+                batch = move(next(loader), device)
                 with autocast(cfg.trainer.precision, device):
-                    loss = module.losses(move(next(loader), device))["loss"]
+                    loss = module.losses(batch)["loss"]
                 loss.backward()
                 optimizer.step()
             return {}
@@ -138,7 +140,7 @@ def main() -> None:
     machine = f"{device_name(device)}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     rows = [
         {
-            "teacher": f"stored, {draws} draws" if draws else "live",
+            "teacher": f"stored, {draws} {'draw' if draws == 1 else 'draws'}" if draws else "live",
             "seed": seed,
             "steps": options.steps,
             "passes over the pictures": f"{options.steps * options.batch / options.images:.1f}",
