@@ -209,8 +209,8 @@ def list_encoders(module: TrainedModule) -> list[nn.Module]:
 def make_optimizer_with_state(module: TrainedModule, precision: str) -> torch.optim.Optimizer:
     """Return the optimiser of a module on the meta device, with the state and gradients that it has after a step.
 
-    A fused optimiser makes no temporary tensors. The meta device has no fused kernels; updating one tensor at a time needs
-    as little memory. Otherwise CUDA updates all tensors at once, unless something else was configured.
+    A fused optimiser makes no temporary tensors. The meta device has no fused kernels; updating one tensor at a time
+    needs as little memory. Otherwise CUDA updates all tensors at once, unless something else was configured.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer, fused = module.make_optimizer(trained), can_be_fused(module.make_optimizer, trained, precision)

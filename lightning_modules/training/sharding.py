@@ -42,7 +42,7 @@ class FullySharded(DDPStrategy):
     def separate(self, trained: pl.LightningModule) -> None:
         """Copy the frozen networks that the copy shares with the module itself, for which they stay whole."""
         for name, value in list(vars(trained).items()):
-            if isinstance(value, Reference) and vars(self.whole)[name] is value:
+            if isinstance(value, Reference) and vars(self.whole)[name].network is value.network:
                 setattr(trained, name, Reference(copy.deepcopy(value.network.cpu())))
 
     @functools.cached_property
