@@ -57,6 +57,7 @@ def test_every_fault_of_the_reliability_page_has_its_test():
             assert re.search(rf"^def {name}\(", text_of(path), re.M), (path, name)
 
 
+@pytest.mark.slow
 def test_the_python_page_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", text_of("docs/python.md"), re.S)
     assert len([line for line in blocks[0].splitlines() if line.strip()]) <= 25

@@ -227,7 +227,10 @@ def test_the_program_prints_a_row_for_every_batch_and_level(
     assert "not measured on a GPU" in output
 
 
-@pytest.mark.parametrize("recipe", ["bk_sdm_base", "laptop_diff_sd15_50", "laptop_diff_sdxl_50"])
+SLOW = [pytest.param(f"laptop_diff_{name}_50", marks=pytest.mark.slow) for name in ("sd15", "sdxl")]
+
+
+@pytest.mark.parametrize("recipe", ["bk_sdm_base", *SLOW])
 def test_published_teachers_need_no_weights(configure: Any, recipe: str) -> None:
     cfg = (
         configure(f"experiment={recipe}", "data.path=/nowhere")

@@ -3,12 +3,14 @@
 import sys
 
 import pandas as pd
+import pytest
 import torch
 
 from experiments.benchmarks.stored_teacher import __main__ as stored_teacher
 from lightning_modules.modules.distillation import Distillation
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_stored_outputs_with_a_live_teacher(tmp_path, monkeypatch, quick_end):
     words = ["--draws", "1", "2", "--seeds", "3", "--images", "8", "--steps", "4", "--batch", "4", "--repeats", "1"]
     words += ["--output", str(tmp_path / "results.csv"), "debug=tiny", "evaluation.loss_samples=4"]

@@ -82,7 +82,7 @@ def run_on_rank(rank: int, cfg: DictConfig) -> None:
     run_pipeline(cfg)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_ranks_evaluate_as_one_process(configure, sampling, tmp_path, strategy):
     run_pipeline(configure(*sampling, EVERY_TWO))
     on_two = [f"trainer={strategy}", "trainer.accelerator=cpu", f"paths.runs={tmp_path}/two"]
