@@ -160,13 +160,7 @@ def drop_settings_without_effect(config: Any) -> dict[str, Any]:
             ((content[group] or {}) if group else content).pop(name, None)
     for name in NO_EFFECT["data"]:
         (content["calibration"].get("data") or {}).pop(name, None)
-    for parent, group in (
-        (content, "data"),
-        (content["calibration"], "data"),
-        (content, "selection"),
-        (content, "trainer"),
-        (content, "distillation"),
-    ):
+    for parent, group in (*((content, group) for group in LATER_FIELDS), (content["calibration"], "data")):
         if parent.get(group) is not None:
             parent[group] = drop_later_fields(parent[group], LATER_FIELDS[group])
     return content

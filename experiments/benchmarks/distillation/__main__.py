@@ -12,7 +12,6 @@ backward passes, without what is computed a second time, against the rate of one
 
 import argparse
 import csv
-import datetime
 import functools
 import gc
 import json
@@ -41,7 +40,7 @@ from conf.schema import ROOT
 from experiments.benchmarks.distillation.recipe import make_encoders, recipe
 from experiments.benchmarks.result_speed.__main__ import build_on_meta, fill_with_weights, make_plans
 from lightning_modules.backbones.diffusion.unet import UNetBackbone
-from lightning_modules.metrics.cost import device_name
+from lightning_modules.metrics.cost import describe_machine, peak_memory, reset_peak_memory
 from lightning_modules.modules.distillation import Distillation
 from lightning_modules.modules.taps import pair_taps
 from lightning_modules.training.ema import WarmedUpEMA
@@ -251,11 +250,10 @@ def measure_rows(options: argparse.Namespace, device: torch.device) -> Iterator[
     ceiling, rate = measure_ceiling(device), None
     print(f"matrix product: {ceiling / 1e12:.1f} TFLOP/s")
     for name in ["recipe", *(["recipe with encoders"] if options.encoders else []), *options.rows]:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        reset_peak_memory()
         seconds, flops, kernels = measure_training(name, options, device)
         rate = rate or options.batch / seconds
-        peak = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}" if device.type == "cuda" else ""
+        peak = f"{peak_memory(device) / 2**30:.1f}" if device.type == "cuda" else ""
         yield {
             "training": name,
             "samples/s": f"{options.batch / seconds:.2f}",
@@ -309,7 +307,7 @@ def main() -> None:
     if options.encoders and options.shape == "sdxl_base":
         parser.error("--encoders are those of Stable Diffusion 1.x; choose --shape sd15 or small")
     device = torch.device(resolve_accelerator(options.device))
-    machine = f"{device_name(device)}, torch {torch.__version__}, {datetime.date.today()}"
+    machine = describe_machine(device)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"results_{options.shape}.csv"
     with open(path, "w", newline="") as file:

@@ -10,7 +10,6 @@ times the parts of its training: of the first step nothing, as memory is allocat
 import argparse
 import contextlib
 import csv
-import datetime
 import json
 import tempfile
 import time
@@ -28,7 +27,7 @@ from pytorch_lightning.callbacks import Callback
 from conf import checks, schema
 from experiments.engine.pipeline import run_pipeline
 from experiments.reporting.figures import save_figure
-from lightning_modules.metrics.cost import device_name
+from lightning_modules.metrics.cost import describe_machine
 
 BESIDE = "beside the networks"
 """The part with data, noise, losses, optimiser, moving average, checkpoints and logged values."""
@@ -124,7 +123,7 @@ def main() -> None:
     seconds = measure(options.overrides, options.steps)
     total = sum(seconds.values())
     shares = {part: value / total for part, value in seconds.items()}
-    machine = f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, {datetime.date.today()}"
+    machine = describe_machine(torch.device("cpu"))
     options.out.mkdir(parents=True, exist_ok=True)
     with open(options.out / "job.csv", "w", newline="") as file:
         writer = csv.writer(file)
