@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,12 @@ def imported(path: Path) -> Iterator[str]:
 
 def belongs(name: str, *modules: str) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports a test file by its name alone: of two with one name it collects the first, and then fails."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert names and [name for name, times in names.items() if times > 1] == []
 
 
 @pytest.mark.parametrize(
