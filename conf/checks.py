@@ -44,7 +44,7 @@ def check_values(cfg: DictConfig) -> None:
         raise ConfigError(str(error)) from error
     check_keys("", cfg)
     check_names(cfg)
-    for group in ("criterion", "selection", "distillation", "data", "teacher", "noise_scheduler"):
+    for group in ("criterion", "selection", "repair", "distillation", "data", "teacher", "noise_scheduler"):
         if isinstance(cfg[group], DictConfig) and "_target_" not in cfg[group]:
             refuse_unknown_keys(group, [key for key in cfg[group] if key != "name"], ["name"])
     if cfg.calibration.data is not None and not isinstance(cfg.calibration.data, DictConfig):

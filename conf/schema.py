@@ -206,6 +206,7 @@ class Config:
     data: Any = MISSING
     latents: str | None = None
     """folder of latents by `python -m experiments.precompute`; training then needs no VAE and no text encoder"""
+    repair: Any = None
     distillation: Any = None
     pretrain: Any = None
     noise_scheduler: Any = None

@@ -163,6 +163,26 @@ def drop_settings_without_effect(config: Any) -> dict[str, Any]:
     for parent, group in (*((content, group) for group in LATER_FIELDS), (content["calibration"], "data")):
         if parent.get(group) is not None:
             parent[group] = drop_later_fields(parent[group], LATER_FIELDS[group])
+    return drop_idle_repairs(content)
+
+
+def drop_idle_repairs(content: dict[str, Any]) -> dict[str, Any]:
+    """Return plain values of a configuration without stages of repair that repair nothing.
+
+    Runs from before that stage keep their ids. The group `repair` goes as well where no stage is left that reads it.
+    """
+    stages = {name: stage or {} for name, stage in ((content.get("pipeline") or {}).get("stages") or {}).items()}
+    repairs = {name for name, stage in stages.items() if str(stage.get("_target_")) == "experiments.Repair"}
+    idle = {
+        name
+        for name in repairs
+        if "_target_" not in ((stages[name].get("settings") or {}).get("repair") or content.get("repair") or {})
+    }
+    if idle:
+        kept = {name: stage for name, stage in content["pipeline"]["stages"].items() if name not in idle}
+        content["pipeline"] = content["pipeline"] | {"stages": kept}
+    if repairs == idle:
+        content.pop("repair", None)
     return content
 
 

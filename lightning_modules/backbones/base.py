@@ -14,6 +14,7 @@ from lightning_modules.backbones.costs import count_forward_pass
 from lightning_modules.backbones.gating import cost_under_gates, gate_units
 from lightning_modules.backbones.prefix_reuse import outputs_without_each
 from lightning_modules.backbones.removal import record_outputs, remove_for_a_while
+from lightning_modules.backbones.repair_sites import Site
 from lightning_modules.metrics.cost import Macs
 
 Change = Mapping[str, Any]
@@ -151,6 +152,13 @@ class NetworkBackbone(nn.Module):
     def adopt(self, network: nn.Module, changes: Sequence[Change] = ()) -> Self:
         """Return a backbone around another network, which these changes made from this backbone's network."""
         raise NotImplementedError
+
+    def repair_sites(self, student: Self, changes: Sequence[Change]) -> list[Site]:
+        """Return the layers of a student, pruned from this network by `changes`, that can make up for what is removed.
+
+        They are in the order of the forward pass.
+        """
+        return []
 
     def student(self, network: nn.Module, moved: dict[str, str] | None = None) -> Self:
         """Return a backbone around another network in eval mode, on this backbone's device."""

@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from support.results import differences, files, read_repeatable_history, the_run
 
 from conf.schema import ConfigError
 from experiments.engine.artefacts import read_json
+from experiments.engine.identity import get_effective_settings
 from experiments.engine.pipeline import make_stages, run_pipeline
 from experiments.engine.stage import Stage
 
@@ -40,7 +43,21 @@ stages:
   evaluate: {{_target_: {STAGES}.evaluate.Evaluate}}
   export: {{_target_: {STAGES}.export.Export}}
 """
-LISTS = {"twice": TWICE, "rounds": ROUNDS}
+LEAST_SQUARES = "{_target_: lightning_modules.modules.repair.LeastSquares, ridges: [0.01, 1.0], samples: 8}"
+PROGRESSIVE = f"""name: progressive
+stages:
+  score: {{_target_: {STAGES}.score.Score}}
+  select: {{_target_: {STAGES}.select.Select, settings: {{selection: {{ratio: 0.2}}}}}}
+  build: {{_target_: {STAGES}.build.Build, makes: pruned}}
+  repair: {{_target_: {STAGES}.repair.Repair, makes: repaired, settings: {{repair: {LEAST_SQUARES}}}}}
+  distil: {{_target_: {STAGES}.distil.Distil, makes: distilled, settings: {{trainer: {{steps: 2}}}}}}
+  score_again: {{_target_: {STAGES}.score.Score}}
+  select_again: {{_target_: {STAGES}.select.Select, settings: {{selection: {{ratio: 0.3}}}}}}
+  build_again: {{_target_: {STAGES}.build.Build, makes: pruned_again}}
+  repair_again: {{_target_: {STAGES}.repair.Repair, makes: repaired_again, settings: {{repair: {LEAST_SQUARES}}}}}
+  evaluate: {{_target_: {STAGES}.evaluate.Evaluate}}
+"""
+LISTS = {"twice": TWICE, "rounds": ROUNDS, "progressive": PROGRESSIVE}
 
 
 @pytest.fixture
@@ -56,7 +73,7 @@ def results(run: Path) -> dict[str, Any]:
     """All that must not depend on interruptions."""
     names = files(run)
     kept = [name for name in names if name.endswith((".safetensors", ".npy"))]
-    kept += [name for name in names if name.startswith(("scores", "plan", "metrics"))]
+    kept += [name for name in names if name.startswith(("scores", "plan", "metrics", "repair"))]
     histories = [name for name in names if name.startswith("history/")]
     return {name: (run / name).read_bytes() for name in kept} | {
         name: read_repeatable_history(run / name) for name in histories
@@ -76,7 +93,7 @@ def test_a_pipeline_stopped_between_stages_ends_in_the_same_bits(
     run_pipeline(undisturbed)
     expected = results(the_run(tmp_path / "undisturbed"))
     stages, begun = [stage.name for stage in make_stages(undisturbed)], []
-    assert len(stages) == len(set(stages)) == LISTS[name].count("_target_")
+    assert len(stages) == len(set(stages)) == LISTS[name].count(f"_target_: {STAGES}")
 
     for kind in {type(stage) for stage in make_stages(undisturbed)}:
         run = kind.run
@@ -119,6 +136,36 @@ def test_every_network_of_a_pipeline_is_measured_in_order(configure, sampling, l
     ) - {change["unit"] for change in first["changes"]}
 
 
+def test_a_repair_comes_between_building_and_training(configure, overrides, lists, tmp_path):
+    run_pipeline(configure(*overrides, "pipeline=progressive"))
+    run = the_run(tmp_path / "runs")
+    metrics = read_json(run / "metrics.json")
+    assert metrics["networks"][1:] == ["pruned", "repaired", "distilled", "pruned_again", "repaired_again"]
+    for again in ("", "_again"):
+        record = read_json(run / f"repair{'-repair_again' if again else ''}.json")
+        assert record["output_loss"] < record["output_loss_before"]
+        weights = [load_file(next((run / "networks" / f"{name}{again}").glob("*.safetensors"))) for name in NETWORKS]
+        changed = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+        fitted = {site["layer"] for site in record["sites"] if "ridge" in site}
+        assert changed == {name for name in weights[0] if name.rpartition(".")[0] in fitted}
+
+
+def test_a_job_without_a_repair_is_the_job_from_before_there_were_repairs(configure, overrides, tmp_path):
+    """The stage is in the list, but neither the run's id nor its folder shows it."""
+    idle, removed = (
+        get_effective_settings(configure(*overrides, *more)) for more in ((), ("~pipeline.stages.repair",))
+    )
+    assert idle == removed and "repair" not in idle["pipeline"]["stages"]
+    chosen = get_effective_settings(configure(*overrides, "repair=least_squares"))
+    assert list(chosen["pipeline"]["stages"])[3] == "repair" and chosen["repair"]["samples"] == 256
+
+
+def test_a_repair_of_more_samples_than_there_are_is_refused_before_scoring(configure, overrides, tmp_path):
+    with pytest.raises(ValueError, match=r"repair\.samples=1000: data\.train has 48 samples"):
+        run_pipeline(configure(*overrides, "repair=least_squares", "repair.samples=1000"))
+    assert not list((tmp_path / "runs").glob("*/*/scores.json"))
+
+
 def test_settings_of_a_stage_apply_to_that_stage_only(configure, overrides, lists, tmp_path):
     run_pipeline(configure(*overrides, "pipeline=twice"))
     run = the_run(tmp_path / "runs")
@@ -128,7 +175,9 @@ def test_settings_of_a_stage_apply_to_that_stage_only(configure, overrides, list
     assert terms == {"distil": True, "distil_again": False}
 
 
+NETWORKS = ("pruned", "repaired")
 WRONG = {
+    "a repair of nothing": ("~pipeline.stages.build", "there is no stage before it that prunes"),
     "no stage": ("~pipeline.stages.score", "there is no stage before it that scores"),
     "another class": ("pipeline.stages.score._target_=criteria.scores.output_loss.OutputLoss", "it is no Stage"),
     "one name twice": ("pipeline.stages.distil.makes=pruned", "there is a network of that name already"),

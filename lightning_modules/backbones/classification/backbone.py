@@ -19,6 +19,7 @@ from criteria.base import Batch, Level, Unit, parse_level
 from lightning_modules.backbones.base import Change, NetworkBackbone
 from lightning_modules.backbones.classification import image_networks
 from lightning_modules.backbones.classification.image_networks import BasicBlock, ImageNetwork
+from lightning_modules.backbones.repair_sites import Site, find_width_sites, sort_sites
 from lightning_modules.backbones.width.blocks import Cuts, delete_indices, multiplies
 from lightning_modules.backbones.width.graph import Channels, check_block, get_block_length
 
@@ -146,6 +147,10 @@ class ClassifierBackbone(NetworkBackbone):
 
     def adopt(self, network: nn.Module, changes: Sequence[Change] = ()) -> Self:
         return self.student(network)
+
+    def repair_sites(self, student: Self, changes: Sequence[Change]) -> list[Site]:
+        sites = find_width_sites(self.channels, [change["unit"] for change in changes])
+        return sort_sites(sites, student.forward_order())
 
     def stages(self) -> dict[str, nn.Module]:
         return self.network.stage_modules()

@@ -30,6 +30,8 @@ from lightning_modules.backbones.diffusion.pruned_unet import (
     remove_units,
 )
 from lightning_modules.backbones.diffusion.restage import make_student_config, restage
+from lightning_modules.backbones.diffusion.unet_repair_sites import find_unet_sites
+from lightning_modules.backbones.repair_sites import Site, find_width_sites, sort_sites
 from lightning_modules.backbones.width.graph import Channels
 
 CLASSES = {
@@ -190,6 +192,14 @@ class UNetBackbone(DiffusionBackbone):
     def adopt(self, network: nn.Module, changes: Sequence[Change] = ()) -> Self:
         variants = [change["variant"] for change in changes if change["kind"] == "restage"]
         return self.student(network, stage_pairs(variants[0], len(self.network.down_blocks)) if variants else None)
+
+    def repair_sites(self, student: Self, changes: Sequence[Change]) -> list[Site]:
+        kinds = {change["kind"] for change in changes}
+        if kinds == {"slice"}:
+            sites = find_width_sites(self.channels, [change["unit"] for change in changes])
+        else:
+            sites = find_unet_sites(student.network) if "restage" not in kinds else iter(())
+        return sort_sites(sites, student.forward_order())
 
     def stages(self) -> dict[str, nn.Module]:
         return list_stages(self.network)

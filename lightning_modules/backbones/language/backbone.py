@@ -24,6 +24,7 @@ from criteria.selection.base import check_names
 from lightning_modules.backbones.base import Change, NetworkBackbone
 from lightning_modules.backbones.diffusion.pruned_unet import put_modules
 from lightning_modules.backbones.language.width import DecoderChannels, listening
+from lightning_modules.backbones.repair_sites import Site, find_layer_sites, find_width_sites, sort_sites
 
 LAYERS = "model.layers"
 """Module path of the list of decoder layers."""
@@ -178,6 +179,11 @@ class LanguageBackbone(NetworkBackbone):
 
     def adopt(self, network: nn.Module, changes: Sequence[Change] = ()) -> Self:
         return self.student(network, self.renumber_layers(changes))
+
+    def repair_sites(self, student: Self, changes: Sequence[Change]) -> list[Site]:
+        order, sliced = student.forward_order(), [change["unit"] for change in changes if change["kind"] == "slice"]
+        blocks_sites = find_layer_sites(self.layers(), student.moved, order)
+        return sort_sites(find_width_sites(self.channels, sliced) if sliced else blocks_sites, order)
 
     def stages(self) -> dict[str, nn.Module]:
         """Return the decoder layers, since each is a stage."""
