@@ -138,6 +138,8 @@ class Criterion(Generic[Network]):
 
     needs: Needs = Needs.DATA
     """what a batch holds: calibration samples, `seeds` seeds, or nothing"""
+    passes = 1
+    """how often all calibration batches are fed to `update`; between two passes `end_pass` is called"""
     needs_grad = False
     """whether `update` computes gradients: it is then not run in inference mode"""
     level: Level = Level.DEPTH
@@ -176,6 +178,9 @@ class Criterion(Generic[Network]):
 
     def update(self, batch: Batch) -> None:
         """Add one calibration batch to the measurement."""
+
+    def end_pass(self) -> None:
+        """Use `states`, which are summed over ranks now, and replace them by those of the next pass."""
 
     def settled(self) -> bool:
         """Return True when scoring may stop early; asked only where one process sees all batches."""

@@ -69,6 +69,33 @@ class Scorable(Predicting, Removing, Protocol):
         ...
 
 
+class Removals(Protocol):
+    """Removals of single units, each made up for by a layer that is refitted: two passes over the samples."""
+
+    states: dict[str, Tensor]
+    """sums of the first pass"""
+
+    def observe(self, inputs: Batch, numbers_N: Tensor) -> None:
+        """Add some calibration samples to the sums."""
+        ...
+
+    def refit(self) -> None:
+        """Compute the refitted layers from the sums."""
+        ...
+
+    def outputs(self, inputs: Batch) -> Iterator[tuple[str | None, Tensor]]:
+        """Yield (None, dense output), then (name, output without that unit, with its layer refitted) in any order."""
+        ...
+
+
+class Repairable(Scorable, Protocol):
+    """A network in which the removal of a unit can be made up for in closed form."""
+
+    def repaired_removals(self, names: Sequence[str], ridges: Sequence[float]) -> Removals:
+        """Return the removals of units; `ridges` are those to choose from."""
+        ...
+
+
 class Differentiable(Predicting, Weighted, Protocol):
     """A network whose losses have gradients with respect to its weights."""
 

@@ -14,7 +14,18 @@ sys.path.insert(0, str(ROOT))
 from conf import schema  # noqa: E402  the repository has to be on the path first
 
 GROUPS = (
-    *("task", "teacher", "criterion", "selection", "distillation", "data", "noise_scheduler", "sampler", "optimizer"),
+    *(
+        "task",
+        "teacher",
+        "criterion",
+        "selection",
+        "repair",
+        "distillation",
+        "data",
+        "noise_scheduler",
+        "sampler",
+        "optimizer",
+    ),
     *(
         "lr_scheduler",
         "evaluation",

@@ -14,7 +14,8 @@ from lightning_modules.backbones.costs import count_forward_pass
 from lightning_modules.backbones.gating import cost_under_gates, gate_units
 from lightning_modules.backbones.prefix_reuse import outputs_without_each
 from lightning_modules.backbones.removal import record_outputs, remove_for_a_while
-from lightning_modules.backbones.repair_sites import Site
+from lightning_modules.backbones.repair.removals import RepairedRemovals
+from lightning_modules.backbones.repair.sites import Site
 from lightning_modules.metrics.cost import Macs
 
 Change = Mapping[str, Any]
@@ -156,9 +157,18 @@ class NetworkBackbone(nn.Module):
     def repair_sites(self, student: Self, changes: Sequence[Change]) -> list[Site]:
         """Return the layers of a student, pruned from this network by `changes`, that can make up for what is removed.
 
-        They are in the order of the forward pass.
+        They are in the order of the forward pass. The student may be this network itself while units are removed from
+        it.
         """
         return []
+
+    def paths_in(self, student: Self) -> dict[str, str]:
+        """Return {module path of a depth unit that a student still has: its module path there}."""
+        return {name: name for name in self.survivors()} if student is self else student.moved
+
+    def repaired_removals(self, names: Sequence[str], ridges: Sequence[float]) -> RepairedRemovals:
+        """Return what yields the outputs without single units whose removal is made up for by least squares."""
+        return RepairedRemovals(self, names, ridges)
 
     def student(self, network: nn.Module, moved: dict[str, str] | None = None) -> Self:
         """Return a backbone around another network in eval mode, on this backbone's device."""

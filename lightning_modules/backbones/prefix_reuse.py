@@ -53,6 +53,11 @@ class Replay:
         changed = {part for part, inside in self.parts.items() if part not in present or list(part.modules()) != inside}
         return next((count for count, (part, _) in enumerate(self.record) if part in changed), len(self.record))
 
+    def count_calls_before(self, layer: nn.Module) -> int:
+        """Return how many recorded calls come before the first part that contains a layer."""
+        containing = {part for part, inside in self.parts.items() if layer in inside}
+        return next((count for count, (part, _) in enumerate(self.record) if part in containing), len(self.record))
+
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Record the outputs of the parts in the one forward pass inside."""
@@ -68,7 +73,10 @@ class Replay:
 
     @contextlib.contextmanager
     def replaying(self, count: int) -> Iterator[None]:
-        """Let the first `count` calls of parts, in the one forward pass inside, return what was recorded."""
+        """Let the first `count` calls of parts, in the one forward pass inside, return what was recorded.
+
+        The pass may end early with an exception.
+        """
         calls = 0
 
         def run(part: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.diffusion.pipeline_parts import move
+from lightning_modules.backbones.repair.least_squares import FLOAT64_VALUES
 from lightning_modules.modules.base import Reference
 from lightning_modules.training.ranks import sum_over_ranks
 
@@ -49,10 +50,6 @@ class JointLoss(pl.LightningModule):
                 f"held-out losses are not finite: student {task / count}, teacher {teacher / count}"
             )
         self.metrics = {"output_loss": joint / count, "task_loss": task / count, "teacher_task_loss": teacher / count}
-
-
-FLOAT64_VALUES = 2**26
-"""Values that are held in float64 at once (512 MiB): the logits of a batch of texts may be many more."""
 
 
 def sum_square_errors(output: Tensor, other: Tensor) -> float:

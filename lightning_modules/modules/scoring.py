@@ -29,17 +29,26 @@ class Scoring(pl.LightningModule):
                 "lower calibration.batch_size or trainer.devices, so that every rank has one"
             )
         self.criterion.start(self.backbone, self.units, self.calibration_seed)
+        self.passes_ended = 0
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        if dataloader_idx != self.passes_ended:
+            self.add_over_ranks()
+            self.criterion.end_pass()
+            self.passes_ended = dataloader_idx
         if self.settled or batch_idx % self.trainer.world_size != self.global_rank:  # batches go round the ranks
             return
         self.criterion.update(batch)
         self.settled = self.trainer.world_size == 1 and self.criterion.settled()
 
     def on_test_epoch_end(self) -> None:
+        self.add_over_ranks()
+        self.scores = self.criterion.finish()
+
+    def add_over_ranks(self) -> None:
+        """Add up the states of all ranks."""
         states = self.criterion.states
         self.criterion.states = {name: sum_over_ranks(value, self.device) for name, value in states.items()}
-        self.scores = self.criterion.finish()
 
 
 def score(
@@ -72,7 +81,7 @@ def score(
             trainer.fit(criterion.module(criterion, backbone), batches)
             return criterion.finish()
         module = Scoring(criterion, backbone, units, seed)
-        trainer.test(module, batches, verbose=False)
+        trainer.test(module, [batches] * criterion.passes, verbose=False)
         return module.scores
 
 

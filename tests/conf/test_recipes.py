@@ -106,6 +106,7 @@ def run_of(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.slow
 def test_a_recipe_runs_end_to_end_on_a_shrunk_pipeline(recipe, shrunk, configure, tmp_path, unverified, monkeypatch):
     extra = ["criterion.seeds=1", "selection.tolerance=0.1"] if recipe == "ld_pruner_sd14" else []
     extra += ["selection.tolerance=0.2"] if recipe.startswith("laptop") else []
@@ -139,6 +140,7 @@ def test_a_recipe_for_the_embedded_model_runs_on_a_tiny_one(recipe, overrides, c
 
 
 @pytest.mark.parametrize("recipe", LATENT_IMAGES)
+@pytest.mark.slow
 def test_a_recipe_for_unconditional_latents_runs_on_published_data(
     recipe, configure, tmp_path, unverified, monkeypatch
 ):
@@ -196,6 +198,7 @@ def test_a_recipe_without_its_data_says_how_to_get_them(shrunk, configure, monke
         run_pipeline(configure(*shrunk("bk_sdm_tiny")))
 
 
+@pytest.mark.slow
 def test_conditions_of_a_text_model_reach_the_teacher(shrunk, configure, monkeypatch, quick_end):
     """Another caption, other scores: the text is not ignored."""
     found = []

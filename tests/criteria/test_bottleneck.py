@@ -275,6 +275,7 @@ def one_rank(rank: int, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(on_ranks(2)))
 
 
+@pytest.mark.slow
 def test_two_ranks_share_every_batch_and_come_to_the_same_gates(tmp_path):
     """Adam makes a step of the sign of a gradient at first, so that these are compared by what comes of them."""
     with two_ranks(one_rank, tmp_path):

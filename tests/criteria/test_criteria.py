@@ -101,8 +101,11 @@ def batches(criterion: Criterion, backbone: Any, size: int) -> list[dict[str, An
 def bare(criterion: Criterion, backbone: Any, size: int = 2, seed: int = 0) -> dict[str, dict[str, float]]:
     criterion.start(backbone, backbone.units(criterion.level), seed)
     with torch.enable_grad() if criterion.needs_grad else torch.no_grad():
-        for batch in batches(criterion, backbone, size):
-            criterion.update(batch)
+        for number in range(criterion.passes):
+            if number:
+                criterion.end_pass()
+            for batch in batches(criterion, backbone, size):
+                criterion.update(batch)
     return criterion.finish()
 
 

@@ -93,6 +93,7 @@ def test_units_with_negative_scores_are_taken_up_to_the_tolerance():
 @pytest.mark.parametrize("way", WAYS)
 @thoroughly
 @given(problem=problems())
+@pytest.mark.slow
 def test_a_budget_that_some_set_meets_is_met(way, problem):
     subsets = problem.subsets()
     assume(subsets)

@@ -70,6 +70,7 @@ def test_the_requested_ratio_is_also_known_for_a_target():
     assert [entry.get("plan/requested_target") for entry in asked] == [None, 100, 20.0, None]
 
 
+@pytest.mark.slow
 def test_a_sweep_over_targets_is_one_curve_over_the_ratio(configure, overrides, teacher, tmp_path, unverified):
     total = teacher.params()
     job = ["selection.ratio=null", "criterion=magnitude", "distillation=none", "logger=csv"]

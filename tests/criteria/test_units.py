@@ -114,6 +114,7 @@ def test_a_student_has_what_a_plan_of_everything_leaves(family, level):
     check(backbone, [unit for unit in backbone.units(level) if unit.inside not in names], level)
 
 
+@pytest.mark.slow
 def test_an_sdxl_student_loses_the_shared_part_of_an_emptied_transformer():
     backbone = backbone_of("sdxl_base")
     emptied, kept = backbone.shared()[0], backbone.shared()[5]

@@ -74,6 +74,7 @@ def test_calibration_from_stored_latents_is_that_from_pictures(stored, configure
     equal(*found)
 
 
+@pytest.mark.slow
 def test_sizes_and_crops_go_along_for_sdxl(text_job, sdxl, configure, tmp_path):
     job = [*text_job, f"teacher.path={sdxl}", f"latents={tmp_path}/latents", "precompute.dtype=float32"]
     job += ["precompute.batch_size=4"]
@@ -101,6 +102,7 @@ def test_posterior_draws_differ_between_epochs_and_not_between_calls(stored, con
     assert all(torch.equal(a, b) for index in drawn[0] for a, b in zip(drawn[0][index], drawn[1][index], strict=True))
 
 
+@pytest.mark.slow
 def test_a_job_on_stored_latents_needs_no_vae_or_text_encoder(stored, configure, quick_end, monkeypatch):
     job, _ = stored
 
@@ -207,6 +209,7 @@ def test_text_states_of_other_captions_are_no_continuation(stored, configure, mo
         precompute(configure(*job))
 
 
+@pytest.mark.slow
 def test_latents_of_pictures_that_are_gone_can_still_be_used(stored, configure, captioned, tmp_path):
     job, _ = stored
     folder = tmp_path / "pictures"
@@ -245,6 +248,7 @@ def test_mirrored_pictures_have_to_be_stored(text_job, configure, tmp_path):
         configure(*job, "precompute.dtype=int8")
 
 
+@pytest.mark.slow
 def test_bad_samples_are_left_out_and_counted(text_job, captioned, configure, tmp_path):
     folder = tmp_path / "pictures"
     shutil.copytree(captioned, folder)

@@ -85,6 +85,7 @@ def train(job, stored, configure, tmp_path) -> Callable[..., tuple[dict[str, Ten
     return run
 
 
+@pytest.mark.slow
 def test_training_on_stored_outputs_is_that_on_the_same_draws_with_the_teacher(train):
     """More than one pass, mirrored pictures and text: the same bits, and the teacher is neither called nor moved."""
     (live, losses), (again, same) = train("live", "live"), train("stored", "stored")
@@ -93,6 +94,7 @@ def test_training_on_stored_outputs_is_that_on_the_same_draws_with_the_teacher(t
     assert all(torch.equal(live[name], again[name]) for name in live)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_on_stored_outputs_has_the_same_bits(train, monkeypatch, capsys):
     whole, losses = train("stored", "whole")
     with ctrl_c_after_step(monkeypatch, 3), pytest.raises((KeyboardInterrupt, SystemExit)):
@@ -103,6 +105,7 @@ def test_a_resumed_training_on_stored_outputs_has_the_same_bits(train, monkeypat
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_job_distils_without_its_teacher(job, stored, configure, quick_end, monkeypatch):
     def train_without(job_, *args: Any, **networks: Any) -> Any:
         with monkeypatch.context() as patched:
@@ -138,6 +141,7 @@ def test_every_stored_output_is_the_teachers_for_its_draw(job, stored, configure
         assert load_file(stored / shard["file"])["output"].shape == (shard["rows"], 4, 8, 8)
 
 
+@pytest.mark.slow
 def test_outputs_are_stored_in_the_chosen_type(job, configure):
     folder = precompute(configure(*job, "precompute.dtype=float16"))
     data, teacher = build_data(configure(*job)).with_teacher_outputs(), build_teacher(configure(*job))
@@ -177,6 +181,7 @@ def test_calibration_and_evaluation_have_no_stored_outputs(job, stored, configur
 # Precomputing
 
 
+@pytest.mark.slow
 def test_outputs_are_added_to_finished_latents_and_leave_them_alone(job, configure):
     folder = precompute(configure(*job, "precompute.teacher_draws=0"))
     assert not list(folder.glob("outputs*"))
@@ -256,6 +261,7 @@ def test_outputs_that_are_not_finite_are_not_stored(job, configure, tmp_path, mo
         ("version", "another version.*is 1, this job's 2"),
     ],
 )
+@pytest.mark.slow
 def test_outputs_of_another_teacher_are_refused(job, stored, configure, text_teacher, tmp_path, change, message):
     other = tmp_path / "other"
     shutil.copytree(text_teacher, other)
@@ -318,6 +324,7 @@ def test_data_that_are_not_read_from_latents_have_no_outputs(overrides, configur
 # The identity of runs
 
 
+@pytest.mark.slow
 def test_stored_outputs_are_part_of_the_identity_of_the_runs_that_read_them(job, configure, tmp_path):
     folder = precompute(configure(*job, "precompute.teacher_draws=0"))
     live = get_effective_settings(configure(*job))

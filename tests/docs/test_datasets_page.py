@@ -102,6 +102,7 @@ def run(here, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 @pytest.mark.parametrize("command", [COMMANDS[0], *COMMANDS[2:]])
+@pytest.mark.slow
 def test_an_example_runs(run, tmp_path, command, quick_end):
     run(command)
     assert len(list((tmp_path / "runs").rglob("finished.json"))) == 1

@@ -13,6 +13,7 @@ from experiments.benchmarks.networks import __main__ as bench
 pytest.importorskip("lmdb")
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_a_rate_for_every_way_of_reading(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SECATEUR_DATA", str(tmp_path / "elsewhere"))
     monkeypatch.setattr(bench, "LAYERS", {"hidden_size": 384, "num_hidden_layers": 1, "num_attention_heads": 2})

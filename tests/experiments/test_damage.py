@@ -58,6 +58,7 @@ def edit(path: Path, *keys: str | int, value: Any) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
+@pytest.mark.slow
 def test_damaged_artefacts_are_named_and_made_again(finished, caplog):
     cfg, run, before = finished
     weights = [next((run / "networks" / name).glob("*.safetensors")) for name in ("pruned", "distilled")]

@@ -54,6 +54,7 @@ def list_levels(keys: set[str], kind: str) -> set[str]:
     return {key.split("/")[2] for key in keys if key.startswith(f"train/{kind}/")}
 
 
+@pytest.mark.slow
 def test_all_loggers_have_the_same_keys_and_values(run):
     history, events, offline = (
         read_history(run / "history" / "distil.csv"),

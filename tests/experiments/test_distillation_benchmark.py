@@ -87,6 +87,7 @@ def test_the_optimizer_of_the_benchmark_is_fused_as_that_of_a_job(monkeypatch, t
     assert can_be_fused(made[0], [SimpleNamespace(is_cuda=True)], "bf16-mixed")
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_training_add_up(overrides, data_folder, tmp_path, monkeypatch):
     start = time.perf_counter()
     seconds = job.measure([f"hydra.searchpath=[file://{data_folder}]", *overrides], 3)

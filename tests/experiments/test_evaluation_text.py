@@ -275,6 +275,7 @@ def test_a_job_without_weights_of_a_measure_is_refused_at_once(configure, text_j
     assert not list(tmp_path.rglob("scores.json"))
 
 
+@pytest.mark.slow
 def test_a_job_measures_resized_samples_against_their_prompts(configure, text_job, clip, tmp_path, quick_end):
     """Text to image, prompts of a file that go round, samples kept at half their size."""
     (tmp_path / "prompts.txt").write_text("a cat\na dog\nthe sea\n")

@@ -59,6 +59,7 @@ def words(overrides: list[str], language_teacher: Path, tmp_path: Path) -> list[
     ]
 
 
+@pytest.mark.slow
 def test_a_job_exports_a_stock_network_with_its_tokenizer(configure, words):
     cfg = configure(*words, 'selection.protected=[":1"]')
     run_pipeline(cfg)
@@ -235,6 +236,7 @@ def test_another_text_under_the_same_name_is_another_run(configure, words, tmp_p
 
 
 @pytest.mark.usefixtures("unverified")
+@pytest.mark.slow
 def test_the_study_tells_its_runs_apart(configure, words, tmp_path):
     small = [word for word in words if word not in ("debug=tiny", "task=language") and "lora" not in word]
     small += ["selection.ratio=0.2", "selection.tolerance=0.1", "calibration.samples=4", "evaluation.loss_samples=4"]

@@ -67,6 +67,7 @@ def check_jobs(tmp_path: Path, processes: int) -> None:
     assert len((tmp_path / "counted").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_basic_launcher_runs_jobs_in_one_process(sweep, tmp_path, monkeypatch, capsys, quick_end):
     run_here(monkeypatch, *sweep, "launcher=basic", "selection.ratio=0.3,0.5")
     check_jobs(tmp_path, 1)

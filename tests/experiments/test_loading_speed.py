@@ -44,6 +44,7 @@ def test_weights_that_are_not_finite_are_found_as_before(teacher: UNetBackbone, 
             load(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_peak_is_that_of_the_process_which_loads(tmp_path: Path) -> None:
     large = UNet2DConditionModel(**CONFIG | {"block_out_channels": (64, 256)})
     large.half().save_pretrained(tmp_path)

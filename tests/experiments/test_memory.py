@@ -106,6 +106,7 @@ def test_a_training_that_fits_is_logged(configure: Any, overrides: list[str], ca
     assert re.search(r"distil: about 0\.\d+ GiB of memory are needed \(networks .*activations .*\); free", caplog.text)
 
 
+@pytest.mark.slow
 def test_a_training_that_does_not_fit_is_refused_with_options_by_effect(configure: Any, overrides: list[str]) -> None:
     module, settings = small_training(), TrainingSettings(64)
     estimate = estimate_memory(module, settings)
@@ -189,6 +190,7 @@ def test_a_job_on_a_cpu_logs_what_it_holds(configure: Any, overrides: list[str],
 
 
 @pytest.mark.usefixtures("quick_end")
+@pytest.mark.slow
 def test_running_out_of_memory_ends_with_options(configure: Any, overrides: list[str], monkeypatch: Any) -> None:
     full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
     losses = Distillation.losses

@@ -29,6 +29,7 @@ def write_all(folder: Path, package: str) -> dict[str, NewFiles]:
     return files
 
 
+@pytest.mark.slow
 def test_what_is_written_passes_its_own_tests(tmp_path):
     """One call for all four, as starting Python takes most of it."""
     write_all(tmp_path, "own")

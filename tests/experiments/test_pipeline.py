@@ -73,6 +73,7 @@ def identity(cfg: Any) -> Run:
 # What a job leaves behind
 
 
+@pytest.mark.slow
 def test_a_finished_run_consists_of_exactly_these_files(configure, sampling, teacher_folder, tmp_path, capsys):
     runs, teacher = tmp_path / "läufe mit leerzeichen ✂" / "runs", tmp_path / "der lehrer ü"
     shutil.copytree(teacher_folder, teacher)
@@ -231,6 +232,7 @@ assert cached(folder, {"question": 1}, compute) == {"answer": list(range(5000))}
 """
 
 
+@pytest.mark.slow
 def test_one_of_several_processes_computes_a_cached_result(tmp_path):
     folder, log = tmp_path / "cache", tmp_path / "log"
     command = [sys.executable, "-c", ASK, str(folder), str(log)]
@@ -400,6 +402,7 @@ def remove_the_class(folder: Path) -> None:
     ],
     ids=["edited", "incomplete"],
 )
+@pytest.mark.slow
 def test_a_changed_export_fails_its_verification(teacher, tmp_path, tamper, found):
     student = teacher.pruned(bypasses(["mid_block.resnets.0", "up_blocks.0.attentions.1"]))
     export(student, tmp_path)

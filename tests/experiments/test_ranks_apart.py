@@ -52,6 +52,7 @@ def pruned(rank: int, cfg: DictConfig) -> None:
     assert torch.distributed.get_world_size() == 2
 
 
+@pytest.mark.slow
 def test_a_rank_waits_for_the_student_that_rank_0_writes(configure, job, tmp_path):
     late = {"experiments.engine.run.Run.write_folder": functools.partialmethod(call_late, Run.write_folder)}
     with two_ranks(pruned, configure(*job, *ON_TWO), patches=QUICK_END | late):
@@ -75,6 +76,7 @@ def clean_late(run: Run, folder: Path, clean: Callable[..., None]) -> None:
     clean(run)
 
 
+@pytest.mark.slow
 def test_a_rank_of_a_forced_job_reads_nothing_of_the_old_run(configure, job, tmp_path, quick_end):
     run_pipeline(configure(*job))
     run = the_run(tmp_path / "runs")
@@ -197,6 +199,7 @@ wait_for(folder / "plan.json")
 
 
 @pytest.mark.parametrize("when", ["late", "early"])
+@pytest.mark.slow
 def test_a_rank_stops_waiting_for_a_process_that_has_ended(tmp_path, when):
     started = tmp_path / "started"
     rank = f"'{sys.executable}' -c '{WAIT}' '{tmp_path}' {when}"

@@ -49,6 +49,7 @@ def kill_when(condition: Callable[[], bool], command: list[str], log: Path, seco
     return log.read_text()
 
 
+@pytest.mark.slow
 def test_a_job_killed_three_times_ends_in_the_same_bits(
     configure,
     sampling,
@@ -111,6 +112,7 @@ class Stopped(BaseException):
     """As if the process had ended here."""
 
 
+@pytest.mark.slow
 def test_a_job_stopped_after_each_of_its_artefacts_ends_in_the_same_bits(configure, sampling, tmp_path, monkeypatch):
     run_pipeline(configure(*moved(sampling, tmp_path / "undisturbed")))
     runs, replace, stopped_at = tmp_path / "stopped", os.replace, []
@@ -201,6 +203,7 @@ def interrupted(run: Path, runs: Path, steps: list[int]) -> Path:
     ],
     ids=["plain", "accumulated", "without_average"],
 )
+@pytest.mark.slow
 def test_resuming_from_every_checkpoint_ends_in_the_same_bits(configure, tmp_path, trained, capsys, steps, more):
     job, run = trained(*more)
     for step in steps:
@@ -214,6 +217,7 @@ def test_resuming_from_every_checkpoint_ends_in_the_same_bits(configure, tmp_pat
         assert resumed == expected
 
 
+@pytest.mark.slow
 def test_a_text_to_image_job_resumes_in_the_same_bits(configure, text_job, tmp_path, trained, capsys):
     """Its latents are draws, and its captions are encoded anew."""
     job, run = trained("criterion=magnitude", base=text_job)
@@ -277,6 +281,7 @@ def test_resume_required_fails_without_a_checkpoint(configure, overrides, tmp_pa
 MEASURES = ("frechet_channels", "brightness")
 
 
+@pytest.mark.slow
 def test_metrics_are_a_function_of_the_seed(configure, sampling, tmp_path):
     found = {}
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):

@@ -84,6 +84,7 @@ def test_settings_without_effect_do_not_change_the_run_id(configure, override):
     assert identity(configure(override)) == identity(configure())
 
 
+@pytest.mark.slow
 def test_settings_with_an_effect_change_the_run_id(configure):
     ids = [identity(configure(*change)) for change in ([], *([override] for override in EFFECT))]
     assert len({*ids, identity(configure(), "another teacher")}) == len(EFFECT) + 2
@@ -242,6 +243,7 @@ def test_a_digest_does_not_depend_on_the_order_of_keys(content, random):
     assert digest(content | {keys[0]: [content[keys[0]]]}) != digest(content)
 
 
+@pytest.mark.slow
 def test_a_job_runs_in_a_folder_with_spaces_and_accents(configure, overrides, tmp_path):
     cfg = configure(*overrides, f"paths.runs='{tmp_path}/my runs é'")
     run_pipeline(cfg)

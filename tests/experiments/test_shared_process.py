@@ -50,6 +50,7 @@ def test_the_second_job_of_a_process_has_the_bits_of_a_job_alone(
         assert read_repeatable_history(second / "history" / history.name) == read_repeatable_history(history)
 
 
+@pytest.mark.slow
 def test_a_job_with_another_teacher_reads_its_files(overrides, data_folder, tmp_path, monkeypatch, loads, text_teacher):
     kept = [override for override in overrides if not override.startswith("teacher.path=")]
     paths = f"teacher.path={tmp_path / 'first'},{tmp_path / 'second'}"

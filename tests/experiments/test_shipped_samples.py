@@ -16,6 +16,7 @@ from lightning_modules.modules.sampling import Generation, seed_batches
 
 
 @pytest.mark.usefixtures("quick_end")
+@pytest.mark.slow
 def test_shipped_samples_are_measured_and_not_generated(configure, sampling, tmp_path, monkeypatch):
     made: list[str] = []
     generate = samples.SampleEvaluation.make_generation

@@ -85,6 +85,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("name", LISTS)
+@pytest.mark.slow
 def test_a_pipeline_stopped_between_stages_ends_in_the_same_bits(
     configure, sampling, lists, tmp_path, monkeypatch, name
 ):
@@ -114,6 +115,7 @@ def test_a_pipeline_stopped_between_stages_ends_in_the_same_bits(
     assert differences(results(the_run(tmp_path / "killed")), expected) == []
 
 
+@pytest.mark.slow
 def test_every_network_of_a_pipeline_is_measured_in_order(configure, sampling, lists, tmp_path):
     run_pipeline(configure(*sampling, "pipeline=rounds"))
     run = the_run(tmp_path / "runs")
@@ -136,6 +138,7 @@ def test_every_network_of_a_pipeline_is_measured_in_order(configure, sampling, l
     ) - {change["unit"] for change in first["changes"]}
 
 
+@pytest.mark.slow
 def test_a_repair_comes_between_building_and_training(configure, overrides, lists, tmp_path):
     run_pipeline(configure(*overrides, "pipeline=progressive"))
     run = the_run(tmp_path / "runs")

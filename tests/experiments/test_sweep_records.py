@@ -58,6 +58,7 @@ def read_only_sweep(tmp_path):
     return read_sweep(folder)
 
 
+@pytest.mark.slow
 def test_failed_jobs_are_listed_with_reason_log_and_command(sweep_command, tmp_path, capsys):
     assert sweep_command("criterion=magnitude,random", "selection.ratio=0.3,0.5,0.7,0.9") == 1
     records = read_only_sweep(tmp_path)["records"]
@@ -94,6 +95,7 @@ def test_a_rank_left_in_the_shell_does_not_hide_a_sweep(sweep_command, tmp_path,
     assert [record["state"] for record in read_only_sweep(tmp_path)["records"]] == ["finished", "failed"]
 
 
+@pytest.mark.slow
 def test_a_repeated_sweep_writes_to_the_same_folder(sweep_command, tmp_path):
     assert sweep_command("selection.ratio=0.3,0.7") == 1
     assert sweep_command("selection.ratio=0.3,0.7") == 1
@@ -231,6 +233,7 @@ def test_busy_runs_of_single_jobs_are_refused_and_those_of_several_devices_fail(
         launch.start_job(job("b"))
 
 
+@pytest.mark.slow
 def test_two_processes_of_one_sweep_keep_their_records_apart(sweep_command, tmp_path, monkeypatch):
     sweep_command("selection.ratio=0.3,0.5")
     (first,) = tmp_path.glob("runs/.sweep/*/sweep.json")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from support.dashboards import OfflineRun
 from support.results import files, read_markdown, stamps
 
@@ -26,6 +27,7 @@ def sweep(config_dir: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
 
 
+@pytest.mark.slow
 def test_a_sweep_shares_scores_and_survives_a_failing_job(configure, sampling, data_folder, tmp_path, unverified):
     job = [*sampling, "distillation=none"]
     first = sweep(data_folder, *job, *SWEEP)
@@ -91,6 +93,7 @@ def test_a_sweep_shares_scores_and_survives_a_failing_job(configure, sampling, d
 # Weights & Biases
 
 
+@pytest.mark.slow
 def test_each_job_is_one_finished_wandb_run_even_when_it_fails(overrides, data_folder, tmp_path):
     job = [*overrides, "logger.wandb=true", "logger.mode=offline", "distillation=task_only"]
     broken, works = 1e30, 1e-4  # the loss of the first is not finite after a step

@@ -46,6 +46,7 @@ def plain(configure, sampling, tmp_path):
     return the_run(tmp_path / "runs")
 
 
+@pytest.mark.slow
 def test_it_changes_no_bit_and_agrees_with_the_final_evaluation(configure, sampling, tmp_path, plain):
     shutil.move(tmp_path / "runs", tmp_path / "plain")
     run_pipeline(configure(*sampling, EVERY_TWO))
@@ -63,6 +64,7 @@ def test_it_changes_no_bit_and_agrees_with_the_final_evaluation(configure, sampl
     assert [row for row in rows if "/eval/" not in row[1]] == read_repeatable_history(plain / "history" / "distil.csv")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_its_evaluations(configure, sampling, tmp_path, monkeypatch, plain):
     shutil.move(tmp_path / "runs", tmp_path / "plain")
     job = [*sampling, EVERY_TWO, "evaluation.training_samples=4", "trainer.accumulate_grad_batches=2"]
@@ -97,6 +99,7 @@ def test_two_ranks_evaluate_as_one_process(configure, sampling, tmp_path, strate
     assert (found["teacher_frechet_channels"] == metrics["teacher/frechet_channels"]).all()
 
 
+@pytest.mark.slow
 def test_without_measures_there_are_pictures(configure, sampling, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
@@ -112,6 +115,7 @@ def test_without_measures_there_are_pictures(configure, sampling, tmp_path, monk
     assert first.shape == (3, 8, 8, 3) and all(np.array_equal(first, images) for images in later)
 
 
+@pytest.mark.slow
 def test_samples_that_are_not_finite_do_not_end_the_training(configure, sampling, tmp_path, monkeypatch, caplog):
     def fail(*_: object) -> None:
         raise FloatingPointError("samples are not finite")
@@ -137,6 +141,7 @@ def fail_in_evaluation(monkeypatch, number: int) -> None:
     monkeypatch.setattr(TrainingEvaluation, "measure_images", measure_or_fail)
 
 
+@pytest.mark.slow
 def test_a_later_error_changes_no_bit_of_the_training(configure, sampling, tmp_path, monkeypatch, caplog, plain):
     shutil.move(tmp_path / "runs", tmp_path / "plain")
     fail_in_evaluation(monkeypatch, 2)
@@ -150,6 +155,7 @@ def test_a_later_error_changes_no_bit_of_the_training(configure, sampling, tmp_p
     ) in caplog.text
 
 
+@pytest.mark.slow
 def test_an_error_before_the_first_step_ends_the_training(configure, sampling, tmp_path, monkeypatch):
     fail_in_evaluation(monkeypatch, 1)
     with pytest.raises(OutOfMemory, match=r"^out of memory in stage 'distil'"):
@@ -174,18 +180,21 @@ def test_which_errors_end_a_training(configure, step, ranks, error, passes):
         raise error
 
 
+@pytest.mark.slow
 def test_each_step_has_one_value_with_an_evaluation_every_step(configure, sampling, tmp_path):
     run_pipeline(configure(*sampling, "evaluation.every_n_steps=1", "evaluation.training_samples=2"))
     table = pd.read_csv(the_run(tmp_path / "runs") / "history" / "distil.csv")
     assert list(table["step"][table["name"] == "train/eval/frechet_channels"]) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_an_unfit_measure_is_warned_of_once(configure, sampling, caplog):
     caplog.set_level(logging.WARNING)
     run_pipeline(configure(*sampling, EVERY_TWO, "+evaluation.fits.frechet_channels=[other]"))
     assert caplog.text.count("evaluation.metrics.frechet_channels: its features were learnt from data=other") == 1
 
 
+@pytest.mark.slow
 def test_a_picture_shows_teacher_and_student(plain, configure, sampling, tmp_path):
     run_pipeline(configure(*sampling, EVERY_TWO, "force=true"))
     picture = np.asarray(Image.open(the_run(tmp_path / "runs") / "previews" / "distil" / "step=0000004.png"))

@@ -47,6 +47,7 @@ def agent(monkeypatch, tmp_path):
     wandb.teardown()
 
 
+@pytest.mark.slow
 def test_a_trial_lands_in_the_sweep_and_a_finished_one_reports_again(
     agent, overrides, data_folder, tmp_path, capsys, quick_end
 ):

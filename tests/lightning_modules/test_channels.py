@@ -175,6 +175,7 @@ def test_the_units_of_the_embedded_teacher() -> None:
 
 
 @NETWORKS
+@pytest.mark.slow
 def test_a_removed_block_equals_channels_that_nothing_reads(channels: Channels) -> None:
     """Exact for whole numbers; the U-Nets' norms are made to look at each channel alone."""
     network = channels.network

@@ -251,6 +251,7 @@ def test_the_recipes_of_the_three_sizes_differ_in_their_teacher_alone(size, conf
     assert small == large
 
 
+@pytest.mark.slow
 def test_laptop_diff_prunes_and_distils_a_dit_by_class(job, dit, configure, tmp_path, quick_end):
     run_pipeline(configure(*job("laptop_diff_dit_xl_imagenet"), f"teacher.path={dit}"))
     run = the_run(tmp_path / "runs")

@@ -136,6 +136,7 @@ def read(run: Path, *names: str) -> list[Any]:
     return [read_json(run / name) for name in names]
 
 
+@pytest.mark.slow
 def test_a_job_prunes_fine_tunes_measures_and_exports_a_classifier(configure, pictures, images_file, capsys):
     cfg = configure(*pictures)
     run_pipeline(cfg)
@@ -192,6 +193,7 @@ def test_other_criteria_meet_the_same_target(configure, pictures, criterion):
 
 
 @pytest.mark.usefixtures("quick_end")
+@pytest.mark.slow
 def test_the_study_has_a_row_a_run_and_refuses_to_mix_targets(configure, pictures, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     jobs = {
@@ -320,6 +322,7 @@ def exported(tmp_path):
     return student, tmp_path / "export"
 
 
+@pytest.mark.slow
 def test_an_export_with_other_weights_is_no_proof(exported):
     student, folder = exported
     weights = load_file(folder / "model.safetensors")

@@ -219,6 +219,7 @@ def test_compiled_training_steps_equal_eager_ones_up_to_rounding():
 
 
 @pytest.mark.usefixtures("quick_end")
+@pytest.mark.slow
 def test_a_job_with_recomputed_activations_has_the_same_id_and_bits(configure, overrides, tmp_path, compiled):
     runs = []
     for number, options in enumerate(([], ["trainer.checkpoint_activations=blocks"])):

@@ -184,6 +184,7 @@ def test_training_neither_changes_nor_saves_the_teacher(train_tiny, tmp_path):
 
 
 @pytest.mark.usefixtures("quick_end")
+@pytest.mark.slow
 def test_only_the_student_of_a_pipeline_is_saved(configure, text_job, tmp_path):
     run_pipeline(configure(*text_job, "criterion=magnitude"))
     run = the_run(tmp_path / "runs")

@@ -212,6 +212,7 @@ def test_a_restaged_export_can_lose_blocks(tmp_path):
     [("sdxl", bypasses(GONE["sdxl"])), ("sd", restaged("tiny")), ("flux", bypasses(GONE["flux"]))],
     ids=["sdxl", "restaged", "flux"],
 )
+@pytest.mark.slow
 def test_an_export_is_verified_without_this_project(kind, changes, tmp_path):
     student = tiny(kind, tmp_path).pruned(changes)
     folder = exported(student, tmp_path / "export")

@@ -328,6 +328,7 @@ def test_the_plus_rule_keeps_the_first_four_and_the_last_two():
 # Exports
 
 
+@pytest.mark.slow
 def test_an_export_reloads_elsewhere_and_writes_the_same_tokens(tmp_path):
     student = tiny_language().pruned(bypasses(LAYERS[2:3]))
     export(student, tmp_path, "card")

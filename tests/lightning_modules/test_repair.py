@@ -14,8 +14,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from conf.schema import Trainer
-from lightning_modules.modules.least_squares import NormalEquations, change_layer, list_inputs, list_positions
+from criteria.scores.output_loss import OutputLoss
+from criteria.scores.repaired_loss import RepairedLoss
+from lightning_modules.backbones.repair.least_squares import NormalEquations, change_layer, list_inputs, list_positions
 from lightning_modules.modules.repair import LeastSquares
+from lightning_modules.modules.scoring import score
 from lightning_modules.training.trainer import make_trainer
 
 RIDGES = (1e-8, 1e-4, 1e-2, 1.0)
@@ -187,6 +190,34 @@ def test_an_affine_unit_is_replaced_exactly():
     assert measure_output_loss(student, reference) < 1e-10
 
 
+def test_the_repaired_loss_of_an_affine_unit_is_zero():
+    """Its output loss is not; that of a unit which nothing can make up for is its repaired loss, too."""
+    reference = tiny_backbone("UNet2DModel")
+    affine = "down_blocks.1.resnets.0"
+    make_pointwise_affine(reference.network.get_submodule(affine))
+    units = reference.units()
+    losses = {}
+    for criterion in (OutputLoss(), RepairedLoss(RIDGES)):
+        scores = score(criterion, reference, units, batches_of(reference), trainer_of(), seed=0)
+        losses[type(criterion)] = {name: entry["score"] for name, entry in scores.items()}
+    plain, after_repair = losses[OutputLoss], losses[RepairedLoss]
+    assert plain[affine] > 1e-4 and after_repair[affine] < 1e-10
+    without_site = [name for name in plain if reference.repaired_removals([name], RIDGES).fits == {}]
+    assert all(plain[name] == after_repair[name] for name in without_site)
+    assert sum(after_repair.values()) < sum(plain.values())
+
+
+@pytest.mark.parametrize("family", ["UNet2DModel", "sdxl", "dit", "llama"])
+def test_the_repaired_loss_is_that_of_a_repair_of_the_unit_alone(family):
+    reference = tiny_backbone(family)
+    units = reference.units()
+    scores = score(RepairedLoss(RIDGES), reference, units, batches_of(reference), trainer_of(), seed=0)
+    for unit in units[1::3]:
+        student, record = repaired(reference, bypasses([unit.name]))
+        if len(record["sites"]) == 1 and record["step"] == 1:
+            assert scores[unit.name]["score"] == pytest.approx(measure_output_loss(student, reference), rel=1e-3)
+
+
 def test_channels_that_others_stand_for_are_replaced_exactly():
     """Of two equal channels one is removed: the layers behind can take all from the other."""
     reference = tiny_classifier()
@@ -234,6 +265,7 @@ def one_rank(rank: int, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(record))
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_samples_and_come_to_the_same_weights(tmp_path):
     reference = tiny_backbone("UNet2DModel")
     with two_ranks(one_rank, tmp_path):

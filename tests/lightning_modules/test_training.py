@@ -200,6 +200,7 @@ def train_terminate_and_resume(rank: int, cfg: DictConfig, folder: Path) -> None
     [("ddp", []), ("fsdp", []), ("fsdp", ["trainer.accumulate_grad_batches=2"])],
     ids=["ddp", "fsdp", "fsdp_accumulated"],
 )
+@pytest.mark.slow
 def test_two_ranks_train_like_one_process_and_end_together_on_sigterm(configure, overrides, tmp_path, strategy, more):
     """Weights, their average, momenta and logged values agree with those of one process, and resuming in all bits."""
     job = [*overrides, "trainer.checkpoint_every=3", *more]
@@ -303,6 +304,7 @@ def distil_and_store(rank: int, confs: dict[str, DictConfig], folder: Path) -> N
     torch.save(distil_families(confs, folder), folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 def test_every_family_is_distilled_in_parts_as_in_one_process(configure, tmp_path):
     one, two = (
         {

@@ -19,7 +19,7 @@ from criteria.base import Batch, Level, Unit, parse_level
 from lightning_modules.backbones.base import Change, NetworkBackbone
 from lightning_modules.backbones.classification import image_networks
 from lightning_modules.backbones.classification.image_networks import BasicBlock, ImageNetwork
-from lightning_modules.backbones.repair_sites import Site, find_width_sites, sort_sites
+from lightning_modules.backbones.repair.sites import Site, find_width_sites, sort_sites
 from lightning_modules.backbones.width.blocks import Cuts, delete_indices, multiplies
 from lightning_modules.backbones.width.graph import Channels, check_block, get_block_length
 

@@ -18,7 +18,7 @@ from criteria.selection.base import check_names
 from lightning_modules.backbones.base import Change
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.pruned_unet import put_modules
-from lightning_modules.backbones.repair_sites import Site, find_layer_sites, sort_sites
+from lightning_modules.backbones.repair.sites import Site, find_layer_sites, sort_sites
 
 JOINT = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
 """Classes of blocks with a text stream beside the image stream; they return the text stream first."""
@@ -138,7 +138,7 @@ class TransformerBackbone(DiffusionBackbone):
 
     def repair_sites(self, student: Self, changes: Sequence[Change]) -> list[Site]:
         order = student.forward_order()
-        return sort_sites(find_layer_sites(self.blocks(), student.moved, order), order)
+        return sort_sites(find_layer_sites(self.blocks(), self.paths_in(student), order), order)
 
     def stages(self) -> dict[str, nn.Module]:
         """Return the blocks: each is a stage."""

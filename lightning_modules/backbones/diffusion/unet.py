@@ -30,8 +30,8 @@ from lightning_modules.backbones.diffusion.pruned_unet import (
     remove_units,
 )
 from lightning_modules.backbones.diffusion.restage import make_student_config, restage
-from lightning_modules.backbones.diffusion.unet_repair_sites import find_unet_sites
-from lightning_modules.backbones.repair_sites import Site, find_width_sites, sort_sites
+from lightning_modules.backbones.repair.sites import Site, find_width_sites, sort_sites
+from lightning_modules.backbones.repair.unet_sites import find_unet_sites
 from lightning_modules.backbones.width.graph import Channels
 
 CLASSES = {

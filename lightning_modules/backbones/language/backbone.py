@@ -24,7 +24,7 @@ from criteria.selection.base import check_names
 from lightning_modules.backbones.base import Change, NetworkBackbone
 from lightning_modules.backbones.diffusion.pruned_unet import put_modules
 from lightning_modules.backbones.language.width import DecoderChannels, listening
-from lightning_modules.backbones.repair_sites import Site, find_layer_sites, find_width_sites, sort_sites
+from lightning_modules.backbones.repair.sites import Site, find_layer_sites, find_width_sites, sort_sites
 
 LAYERS = "model.layers"
 """Module path of the list of decoder layers."""
@@ -182,7 +182,7 @@ class LanguageBackbone(NetworkBackbone):
 
     def repair_sites(self, student: Self, changes: Sequence[Change]) -> list[Site]:
         order, sliced = student.forward_order(), [change["unit"] for change in changes if change["kind"] == "slice"]
-        blocks_sites = find_layer_sites(self.layers(), student.moved, order)
+        blocks_sites = find_layer_sites(self.layers(), self.paths_in(student), order)
         return sort_sites(find_width_sites(self.channels, sliced) if sliced else blocks_sites, order)
 
     def stages(self) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ from lightning_modules.backbones.diffusion.pruned_unet import (
     list_blocks,
     list_stages,
 )
-from lightning_modules.backbones.repair_sites import Site, is_refittable
+from lightning_modules.backbones.repair.sites import Site, is_refittable
 
 
 @dataclass

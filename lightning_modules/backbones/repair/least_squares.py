@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_modules.modules.joint_loss import FLOAT64_VALUES
-from lightning_modules.training.ranks import sum_over_ranks
+FLOAT64_VALUES = 2**26
+"""Values that are held in float64 at once (512 MiB)."""
 
 
 class NormalEquations:
@@ -28,10 +28,13 @@ class NormalEquations:
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        self.gram = torch.zeros(2, inputs, inputs, dtype=torch.float64)
-        self.right = torch.zeros(2, outputs, inputs, dtype=torch.float64)
-        self.gains = torch.zeros(2, outputs, dtype=torch.float64)
-        self.errors = torch.zeros(2, dtype=torch.float64)
+        self.sums = {
+            "gram": torch.zeros(2, inputs, inputs, dtype=torch.float64),
+            "right": torch.zeros(2, outputs, inputs, dtype=torch.float64),
+            "gains": torch.zeros(2, outputs, dtype=torch.float64),
+            "errors": torch.zeros(2, dtype=torch.float64),
+        }
+        """on the CPU; the first dimension is for fitted and held-out samples"""
 
     def add(self, x_NPI: Tensor, e_NPO: Tensor, g_NPO: Tensor, held_out_N: Tensor) -> None:
         """Add samples to the sums."""
@@ -39,43 +42,38 @@ class NormalEquations:
         for half, chosen_N in enumerate((~held_out_N, held_out_N)):
             for indices in chosen_N.nonzero().flatten().split(at_once):
                 x, e, g = (values[indices].flatten(0, 1).double() for values in (x_NPI, e_NPO, g_NPO))
-                self.gram[half] += (x.T @ (g.square().mean(1, keepdim=True) * x)).cpu()
-                self.right[half] += ((g * e).T @ x).cpu()
-                self.gains[half] += g.square().sum(0).cpu()
-                self.errors[half] += e.square().sum().cpu()
-
-    def sum_over_ranks(self, device: torch.device) -> None:
-        """Add up the sums of all ranks; all ranks have to call it."""
-        for name in ("gram", "right", "gains", "errors"):
-            setattr(self, name, sum_over_ranks(getattr(self, name), device))
+                self.sums["gram"][half] += (x.T @ (g.square().mean(1, keepdim=True) * x)).cpu()
+                self.sums["right"][half] += ((g * e).T @ x).cpu()
+                self.sums["gains"][half] += g.square().sum(0).cpu()
+                self.sums["errors"][half] += e.square().sum().cpu()
 
     def solve(self, ridge: float, halves: Sequence[int]) -> Tensor:
         """Return D (O,I); r is the ridge times the mean of the Gram matrix's diagonal."""
-        gram, right = self.gram[halves].sum(0), self.right[halves].sum(0)
+        gram, right = self.sums["gram"][halves].sum(0), self.sums["right"][halves].sum(0)
         damped = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
         return torch.cholesky_solve((right / self.scale(halves)).T, torch.linalg.cholesky(damped)).T
 
     def scale(self, halves: Sequence[int]) -> Tensor:
         """Return b (O,1); 1 for an output without any gain."""
-        gains = self.gains[halves].sum(0)
+        gains = self.sums["gains"][halves].sum(0)
         return torch.where(gains > 0, gains / gains.mean(), 1)[:, None]
 
     def error(self, change: Tensor, halves: Sequence[int]) -> float:
         """Return sum ||e - g (D x)||^2."""
-        linear = (self.right[halves].sum(0) * change).sum()
-        square = ((self.scale(halves) * change) @ self.gram[halves].sum(0) * change).sum()
-        return float(self.errors[halves].sum() - 2 * linear + square)
+        linear = (self.sums["right"][halves].sum(0) * change).sum()
+        square = ((self.scale(halves) * change) @ self.sums["gram"][halves].sum(0) * change).sum()
+        return float(self.sums["errors"][halves].sum() - 2 * linear + square)
 
     def fit(self, ridges: Sequence[float]) -> tuple[float, Tensor] | None:
         """Return the ridge with the least error on held-out samples, and D for that ridge and all samples.
 
         None where no ridge makes that error less than no change does.
         """
-        if not (self.gains.sum(1).all() and self.gram.sum()):
+        if not (self.sums["gains"].sum(1).all() and self.sums["gram"].sum()):
             return None
         errors = {ridge: self.error(self.solve(ridge, [0]), [1]) for ridge in ridges}
         best = min(errors, key=errors.__getitem__)
-        return (best, self.solve(best, [0, 1])) if errors[best] < float(self.errors[1]) else None
+        return (best, self.solve(best, [0, 1])) if errors[best] < float(self.sums["errors"][1]) else None
 
 
 def list_inputs(layer: nn.Module, x: Tensor) -> Tensor:
