@@ -72,6 +72,7 @@ def report_run(folder: Path) -> str:
             }
             for scoring, path in zip(scorings, score_figures, strict=True)
         ],
+        repairs={path.stem: read_json(path) for path in sorted(folder.glob("repair*.json"))},
         fronts=report_fronts(folder),
         seconds=measured["seconds"],
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),

@@ -14,6 +14,7 @@ from support.results import read_markdown, the_run
 
 from experiments.engine.artefacts import read_json
 from experiments.engine.pipeline import run_pipeline
+from experiments.reporting.run_page import report_run
 from experiments.reporting.set_page import collect_runs, main, report_set
 from experiments.reporting.tables import average_over_seeds
 
@@ -175,3 +176,24 @@ def test_runs_of_several_ratios_are_drawn_as_curves(another, study):
     (run / "metrics.json").write_text(json.dumps(metrics))
     folder = report_set(study).parent
     assert (folder / "quality_over_ratio.png").exists() and not (folder / "quality_by_method.png").exists()
+
+
+def test_the_page_of_a_run_says_what_a_repair_did(another):
+    """The first site was refitted, the second was left alone; a repair without sites is a sentence."""
+    run = another("one", "1" * 16)
+    assert "<h2>Repair" not in report_page(run)
+    fitted = {"layer": "a.conv2", "feature_map": "a", "ridge": 0.01, "error_left": 0.255}
+    left = {"layer": "b.conv2", "feature_map": "b", "reason": "no ridge lowers the error on held-out samples"}
+    record = {"output_loss_before": 0.02, "output_loss": 0.005, "step": 0.5, "sites": [fitted, left]}
+    (run / "repair.json").write_text(json.dumps(record))
+    page = report_page(run)
+    assert "0.02 before, 0.005 after, with 0.5 of the computed change" in page
+    assert "<td>a.conv2</td><td>a</td><td>25.5 %</td><td>0.01</td>" in page
+    assert "as it was: no ridge lowers the error on held-out samples" in page
+    (run / "repair.json").write_text(json.dumps({"sites": [], "step": 0.0}))
+    assert "No layer stands where it could make up for a removed unit" in report_page(run)
+
+
+def report_page(run: Path) -> str:
+    report_run(run)
+    return (run / "report.html").read_text()
