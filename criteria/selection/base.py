@@ -188,7 +188,7 @@ class Budgeted(Selection):
             if not self.takes_several_budgets:
                 raise ValueError(
                     f"selection.budgets={format_mapping(self.budgets)}: {type(self).__name__} meets one budget only; "
-                    "choose one of selection=knapsack, refined, quadratic, or selection.budgets=null"
+                    "choose selection=knapsack, refined or quadratic, or selection.budgets=null"
                 )
             check_single_budget(self.budgets, self.budget, self.ratio, self.target)
             self.ratio = next(iter(self.budgets.values()))
