@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.process import ROOT
 from support.results import differences, files, read_repeatable_history, the_run
 
 from conf.schema import ConfigError
@@ -43,21 +44,9 @@ stages:
   evaluate: {{_target_: {STAGES}.evaluate.Evaluate}}
   export: {{_target_: {STAGES}.export.Export}}
 """
-LEAST_SQUARES = "{_target_: lightning_modules.modules.repair.LeastSquares, ridges: [0.01, 1.0], samples: 8}"
-PROGRESSIVE = f"""name: progressive
-stages:
-  score: {{_target_: {STAGES}.score.Score}}
-  select: {{_target_: {STAGES}.select.Select, settings: {{selection: {{ratio: 0.2}}}}}}
-  build: {{_target_: {STAGES}.build.Build, makes: pruned}}
-  repair: {{_target_: {STAGES}.repair.Repair, makes: repaired, settings: {{repair: {LEAST_SQUARES}}}}}
-  distil: {{_target_: {STAGES}.distil.Distil, makes: distilled, settings: {{trainer: {{steps: 2}}}}}}
-  score_again: {{_target_: {STAGES}.score.Score}}
-  select_again: {{_target_: {STAGES}.select.Select, settings: {{selection: {{ratio: 0.3}}}}}}
-  build_again: {{_target_: {STAGES}.build.Build, makes: pruned_again}}
-  repair_again: {{_target_: {STAGES}.repair.Repair, makes: repaired_again, settings: {{repair: {LEAST_SQUARES}}}}}
-  evaluate: {{_target_: {STAGES}.evaluate.Evaluate}}
-"""
+PROGRESSIVE = (ROOT / "conf" / "pipeline" / "progressive.yaml").read_text()
 LISTS = {"twice": TWICE, "rounds": ROUNDS, "progressive": PROGRESSIVE}
+OPTIONS = {"progressive": ["repair=least_squares", "repair.samples=8"]}
 
 
 @pytest.fixture
@@ -90,7 +79,8 @@ def test_a_pipeline_stopped_between_stages_ends_in_the_same_bits(
     configure, sampling, lists, tmp_path, monkeypatch, name
 ):
     job = [override for override in sampling if not override.startswith("paths.runs=")]
-    undisturbed = configure(*job, f"pipeline={name}", f"paths.runs={tmp_path}/undisturbed")
+    job += [f"pipeline={name}", *OPTIONS.get(name, [])]
+    undisturbed = configure(*job, f"paths.runs={tmp_path}/undisturbed")
     run_pipeline(undisturbed)
     expected = results(the_run(tmp_path / "undisturbed"))
     stages, begun = [stage.name for stage in make_stages(undisturbed)], []
@@ -106,7 +96,7 @@ def test_a_pipeline_stopped_between_stages_ends_in_the_same_bits(
             run(self, job)
 
         monkeypatch.setattr(kind, "run", stopping)
-    cfg = configure(*job, f"pipeline={name}", f"paths.runs={tmp_path}/killed")
+    cfg = configure(*job, f"paths.runs={tmp_path}/killed")
     for _ in stages:
         with pytest.raises(Killed):
             run_pipeline(cfg)
@@ -140,10 +130,11 @@ def test_every_network_of_a_pipeline_is_measured_in_order(configure, sampling, l
 
 @pytest.mark.slow
 def test_a_repair_comes_between_building_and_training(configure, overrides, lists, tmp_path):
-    run_pipeline(configure(*overrides, "pipeline=progressive"))
+    run_pipeline(configure(*overrides, "pipeline=progressive", *OPTIONS["progressive"]))
     run = the_run(tmp_path / "runs")
     metrics = read_json(run / "metrics.json")
-    assert metrics["networks"][1:] == ["pruned", "repaired", "distilled", "pruned_again", "repaired_again"]
+    assert metrics["networks"][1:4] == ["pruned", "repaired", "distilled"]
+    assert metrics["networks"][4:] == ["pruned_again", "repaired_again", "distilled_again"]
     for again in ("", "_again"):
         record = read_json(run / f"repair{'-repair_again' if again else ''}.json")
         assert record["output_loss"] < record["output_loss_before"]
