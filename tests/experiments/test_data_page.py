@@ -43,7 +43,8 @@ def test_a_survey_counts_what_is_there(scans):
     train, holdout = survey.splits
     assert (train.count, holdout.count, survey.shape) == (37, 4, (1, 8, 8))
     assert sum(len(split.bad) for split in survey.splits) == 1
-    assert sum((split.forms for split in survey.splits), train.forms - train.forms) == {"PNG, I;16, 20x12": 40}
+    forms = sum((split.forms for split in survey.splits), train.forms - train.forms)
+    assert forms in ({"PNG, I;16, 20x12": 40}, {"PNG, I, 20x12": 40})  # as versions of Pillow name the mode
     assert set(train.sizes) == {(20, 12)} and sum(split.labels.total() for split in survey.splits) == 41
     assert [survey.name_class(label) for label in sorted(train.labels)] == ["a", "b"]
 

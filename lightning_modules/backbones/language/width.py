@@ -150,8 +150,9 @@ def list_channel_blocks(network: Any, meta_mlp: nn.Module, block: int) -> list[C
 
     Raises ValueError for a feed-forward whose channels are not those of the configuration.
     """
-    hidden = torch.zeros(1, 2, network.config.hidden_size, device="meta")
-    blocks = Channels(meta_mlp, lambda mlp: mlp(hidden), block).blocks
+    # torch 2.11 has no products of experts in float32 on the meta device.
+    hidden = torch.zeros(1, 2, network.config.hidden_size, device="meta", dtype=torch.bfloat16)
+    blocks = Channels(meta_mlp.to(torch.bfloat16), lambda mlp: mlp(hidden), block).blocks
     counts = [len(cuts) * len(next(iter(cuts[0].values()))) for cuts in blocks.values()]
     if counts != [network.config.intermediate_size]:
         raise make_error(network, f"its feed-forward has intermediate channels {counts}")
