@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.classification import tiny_classifier
-from support.networks import FAMILIES, bypasses, part, same_tensors, tiny_backbone, tiny_batch
+from support.networks import FAMILIES, bypasses, part, replacements, same_tensors, tiny_backbone, tiny_batch
 from support.ranks import two_ranks
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from conf.schema import Trainer
 from criteria.scores.output_loss import OutputLoss
 from criteria.scores.repaired_loss import RepairedLoss
+from lightning_modules.backbones.diffusion.pruned_unet import Pointwise
 from lightning_modules.backbones.repair.least_squares import NormalEquations, change_layer, list_inputs, list_positions
 from lightning_modules.modules.repair import LeastSquares
 from lightning_modules.modules.scoring import score
@@ -174,6 +175,17 @@ def make_pointwise_affine(block: Any) -> None:
         conv.weight.zero_()
         conv.weight[:, :, 1:2, 1:2] = centre
         nn.init.normal_(conv.bias)
+
+
+def test_operators_that_became_pointwise_are_refitted():
+    """LD-Pruner's 1x1 convolutions are sites of their own, also beside other kinds of replaced operators."""
+    reference = tiny_backbone("UNet2DModel")
+    changes = replacements([unit.name for unit in reference.units("operator")][1::3])
+    student, record = repaired(reference, changes)
+    pointwise = {name for name, module in student.network.named_modules() if isinstance(module, Pointwise)}
+    assert pointwise and {f"{name}.conv" for name in pointwise} <= {site["layer"] for site in record["sites"]}
+    assert record["output_loss"] < record["output_loss_before"]
+    assert record["output_loss"] == pytest.approx(measure_output_loss(student, reference), rel=1e-5)
 
 
 def test_an_affine_unit_is_replaced_exactly():
