@@ -44,6 +44,7 @@ def check_values(cfg: DictConfig) -> None:
         raise ConfigError(str(error)) from error
     check_keys("", cfg)
     check_names(cfg)
+    refuse_pipeline_arguments(cfg)
     for group in ("criterion", "selection", "repair", "distillation", "data", "teacher", "noise_scheduler"):
         if isinstance(cfg[group], DictConfig) and "_target_" not in cfg[group]:
             refuse_unknown_keys(group, [key for key in cfg[group] if key != "name"], ["name"])
@@ -75,6 +76,26 @@ def check_values(cfg: DictConfig) -> None:
             raise ConfigError(f"{path}={value!r} is unknown; choose one of: {', '.join(valid)}")
     if cfg.trainer.strategy == "fsdp":
         check_sharding(cfg.trainer)
+
+
+PIPELINE_ARGUMENTS = {
+    "distillation": ("student", "teacher", "optimizer", "lr_scheduler", "seed", "dump"),
+    "pretrain": ("optimizer", "lr_scheduler", "seed", "dump"),
+    "optimizer": ("params",),
+    "lr_scheduler": ("optimizer",),
+    "teacher": ("noise_scheduler",),
+    "sampler.scheduler": ("config",),
+}
+"""Arguments that the pipeline passes to what a node names, by the path of the node."""
+
+
+def refuse_pipeline_arguments(cfg: DictConfig) -> None:
+    """Raise ConfigError for a key that names one of the PIPELINE_ARGUMENTS, as its value would not be used."""
+    for path, names in PIPELINE_ARGUMENTS.items():
+        node = OmegaConf.select(cfg, path)
+        for name in names if isinstance(node, DictConfig) and "_target_" in node else ():
+            if name in node:
+                raise ConfigError(f"{path}.{name}={node[name]}: the pipeline passes {name} itself; remove the key")
 
 
 def check_sharding(trainer: DictConfig) -> None:
