@@ -20,6 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.schema import CHECKPOINT_ACTIVATIONS, NOTES, PRECISIONS, RESERVED, STRATEGIES, ConfigError
 
 
+CHOSEN_GROUPS = (
+    *("criterion", "selection", "repair", "distillation"),
+    *("data", "teacher", "noise_scheduler", "timesteps"),
+)
+"""Groups whose choices have a `_target_`, or nothing but a name."""
+
+
 def check_config(cfg: DictConfig) -> None:
     """Raise ConfigError for what Hydra does not check: parameters of a `_target_` and their types, ranges, choices."""
     check_values(cfg)
@@ -45,7 +52,7 @@ def check_values(cfg: DictConfig) -> None:
     check_keys("", cfg)
     check_names(cfg)
     refuse_pipeline_arguments(cfg)
-    for group in ("criterion", "selection", "repair", "distillation", "data", "teacher", "noise_scheduler"):
+    for group in CHOSEN_GROUPS:
         if isinstance(cfg[group], DictConfig) and "_target_" not in cfg[group]:
             refuse_unknown_keys(group, [key for key in cfg[group] if key != "name"], ["name"])
     if cfg.calibration.data is not None and not isinstance(cfg.calibration.data, DictConfig):
@@ -60,6 +67,7 @@ def check_values(cfg: DictConfig) -> None:
             raise ConfigError(f"evaluation.metrics.{name}: that name is taken; choose none of: {', '.join(RESERVED)}")
     check_ranges(content)
     check_teacher_outputs(content)
+    check_timesteps(content)
     choices = {
         "trainer.accelerator": ("auto", "cpu", "gpu"),
         "trainer.strategy": STRATEGIES,
@@ -215,11 +223,33 @@ def check_teacher_outputs(content: Any) -> None:
             "distillation.w_out=0: no term of the loss uses the teacher's outputs; choose "
             "distillation.teacher_outputs=live, or distillation.w_out above 0"
         )
+    if select(content, "distillation.timesteps.distribution") is not None:
+        raise ConfigError(
+            f"timesteps={content['timesteps']['name']}: the outputs for distillation.teacher_outputs='stored' are "
+            "those at uniform timesteps; choose timesteps=uniform or one that only weighs, or "
+            "distillation.teacher_outputs=live"
+        )
     if content["latents"] is None:
         raise ConfigError(
             "distillation.teacher_outputs='stored', but latents=null: the outputs lie beside stored latents; choose "
             "latents=FOLDER, which python -m experiments.precompute fills with precompute.teacher_draws=8 (or another "
             "number), or distillation.teacher_outputs=live"
+        )
+
+
+def check_timesteps(content: Any) -> None:
+    """Raise ConfigError where timesteps are chosen and the module that is trained does not take the choice.
+
+    `content` are the plain values of a configuration.
+    """
+    chosen = content["timesteps"]
+    group = "distillation" if content["pretrain"] is None else "pretrain"
+    if not chosen or chosen.get("distribution") is chosen.get("weight") is None:
+        return
+    if "_target_" in content[group] and not content[group].get("timesteps"):
+        raise ConfigError(
+            f"timesteps={chosen['name']}: {content[group]['_target_']} does not take timesteps; choose "
+            f"timesteps=uniform, or give the class a parameter `timesteps` and its file `timesteps: ${{timesteps}}`"
         )
 
 

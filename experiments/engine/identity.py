@@ -20,7 +20,7 @@ RESULT_VERSION = 2
 """Part of every run's id: it is raised when the same configuration would give another result."""
 
 NO_EFFECT = {
-    "": ("name", "label", "force", "logger", "callbacks", "paths", "precompute"),
+    "": ("name", "label", "force", "logger", "callbacks", "paths", "precompute", "timesteps"),
     "trainer": (
         *("accelerator", "devices", "num_nodes", "strategy", "resume"),
         *("checkpoint_every", "log_every_n_steps", "checkpoint_activations"),
@@ -31,13 +31,20 @@ NO_EFFECT = {
     "evaluation": ("latency_batch", "latency_repeats"),
     "export": ("push_to_hub",),
 }
-"""{group: fields} that are no part of a run's identity: they cannot change a result, or (devices) only by rounding."""
+"""{group: fields} that are no part of a run's identity: they cannot change a result, or (devices) only by rounding.
+The modules that draw timesteps contain the choice of the group `timesteps`."""
+
+UNIFORM = {"name": "uniform", "_target_": "lightning_modules.Timesteps"} | dict.fromkeys(
+    ("distribution", "weight", "clip")
+)
+"""the content of timesteps=uniform"""
 
 LATER_FIELDS: dict[str, dict[str, Any]] = {
     "data": {"bos": "auto", "fit": "crop", "pixel_range": None, "box": None, "captions": None},
     "selection": {"budgets": None, "pareto": False},
     "trainer": {"deterministic": True, "compile": False},
-    "distillation": {"teacher_outputs": "live"},
+    "distillation": {"teacher_outputs": "live", "timesteps": UNIFORM},
+    "pretrain": {"timesteps": UNIFORM},
 }
 """{group: {field: default}}: fields that configurations did not have at first. At their defaults they are no part of a
 run's identity, so that runs from before them keep their ids."""

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from conf.schema import build
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.losses.level_weights import LevelWeights
+from lightning_modules.losses.timesteps import Timesteps
 from lightning_modules.modules.base import DistillationModule, Optimizer, Schedule
 from lightning_modules.modules.lora import Lora
 from lightning_modules.modules.taps import check_taps, find_teacher_taps, pair_taps, record_features
+from lightning_modules.modules.training_inputs import draw_training_inputs
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ class Distillation(DistillationModule):
             (N,L,C), or (tokens,C) of one sample if padding is left out. None is the mean squared error.
         teacher_outputs: `live`, or `stored`: batches have the teacher's outputs ("teacher_output", of the shape of an
             output), and the teacher is not called. Needs w_feat = 0.
+        timesteps: which timesteps are drawn, and how much the task and output terms of each count; feature terms are
+            not weighted. None is uniform.
         optimizer: see TrainedModule.
         lr_scheduler: see TrainedModule.
         seed: see TrainedModule.
@@ -72,6 +76,7 @@ class Distillation(DistillationModule):
         lora: Lora | None = None,
         feature_distance: Callable[[Tensor, Tensor], Tensor] | None = None,
         teacher_outputs: str = "live",
+        timesteps: Timesteps | None = None,
         *,
         optimizer: Optimizer,
         lr_scheduler: Schedule,
@@ -90,6 +95,7 @@ class Distillation(DistillationModule):
         self.has_stored_outputs = teacher_outputs == "stored"
         assert not (self.has_stored_outputs and self.levels), "conf/checks.py refuses this"
         self.needs_teacher = bool(w_out or self.levels) and not self.has_stored_outputs
+        self.timesteps = timesteps or Timesteps()
         self.weights = LevelWeights(normalization, len(self.levels))
         self.merge_adapters = (lambda: None) if lora is None else lora.insert(student.network, seed)
 
@@ -118,6 +124,8 @@ class Distillation(DistillationModule):
                 "{_target_: lightning_modules.losses.cosine.CosineDistance}"
             )
         LevelWeights(settings.get("normalization", "none"), 0)
+        if settings.get("timesteps") is not None:
+            build(settings["timesteps"]).check(teacher)
         taps = settings.get("taps", "stages")
         if taps or "w_feat" in weights:
             check_taps(taps)
@@ -142,7 +150,7 @@ class Distillation(DistillationModule):
         return networks
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        inputs = self.network_inputs = self.student.training_inputs(batch)
+        inputs = self.network_inputs = draw_training_inputs(self.student, batch, self.timesteps, 0.0)
         modules_s = {name: self.student.network.get_submodule(path) for name, path in self.levels.items()}
         with record_features(modules_s) as maps_s:
             eps_s = self.student.predict(inputs).float()
