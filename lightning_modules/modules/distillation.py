@@ -16,7 +16,7 @@ from lightning_modules.losses.level_weights import LevelWeights
 from lightning_modules.losses.timesteps import Timesteps
 from lightning_modules.modules.base import DistillationModule, Optimizer, Schedule
 from lightning_modules.modules.lora import Lora
-from lightning_modules.modules.taps import check_taps, find_teacher_taps, pair_taps, record_features
+from lightning_modules.modules.taps import check_skip, check_taps, find_teacher_taps, pair_taps, record_features
 from lightning_modules.modules.training_inputs import draw_training_inputs
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ class Distillation(DistillationModule):
         taps: the feature maps that are compared: `stages` (outputs of the down, middle and up blocks of a U-Net, or
             of the blocks of a transformer), `units` (outputs of the units that are kept), a list of module paths, or
             a mapping {module path of the teacher: module path of the student}.
-        skip_emptied: leave out stages that have lost all their units, as nothing in them can learn.
+        skip_emptied: leave out stages that have lost all their `units` (or true), as nothing in them can learn; also
+            those that have lost all units with `convolutions`, though an attention may be left; or `none` (or false).
         lora: low-rank adapters. Only these are trained, and `result` merges them into the weights. None trains all
             weights.
         feature_distance: distance (student's map, teacher's map) -> scalar. The maps are float32 of shape (N,C,H,W) or
@@ -72,7 +73,7 @@ class Distillation(DistillationModule):
         w_feat: float = 1.0,
         normalization: str = "teacher_energy",
         taps: Any = "stages",
-        skip_emptied: bool = True,
+        skip_emptied: bool | str = True,
         lora: Lora | None = None,
         feature_distance: Callable[[Tensor, Tensor], Tensor] | None = None,
         teacher_outputs: str = "live",
@@ -126,6 +127,7 @@ class Distillation(DistillationModule):
         LevelWeights(settings.get("normalization", "none"), 0)
         if settings.get("timesteps") is not None:
             build(settings["timesteps"]).check(teacher)
+        check_skip(settings.get("skip_emptied", True))
         taps = settings.get("taps", "stages")
         if taps or "w_feat" in weights:
             check_taps(taps)
@@ -187,16 +189,18 @@ class Distillation(DistillationModule):
         counts = mask_NL.sum(1).tolist()
         samples = zip(f_s[mask_NL].split(counts), f_t[mask_NL].split(counts), strict=True)
         pairs = [(sample_s, sample_t) for sample_s, sample_t in samples if len(sample_s)]
-        weights_N = self.weights.weigh_samples(level, [sample_t for _, sample_t in pairs])
+        raw_N = torch.stack([self.feature_distance(*pair) for pair in pairs]) if pairs else f_s.new_zeros(0)
+        maps_t = [sample_t for _, sample_t in pairs]
+        weights_N = self.weights.weigh_samples(level, maps_t, raw_N.detach(), self.feature_distance)  # on all ranks
         if not pairs:
             return (nothing := 0 * f_s.sum()), nothing
-        raw_N = torch.stack([self.feature_distance(*pair) for pair in pairs])
         return raw_N.sum() / len(counts), (weights_N * raw_N).sum() / len(counts)
 
     def compare_maps(self, f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the distance of two feature maps (N,...) in float32, and the teacher's statistic: two scalars.
+        """Return the distance of two feature maps (N,...) in float32, and the statistic of its weight: two scalars.
 
         A compiled function keeps no copy of the maps in float32.
         """
         f_t = f_t.float()
-        return self.feature_distance(f_s.float(), f_t), self.weights.measure(f_t)
+        raw = self.feature_distance(f_s.float(), f_t)
+        return raw, self.weights.measure(f_t, raw, self.feature_distance)
