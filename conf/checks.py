@@ -150,6 +150,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "distillation.w_task": (0, math.inf, "0 or more"),
     "distillation.w_out": (0, math.inf, "0 or more"),
     "distillation.w_feat": (0, math.inf, "0 or more"),
+    "distillation.drop_text": (0, 1, "a probability, 0 to 1"),
 }
 """{field: (lowest value, highest value, the range in words)}"""
 
@@ -228,6 +229,11 @@ def check_teacher_outputs(content: Any) -> None:
             f"timesteps={content['timesteps']['name']}: the outputs for distillation.teacher_outputs='stored' are "
             "those at uniform timesteps; choose timesteps=uniform or one that only weighs, or "
             "distillation.teacher_outputs=live"
+        )
+    if drop_text := select(content, "distillation.drop_text"):
+        raise ConfigError(
+            f"distillation.drop_text={drop_text}: the outputs for distillation.teacher_outputs='stored' are those for "
+            "the samples' own captions; choose distillation.drop_text=0, or distillation.teacher_outputs=live"
         )
     if content["latents"] is None:
         raise ConfigError(

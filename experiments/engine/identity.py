@@ -43,7 +43,7 @@ LATER_FIELDS: dict[str, dict[str, Any]] = {
     "data": {"bos": "auto", "fit": "crop", "pixel_range": None, "box": None, "captions": None},
     "selection": {"budgets": None, "pareto": False},
     "trainer": {"deterministic": True, "compile": False},
-    "distillation": {"teacher_outputs": "live", "timesteps": UNIFORM},
+    "distillation": {"teacher_outputs": "live", "timesteps": UNIFORM, "drop_text": 0},
     "pretrain": {"timesteps": UNIFORM},
 }
 """{group: {field: default}}: fields that configurations did not have at first. At their defaults they are no part of a

@@ -56,6 +56,8 @@ class Distillation(DistillationModule):
             output), and the teacher is not called. Needs w_feat = 0.
         timesteps: which timesteps are drawn, and how much the task and output terms of each count; feature terms are
             not weighted. None is uniform.
+        drop_text: probability that a sample's caption is replaced by the empty one, for student and teacher alike (see
+            `drop_captions`), so that the student learns the pass of classifier-free guidance without text.
         optimizer: see TrainedModule.
         lr_scheduler: see TrainedModule.
         seed: see TrainedModule.
@@ -78,6 +80,7 @@ class Distillation(DistillationModule):
         feature_distance: Callable[[Tensor, Tensor], Tensor] | None = None,
         teacher_outputs: str = "live",
         timesteps: Timesteps | None = None,
+        drop_text: float = 0.0,
         *,
         optimizer: Optimizer,
         lr_scheduler: Schedule,
@@ -96,7 +99,7 @@ class Distillation(DistillationModule):
         self.has_stored_outputs = teacher_outputs == "stored"
         assert not (self.has_stored_outputs and self.levels), "conf/checks.py refuses this"
         self.needs_teacher = bool(w_out or self.levels) and not self.has_stored_outputs
-        self.timesteps = timesteps or Timesteps()
+        self.timesteps, self.drop_text = timesteps or Timesteps(), drop_text
         self.weights = LevelWeights(normalization, len(self.levels))
         self.merge_adapters = (lambda: None) if lora is None else lora.insert(student.network, seed)
 
@@ -127,6 +130,11 @@ class Distillation(DistillationModule):
         LevelWeights(settings.get("normalization", "none"), 0)
         if settings.get("timesteps") is not None:
             build(settings["timesteps"]).check(teacher)
+        if settings.get("drop_text") and not teacher.takes_text:
+            raise ValueError(
+                f"distillation.drop_text={settings['drop_text']}: a {type(teacher.network).__name__} takes no captions"
+                "; choose 0"
+            )
         check_skip(settings.get("skip_emptied", True))
         taps = settings.get("taps", "stages")
         if taps or "w_feat" in weights:
@@ -152,7 +160,7 @@ class Distillation(DistillationModule):
         return networks
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        inputs = self.network_inputs = draw_training_inputs(self.student, batch, self.timesteps, 0.0)
+        inputs = self.network_inputs = draw_training_inputs(self.student, batch, self.timesteps, self.drop_text)
         modules_s = {name: self.student.network.get_submodule(path) for name, path in self.levels.items()}
         with record_features(modules_s) as maps_s:
             eps_s = self.student.predict(inputs).float()

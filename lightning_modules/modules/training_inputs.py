@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from criteria.base import Batch
+from datamodules.latents import SHARED
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.diffusion.pipeline_parts import move
 from lightning_modules.losses.timesteps import Timesteps
@@ -39,12 +40,15 @@ def drop_captions(backbone: NetworkBackbone, inputs: Batch, batch: Batch, probab
 
 
 def replace_chosen(conditions: dict[str, Any], empty: dict[str, Any], chosen_N: Tensor) -> dict[str, Any]:
-    """Return nested conditions in which the chosen samples have the values of `empty`, as far as it has values."""
+    """Return nested conditions in which the chosen samples have the values of `empty`, as far as it has values.
+
+    What all samples share (SHARED) stays as it is.
+    """
     replaced: dict[str, Any] = {}
     for key, value in conditions.items():
         if isinstance(value, dict):
             replaced[key] = replace_chosen(value, empty.get(key, {}), chosen_N)
-        elif key in empty:
+        elif key in empty and key not in SHARED:
             replaced[key] = torch.where(chosen_N.view(-1, *[1] * (value.ndim - 1)), empty[key], value)
         else:
             replaced[key] = value
