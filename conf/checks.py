@@ -19,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema import CHECKPOINT_ACTIVATIONS, NOTES, PRECISIONS, RESERVED, STRATEGIES, ConfigError
 
-
 CHOSEN_GROUPS = (
     *("criterion", "selection", "repair", "distillation"),
     *("data", "teacher", "noise_scheduler", "timesteps"),
@@ -66,6 +65,7 @@ def check_values(cfg: DictConfig) -> None:
         if name in RESERVED:
             raise ConfigError(f"evaluation.metrics.{name}: that name is taken; choose none of: {', '.join(RESERVED)}")
     check_ranges(content)
+    check_distilling_teacher(content)
     check_teacher_outputs(content)
     check_timesteps(content)
     choices = {
@@ -94,7 +94,8 @@ PIPELINE_ARGUMENTS = {
     "teacher": ("noise_scheduler",),
     "sampler.scheduler": ("config",),
 }
-"""Arguments that the pipeline passes to what a node names, by the path of the node."""
+"""Arguments that the pipeline passes to what a node names, by the path of the node. One of them is a field as well:
+`distillation.teacher` names another network for it."""
 
 
 def refuse_pipeline_arguments(cfg: DictConfig) -> None:
@@ -102,8 +103,18 @@ def refuse_pipeline_arguments(cfg: DictConfig) -> None:
     for path, names in PIPELINE_ARGUMENTS.items():
         node = OmegaConf.select(cfg, path)
         for name in names if isinstance(node, DictConfig) and "_target_" in node else ():
-            if name in node:
+            if name in node and (path, name) != ("distillation", "teacher"):
                 raise ConfigError(f"{path}.{name}={node[name]}: the pipeline passes {name} itself; remove the key")
+
+
+def check_distilling_teacher(content: Any) -> None:
+    """Raise ConfigError for a `distillation.teacher` that is no path; `content` are plain values of a configuration."""
+    path = select(content, "distillation.teacher")
+    if path is not None and not (isinstance(path, str) and path):
+        raise ConfigError(
+            f"distillation.teacher={path!r} names no network; choose a folder or hub id, or null for the network that "
+            "is pruned"
+        )
 
 
 def check_sharding(trainer: DictConfig) -> None:

@@ -1,4 +1,4 @@
-"""Distillation of the unpruned teacher into its pruned student."""
+"""Distillation of a teacher, such as the unpruned network, into a pruned student."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -38,7 +38,8 @@ class Distillation(DistillationModule):
 
     Args:
         student: see DistillationModule.
-        teacher: see DistillationModule.
+        teacher: see DistillationModule. In a configuration, the folder or hub id of a network to distil from instead
+            of the one that was pruned; null for that one.
         w_task: weight of the task loss.
         w_out: weight of the distance between the outputs.
         w_feat: weight of the sum of the feature terms.
@@ -189,7 +190,15 @@ class Distillation(DistillationModule):
             f_s: the student's feature map, (N,...), of any dtype.
             f_t: the teacher's feature map of the same shape.
             mask_NL: which tokens count; None if all do.
+
+        Raises ValueError for maps of different shapes.
         """
+        if f_s.shape != f_t.shape:
+            name, path = list(self.levels.items())[level]
+            raise ValueError(
+                f"distillation.taps: the teacher's {name} gives a feature map of shape {tuple(f_t.shape)}, and the "
+                f"student's {path} one of {tuple(f_s.shape)}; choose pairs of the same shape"
+            )
         if mask_NL is None:
             raw, statistic = self.compare_maps(f_s, f_t)
             return raw, self.weights(level, statistic) * raw
