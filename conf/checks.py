@@ -19,6 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema import CHECKPOINT_ACTIVATIONS, NOTES, PRECISIONS, RESERVED, STRATEGIES, ConfigError
 
+CHOSEN_GROUPS = (
+    *("criterion", "selection", "repair", "distillation"),
+    *("data", "teacher", "noise_scheduler", "timesteps"),
+)
+"""Groups whose choices have a `_target_`, or nothing but a name."""
+
 
 def check_config(cfg: DictConfig) -> None:
     """Raise ConfigError for what Hydra does not check: parameters of a `_target_` and their types, ranges, choices."""
@@ -44,7 +50,8 @@ def check_values(cfg: DictConfig) -> None:
         raise ConfigError(str(error)) from error
     check_keys("", cfg)
     check_names(cfg)
-    for group in ("criterion", "selection", "repair", "distillation", "data", "teacher", "noise_scheduler"):
+    refuse_pipeline_arguments(cfg)
+    for group in CHOSEN_GROUPS:
         if isinstance(cfg[group], DictConfig) and "_target_" not in cfg[group]:
             refuse_unknown_keys(group, [key for key in cfg[group] if key != "name"], ["name"])
     if cfg.calibration.data is not None and not isinstance(cfg.calibration.data, DictConfig):
@@ -58,7 +65,9 @@ def check_values(cfg: DictConfig) -> None:
         if name in RESERVED:
             raise ConfigError(f"evaluation.metrics.{name}: that name is taken; choose none of: {', '.join(RESERVED)}")
     check_ranges(content)
+    check_distilling_teacher(content)
     check_teacher_outputs(content)
+    check_timesteps(content)
     choices = {
         "trainer.accelerator": ("auto", "cpu", "gpu"),
         "trainer.strategy": STRATEGIES,
@@ -75,6 +84,37 @@ def check_values(cfg: DictConfig) -> None:
             raise ConfigError(f"{path}={value!r} is unknown; choose one of: {', '.join(valid)}")
     if cfg.trainer.strategy == "fsdp":
         check_sharding(cfg.trainer)
+
+
+PIPELINE_ARGUMENTS = {
+    "distillation": ("student", "teacher", "optimizer", "lr_scheduler", "seed", "dump"),
+    "pretrain": ("optimizer", "lr_scheduler", "seed", "dump"),
+    "optimizer": ("params",),
+    "lr_scheduler": ("optimizer",),
+    "teacher": ("noise_scheduler",),
+    "sampler.scheduler": ("config",),
+}
+"""Arguments that the pipeline passes to what a node names, by the path of the node. One of them is a field as well:
+`distillation.teacher` names another network for it."""
+
+
+def refuse_pipeline_arguments(cfg: DictConfig) -> None:
+    """Raise ConfigError for a key that names one of the PIPELINE_ARGUMENTS, as its value would not be used."""
+    for path, names in PIPELINE_ARGUMENTS.items():
+        node = OmegaConf.select(cfg, path)
+        for name in names if isinstance(node, DictConfig) and "_target_" in node else ():
+            if name in node and (path, name) != ("distillation", "teacher"):
+                raise ConfigError(f"{path}.{name}={node[name]}: the pipeline passes {name} itself; remove the key")
+
+
+def check_distilling_teacher(content: Any) -> None:
+    """Raise ConfigError for a `distillation.teacher` that is no path; `content` are plain values of a configuration."""
+    path = select(content, "distillation.teacher")
+    if path is not None and not (isinstance(path, str) and path):
+        raise ConfigError(
+            f"distillation.teacher={path!r} names no network; choose a folder or hub id, or null for the network that "
+            "is pruned"
+        )
 
 
 def check_sharding(trainer: DictConfig) -> None:
@@ -121,6 +161,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "distillation.w_task": (0, math.inf, "0 or more"),
     "distillation.w_out": (0, math.inf, "0 or more"),
     "distillation.w_feat": (0, math.inf, "0 or more"),
+    "distillation.drop_text": (0, 1, "a probability, 0 to 1"),
 }
 """{field: (lowest value, highest value, the range in words)}"""
 
@@ -194,11 +235,38 @@ def check_teacher_outputs(content: Any) -> None:
             "distillation.w_out=0: no term of the loss uses the teacher's outputs; choose "
             "distillation.teacher_outputs=live, or distillation.w_out above 0"
         )
+    if select(content, "distillation.timesteps.distribution") is not None:
+        raise ConfigError(
+            f"timesteps={content['timesteps']['name']}: the outputs for distillation.teacher_outputs='stored' are "
+            "those at uniform timesteps; choose timesteps=uniform or one that only weighs, or "
+            "distillation.teacher_outputs=live"
+        )
+    if drop_text := select(content, "distillation.drop_text"):
+        raise ConfigError(
+            f"distillation.drop_text={drop_text}: the outputs for distillation.teacher_outputs='stored' are those for "
+            "the samples' own captions; choose distillation.drop_text=0, or distillation.teacher_outputs=live"
+        )
     if content["latents"] is None:
         raise ConfigError(
             "distillation.teacher_outputs='stored', but latents=null: the outputs lie beside stored latents; choose "
             "latents=FOLDER, which python -m experiments.precompute fills with precompute.teacher_draws=8 (or another "
             "number), or distillation.teacher_outputs=live"
+        )
+
+
+def check_timesteps(content: Any) -> None:
+    """Raise ConfigError where timesteps are chosen and the module that is trained does not take the choice.
+
+    `content` are the plain values of a configuration.
+    """
+    chosen = content["timesteps"]
+    group = "distillation" if content["pretrain"] is None else "pretrain"
+    if not chosen or chosen.get("distribution") is chosen.get("weight") is None:
+        return
+    if "_target_" in content[group] and not content[group].get("timesteps"):
+        raise ConfigError(
+            f"timesteps={chosen['name']}: {content[group]['_target_']} does not take timesteps; choose "
+            f"timesteps=uniform, or give the class a parameter `timesteps` and its file `timesteps: ${{timesteps}}`"
         )
 
 

@@ -210,6 +210,8 @@ class Config:
     distillation: Any = None
     pretrain: Any = None
     noise_scheduler: Any = None
+    timesteps: Any = None
+    """which timesteps a training of a diffusion network draws, and how much each counts"""
     sampler: Sampler = field(default_factory=Sampler)
     optimizer: Any = MISSING
     lr_scheduler: Any = MISSING

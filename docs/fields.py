@@ -14,19 +14,10 @@ sys.path.insert(0, str(ROOT))
 from conf import schema  # noqa: E402  the repository has to be on the path first
 
 GROUPS = (
+    *("task", "teacher", "criterion", "selection", "repair", "distillation"),
+    *("data", "noise_scheduler", "timesteps", "sampler"),
     *(
-        "task",
-        "teacher",
-        "criterion",
-        "selection",
-        "repair",
-        "distillation",
-        "data",
-        "noise_scheduler",
-        "sampler",
         "optimizer",
-    ),
-    *(
         "lr_scheduler",
         "evaluation",
         "trainer",

@@ -20,7 +20,7 @@ RESULT_VERSION = 2
 """Part of every run's id: it is raised when the same configuration would give another result."""
 
 NO_EFFECT = {
-    "": ("name", "label", "force", "logger", "callbacks", "paths", "precompute"),
+    "": ("name", "label", "force", "logger", "callbacks", "paths", "precompute", "timesteps"),
     "trainer": (
         *("accelerator", "devices", "num_nodes", "strategy", "resume"),
         *("checkpoint_every", "log_every_n_steps", "checkpoint_activations"),
@@ -31,13 +31,20 @@ NO_EFFECT = {
     "evaluation": ("latency_batch", "latency_repeats"),
     "export": ("push_to_hub",),
 }
-"""{group: fields} that are no part of a run's identity: they cannot change a result, or (devices) only by rounding."""
+"""{group: fields} that are no part of a run's identity: they cannot change a result, or (devices) only by rounding.
+The modules that draw timesteps contain the choice of the group `timesteps`."""
+
+UNIFORM = {"name": "uniform", "_target_": "lightning_modules.Timesteps"} | dict.fromkeys(
+    ("distribution", "weight", "clip")
+)
+"""the content of timesteps=uniform"""
 
 LATER_FIELDS: dict[str, dict[str, Any]] = {
     "data": {"bos": "auto", "fit": "crop", "pixel_range": None, "box": None, "captions": None},
     "selection": {"budgets": None, "pareto": False},
     "trainer": {"deterministic": True, "compile": False},
-    "distillation": {"teacher_outputs": "live"},
+    "distillation": {"teacher_outputs": "live", "timesteps": UNIFORM, "drop_text": 0, "teacher": None},
+    "pretrain": {"timesteps": UNIFORM},
 }
 """{group: {field: default}}: fields that configurations did not have at first. At their defaults they are no part of a
 run's identity, so that runs from before them keep their ids."""
@@ -138,13 +145,15 @@ def replace_latents_path(cfg: DictConfig, content: Any) -> Any:
 
 
 def reads_teacher_outputs(content: Mapping[str, Any]) -> bool:
-    """Tell whether a distillation reads stored outputs of the teacher, by plain values of a configuration.
+    """Tell whether a distillation reads stored outputs of the teacher, by plain values of a configuration."""
+    return any(node.get("teacher_outputs") == "stored" for node in list_distillations(content))
 
-    Stages may have settings of their own.
-    """
+
+def list_distillations(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the fields of the group `distillation` in a job's settings, and in those of its stages."""
     stages = (content.get("pipeline") or {}).get("stages") or {}
     nodes = [content, *((stage or {}).get("settings") or {} for stage in stages.values())]
-    return any((node.get("distillation") or {}).get("teacher_outputs") == "stored" for node in nodes)
+    return [node.get("distillation") or {} for node in nodes]
 
 
 def drop_settings_without_effect(config: Any) -> dict[str, Any]:

@@ -9,9 +9,12 @@ from torch.utils.data import DataLoader
 from conf.schema import ConfigError, build
 from criteria.base import Criterion
 from datamodules.base import DataModule
+from datamodules.readers.base import MissingData
 from experiments.engine.artefacts import digest
 from experiments.engine.sweep import shares_process
 from lightning_modules.backbones.base import NetworkBackbone
+from lightning_modules.backbones.files import find_model
+from lightning_modules.backbones.other_teacher import check_other_teacher, has_same_layers
 from lightning_modules.modules.sampling import seed_batches
 
 
@@ -27,6 +30,42 @@ def build_teacher(cfg: DictConfig) -> NetworkBackbone:
         )
     schedule = {"noise_scheduler": build(cfg.noise_scheduler)} if "_target_" in cfg.noise_scheduler else {}
     return build(cfg.teacher, **schedule)
+
+
+def build_other_teacher(cfg: DictConfig) -> NetworkBackbone:
+    """Return the network at `distillation.teacher`; the options of the group `teacher` hold for it, too."""
+    path = cfg.distillation.teacher
+    try:
+        find_model(path)
+    except MissingData as error:
+        raise MissingData(f"distillation.teacher={path}: {error}") from error
+    return build_teacher(OmegaConf.merge(cfg, {"teacher": {"path": path}}))  # type: ignore[arg-type]
+
+
+def load_distilling_teacher(cfg: DictConfig, own: NetworkBackbone) -> NetworkBackbone:
+    """Return the network that a student is distilled from: `own`, which it was pruned from, or `distillation.teacher`.
+
+    Raises ConfigError where the other one cannot teach the student, and MissingData where it is not found.
+    """
+    path, taps = (cfg.distillation.get(name) for name in ("teacher", "taps"))
+    if path is None:
+        return own
+    other = build_other_teacher(cfg)
+    try:
+        check_other_teacher(other, own)
+    except ValueError as error:
+        raise ConfigError(
+            f"distillation.teacher={path} cannot teach a student of teacher.path={cfg.teacher.path}: {error}; choose a "
+            "network for the same inputs and outputs, or null"
+        ) from error
+    pairs = isinstance(taps, DictConfig) or has_same_layers(other.network, own.network)
+    if cfg.distillation.get("w_feat") and not pairs:
+        raise ConfigError(
+            f"distillation.taps={taps}: distillation.teacher={path} has other layers than the pruned network, so that "
+            "it is unknown which feature maps correspond; choose a mapping {teacher's path: student's path}, or "
+            "distillation.w_feat=0"
+        )
+    return other
 
 
 KEPT_BYTES = 2**32

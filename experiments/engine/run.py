@@ -34,6 +34,7 @@ from experiments.engine.identity import (
     fingerprint,
     get_effective_settings,
     get_written_settings,
+    list_distillations,
     list_named_files,
     make_portable,
 )
@@ -298,11 +299,13 @@ class Run:
 def select_parts_with_files(cfg: DictConfig) -> list[Any]:
     """Return the parts of a configuration whose files are part of a run's identity by their contents.
 
-    They are measures, prompts, statistics, the module of a pretraining, and texts (which are small), not pictures.
+    They are measures, prompts, statistics, the module of a pretraining, another teacher of a distillation, and texts
+    (which are small), not pictures.
     """
     content: Any = OmegaConf.to_container(cfg, resolve=True)
     parts = [{key: content["evaluation"][key] for key in ("metrics", "prompts")}, content["pretrain"]]
     parts.append((content["data"] or {}).get("statistics"))
+    parts.append([node.get("teacher") for node in list_distillations(content)])
     for data in (content["data"], content["calibration"].get("data")):
         if data and "tokenizer" in data and not data.get("hub"):
             parts.append([data["tokenizer"], *(data.get(name) for name in ("train", "holdout", "path"))])

@@ -27,7 +27,7 @@ from conf import checks, schema, search_path
 from conf.schema import CHECKPOINT_ACTIVATIONS, ROOT, ConfigError, build
 from criteria.selection.base import Pool
 from datamodules.readers.base import MissingData
-from experiments.engine.inputs import build_data, build_teacher
+from experiments.engine.inputs import build_data, build_other_teacher, build_teacher
 from experiments.engine.memory import describe_training
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.diffusion import families
@@ -74,7 +74,8 @@ def make_module(cfg: DictConfig) -> TrainedModule:
         if "_target_" not in cfg.distillation:
             raise ConfigError("distillation=none: nothing is trained; choose another distillation")
         teacher = make_teacher(cfg)
-        node, networks = cfg.distillation, {"student": make_student(cfg, teacher), "teacher": teacher}
+        other = teacher if cfg.distillation.get("teacher") is None else build_other_teacher(cfg)
+        node, networks = cfg.distillation, {"student": make_student(cfg, teacher), "teacher": other}
     optimizer, schedule = build(cfg.optimizer), build(cfg.lr_scheduler)
     module = build(node, optimizer=optimizer, lr_scheduler=schedule, seed=cfg.seed, dump=Path("failure"), **networks)()
     if not isinstance(module, TrainedModule):

@@ -46,6 +46,8 @@ class NetworkBackbone(nn.Module):
     """whether a student of bypassed blocks equals a network of the teacher's class and shape with zeroed branches"""
     pipeline_parts: Any = None
     """the other parts of a diffusion pipeline, if any"""
+    noise_scheduler: Any = None
+    """the training schedule of a network that takes timesteps"""
     tokenizer: Any = None
     """the tokenizer of a language model, if it is known"""
     writes_text = False

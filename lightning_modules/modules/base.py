@@ -224,7 +224,8 @@ class DistillationModule(TrainedModule):
 
     Args:
         student: the pruned network, whose parameters are trained.
-        teacher: the unpruned network. It is frozen, in eval mode and in no checkpoint.
+        teacher: the unpruned network, or the one that `distillation.teacher` names. It is frozen, in eval mode and in
+            no checkpoint.
         optimizer: see TrainedModule.
         lr_scheduler: see TrainedModule.
         seed: see TrainedModule.

@@ -8,13 +8,8 @@ import hydra.utils
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
+from conf.checks import PIPELINE_ARGUMENTS
 from conf.schema import ConfigError
-
-PIPELINE_ARGUMENTS = {
-    "distillation": ("student", "teacher", "optimizer", "lr_scheduler", "seed", "dump"),
-    "pretrain": ("optimizer", "lr_scheduler", "seed", "dump"),
-}
-"""Constructor arguments that the pipeline passes to a trained module by keyword, by the group that names the module."""
 
 PIPELINE_METHODS = {"distillation": ("result",), "pretrain": ("save",)}
 """Methods that the pipeline calls in addition to those of a LightningModule, by group."""
@@ -39,9 +34,6 @@ def check_module(node: DictConfig, group: str) -> None:
         node: the part of the configuration with the module's `_target_`.
         group: "distillation" or "pretrain".
     """
-    for name in PIPELINE_ARGUMENTS[group]:
-        if name in node:
-            raise ConfigError(f"{group}.{name}={node[name]}: the pipeline passes {name} itself; remove the key")
     target: Any = hydra.utils.get_object(node._target_)
     parameters = inspect.signature(target).parameters.values()
     names = [parameter.name for parameter in parameters]

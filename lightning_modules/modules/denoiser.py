@@ -10,9 +10,11 @@ from torchmetrics import SumMetric
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
 from lightning_modules.backbones.diffusion.new import build_new_backbone
-from lightning_modules.backbones.diffusion.pipeline_parts import TEXT_FOLDER, move
+from lightning_modules.backbones.diffusion.pipeline_parts import TEXT_FOLDER
 from lightning_modules.backbones.diffusion.text_states import store_texts
+from lightning_modules.losses.timesteps import Timesteps
 from lightning_modules.modules.base import Optimizer, Schedule, TrainedModule, new_mean_metric
+from lightning_modules.modules.training_inputs import draw_training_inputs
 
 
 class Denoiser(TrainedModule):
@@ -22,13 +24,14 @@ class Denoiser(TrainedModule):
 
     Args:
         backbone: the network with its noise schedule and, if it has them, its VAE and text encoder.
-        drop_text: probability that a sample's caption is replaced by the empty one, for classifier-free guidance (Ho &
-            Salimans 2022, arXiv 2207.12598). It has no effect on networks that take no text.
+        drop_text: probability that a sample's caption is replaced by the empty one (see `drop_captions`). It has no
+            effect on networks that take no text.
         captions: captions whose text states are saved instead of the text encoder; None saves the encoder.
         optimizer: see TrainedModule.
         lr_scheduler: see TrainedModule.
         seed: see TrainedModule.
         dump: see TrainedModule.
+        timesteps: which timesteps are drawn, and how much each counts; None is uniform.
     """
 
     def __init__(
@@ -40,28 +43,22 @@ class Denoiser(TrainedModule):
         lr_scheduler: Schedule,
         seed: int,
         dump: Path,
+        timesteps: Timesteps | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed, dump)
         if not 0 <= drop_text <= 1:
             raise ValueError(f"pretrain.drop_text={drop_text} is out of range; choose a probability, 0 to 1")
         self.backbone, self.drop_text, self.captions = backbone.train(), drop_text, captions
+        self.timesteps = timesteps or Timesteps()
         self.test_loss, self.test_images = new_mean_metric(), SumMetric()
 
     def networks(self) -> dict[NetworkBackbone, list[nn.Module]]:
         return {self.backbone: []}
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        inputs = self.network_inputs = self.backbone.training_inputs(batch)
-        if self.backbone.takes_text and self.drop_text:
-            inputs["conditions"] = self.drop_captions(inputs["conditions"], batch, len(inputs["sample"]))
+        inputs = draw_training_inputs(self.backbone, batch, self.timesteps, self.drop_text)
+        self.network_inputs = inputs
         return {"loss": self.backbone.loss(inputs)}
-
-    def drop_captions(self, conditions: dict[str, Any], batch: dict[str, Any], count: int) -> dict[str, Any]:
-        """Return the conditions of `count` samples; each is that of the empty caption with probability `drop_text`."""
-        assert self.backbone.pipeline_parts is not None
-        empty = batch.get("empty_text") or self.backbone.pipeline_parts.encode_empty_text(1, self.device)
-        chosen = torch.rand(count) < self.drop_text  # drawn on the CPU: the same on every device
-        return replace_chosen(conditions, move(empty, self.device), chosen.to(self.device))
 
     def on_test_start(self) -> None:
         self.test_loss.reset()
@@ -95,19 +92,6 @@ class Denoiser(TrainedModule):
         pipeline_parts.save(backbone.network, folder)
 
 
-def replace_chosen(conditions: dict[str, Any], empty: dict[str, Any], chosen_N: Tensor) -> dict[str, Any]:
-    """Return nested conditions in which the chosen samples have the values of `empty`, as far as it has values."""
-    replaced: dict[str, Any] = {}
-    for key, value in conditions.items():
-        if isinstance(value, dict):
-            replaced[key] = replace_chosen(value, empty.get(key, {}), chosen_N)
-        elif key in empty:
-            replaced[key] = torch.where(chosen_N.view(-1, *[1] * (value.ndim - 1)), empty[key], value)
-        else:
-            replaced[key] = value
-    return replaced
-
-
 def new_denoiser(
     network: dict[str, Any],
     noise_scheduler: Any,
@@ -120,6 +104,7 @@ def new_denoiser(
     text_tokens: int = 77,
     captions: list[str] | None = None,
     drop_text: float = 0.1,
+    timesteps: Timesteps | None = None,
 ) -> Denoiser:
     """Return a Denoiser around a network with new weights; raises ValueError for one that predicts variances.
 
@@ -135,6 +120,7 @@ def new_denoiser(
         text_tokens: see `build_new_backbone`.
         captions: see Denoiser.
         drop_text: see Denoiser.
+        timesteps: see Denoiser.
     """
     torch.manual_seed(seed)
     backbone = build_new_backbone(network, noise_scheduler, vae, text_encoder, text_tokens)
@@ -143,4 +129,6 @@ def new_denoiser(
             f"pretrain.network.out_channels={network['out_channels']}: half of them would be a variance, which the "
             f"task loss does not train; choose out_channels={network['out_channels'] // 2}"
         )
-    return Denoiser(backbone, drop_text, captions, optimizer, lr_scheduler, seed, dump)
+    if timesteps is not None:
+        timesteps.check(backbone)
+    return Denoiser(backbone, drop_text, captions, optimizer, lr_scheduler, seed, dump, timesteps)

@@ -1,4 +1,4 @@
-"""Distillation of the unpruned teacher into its pruned student."""
+"""Distillation of a teacher, such as the unpruned network, into a pruned student."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from conf.schema import build
 from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.losses.level_weights import LevelWeights
+from lightning_modules.losses.timesteps import Timesteps
 from lightning_modules.modules.base import DistillationModule, Optimizer, Schedule
 from lightning_modules.modules.lora import Lora
-from lightning_modules.modules.taps import check_taps, find_teacher_taps, pair_taps, record_features
+from lightning_modules.modules.taps import check_skip, check_taps, find_teacher_taps, pair_taps, record_features
+from lightning_modules.modules.training_inputs import draw_training_inputs
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,8 @@ class Distillation(DistillationModule):
 
     Args:
         student: see DistillationModule.
-        teacher: see DistillationModule.
+        teacher: see DistillationModule. In a configuration, the folder or hub id of a network to distil from instead
+            of the one that was pruned; null for that one.
         w_task: weight of the task loss.
         w_out: weight of the distance between the outputs.
         w_feat: weight of the sum of the feature terms.
@@ -44,13 +47,18 @@ class Distillation(DistillationModule):
         taps: the feature maps that are compared: `stages` (outputs of the down, middle and up blocks of a U-Net, or
             of the blocks of a transformer), `units` (outputs of the units that are kept), a list of module paths, or
             a mapping {module path of the teacher: module path of the student}.
-        skip_emptied: leave out stages that have lost all their units, as nothing in them can learn.
+        skip_emptied: leave out stages that have lost all their `units` (or true), as nothing in them can learn; also
+            those that have lost all units with `convolutions`, though an attention may be left; or `none` (or false).
         lora: low-rank adapters. Only these are trained, and `result` merges them into the weights. None trains all
             weights.
         feature_distance: distance (student's map, teacher's map) -> scalar. The maps are float32 of shape (N,C,H,W) or
             (N,L,C), or (tokens,C) of one sample if padding is left out. None is the mean squared error.
         teacher_outputs: `live`, or `stored`: batches have the teacher's outputs ("teacher_output", of the shape of an
             output), and the teacher is not called. Needs w_feat = 0.
+        timesteps: which timesteps are drawn, and how much the task and output terms of each count; feature terms are
+            not weighted. None is uniform.
+        drop_text: probability that a sample's caption is replaced by the empty one, for student and teacher alike (see
+            `drop_captions`), so that the student learns the pass of classifier-free guidance without text.
         optimizer: see TrainedModule.
         lr_scheduler: see TrainedModule.
         seed: see TrainedModule.
@@ -68,10 +76,12 @@ class Distillation(DistillationModule):
         w_feat: float = 1.0,
         normalization: str = "teacher_energy",
         taps: Any = "stages",
-        skip_emptied: bool = True,
+        skip_emptied: bool | str = True,
         lora: Lora | None = None,
         feature_distance: Callable[[Tensor, Tensor], Tensor] | None = None,
         teacher_outputs: str = "live",
+        timesteps: Timesteps | None = None,
+        drop_text: float = 0.0,
         *,
         optimizer: Optimizer,
         lr_scheduler: Schedule,
@@ -90,6 +100,7 @@ class Distillation(DistillationModule):
         self.has_stored_outputs = teacher_outputs == "stored"
         assert not (self.has_stored_outputs and self.levels), "conf/checks.py refuses this"
         self.needs_teacher = bool(w_out or self.levels) and not self.has_stored_outputs
+        self.timesteps, self.drop_text = timesteps or Timesteps(), drop_text
         self.weights = LevelWeights(normalization, len(self.levels))
         self.merge_adapters = (lambda: None) if lora is None else lora.insert(student.network, seed)
 
@@ -118,6 +129,14 @@ class Distillation(DistillationModule):
                 "{_target_: lightning_modules.losses.cosine.CosineDistance}"
             )
         LevelWeights(settings.get("normalization", "none"), 0)
+        if settings.get("timesteps") is not None:
+            build(settings["timesteps"]).check(teacher)
+        if settings.get("drop_text") and not teacher.takes_text:
+            raise ValueError(
+                f"distillation.drop_text={settings['drop_text']}: a {type(teacher.network).__name__} takes no captions"
+                "; choose 0"
+            )
+        check_skip(settings.get("skip_emptied", True))
         taps = settings.get("taps", "stages")
         if taps or "w_feat" in weights:
             check_taps(taps)
@@ -142,7 +161,7 @@ class Distillation(DistillationModule):
         return networks
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        inputs = self.network_inputs = self.student.training_inputs(batch)
+        inputs = self.network_inputs = draw_training_inputs(self.student, batch, self.timesteps, self.drop_text)
         modules_s = {name: self.student.network.get_submodule(path) for name, path in self.levels.items()}
         with record_features(modules_s) as maps_s:
             eps_s = self.student.predict(inputs).float()
@@ -171,7 +190,15 @@ class Distillation(DistillationModule):
             f_s: the student's feature map, (N,...), of any dtype.
             f_t: the teacher's feature map of the same shape.
             mask_NL: which tokens count; None if all do.
+
+        Raises ValueError for maps of different shapes.
         """
+        if f_s.shape != f_t.shape:
+            name, path = list(self.levels.items())[level]
+            raise ValueError(
+                f"distillation.taps: the teacher's {name} gives a feature map of shape {tuple(f_t.shape)}, and the "
+                f"student's {path} one of {tuple(f_s.shape)}; choose pairs of the same shape"
+            )
         if mask_NL is None:
             raw, statistic = self.compare_maps(f_s, f_t)
             return raw, self.weights(level, statistic) * raw
@@ -179,16 +206,18 @@ class Distillation(DistillationModule):
         counts = mask_NL.sum(1).tolist()
         samples = zip(f_s[mask_NL].split(counts), f_t[mask_NL].split(counts), strict=True)
         pairs = [(sample_s, sample_t) for sample_s, sample_t in samples if len(sample_s)]
-        weights_N = self.weights.weigh_samples(level, [sample_t for _, sample_t in pairs])
+        raw_N = torch.stack([self.feature_distance(*pair) for pair in pairs]) if pairs else f_s.new_zeros(0)
+        maps_t = [sample_t for _, sample_t in pairs]
+        weights_N = self.weights.weigh_samples(level, maps_t, raw_N.detach(), self.feature_distance)  # on all ranks
         if not pairs:
             return (nothing := 0 * f_s.sum()), nothing
-        raw_N = torch.stack([self.feature_distance(*pair) for pair in pairs])
         return raw_N.sum() / len(counts), (weights_N * raw_N).sum() / len(counts)
 
     def compare_maps(self, f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the distance of two feature maps (N,...) in float32, and the teacher's statistic: two scalars.
+        """Return the distance of two feature maps (N,...) in float32, and the statistic of its weight: two scalars.
 
         A compiled function keeps no copy of the maps in float32.
         """
         f_t = f_t.float()
-        return self.feature_distance(f_s.float(), f_t), self.weights.measure(f_t)
+        raw = self.feature_distance(f_s.float(), f_t)
+        return raw, self.weights.measure(f_t, raw, self.feature_distance)

@@ -120,8 +120,9 @@ def test_the_first_sentence_of_a_file(fields, text, sentence):
 
 
 GROUPS = (
-    *("task", "teacher", "criterion", "selection", "repair", "distillation", "noise_scheduler", "sampler", "optimizer"),
-    *("lr_scheduler", "trainer", "logger", "callbacks", "pipeline", "launcher", "sweep", "debug"),
+    *("task", "teacher", "criterion", "selection", "repair", "distillation", "noise_scheduler", "timesteps"),
+    *("sampler", "optimizer", "lr_scheduler", "trainer", "logger", "callbacks", "pipeline", "launcher", "sweep"),
+    "debug",
 )
 
 

@@ -228,7 +228,7 @@ def test_a_module_that_breaks_the_contract_is_refused_at_once(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("key", ["student", "teacher", "optimizer", "lr_scheduler", "seed", "dump"])
+@pytest.mark.parametrize("key", ["student", "optimizer", "lr_scheduler", "seed", "dump"])
 def test_arguments_that_the_pipeline_passes_cannot_be_configured(configure, overrides, tmp_path, key):
     with pytest.raises(ConfigError, match=rf"distillation\.{key}=.: the pipeline passes {key} itself; remove the key"):
         run_pipeline(configure(*overrides, f"+distillation.{key}={1 if key == 'seed' else 'x'}"))

@@ -199,7 +199,7 @@ def interrupted(run: Path, runs: Path, steps: list[int]) -> Path:
             [1, 3, 5],
             ["trainer.accumulate_grad_batches=2", "+data.num_workers=1", "distillation.normalization=running"],
         ),
-        ([3, 5], ["ema_decay=null"]),
+        ([3, 5], ["ema_decay=null", "distillation.normalization=initial_error", "timesteps=logit_normal"]),
     ],
     ids=["plain", "accumulated", "without_average"],
 )

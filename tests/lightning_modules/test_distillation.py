@@ -22,7 +22,7 @@ from conf import schema
 from conf.schema import ROOT
 from experiments.engine.artefacts import read_json
 from experiments.engine.pipeline import run_pipeline
-from lightning_modules.losses.level_weights import NORMALIZATIONS, LevelWeights
+from lightning_modules.losses.level_weights import FLOOR, NORMALIZATIONS, LevelWeights
 from lightning_modules.modules.distillation import Distillation
 from lightning_modules.modules.non_finite import NonFiniteLoss, advise_on_non_finite
 from lightning_modules.nested import tensors_by_path
@@ -93,8 +93,8 @@ def maps(seed: int = 0) -> Tensor:
     return torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(seed)) * 2**seed
 
 
-def weigh(weights: LevelWeights, level: int, teacher: Tensor) -> Tensor:
-    return weights(level, weights.measure(teacher))
+def weigh(weights: LevelWeights, level: int, teacher: Tensor, error: float = 1.0) -> Tensor:
+    return weights(level, weights.measure(teacher, torch.tensor(error), F.mse_loss))
 
 
 def test_teacher_energy_makes_a_term_a_relative_error_at_any_scale():
@@ -124,6 +124,32 @@ def test_running_starts_like_teacher_energy_and_averages_per_level():
     e0, e1 = (float(maps(seed).square().mean()) for seed in (0, 1))
     assert float(weigh(running, 0, maps(1))) == pytest.approx(1 / (0.75 * e0 + 0.25 * e1), rel=1e-6)
     assert list(running.state_dict()) == ["energy"]  # so that a resumed run continues with it
+
+
+def test_initial_error_divides_a_term_by_that_of_the_first_batch():
+    weights = LevelWeights("initial_error", 2)
+    teacher = maps(1)
+    floor = FLOOR * float(teacher.square().mean())
+    assert float(weigh(weights, 0, teacher, 4.0)) == pytest.approx(1 / (4 + floor), rel=1e-6)
+    assert float(weigh(weights, 0, maps(2), 9.0)) == pytest.approx(1 / (4 + floor), rel=1e-6)
+    assert float(weigh(weights, 1, teacher, 0.0)) == pytest.approx(1 / floor, rel=1e-6)  # levels do not mix
+    resumed = LevelWeights("initial_error", 2)
+    resumed.load_state_dict(weights.state_dict())
+    assert torch.equal(weigh(resumed, 0, maps(3), 9.0), weigh(weights, 0, maps(3), 9.0))
+
+
+def test_levels_begin_with_terms_of_one_with_initial_error():
+    """But for levels in front of the first removed unit, where the student is the teacher."""
+    teacher = tiny_backbone("UNet2DModel")
+    student = teacher.pruned(bypasses(["down_blocks.1.resnets.0", "up_blocks.1.resnets.1"]))
+    module = distillation(student, teacher, normalization="initial_error")
+    losses = losses_of(module, tiny_batch(teacher))
+    terms = {name: float(losses[f"weighted_feature/{name}"]) for name in STAGES}
+    assert terms["down_blocks.0"] == 0
+    energies = outputs_of(teacher, STAGES, tiny_batch(teacher))
+    for name in STAGES[1:]:
+        error = float(losses[f"feature/{name}"])
+        assert terms[name] == pytest.approx(error / (error + FLOOR * float(energies[name].square().mean())), rel=1e-4)
 
 
 def test_an_unknown_normalization_lists_the_choices():

@@ -88,6 +88,20 @@ def test_distillation_compares_each_kept_layer_with_the_same_layer(tmp_path):
     torch.testing.assert_close(losses["output"].detach(), expected)
 
 
+def test_initial_error_is_a_mean_over_samples_that_have_tokens(tmp_path):
+    backbone, mask = tiny_language(), torch.arange(12) < torch.tensor([12, 4, 0, 3])[:, None]
+    student = backbone.pruned(bypasses(LAYERS[1:2]))
+    module = module_of(student, backbone, tmp_path, normalization="initial_error")
+    losses = module.losses(tiny_tokens() | {"mask": mask})
+    for level, name in enumerate(module.levels):
+        kept = float(module.weights.energy[level])
+        raw, weighted = (float(losses[f"{kind}/{name}"]) for kind in ("feature", "weighted_feature"))
+        assert weighted == pytest.approx(raw / kept, rel=1e-5)
+        assert kept >= raw * 4 / 3  # terms are means over 4 samples, one of which has no tokens
+    later = module.losses(tiny_tokens() | {"mask": mask.flip(0)})
+    assert later["loss"] != losses["loss"] and float(module.weights.energy[-1]) == kept
+
+
 @pytest.mark.parametrize("options", [{"normalization": name} for name in ("teacher_energy", "teacher_norm", "none")])
 def test_gradients_of_two_half_batches_average_to_those_of_the_whole(options, tmp_path):
     backbone, mask = tiny_language(), torch.arange(12) < torch.tensor([12, 4, 0, 3])[:, None]

@@ -21,6 +21,7 @@ from experiments.engine.pipeline import run_pipeline
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.diffusion.new import build_new_backbone
 from lightning_modules.modules.denoiser import Denoiser, new_denoiser
+from lightning_modules.modules.training_inputs import drop_captions
 
 SIZE = 4
 """of the latents of the tiny data, 8x8 pictures"""
@@ -215,8 +216,8 @@ def text_denoiser(parts: dict[str, str], drop_text: float) -> Denoiser:
 
 
 def test_dropped_captions_are_replaced_by_the_empty_one(parts):
-    denoiser = text_denoiser(parts, drop_text=0.3)
-    pipeline_parts, cpu = denoiser.backbone.pipeline_parts, torch.device("cpu")
+    backbone, cpu = text_denoiser(parts, drop_text=0.3).backbone, torch.device("cpu")
+    pipeline_parts = backbone.pipeline_parts
     own, empty = (
         pipeline_parts.encode_text([CAPTIONS[i % 3] for i in range(200)], cpu),
         pipeline_parts.encode_empty_text(1, cpu),
@@ -224,13 +225,15 @@ def test_dropped_captions_are_replaced_by_the_empty_one(parts):
     torch.manual_seed(5)
     chosen = torch.rand(200) < 0.3
     assert 40 < int(chosen.sum()) < 80
+    inputs = {"sample": torch.zeros(200, 4, 4, 4), "conditions": own}
     torch.manual_seed(5)
-    found = denoiser.drop_captions(own, {}, 200)["encoder_hidden_states"]
+    found = drop_captions(backbone, inputs, {}, 0.3)["encoder_hidden_states"]
     expected = torch.where(chosen[:, None, None], empty["encoder_hidden_states"], own["encoder_hidden_states"])
     assert torch.equal(found, expected)
     assert not torch.equal(empty["encoder_hidden_states"][0], own["encoder_hidden_states"][0])
     torch.manual_seed(5)
-    stored = denoiser.drop_captions(own, {"empty_text": {"encoder_hidden_states": torch.zeros(1, TOKENS, 8)}}, 200)
+    empty_text = {"encoder_hidden_states": torch.zeros(1, TOKENS, 8)}
+    stored = drop_captions(backbone, inputs, {"empty_text": empty_text}, 0.3)
     assert (stored["encoder_hidden_states"] == 0).flatten(1).all(1).equal(chosen)
 
 

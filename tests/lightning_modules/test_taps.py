@@ -16,7 +16,7 @@ from support.networks import TRANSFORMERS, bypasses, tiny_backbone, tiny_batch
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.diffusion.pruned_unet import list_depth_units
 from lightning_modules.modules.distillation import WEIGHTS, Distillation
-from lightning_modules.modules.taps import find_teacher_taps, record_features
+from lightning_modules.modules.taps import find_emptied, find_teacher_taps, record_features
 
 UNITS = list(list_depth_units(tiny_backbone("UNet2DModel").network))
 
@@ -44,6 +44,36 @@ def test_exactly_the_stages_without_any_unit_left_are_skipped(removed, emptied):
     assert taps_of(removed) == kept
     assert taps_of(removed, skip_emptied=False) == STAGES
     assert taps_of(removed, taps=[*STAGES, "conv_in"]) == [*kept, "conv_in"]
+
+
+def test_stages_that_lost_all_their_convolutions_are_left_out_if_chosen():
+    attention_left = ["mid_block.resnets.0", "mid_block.resnets.1"]
+    assert taps_of(attention_left) == taps_of(attention_left, skip_emptied="units") == STAGES
+    left = [stage for stage in STAGES if stage != "mid_block"]
+    assert taps_of(attention_left, skip_emptied="convolutions") == left
+    assert taps_of(attention_left[:1], skip_emptied="convolutions") == STAGES
+    assert taps_of([*attention_left, "mid_block.attentions.0"], skip_emptied="convolutions") == left
+    assert taps_of([*attention_left, "mid_block.attentions.0"], skip_emptied="none") == STAGES
+    assert taps_of(["mid_block.attentions.0"], skip_emptied="convolutions") == STAGES
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.sampled_from(UNITS), unique=True))
+def test_units_without_convolutions_do_not_keep_a_stage(removed):
+    teacher = tiny_backbone("UNet2DModel")
+    kept = [name for name in UNITS if name not in removed]
+    emptied = find_emptied(teacher, kept, "convolutions")
+    for stage in STAGES:
+        assert (stage in emptied) == (not any(u.startswith(f"{stage}.resnets.") for u in kept))
+    assert emptied >= find_emptied(teacher, kept, "units") >= find_emptied(teacher, kept, "none") == set()
+
+
+def test_an_unknown_skip_lists_the_choices():
+    message = r"^distillation\.skip_emptied='all' is unknown; choose one of: units \(or true\), convolutions, none"
+    with pytest.raises(ValueError, match=message):
+        taps_of([], skip_emptied="all")
+    with pytest.raises(ValueError, match=message):
+        Distillation.check_settings(OmegaConf.create({"skip_emptied": "all"}), tiny_backbone("llama"), narrower=False)
 
 
 def test_an_unknown_tap_is_named_with_the_choices():

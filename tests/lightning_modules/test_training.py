@@ -159,7 +159,8 @@ def train(cfg: DictConfig, folder: Path, *callbacks: Callback) -> dict[str, Tens
     for part in student.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.25
-    module = distillation(student, teacher)
+    timesteps = schema.build(cfg.distillation.timesteps)
+    module = distillation(student, teacher, normalization=cfg.distillation.normalization, timesteps=timesteps)
     module.make_optimizer = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.5)
     fit(module, schema.build(cfg.data), cfg.trainer, folder, "distil", callbacks=[WarmedUpEMA(0.9), *callbacks])
     assert module.student is student and module.teacher is teacher
@@ -195,9 +196,14 @@ def train_terminate_and_resume(rank: int, cfg: DictConfig, folder: Path) -> None
     torch.testing.assert_close(train(cfg, folder / f"other{rank}"), weights, rtol=1e-4, atol=1e-6)
 
 
+WEIGHT = "timesteps.weight={_target_: lightning_modules.losses.timesteps.p2, _partial_: true}"
+INITIAL = ["distillation.normalization=initial_error", "timesteps=logit_normal", WEIGHT]
+"""What is kept of the first batch, timesteps that are drawn, and weights of the samples."""
+
+
 @pytest.mark.parametrize(
     ("strategy", "more"),
-    [("ddp", []), ("fsdp", []), ("fsdp", ["trainer.accumulate_grad_batches=2"])],
+    [("ddp", INITIAL), ("fsdp", []), ("fsdp", ["trainer.accumulate_grad_batches=2"])],
     ids=["ddp", "fsdp", "fsdp_accumulated"],
 )
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import hydra.utils
 from omegaconf import DictConfig
 
 from datamodules.teacher_outputs import read_outputs_manifest
+from experiments.engine.inputs import load_distilling_teacher
 from experiments.engine.job import TEACHER, Job
 from experiments.engine.stage import Stage, find_latest, find_latest_network
 from experiments.engine.stages.score import check_data
@@ -51,17 +52,18 @@ class Distil(Stage):
         if self.makes is None:
             return
         cfg, teacher = job.cfg, job.teacher
+        self.teacher = load_distilling_teacher(cfg, teacher)
         if self.select is None:  # the score stage checks it otherwise
             check_data(teacher, "data", cfg.data.get("name"), job.data)
         narrower = self.select is not None and "slice" in self.select.kinds(job) and teacher.width_changes_stages
         module: Any = hydra.utils.get_object(cfg.distillation._target_)
         if hasattr(module, "check_settings"):  # a module from outside the repository may have none
-            module.check_settings(cfg.distillation, teacher, narrower)
+            module.check_settings(cfg.distillation, self.teacher, narrower)
         check_recomputation(teacher, cfg.trainer.checkpoint_activations)
         self.data = job.data
         if cfg.distillation.get("teacher_outputs") == "stored":
             self.data = job.data.with_teacher_outputs()
-            check_outputs(cfg.latents, read_outputs_manifest(cfg.latents), teacher)
+            check_outputs(cfg.latents, read_outputs_manifest(cfg.latents), self.teacher)
         self.data.train_dataloader()
         if cfg.evaluation.every_n_steps is not None:
             self.evaluation = TrainingEvaluation(job)
@@ -72,7 +74,7 @@ class Distil(Stage):
         base, changes = job.origins.get(self.source, (TEACHER, ()))
         if not job.folder_of(self.makes).exists():
             with job.clock(self.name):
-                networks = {"student": job.load(self.source, base, changes), "teacher": job.teacher}
+                networks = {"student": job.load(self.source, base, changes), "teacher": self.teacher}
                 watchers = [] if self.evaluation is None else [self.watch(self.evaluation, networks["student"])]
                 module = train(job, job.cfg.distillation, self, self.data, watchers, **networks)
                 job.save(self.makes, module.result())

@@ -93,14 +93,16 @@ class DiffusionBackbone(NetworkBackbone):
     def training_inputs(self, batch: Batch) -> Batch:
         """Return the inputs of a batch, with noise and uniform timesteps from the global CPU generator.
 
-        They are the same on every device. Latents are drawn from a VAE's posterior with the seeds in the batch. In a
-        batch with "draw_seed" (N,), everything that is drawn for a sample is a function of the sample's seed there.
+        They are the same on every device. Latents are drawn from a VAE's posterior with the seeds in the batch. A batch
+        with "noise_step" (N,) gives the steps of the schedule itself. In a batch with "draw_seed" (N,), everything that
+        is drawn for a sample is a function of the sample's seed there.
         """
         if "draw_seed" in batch:
             return self.inputs_of_draws(batch)
         seeds = batch["posterior"].tolist() if "posterior" in batch else None
         latents = self.latents(batch, seeds and [torch.Generator().manual_seed(seed) for seed in seeds])
-        timesteps = torch.randint(0, self.noise_scheduler.config.num_train_timesteps, (len(latents),))
+        steps = self.noise_scheduler.config.num_train_timesteps
+        timesteps = batch["noise_step"] if "noise_step" in batch else torch.randint(0, steps, (len(latents),))
         return self.noise_batch(batch, latents, torch.randn(latents.shape), timesteps)
 
     def inputs_of_draws(self, batch: Batch) -> Batch:
@@ -186,17 +188,23 @@ class DiffusionBackbone(NetworkBackbone):
         return output
 
     def losses(self, output: Tensor, inputs: Batch) -> Tensor:
-        """Return the task loss of each sample, (N,): the mean squared error to the target.
+        """Return the task loss of each sample, (N,): the mean squared error to the target, times its "weight" if any.
 
         The target is the noise, velocity, flow or sample. A predicted variance has none: it is learned from the
         teacher alone, by `distance`.
         """
         target = inputs["target"].float()
-        return (output[:, : target.shape[1]].float() - target).square().flatten(1).mean(1)
+        losses_N = (output[:, : target.shape[1]].float() - target).square().flatten(1).mean(1)
+        return losses_N * inputs["weight"] if "weight" in inputs else losses_N
 
     def distance(self, output: Tensor, reference: Tensor, inputs: Batch) -> Tensor:
-        """Return the mean squared difference, a scalar; a predicted variance counts like the prediction."""
-        return F.mse_loss(output, reference)
+        """Return the mean squared difference; a predicted variance counts like the prediction.
+
+        A sample's difference is multiplied by its "weight" in the inputs, if any.
+        """
+        if "weight" not in inputs:
+            return F.mse_loss(output, reference)
+        return ((output - reference).square().flatten(1).mean(1) * inputs["weight"]).mean()
 
     # Generation
 

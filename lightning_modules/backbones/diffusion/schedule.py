@@ -118,6 +118,30 @@ def add_noise(schedule: Any, sample: Tensor, noise: Tensor, steps_N: Tensor) -> 
     return schedule.add_noise(sample, noise, steps_N), steps_N, target
 
 
+def signal_to_noise(schedule: Any) -> Tensor:
+    """Return the ratio of the variances of signal and noise at each step of a training schedule, (T,), in float64."""
+    if prediction_type(schedule) == FLOW:
+        sigmas_T = schedule.sigmas[: schedule.config.num_train_timesteps].double()
+        return ((1 - sigmas_T) / sigmas_T).square()
+    abar_T = schedule.alphas_cumprod.double()
+    return abar_T / (1 - abar_T)
+
+
+def clean_error_factor(schedule: Any) -> Tensor:
+    """Return the squared error of the clean sample for each one of the network's prediction, (T,), in float64.
+
+    At every step the noised sample is known, so that an error of the prediction is one of the clean sample that it
+    implies: of noise, the error times 1 / SNR, of a velocity times 1 / (SNR + 1) (Salimans & Ho 2022, arXiv
+    2202.00512, section 4), of a flow times sigma^2.
+    """
+    predicted = prediction_type(schedule)
+    if predicted == FLOW:
+        return schedule.sigmas[: schedule.config.num_train_timesteps].double().square()
+    abar_T = schedule.alphas_cumprod.double()
+    factors = {"epsilon": (1 - abar_T) / abar_T, "v_prediction": 1 - abar_T, "sample": torch.ones_like(abar_T)}
+    return factors[predicted]
+
+
 def make_sampler(sampler: Callable[..., Any], schedule: Any) -> Any:
     """Return the diffusers scheduler that `sampler` makes from the configuration of a training schedule.
 
