@@ -208,7 +208,8 @@ def test_memory_does_not_grow_while_samples_are_taken(tmp_path, kind):
         before, after = take(1), take(150)
     finally:
         tracemalloc.stop()
-    assert after - before < 100_000  # 1,200 pictures with 192 bytes each and their names were taken
+    # 1,200 pictures with 192 bytes each and their names were taken. Pillow before 13 keeps 100 bytes per WebP picture.
+    assert after - before < 180_000
 
 
 # The data sets of conf/data
