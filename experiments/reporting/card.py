@@ -98,13 +98,14 @@ def describe(
     )
     changes = "\n".join(change_lines(plan["changes"], scores, network))
     protocol = describe_protocol(metrics["protocol"]) if "protocol" in metrics else None
+    repair = f"repair `{cfg.repair.name}`, " if "_target_" in cfg.repair else ""
     return f"""# {name}, pruned
 
 Made by secateur from {source}. The teacher's licence ({licence}) holds for these weights, too.
 
 {network.card_usage()}
 {f"Criterion `{cfg.criterion.name}`, sum of the removed units' scores {plan['predicted_harm']:.6g}. " if scores else ""}
-Selection `{cfg.selection.name}`, distillation `{cfg.distillation.name}`
+Selection `{cfg.selection.name}`, {repair}distillation `{cfg.distillation.name}`
 ({cfg.trainer.steps if "_target_" in cfg.distillation else 0} steps), seed {cfg.seed}. Teacher's fingerprint:
 `{plan["teacher"][:16]}`.
 

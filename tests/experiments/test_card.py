@@ -69,3 +69,9 @@ def test_a_card_of_a_language_model_shows_transformers(configure):
     card = compose_model_card(configure(), PLAN, SCORES, {}, tiny_language())
     assert "library_name: transformers" in card and "AutoModelForCausalLM.from_pretrained(folder)" in card
     assert "DiffusionPipeline" not in card
+
+
+def test_a_card_names_a_repair(configure):
+    card = compose_model_card(configure("repair=least_squares"), PLAN, SCORES, {}, BARE)
+    assert "Selection `knapsack`, repair `least_squares`, distillation `normalized`" in card
+    assert "repair" not in compose_model_card(configure(), PLAN, SCORES, {}, BARE)
