@@ -25,7 +25,8 @@ class Quadratic(Knapsack):
     LAPTOP-Diff (arXiv 2404.11098) takes the sum of scores.
 
     Args:
-        evaluations: how many losses may be measured, of single units, of pairs and of plans.
+        evaluations: how many losses may be measured, of single units, of pairs and of plans. Pairs of the most harmful
+            units come first; a plan of n units takes n (n + 1) / 2. What is not measured counts as 0.
     """
 
     evaluations: int = 128
@@ -56,6 +57,7 @@ class Quadratic(Knapsack):
         interactions: dict[Pair, float] = {}
         plan = start
         while missing := [pair for pair in combinations(sorted(plan), 2) if pair not in interactions]:
+            missing.sort(key=lambda pair: -(harms[pair[0]] + harms[pair[1]]))
             found = {pair: w for pair in missing if (w := losses.interaction(pair)) is not None}
             if not found:
                 break

@@ -178,21 +178,23 @@ def drop_settings_without_effect(config: Any) -> dict[str, Any]:
 def drop_idle_repairs(content: dict[str, Any]) -> dict[str, Any]:
     """Return plain values of a configuration without stages of repair that repair nothing.
 
-    Runs from before that stage keep their ids. The group `repair` goes as well where no stage is left that reads it.
+    Runs from before that stage keep their ids. The group `repair` goes as well where it chooses no repair.
     """
-    stages = {name: stage or {} for name, stage in ((content.get("pipeline") or {}).get("stages") or {}).items()}
-    repairs = {name for name, stage in stages.items() if str(stage.get("_target_")) == "experiments.Repair"}
-    idle = {
-        name
-        for name in repairs
-        if "_target_" not in ((stages[name].get("settings") or {}).get("repair") or content.get("repair") or {})
-    }
+    group = content.get("repair") or {}
+    stages = (content.get("pipeline") or {}).get("stages") or {}
+    idle = [name for name, stage in stages.items() if stage and is_idle_repair(stage, group)]
     if idle:
-        kept = {name: stage for name, stage in content["pipeline"]["stages"].items() if name not in idle}
+        kept = {name: stage for name, stage in stages.items() if name not in idle}
         content["pipeline"] = content["pipeline"] | {"stages": kept}
-    if repairs == idle:
+    if "_target_" not in group:
         content.pop("repair", None)
     return content
+
+
+def is_idle_repair(stage: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Tell whether a stage is this project's Repair and, by its settings and the group `repair`, repairs nothing."""
+    settings = (stage.get("settings") or {}).get("repair") or {}
+    return stage.get("_target_") == "experiments.Repair" and "_target_" not in {**group, **settings}
 
 
 def decides_by_latency(selection: Mapping[str, Any]) -> bool:

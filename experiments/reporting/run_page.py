@@ -72,7 +72,9 @@ def report_run(folder: Path) -> str:
             }
             for scoring, path in zip(scorings, score_figures, strict=True)
         ],
-        repairs={path.stem: read_json(path) for path in sorted(folder.glob("repair*.json"))},
+        repairs={
+            path.stem: read_json(path) for path in sorted(folder.glob("repair*.json"), key=lambda path: path.stem)
+        },
         fronts=report_fronts(folder),
         seconds=measured["seconds"],
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),

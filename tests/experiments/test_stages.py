@@ -150,6 +150,10 @@ def test_a_job_without_a_repair_is_the_job_from_before_there_were_repairs(config
         get_effective_settings(configure(*overrides, *more)) for more in ((), ("~pipeline.stages.repair",))
     )
     assert idle == removed and "repair" not in idle["pipeline"]["stages"]
+    of_stage = "+pipeline.stages.repair.settings={repair: {samples: 8}}"
+    assert get_effective_settings(configure(*overrides, of_stage)) == idle  # the group chooses none
+    ids = [get_effective_settings(configure(*overrides, "repair=least_squares", *more)) for more in ((), (of_stage,))]
+    assert ids[0] != ids[1] and all("repair" in each["pipeline"]["stages"] for each in ids)
     chosen = get_effective_settings(configure(*overrides, "repair=least_squares"))
     assert list(chosen["pipeline"]["stages"])[3] == "repair" and chosen["repair"]["samples"] == 256
 

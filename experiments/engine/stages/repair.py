@@ -6,7 +6,6 @@ from typing import Any
 from omegaconf import DictConfig
 
 from conf.schema import ConfigError, build
-from experiments.engine.artefacts import read_json
 from experiments.engine.job import Job
 from experiments.engine.stage import Stage, find_latest
 from experiments.engine.stages.build import Build
@@ -62,7 +61,8 @@ class Repair(Stage):
         if self.method is None or self.makes is None:
             return
         base, changes = job.origins[self.source]
-        if not job.folder_of(self.makes).exists():
+        path = job.run / self.artefact("repair.json")
+        if not (job.folder_of(self.makes).exists() and path.exists()):
             student = job.load(self.source, base, changes)
             calibration = job.cfg.calibration
             with job.clock(self.name):
@@ -70,7 +70,6 @@ class Repair(Stage):
                 record = self.method.repair(
                     student, job.networks[base], changes, self.batches(job), trainer, calibration.seed
                 )
-            job.run.write(self.artefact("repair.json"), record)
+            job.run.write(path.name, record)
             job.save(self.makes, student)
-        self.record = read_json(job.run / self.artefact("repair.json"))
         job.networks[self.makes], job.origins[self.makes] = job.load(self.makes, base, changes), (base, changes)

@@ -21,6 +21,8 @@ from experiments.reporting.tables import format_markdown
 
 RESAMPLES = 10_000
 """Resamples of the bootstrap (Efron 1979)."""
+SETTING = ["task", "teacher_name", "criterion", "ratio"]
+"""Columns that a row of the comparison has in common."""
 NETWORKS = ("pruned", "repaired", "distilled")
 
 
@@ -48,7 +50,10 @@ def read_results(roots: list[Path]) -> pd.DataFrame:
     rows = [read_run(path.parent) for root in roots for path in sorted(root.rglob("finished.json"))]
     if not rows:
         raise ValueError(f"{', '.join(map(str, roots))}: no finished run")
-    return pd.DataFrame(rows).sort_values(["task", "ratio", "distillation", "repair", "seed"], ignore_index=True)
+    table, key = pd.DataFrame(rows), [*SETTING, "distillation", "repair", "steps", "seed"]
+    if len(repeated := table[table.duplicated(key)]):
+        raise ValueError(f"there are several runs of {repeated.iloc[0][key].to_dict()}; remove all but one")
+    return table.sort_values(key, ignore_index=True)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -56,7 +61,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     config, metrics = read_config(folder), read_json(folder / "metrics.json")
     row: dict[str, Any] = {
         "task": config["task"]["name"],
-        "ratio": config["selection"]["ratio"],
+        "teacher_name": config["teacher"]["name"],
+        "criterion": config["criterion"]["name"],
+        "ratio": config["selection"].get("ratio") or round(metrics["plan/achieved_ratio"], 2),
         "repair": config["repair"]["name"],
         "distillation": config["distillation"]["name"],
         "steps": config["trainer"]["steps"] if config["distillation"]["name"] != "none" else 0,
@@ -76,8 +83,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 def compare(table: pd.DataFrame) -> str:
     """Return the comparison in Markdown: a row per task and ratio."""
     lines = []
-    for (task, ratio), rows in table.groupby(["task", "ratio"]):
-        line = {"task": str(task), "ratio": f"{ratio:g}", "output loss: pruned": span(rows["output_loss_pruned"])}
+    for (_, teacher, criterion, ratio), rows in table.groupby(SETTING):
+        line = {"teacher": teacher, "criterion": criterion, "ratio": f"{ratio:g}"}
+        line["output loss: pruned"] = span(rows["output_loss_pruned"])
         line["repaired"] = span(rows["output_loss_repaired"])
         trained = rows[rows["distillation"] != "none"]
         pairs = pair_by_seed(trained)
@@ -101,7 +109,7 @@ def compare(table: pd.DataFrame) -> str:
         "quality difference": "of it: difference",
     }
     named = pd.DataFrame(lines).drop(columns="output_loss of").rename(columns=columns)
-    order = ["task", "ratio", "output loss: pruned", "repaired", *columns.values(), "seeds"]
+    order = ["teacher", "criterion", "ratio", "output loss: pruned", "repaired", *columns.values(), "seeds"]
     return format_markdown(named[order])
 
 
@@ -139,10 +147,10 @@ def describe_difference(differences: np.ndarray) -> str:
 
 def draw_losses(table: pd.DataFrame, path: Path) -> Path:
     """Draw the output loss of each kind of network over the ratio, a panel per task."""
-    tasks = list(dict.fromkeys(table["task"]))
+    tasks = list(dict.fromkeys(table["teacher_name"]))
     figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.6), squeeze=False)
     for task, axis in zip(tasks, axes[0], strict=True):
-        rows = table[table["task"] == task]
+        rows = table[table["teacher_name"] == task]
         curves = {
             "pruned": rows[["ratio", "output_loss_pruned"]],
             "repaired": rows[["ratio", "output_loss_repaired"]],

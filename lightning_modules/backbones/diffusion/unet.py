@@ -197,8 +197,11 @@ class UNetBackbone(DiffusionBackbone):
         kinds = {change["kind"] for change in changes}
         if kinds == {"slice"}:
             sites = find_width_sites(self.channels, [change["unit"] for change in changes])
+        elif "restage" in kinds:
+            return []
         else:
-            sites = find_unet_sites(student.network) if "restage" not in kinds else iter(())
+            before = set() if student is self else set(find_unet_sites(self.network))
+            sites = (site for site in find_unet_sites(student.network) if site not in before)
         return sort_sites(sites, student.forward_order())
 
     def stages(self) -> dict[str, nn.Module]:

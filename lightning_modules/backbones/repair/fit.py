@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.backbones.removal import get_feature_map
@@ -22,8 +23,9 @@ from lightning_modules.backbones.repair.sites import Site
 HELD_OUT = 4
 """One of so many calibration samples is held out to choose the ridge."""
 
-PERTURBATIONS = (0.25, 0.125)
-"""Sizes of the two perturbations by which a gain is measured, relative to the root mean square of what is perturbed."""
+PERTURBATIONS = (1.0, 0.5)
+"""Sizes of the two perturbations by which a gain is measured, relative to the root mean square of the layer's output or
+the feature map, whichever is larger."""
 
 TOLERANCE = 0.02
 """Greatest relative difference between two measurements of one gain; rounding to bfloat16 makes less."""
@@ -59,7 +61,7 @@ class Fit:
             numbers_N: numbers of the samples.
             target: the feature map of the network with all units, (N,P,channels).
         """
-        if self.reason:
+        if self.equations.sums["rejected"]:
             return
         if self.site.channels is not None:
             target = target[..., self.site.channels.to(target.device)]
@@ -67,7 +69,7 @@ class Fit:
         if self.gain is None or self.gain.ndim:  # one that is the same everywhere is measured once
             self.gain = measure_gain(self, run, present)
         if self.gain is None:
-            self.reason = "the feature map does not depend on the layer's output element by element"
+            self.equations.sums["rejected"] += 1
             return
         counts = mark_positions(inputs, present)
         rows, error = list_inputs(self.layer, x) * counts, (target - present) * counts
@@ -78,8 +80,8 @@ class Fit:
         """Give the layer the weights that the sums determine, unless no ridge helps; the sums are then deleted."""
         equations = self.equations
         self.equations = NormalEquations(0, 0)
-        if not equations.sums["gains"].any():
-            self.reason = self.reason or "there are no calibration samples"
+        if equations.sums["rejected"]:
+            self.reason = "the feature map does not depend on the layer's output element by element"
             return
         fitted = equations.fit(ridges)
         if fitted is None:
@@ -87,7 +89,7 @@ class Fit:
             return
         ridge, change = fitted
         error_left = equations.error(change, [0, 1]) / float(equations.sums["errors"].sum())
-        self.reason, self.figures = None, {"ridge": ridge, "error_left": error_left}
+        self.figures = {"ridge": ridge, "error_left": error_left}
         change_layer(self.layer, change)
         self.after = copy_weights(self.layer)
 
@@ -128,7 +130,7 @@ def run_to(module: nn.Module, run: Callable[[], Any], layer: nn.Module | None = 
     handles.append(module.register_forward_hook(end))
     with contextlib.suppress(EndOfPass), torch.no_grad(), removing(handles):
         run()
-    return seen["map"], seen.get("input", seen["map"])
+    return seen["map"], seen["map" if layer is None else "input"]
 
 
 def measure_gain(fit: Fit, run: Callable[[], Any], present: Tensor) -> Tensor | None:
@@ -153,7 +155,7 @@ def measure_gain_once(fit: Fit, run: Callable[[], Any], present: Tensor, size: f
 
     def perturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         signs = torch.randint(0, 2, output.shape, generator=torch.Generator().manual_seed(int(1 / size))) * 2 - 1
-        scale = size * (output.float().square().mean().sqrt() or present.float().square().mean().sqrt())
+        scale = size * max(float(values.float().square().mean().sqrt()) for values in (output, present))
         added.append((scale * signs.to(output.device)).to(output.dtype))
         return output + added[0]
 
@@ -175,8 +177,11 @@ def removing(handles: Sequence[Any]) -> Iterator[None]:
 
 
 def mark_positions(inputs: Mapping[str, Any], feature_map: Tensor) -> Tensor:
-    """Return 1 for each position that counts and 0 for padding, (N,P,1), or (1,1,1) where all count."""
+    """Return 1 for each token that predicts a target and 0 for others, (N,P,1), or (1,1,1) where all positions count.
+
+    The mask (N,P) of the inputs says which tokens are targets; each is predicted by the token before it.
+    """
     mask = inputs.get("mask")
     if mask is None or mask.shape != feature_map.shape[:2]:
         return feature_map.new_ones(1, 1, 1)
-    return mask[..., None].to(feature_map)
+    return F.pad(mask[:, 1:], (0, 1))[..., None].to(feature_map)

@@ -33,8 +33,10 @@ class NormalEquations:
             "right": torch.zeros(2, outputs, inputs, dtype=torch.float64),
             "gains": torch.zeros(2, outputs, dtype=torch.float64),
             "errors": torch.zeros(2, dtype=torch.float64),
+            "rejected": torch.zeros(1, dtype=torch.float64),
         }
-        """on the CPU; the first dimension is for fitted and held-out samples"""
+        """on the CPU; the first dimension is for fitted and held-out samples. `rejected` counts batches that cannot be
+        described by such sums"""
 
     def add(self, x_NPI: Tensor, e_NPO: Tensor, g_NPO: Tensor, held_out_N: Tensor) -> None:
         """Add samples to the sums."""

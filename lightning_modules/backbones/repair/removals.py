@@ -52,14 +52,17 @@ class RepairedRemovals:
     @torch.no_grad()
     def observe(self, inputs: dict[str, Any], numbers_N: Tensor) -> None:
         """Add some calibration samples, with their numbers, to the sums of every site."""
-        replay, maps, _ = self.record(inputs)
+        replay, maps, _ = self.record(inputs, None)  # compiled functions would not notice the hooks of `observe`
         for name, fit in self.fits.items():
             with self.backbone.without([name]):
                 run = functools.partial(self.replay, replay, replay.count_calls_before(fit.layer), inputs)
                 fit.observe(run, inputs, numbers_N, maps[fit.site.reference])
 
-    def record(self, inputs: dict[str, Any]) -> tuple[Replay, dict[str, Tensor], Tensor]:
-        """Run the whole network; return its replay, the feature maps that fits refer to, and its output."""
+    def record(self, inputs: dict[str, Any], compiled: Any) -> tuple[Replay, dict[str, Tensor], Tensor]:
+        """Run the whole network; return its replay, the feature maps that fits refer to, and its output.
+
+        `compiled` are the `forwards` of the Replay.
+        """
         maps: dict[str, Tensor] = {}
 
         def keep(path: str) -> Callable[..., None]:
@@ -69,7 +72,7 @@ class RepairedRemovals:
             return hook
 
         network = self.backbone.network
-        replay = Replay(network, [network.get_submodule(name) for name in self.names], self.backbone.compiled)
+        replay = Replay(network, [network.get_submodule(name) for name in self.names], compiled)
         paths = {fit.site.reference for fit in self.fits.values()}
         handles = [network.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
         with removing(handles), replay.recording():
@@ -90,7 +93,7 @@ class RepairedRemovals:
     @torch.no_grad()
     def outputs(self, inputs: dict[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
         """Yield (None, the dense output), then (name, the output without that unit and with its site refitted)."""
-        replay, _, dense = self.record(inputs)
+        replay, _, dense = self.record(inputs, self.backbone.compiled)
         yield None, dense
         for name in self.names:
             fit = self.fits.get(name)
