@@ -62,7 +62,7 @@ class Taylor(Criterion[Differentiable]):
 
     def supports(self, backbone: Differentiable) -> str | None:
         """Return why a network cannot be scored, or None. With a `threshold`, networks without timesteps cannot."""
-        if self.threshold is not None and not hasattr(backbone, "noise_scheduler"):
+        if self.threshold is not None and getattr(backbone, "noise_scheduler", None) is None:
             return f"criterion.threshold={self.threshold} is for networks with timesteps; choose null"
         return super().supports(backbone)
 

@@ -52,6 +52,7 @@ def test_the_page_of_a_run_plays_sounds_of_each_network(run):
     assert base64.b64decode(content) == (run / "sounds/pruned/00.wav").read_bytes()
     names = ("samples", "texts", "quality", "better", "references", "losses", "scorings", "fronts", "seconds")
     nothing: dict[str, Any] = {
+        "repairs": {},
         "title": "a",
         "report_command": "",
         "summary": "",
