@@ -290,6 +290,7 @@ def test_a_checkpoint_of_llama2c_gives_the_original_network(tie, tmp_path, monke
     backbone = load_language_model("tiny.bin", length=8)
     assert torch.equal(torch.get_rng_state(), before)
     assert same_tensors(backbone.network.state_dict(), network.state_dict())
+    assert backbone.params() == sum(p.numel() for p in network.parameters())  # tied weights are counted once
     assert torch.equal(backbone.predict({"sample": TOKENS}), network(TOKENS).logits)
     backbone.save(tmp_path / "saved")
     assert same_tensors(load_network(tmp_path / "saved").state_dict(), network.state_dict())

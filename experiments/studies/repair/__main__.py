@@ -16,7 +16,7 @@ import pandas as pd
 
 from experiments.engine.artefacts import read_json
 from experiments.engine.identity import read_config
-from experiments.reporting.figures import save_figure
+from experiments.reporting.figures import save_figure, set_log_scale
 from experiments.reporting.tables import format_markdown
 
 RESAMPLES = 10_000
@@ -162,13 +162,13 @@ def draw_losses(table: pd.DataFrame, path: Path) -> Path:
             means = points.groupby("ratio").mean().iloc[:, 0]
             style = {"marker": "os^D"[number], "ms": 5, "lw": 1.2, "color": f"C{number}"}
             axis.plot(means.index, means, label=label, **style)
-        axis.set_yscale("log")
+        set_log_scale(axis, "y")
         axis.set_title(task)
         axis.set_xlabel("fraction of parameters removed")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("output loss on held-out samples")
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)
     return save_figure(figure, path)
 
 

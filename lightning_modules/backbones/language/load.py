@@ -184,6 +184,7 @@ def read_llama2c(file: Path) -> tuple[Any, dict[str, Any]]:
     )
     with no_init_weights():
         network = LlamaForCausalLM(config)
+    network.tie_weights()  # without random weights, transformers does not do it
     missing, unexpected = network.load_state_dict(state)
     return network, {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": []}
 
