@@ -3,10 +3,9 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import ClassVar
 
 from criteria.selection.base import Measure, Pool
-from criteria.selection.knapsack import Knapsack
+from criteria.selection.measured import MeasuredKnapsack
 from criteria.selection.solver import Limit, solve
 
 Pair = tuple[int, int]
@@ -14,7 +13,7 @@ Pair = tuple[int, int]
 
 
 @dataclass
-class Quadratic(Knapsack):
+class Quadratic(MeasuredKnapsack):
     """Minimises sum_i s_i + sum_{i<j} w_ij over the removed units within the budget, exactly for the known w_ij.
 
     w_ij = L(i,j) - L(i) - L(j) is the interaction of two units, with L the measured joint output loss without them. The
@@ -31,25 +30,12 @@ class Quadratic(Knapsack):
 
     evaluations: int = 128
 
-    needs_joint_loss = True
-    takes_several_budgets: ClassVar[bool] = True
-    chooses_least_harm: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.evaluations < 1:
-            raise ValueError(f"selection.evaluations={self.evaluations} is out of range; choose 1 or more")
-
     def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
         """Return the names of the units to remove, in the order of the forward pass.
 
         Raises InfeasibleBudget as Knapsack does, and ValueError without a `measure`.
         """
-        if measure is None:
-            raise ValueError(
-                "selection.name='quadratic' measures the joint loss of pairs of units, and nothing to measure it with "
-                "is given; choose selection=knapsack"
-            )
+        measure = self.require_measure(measure, "pairs of units")
         names = [unit.name for unit in self.removable_units(pool)]
         limits, harms = list(self.limits(pool).values()), [scores[name] for name in names]
         start = [names.index(name) for name in super().select(pool, scores)]

@@ -3,15 +3,14 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import ClassVar
 
 from criteria.selection.base import Measure, Pool
-from criteria.selection.knapsack import Knapsack
+from criteria.selection.measured import MeasuredKnapsack
 from criteria.selection.solver import Limit, Program, total_harm
 
 
 @dataclass
-class Refined(Knapsack):
+class Refined(MeasuredKnapsack):
     """Local search that starts at the knapsack's plan (our choice, no paper's).
 
     A step tries swaps within the budget, the one with the least predicted harm first, and takes the first that lowers
@@ -20,26 +19,12 @@ class Refined(Knapsack):
     `evaluations`: how many plans may be measured, the knapsack's included.
     """
 
-    evaluations: int = 64
-
-    needs_joint_loss = True
-    chooses_least_harm: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.evaluations < 1:
-            raise ValueError(f"selection.evaluations={self.evaluations} is out of range; choose 1 or more")
-
     def select(self, pool: Pool, scores: Mapping[str, float], measure: Measure | None = None) -> list[str]:
         """Return the names of the units to remove, in the order of the forward pass.
 
         Raises InfeasibleBudget as Knapsack does, and ValueError without a `measure`.
         """
-        if measure is None:
-            raise ValueError(
-                "selection.name='refined' measures the joint loss of plans, and nothing to measure it with is given; "
-                "choose selection=knapsack"
-            )
+        measure = self.require_measure(measure, "plans")
         names = [unit.name for unit in self.removable_units(pool)]
         limits = list(self.limits(pool).values())
         best = frozenset(names.index(name) for name in super().select(pool, scores))

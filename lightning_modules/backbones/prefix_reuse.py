@@ -51,12 +51,15 @@ class Replay:
         """
         present = set(self.network.modules())
         changed = {part for part, inside in self.parts.items() if part not in present or list(part.modules()) != inside}
-        return next((count for count, (part, _) in enumerate(self.record) if part in changed), len(self.record))
+        return self.find_first_call(changed)
 
     def count_calls_before(self, layer: nn.Module) -> int:
         """Return how many recorded calls come before the first part that contains a layer."""
-        containing = {part for part, inside in self.parts.items() if layer in inside}
-        return next((count for count, (part, _) in enumerate(self.record) if part in containing), len(self.record))
+        return self.find_first_call({part for part, inside in self.parts.items() if layer in inside})
+
+    def find_first_call(self, parts: set[nn.Module]) -> int:
+        """Return the index of the first recorded call of one of some parts; the number of all calls where none is."""
+        return next((count for count, (part, _) in enumerate(self.record) if part in parts), len(self.record))
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:

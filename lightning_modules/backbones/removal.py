@@ -1,10 +1,11 @@
 """Removal of units for a while, and the outputs of units beside those of what would stand in for them."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_modules.backbones.diffusion.pruned_unet import put_modules
 
@@ -34,8 +35,34 @@ def record_outputs(backbone: Any, names: Sequence[str]) -> Iterator[dict[str, tu
     for name in names:
         unit = backbone.network.get_submodule(name)
         handles.append(unit.register_forward_hook(make_hook(name, backbone.stand_in(unit)), with_kwargs=True))
-    try:
+    with removing(handles):
         yield outputs
+
+
+@contextlib.contextmanager
+def record_features(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Yield a dictionary that is filled with the feature maps of modules, by name, in forward passes in the context.
+
+    If a module returns several values, only its feature map is recorded. Modules are given as objects, as their paths
+    change under DDP.
+    """
+    maps: dict[str, Tensor] = {}
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            maps[name] = get_feature_map(output)
+
+        return hook
+
+    with removing([module.register_forward_hook(record(name)) for name, module in modules.items()]):
+        yield maps
+
+
+@contextlib.contextmanager
+def removing(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end of the context."""
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

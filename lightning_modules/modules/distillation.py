@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from conf.schema import build
 from lightning_modules.backbones.base import NetworkBackbone
+from lightning_modules.backbones.removal import record_features
 from lightning_modules.losses.level_weights import LevelWeights
 from lightning_modules.losses.timesteps import Timesteps
 from lightning_modules.modules.base import DistillationModule, Optimizer, Schedule
 from lightning_modules.modules.lora import Lora
-from lightning_modules.modules.taps import check_skip, check_taps, find_teacher_taps, pair_taps, record_features
+from lightning_modules.modules.taps import check_skip, check_taps, find_teacher_taps, pair_taps
 from lightning_modules.modules.training_inputs import draw_training_inputs
 
 log = logging.getLogger(__name__)

@@ -1,14 +1,12 @@
 """Taps: the modules whose outputs (feature maps) are compared between teacher and student."""
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_modules.backbones.base import NetworkBackbone
-from lightning_modules.backbones.removal import get_feature_map
 
 TAPS = "stages, units, a list of module paths, or a mapping {teacher's path: student's path}"
 """The choices of `taps`, in words."""
@@ -135,26 +133,3 @@ def list_parents(name: str) -> list[str]:
     """Return the paths of the modules that a module is in, itself among them."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-
-
-@contextlib.contextmanager
-def record_features(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Yield a dictionary that is filled with the feature maps of modules, by name, in forward passes in the context.
-
-    If a module returns several values, only its feature map is recorded. Modules are given as objects, as their paths
-    change under DDP.
-    """
-    maps: dict[str, Tensor] = {}
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            maps[name] = get_feature_map(output)
-
-        return hook
-
-    handles = [module.register_forward_hook(record(name)) for name, module in modules.items()]
-    try:
-        yield maps
-    finally:
-        for handle in handles:
-            handle.remove()

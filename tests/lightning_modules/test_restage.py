@@ -14,8 +14,8 @@ from criteria.selection import bk_sdm
 from criteria.selection.bk_sdm import BkSdm
 from lightning_modules.backbones.diffusion import restage as restaging
 from lightning_modules.backbones.diffusion.restage import VARIANTS, find_source, make_student_config, restage
+from lightning_modules.backbones.removal import record_features
 from lightning_modules.metrics.cost import count_macs
-from lightning_modules.modules.taps import record_features
 
 SD1 = {"sample_size": 64, "cross_attention_dim": 768}
 SD2 = {

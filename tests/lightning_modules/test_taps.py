@@ -15,8 +15,9 @@ from support.networks import TRANSFORMERS, bypasses, tiny_backbone, tiny_batch
 
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.diffusion.pruned_unet import list_depth_units
+from lightning_modules.backbones.removal import record_features
 from lightning_modules.modules.distillation import WEIGHTS, Distillation
-from lightning_modules.modules.taps import find_emptied, find_teacher_taps, record_features
+from lightning_modules.modules.taps import find_emptied, find_teacher_taps
 
 UNITS = list(list_depth_units(tiny_backbone("UNet2DModel").network))
 

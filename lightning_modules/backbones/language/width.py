@@ -20,6 +20,7 @@ from transformers import LlamaConfig, MistralConfig, MistralForCausalLM
 
 from criteria.base import Unit
 from criteria.selection.base import group
+from lightning_modules.backbones.removal import removing
 from lightning_modules.backbones.width.blocks import Blocks, Cuts
 from lightning_modules.backbones.width.graph import Channels
 
@@ -187,8 +188,5 @@ def listening(network: nn.Module, listeners: Mapping[str, Callable[[Tensor], Non
         network.get_submodule(name).register_forward_pre_hook(lambda module, args, listen=listen: listen(args[0]))
         for name, listen in listeners.items()
     ]
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

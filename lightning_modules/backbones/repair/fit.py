@@ -4,14 +4,14 @@ Shapes: N samples, P positions (pixels or tokens), I inputs of the layer, O chan
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_modules.backbones.removal import get_feature_map
+from lightning_modules.backbones.removal import get_feature_map, removing
 from lightning_modules.backbones.repair.least_squares import (
     NormalEquations,
     change_layer,
@@ -164,16 +164,6 @@ def measure_gain_once(fit: Fit, run: Callable[[], Any], present: Tensor, size: f
     noise = list_positions(added[0]).float()
     same_shape = noise.shape == present.shape and bool(noise.all())
     return (changed.float() - present.float()) / noise if same_shape else None
-
-
-@contextlib.contextmanager
-def removing(handles: Sequence[Any]) -> Iterator[None]:
-    """Remove hooks at the end of the context."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def mark_positions(inputs: Mapping[str, Any], feature_map: Tensor) -> Tensor:

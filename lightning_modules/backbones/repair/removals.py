@@ -1,15 +1,15 @@
 """Outputs without single units whose removal is made up for, with prefix reuse: two passes over the samples."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_modules.backbones.prefix_reuse import Replay
-from lightning_modules.backbones.removal import get_feature_map
-from lightning_modules.backbones.repair.fit import Fit, removing
+from lightning_modules.backbones.removal import record_features
+from lightning_modules.backbones.repair.fit import Fit
 from lightning_modules.backbones.repair.least_squares import list_positions
 from lightning_modules.backbones.repair.sites import Site
 
@@ -63,20 +63,12 @@ class RepairedRemovals:
 
         `compiled` are the `forwards` of the Replay.
         """
-        maps: dict[str, Tensor] = {}
-
-        def keep(path: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                maps[path] = list_positions(get_feature_map(output))
-
-            return hook
-
         network = self.backbone.network
         replay = Replay(network, [network.get_submodule(name) for name in self.names], compiled)
-        paths = {fit.site.reference for fit in self.fits.values()}
-        handles = [network.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
-        with removing(handles), replay.recording():
-            return replay, maps, self.backbone.predict(inputs)
+        references = {fit.site.reference for fit in self.fits.values()}
+        with record_features({path: network.get_submodule(path) for path in references}) as maps, replay.recording():
+            output = self.backbone.predict(inputs)
+        return replay, {path: list_positions(feature_map) for path, feature_map in maps.items()}, output
 
     def replay(self, replay: Replay, count: int, inputs: Mapping[str, Any]) -> Tensor:
         """Return the output of the network as it is now; the first `count` calls are not computed again."""
