@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from criteria.base import Level, Shared, Unit
 from criteria.selection.base import Budget
-from lightning_modules.backbones.removal import forward_without_hooks
+from lightning_modules.backbones.removal import forward_without_hooks, removing
 
 
 @contextlib.contextmanager
@@ -33,11 +33,8 @@ def gate_units(backbone: Any, gates: Mapping[str, Tensor], level: str) -> Iterat
     for name, gate in (dict(gates) | of_shared).items():
         unit = backbone.network.get_submodule(name)
         handles.append(unit.register_forward_hook(make_gate(backbone.stand_in(unit), gate), with_kwargs=True))
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def cost_under_gates(backbone: Any, gates: Mapping[str, Tensor], budget: str, level: str) -> Tensor:

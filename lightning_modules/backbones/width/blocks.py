@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from criteria.base import ChangeKind, Level, Unit
 from lightning_modules.backbones.diffusion.pruned_unet import channel_axes, get_size, get_width
+from lightning_modules.backbones.removal import removing
 
 Cuts = dict[tuple[str, str], Tensor]
 """{(layer, "out" or "in"): indices of channels}. Layers with the same channels on both sides, as norms, have "out"."""
@@ -147,11 +148,8 @@ class Blocks:
                 handles.append(module.register_forward_pre_hook(gate_input(layer)))
             elif groups.keys() & gates.keys() and layer in self.outlets:
                 handles.append(module.register_forward_hook(gate_output(layer)))
-        try:
+        with removing(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def scale_channels(self, x: Tensor, side: tuple[str, str], gates: Mapping[str, Tensor]) -> Tensor:
         """Return an input or output of a layer with its channels multiplied by their gates."""
