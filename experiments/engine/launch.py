@@ -16,7 +16,8 @@ from experiments.engine.sweep import JobRecord, open_record
 def start_job(cfg: DictConfig) -> float | None:
     """Run one job and return its first measure; a job of a sweep that fails is recorded, and returns None.
 
-    Optuna takes None for a failed trial and goes on, while NaN would end its search.
+    Optuna takes None for a failed trial and goes on, while NaN would end its search. A Slurm job of several tasks raises
+    its error instead, which ends the sweep's process once the jobs before it have ended.
 
     The first line on the terminal, and the answer to a wrong value, come before torch is imported.
     """
@@ -30,7 +31,8 @@ def start_job(cfg: DictConfig) -> float | None:
         devices.claim_gpus(record.folder, gpus, cfg.trainer.devices)
     if record.in_sweep:
         drop_repeats()
-    with record.follow():
+    # Slurm ends the other tasks of a job, which wait for this one, where this one ends with an exit code.
+    with record.follow(raises=processes > 1 and "SLURM_PROCID" in os.environ):
         check_early(cfg, record)
         if is_first and not record.in_sweep:
             print(f"job {cfg.name}/{cfg.label}", flush=True)

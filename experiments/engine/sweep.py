@@ -149,11 +149,14 @@ class JobRecord:
         self.update(state=state, run=run, reason=reason, log=str(path), seconds=seconds)
 
     @contextlib.contextmanager
-    def follow(self) -> Iterator[None]:
+    def follow(self, raises: bool = False) -> Iterator[None]:
         """Print the beginning and the end of a job of a sweep that runs inside; an error ends this job only.
 
         The reason of an error is printed at once, and once more in the table at the end of the sweep. Outside a sweep
         this does nothing.
+
+        Args:
+            raises: raise the error once it is recorded, so that this process ends with an exit code other than 0.
         """
         if self.folder is None:
             yield
@@ -166,6 +169,8 @@ class JobRecord:
         except Exception as error:
             self.fail(error)
             print(f"{position} failed: {shorten(self.content['reason'])}\n  log: {self.content['log']}", flush=True)
+            if raises:
+                raise
         except BaseException as error:
             self.fail(error, STOPPED)
             raise

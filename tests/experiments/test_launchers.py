@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.process import train
+from support.ranks import find_free_port
 from support.results import files
 
 import train as entry_point
@@ -90,15 +91,18 @@ script="${@: -1}"
 jobs=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
 export SLURM_NTASKS_PER_NODE=$(sed -n 's/^#SBATCH --ntasks-per-node=//p' "$script")
 if [ -z "$jobs" ]; then
-    SLURM_JOB_ID=7 bash "$script" > /dev/null 2>&1 &
+    { SLURM_JOB_ID=7 bash "$script"; touch "$(dirname "$0")/ended_7"; } > /dev/null 2>&1 &
 fi
 for job in $(test -z "$jobs" || seq 0 "$jobs"); do
-    SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$job SLURM_JOB_ID=$((7 + job)) bash "$script" > /dev/null 2>&1 &
+    {
+        SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$job SLURM_JOB_ID=$((7 + job)) bash "$script"
+        touch "$(dirname "$0")/ended_7_$job"
+    } > /dev/null 2>&1 &
 done
 echo "Submitted batch job 7"
 """
 SRUN = """#!/bin/bash
-# srun without its options: the command once per task, with the variables of that task.
+# srun without its options: the command once per task, with the variables of that task; all end where one has failed.
 while [[ $1 == -* ]]; do
     case $1 in --output|--error|-o|-e) shift 2;; *) shift;; esac
 done
@@ -106,9 +110,17 @@ export SLURM_NTASKS=$SLURM_NTASKS_PER_NODE SLURM_NODEID=0 SLURM_JOB_NUM_NODES=1 
 for task in $(seq 0 $((SLURM_NTASKS - 1))); do
     SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
 done
-wait
+for task in $(seq "$SLURM_NTASKS"); do
+    wait -n || [[ $SLURM_KILL_BAD_EXIT != 1 ]] || { kill -9 $(jobs -p); exit 1; }
+done
 """
-SACCT = "#!/bin/bash\necho 'JobID|State'\nfor job in 7 7_0 7_1; do echo \"$job|RUNNING\"; done\n"
+SACCT = """#!/bin/bash
+# sacct: a line for each job that there may be.
+echo "JobID|State"
+for job in 7 7_0 7_1; do
+    if [ -e "$(dirname "$0")/ended_$job" ]; then echo "$job|COMPLETED"; else echo "$job|RUNNING"; fi
+done
+"""
 
 
 @pytest.fixture
@@ -136,27 +148,47 @@ from pytorch_lightning.callbacks import Callback
 
 
 class Named(Callback):
-    """Leaves a file beside this one with the name of its rank."""
+    """Leaves a file beside this one with the name of its rank; one of them may fail."""
+
+    def __init__(self, failing=None):
+        self.failing = failing
 
     def on_train_start(self, trainer, module):
+        if trainer.global_rank == self.failing:
+            raise ValueError("this rank fails")
         environment = type(trainer.strategy.cluster_environment).__name__
         name = f"rank {trainer.global_rank} of {trainer.world_size} in {environment}"
         Path(__file__).with_name(name).touch()
 '''
 
 
-@pytest.mark.slow
-def test_the_tasks_of_a_slurm_job_are_the_ranks_of_one_training(sweep, tmp_path, monkeypatch, slurm):
+@pytest.fixture
+def training_of_tasks(sweep, slurm, tmp_path, monkeypatch) -> list[str]:
+    """Arguments of `train.py` for a Slurm job of two tasks that train together."""
     (tmp_path / "named").mkdir()
     (tmp_path / "named" / "named.py").write_text(NAMED)
     monkeypatch.setenv("PYTHONPATH", f"{os.environ['PYTHONPATH']}{os.pathsep}{tmp_path / 'named'}")
+    monkeypatch.setenv("MASTER_PORT", str(find_free_port()))
     trained = [override for override in sweep if override not in ("distillation=none", "trainer=cpu")]
     devices = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "+callbacks.named._target_=named.Named"]
-    train(*trained, "launcher=submitit_slurm", *devices)
+    return [*trained, "launcher=submitit_slurm", *devices]
+
+
+@pytest.mark.slow
+def test_the_tasks_of_a_slurm_job_are_the_ranks_of_one_training(training_of_tasks, tmp_path):
+    train(*training_of_tasks, timeout=600)
     (record,) = read_only_sweep(tmp_path)["records"]
     assert record["state"] == "finished"
     assert "networks/distilled/config.json" in files(Path(record["run"]))
     assert files(tmp_path / "named") >= {f"rank {rank} of 2 in SLURMEnvironment" for rank in range(2)}
+
+
+@pytest.mark.slow
+def test_a_slurm_job_ends_where_one_of_its_tasks_fails(training_of_tasks, tmp_path):
+    process = train(*training_of_tasks, "+callbacks.named.failing=0", check=False, timeout=600)
+    assert process.returncode == 1 and "ValueError: this rank fails" in process.stderr
+    (record,) = read_only_sweep(tmp_path)["records"]
+    assert (record["state"], record["reason"]) == ("failed", "ValueError: this rank fails")
 
 
 @pytest.mark.parametrize(("machines", "gpus"), [(1, 1), (2, 4)])

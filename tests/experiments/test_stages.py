@@ -45,17 +45,18 @@ stages:
   export: {{_target_: {STAGES}.export.Export}}
 """
 PROGRESSIVE = (ROOT / "conf" / "pipeline" / "progressive.yaml").read_text()
-LISTS = {"twice": TWICE, "rounds": ROUNDS, "progressive": PROGRESSIVE}
+OWN = {"twice": TWICE, "rounds": ROUNDS}
+"""Lists of stages outside the repository"""
+LISTS = {**OWN, "progressive": PROGRESSIVE}
 OPTIONS = {"progressive": ["repair=least_squares", "repair.samples=8"]}
 
 
 @pytest.fixture
-def lists(data_folder) -> list[str]:
-    """The two pipelines as files outside the repository; returns their names."""
+def lists(data_folder) -> None:
+    """Write the pipelines of `OWN` as files outside the repository."""
     (data_folder / "pipeline").mkdir(exist_ok=True)
-    for name, content in LISTS.items():
+    for name, content in OWN.items():
         (data_folder / "pipeline" / f"{name}.yaml").write_text(content)
-    return list(LISTS)
 
 
 def results(run: Path) -> dict[str, Any]:

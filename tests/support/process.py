@@ -14,7 +14,11 @@ def train(
     command = [sys.executable, str(ROOT / "train.py")]
     if config_dir:
         command += ["--config-dir", str(config_dir)]
-    process = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=timeout, **options)  # type: ignore[call-overload]
+    try:
+        process = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=timeout, **options)  # type: ignore[call-overload]
+    except subprocess.TimeoutExpired as error:
+        printed = [(each or b"").decode()[-4000:] for each in (error.stdout, error.stderr)]
+        raise AssertionError("\n".join([f"train.py has not ended in {timeout} s", *printed])) from None
     if check and process.returncode:
         raise AssertionError(process.stdout[-2000:] + process.stderr[-4000:])
     return process

@@ -20,6 +20,13 @@ this one may have, cannot be forked. Nothing of this process is inherited, its m
 STARTER.set_forkserver_preload(["experiments.engine.pipeline", "support.networks"])
 
 
+def find_free_port() -> int:
+    """Return the number of a TCP port of this machine that no process uses now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @contextlib.contextmanager
 def two_ranks(
     function: Callable[..., Any], *arguments: Any, patches: Mapping[str, Any] | None = None, seconds: float = 300
@@ -29,10 +36,7 @@ def two_ranks(
     The function, its arguments and `patches`, {dotted name: what stands there in both processes}, are pickled:
     functions have to be those of a module.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = (port, function, arguments, dict(patches or {}))
+    shared = (find_free_port(), function, arguments, dict(patches or {}))
     processes = [STARTER.Process(target=run_rank, args=(rank, *shared)) for rank in range(2)]
     for process in processes:
         process.start()
