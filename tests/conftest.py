@@ -59,7 +59,7 @@ def images_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data_folder(tmp_path_factory: pytest.TempPathFactory, images_file: Path) -> Path:
-    """A configuration directory outside the repository with one YAML file, the data set `tiny`; each test has its own."""
+    """A configuration directory outside the repository with the data set `tiny`; each test has its own."""
     folder = tmp_path_factory.mktemp("confdir")
     (folder / "data").mkdir()
     (folder / "data" / "tiny.yaml").write_text(

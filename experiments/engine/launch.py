@@ -16,8 +16,8 @@ from experiments.engine.sweep import JobRecord, open_record
 def start_job(cfg: DictConfig) -> float | None:
     """Run one job and return its first measure; a job of a sweep that fails is recorded, and returns None.
 
-    Optuna takes None for a failed trial and goes on, while NaN would end its search. A Slurm job of several tasks raises
-    its error instead, which ends the sweep's process once the jobs before it have ended.
+    Optuna takes None for a failed trial and goes on, while NaN would end its search. A Slurm job of several tasks
+    raises its error instead, which ends the sweep's process once the jobs before it have ended.
 
     The first line on the terminal, and the answer to a wrong value, come before torch is imported.
     """
