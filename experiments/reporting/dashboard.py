@@ -151,8 +151,8 @@ def list_tags(settings: dict[str, Any]) -> list[str]:
 
     `settings` are those of get_displayed_settings. W&B allows tags of up to 64 characters.
     """
-    groups = [settings.get(name) or {} for name in ("data", "teacher", "criterion", "selection", "distillation")]
-    names = [str(group["name"]) for group in groups if group.get("name")]
+    groups = ("data", "teacher", "criterion", "selection", "repair", "distillation")
+    names = [str(choice["name"]) for group in groups if (choice := settings.get(group) or {}).get("name")]
     return [name[:64] for name in dict.fromkeys(names) if name != "none"]
 
 

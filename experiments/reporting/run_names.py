@@ -17,8 +17,8 @@ def name_run(folder: str, config: Mapping[str, Any]) -> str:
     """Return the name of a run in reports and dashboards, such as "output_loss-knapsack-0.5-none-seed0-1a2b3c4d (t2i)".
 
     In brackets stands what the label leaves out: task, teacher and data where these are not the usual ones of the job,
-    and criterion, selection, ratio or target, and distillation, so that a recipe with a label of its own does not hide
-    what was changed. A label that says all of it, such as that of the default job, stays as it is.
+    and criterion, selection, ratio or target, repair and distillation, so that a recipe with a label of its own hides
+    nothing that was changed. A label that says all of it, such as that of the default job, stays as it is.
 
     Args:
         folder: name of the run's folder, "<label>-<first 8 characters of its id>".
@@ -41,7 +41,8 @@ def list_choices(config: Mapping[str, Any]) -> list[str]:
     elif selection:
         target = take_first_value(selection.get("ratio"), selection.get("target"))
         choices += [get_name(config, "criterion"), get_name(config, "selection"), str(target or "")]
-    choices.append(get_name(config, "distillation"))
+    repair = get_name(config, "repair")
+    choices += ["" if repair == "none" else repair, get_name(config, "distillation")]
     return [name for name in choices if name]
 
 

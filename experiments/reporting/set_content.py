@@ -13,7 +13,6 @@ from experiments.engine.artefacts import read_json
 from experiments.engine.texts import read_texts
 from experiments.reporting.run_files import (
     Scoring,
-    get_gap_closed,
     get_measures,
     list_networks,
     read_plans,
@@ -27,6 +26,7 @@ GROUPS = {
     "method": "method",
     "criterion": "criterion",
     "selection": "selection",
+    "repair": "repair",
     "distillation": "distillation",
     "steps": "training steps",
     "data": "data",
@@ -77,7 +77,7 @@ def describe_set(runs: pd.DataFrame, table: pd.DataFrame, root: Path, output: Pa
         metrics, measured = read_json(folder / "metrics.json"), read_json(folder / "measured.json")
         row = rows[run["row"]]
         groups = {"method": table["method"][row]} | {name: run[name] for name in GROUPS if name in run}
-        values = {name: run[name] for name in ("ratio", *COSTS)} | {"gap_closed": get_gap_closed(metrics)}
+        values = {name: run[name] for name in ("ratio", "gap_closed", *COSTS)}
         content.append(
             {
                 "name": run["name"],

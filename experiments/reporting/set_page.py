@@ -19,10 +19,17 @@ from experiments.engine.identity import decides_by_latency, drop_settings_withou
 from experiments.engine.measures import describe_protocol, list_columns
 from experiments.reporting import figures
 from experiments.reporting.pages import write_page
-from experiments.reporting.run_files import get_achieved_ratio, get_measures, list_achieved_ratios, list_networks
+from experiments.reporting.run_files import (
+    get_achieved_ratio,
+    get_gap_closed,
+    get_measures,
+    list_achieved_ratios,
+    list_networks,
+)
 from experiments.reporting.run_names import get_name, name_run
 from experiments.reporting.set_content import describe_set
 from experiments.reporting.tables import (
+    CHOICES,
     average_over_seeds,
     choose_label_column,
     format_counts,
@@ -30,6 +37,7 @@ from experiments.reporting.tables import (
     have_comparable_latencies,
     list_further_budgets,
     list_further_measures,
+    list_repairs,
     list_varying_choices,
     list_warnings,
     name_methods,
@@ -111,8 +119,8 @@ def collect_runs(root: Path) -> pd.DataFrame:
     ambiguous = runs.groupby("teacher")["fingerprint"].transform("nunique") > 1
     runs.loc[ambiguous, "teacher"] += " (" + runs["fingerprint"].str[:8] + ")"
     runs["row"] = runs["setting"].map(digest) + runs["teacher"]
-    order = ["task", "data", "criterion", "selection", "distillation", "ratio", "seed", "run"]
-    return runs.sort_values(order, ignore_index=True)
+    order = [name for name in CHOICES if name != "teacher"]
+    return runs.sort_values([*order, "ratio", "seed", "run"], ignore_index=True)
 
 
 def make_row(
@@ -142,6 +150,7 @@ def make_row(
         "fingerprint": read_json(folder / "plan.json")["teacher"],
         "criterion": name_criterion(cfg),
         "selection": cfg["selection"]["name"],
+        "repair": get_name(cfg, "repair") or "none",  # before version 0.2 there was no repair
         "distillation": cfg["distillation"]["name"],
         "steps": cfg["trainer"]["steps"] if "_target_" in cfg["distillation"] else 0,
         "budget": metrics["plan/budget"],
@@ -158,6 +167,7 @@ def make_row(
         "latency_at": f"batch {measured['latency_batch']}, {measured['device']}",
         "output_loss_pruned": metrics[f"{pruned}/output_loss"],
         "output_loss": metrics["eval/output_loss"],
+        "gap_closed": get_gap_closed(metrics),
         "metric": metric,
         "better": measures[metric]["better"] if metric else "lower",
         "protocol": describe_protocol(metrics.get("protocol", {}), metric),
@@ -241,6 +251,7 @@ def choose_columns(table: pd.DataFrame) -> pd.DataFrame:
         choose_label_column(table),
         *list_varying_choices(table),
         "selection",
+        *list_repairs(table),
         "distillation",
         "steps",
         "ratio",
@@ -253,6 +264,7 @@ def choose_columns(table: pd.DataFrame) -> pd.DataFrame:
         "quality_pruned",
         "quality",
         *list_further_measures(table),
+        "gap_closed",
         "runs",
     ]
     return table.assign(**{name: format_counts(table[name]) for name in ("target", "flops")})[names]

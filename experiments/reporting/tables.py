@@ -10,6 +10,10 @@ import pandas as pd
 from criteria.selection.base import group
 from experiments.engine.artefacts import digest
 
+CHOICES = ["task", "teacher", "data", "criterion", "selection", "repair", "distillation"]
+"""Columns with the names of what a run chose, in the order in which rows are sorted."""
+SETTING = [*CHOICES, "steps", "ratio", "budget"]
+"""Columns that usually tell rows apart."""
 VALUE_LENGTH = 40
 """Longest value of a field in the name of a method, in characters; a longer one is shortened."""
 
@@ -32,18 +36,16 @@ def average_over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
         "quality_pruned",
         "quality",
         "quality_teacher",
+        "gap_closed",
         *(name for name in runs if "/" in name),  # of the measures after the first
     ]
     runs = runs.assign(**{name: pd.to_numeric(runs[name]) for name in values})
     grouped = runs.groupby("row")
-    labels = ["task", "teacher", "data", "criterion", "selection", "distillation", "steps", "ratio", "budget"]
-    labels += ["metric", "better", "protocol"]
-    table = grouped[[*labels, "setting"]].first().join(grouped[values].mean())
+    table = grouped[[*SETTING, "metric", "better", "protocol", "setting"]].first().join(grouped[values].mean())
     table = table.join(grouped[values].std().add_suffix(" std")).join(grouped.size().rename("runs"))
     table = table.join(grouped["latency_at"].agg(lambda conditions: "; ".join(sorted(set(conditions)))))
     table.loc[grouped["latency_at"].nunique() > 1, ["latency_ratio", "latency_ratio std"]] = math.nan
-    order = ["task", "teacher", "data", "criterion", "selection", "distillation", "ratio"]
-    table = table.reset_index().sort_values(order, ignore_index=True)
+    table = table.reset_index().sort_values([*CHOICES, "ratio"], ignore_index=True)
     table["method"] = name_methods(table)
     return table
 
@@ -53,7 +55,7 @@ def name_methods(table: pd.DataFrame) -> list[str]:
 
     It begins with the criterion; then come the columns that vary, then other fields of the configuration.
     """
-    columns = ["task", "teacher", "data", "selection", "distillation", "steps", "budget"]
+    columns = [name for name in SETTING if name not in ("criterion", "ratio")]
     varying_columns = [name for name in columns if table[name].nunique() > 1]
     varying_fields = list_varying_fields(table)
     return [
@@ -78,6 +80,7 @@ def list_varying_fields(table: pd.DataFrame) -> dict[str, str]:
         "criterion.name",
         "data.name",
         "distillation.name",
+        "repair.name",
         "selection.budget",
         "selection.name",
         "selection.ratio",
@@ -90,7 +93,7 @@ def list_varying_fields(table: pd.DataFrame) -> dict[str, str]:
         *(f"criterion.{name}" for name in ("level", "ratio", "target", "budget")),
     }
     fields = pd.DataFrame(list(table["setting"].map(format_setting)), index=table.index)
-    choices = [table[name] for name in ("task", "teacher", "data", "distillation", "selection")]
+    choices = [table[name] for name in CHOICES if name != "criterion"]
     criteria = [fields["criterion.name"]] if "criterion.name" in fields else []
     names = [
         key
@@ -132,14 +135,18 @@ def have_comparable_latencies(table: pd.DataFrame) -> bool:
 
 def choose_label_column(table: pd.DataFrame) -> str:
     """Return "criterion" where the columns of a table tell its rows apart, else "method", which does so always."""
-    columns = ["task", "teacher", "data", "criterion", "selection", "distillation", "steps", "ratio", "budget"]
-    return "method" if table.duplicated(columns).any() else "criterion"
+    return "method" if table.duplicated(SETTING).any() else "criterion"
 
 
 def list_varying_choices(table: pd.DataFrame) -> list[str]:
     """Return which of task, teacher and data differ between the rows of a table, whose label does not say so."""
     names = ("task", "teacher", "data")
     return [name for name in names if table[name].nunique() > 1] if choose_label_column(table) == "criterion" else []
+
+
+def list_repairs(table: pd.DataFrame) -> list[str]:
+    """Return the column "repair" where a row of a table has a repair, else nothing."""
+    return ["repair"] if (table["repair"] != "none").any() else []
 
 
 def name_quality(table: pd.DataFrame) -> str:
@@ -205,6 +212,7 @@ def format_table(table: pd.DataFrame, choices: Sequence[str] = ()) -> str:
         label: list(table[label]),
         **{name: list(table[name]) for name in choices},
         "selection": list(table["selection"]),
+        **{name: list(table[name]) for name in list_repairs(table)},
         "distillation (steps)": [f"{row['distillation']} ({row['steps']})" for _, row in table.iterrows()],
         "ratio": [f"{ratio:.4g}" for ratio in table["ratio"]],
         "achieved": format_spreads(table, "achieved", 3),
@@ -222,6 +230,7 @@ def format_table(table: pd.DataFrame, choices: Sequence[str] = ()) -> str:
     measures += [(name, name.removeprefix("eval/"), 2) for name in list_further_measures(table)]
     for name, head, digits in measures:
         columns[head] = format_spreads(table, name, digits if table[name].abs().max() >= 1 else 4)
+    columns["gap closed"] = format_spreads(table, "gap_closed", 2)
     columns["runs"] = [str(count) for count in table["runs"]]
     return format_markdown(pd.DataFrame(columns))
 

@@ -168,6 +168,23 @@ def test_rows_that_differ_in_an_optional_group_show_it(another, study):
     assert average_over_seeds(collect_runs(study))["method"].nunique() == 2
 
 
+def test_a_repair_has_a_column_and_tells_rows_apart(another, study):
+    another("one", "1" * 16)
+    report_set(study)
+    assert "repair" not in rows_of(study)
+    target = "lightning_modules.modules.repair.LeastSquares"
+    repair = {"repair.name": "least_squares", "repair._target_": target, "repair.samples": 64}
+    run = another("two", "2" * 16, repair)
+    values = {"pruned/output_loss": 0.5, "eval/output_loss": 0.125}
+    (run / "metrics.json").write_text(json.dumps(read_json(run / "metrics.json") | values))
+    report_set(study)
+    rows = rows_of(study)
+    assert list(rows["repair"]) == ["least_squares", "none"] and list(rows["criterion"]) == ["output_loss"] * 2
+    assert list(rows["gap closed"]) == ["0.75", "0.00"]
+    methods = average_over_seeds(collect_runs(study))["method"]
+    assert list(methods) == ["output_loss, repair least_squares", "output_loss, repair none"]
+
+
 def test_runs_of_several_ratios_are_drawn_as_curves(another, study):
     another("one", "1" * 16)
     plan = {"selection.name": "greedy", "selection.ratio": 0.7}

@@ -192,6 +192,7 @@ def test_a_field_is_named_by_its_shortest_unique_end(name, short):
         (["task=t2i"], " (t2i)"),
         (["data=digits_sample"], " (digits_sample)"),
         (["task=t2i", "data=cifar10_sample"], " (t2i, cifar10_sample)"),
+        (["repair=least_squares"], " (least_squares)"),
         (["experiment=pretrain_cifar10_classifier"], " (cifar10)"),
         (
             ["experiment=laptop_diff_sd15_50", "selection.ratio=0.7", "criterion=taylor"],
@@ -202,7 +203,8 @@ def test_a_field_is_named_by_its_shortest_unique_end(name, short):
 def test_the_name_of_a_run_says_what_its_folder_does_not(overrides, addition):
     cfg = composed(*overrides)
     folder = f"{cfg.label}-0123abcd"
-    names = {group: {"name": cfg[group].name} for group in ("task", "teacher", "data", "criterion", "distillation")}
+    groups = ("task", "teacher", "data", "criterion", "repair", "distillation")
+    names = {group: {"name": cfg[group].name} for group in groups}
     selection = {key: cfg.selection.get(key) for key in ("name", "ratio", "target", "variant")}
     config = {**names, "selection": selection, "pretrain": None if cfg.pretrain is None else {"architecture": "a"}}
     assert name_run(folder, config) == folder + addition
