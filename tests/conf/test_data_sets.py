@@ -183,6 +183,7 @@ def test_errors_in_a_parquet_file_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet", "lmdb"])
+@pytest.mark.slow
 def test_memory_does_not_grow_while_samples_are_taken(tmp_path, kind):
     count = 60
     if kind == "folder":

@@ -132,6 +132,7 @@ def test_a_recipe_runs_end_to_end_on_a_shrunk_pipeline(recipe, shrunk, configure
 
 
 @pytest.mark.parametrize("recipe", UNCONDITIONAL)
+@pytest.mark.slow
 def test_a_recipe_for_the_embedded_model_runs_on_a_tiny_one(recipe, overrides, configure, tmp_path, unverified):
     extra = ["criterion.seeds=2", "criterion.steps=2"] if recipe == "ld_pruner_uig" else []
     run_pipeline(configure(*overrides, f"experiment={recipe}", *extra))

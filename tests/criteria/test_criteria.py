@@ -162,7 +162,11 @@ def untouched(backbone: Any) -> Iterator[None]:
         assert not around.training and not any(p.requires_grad or p.grad is not None for p in around.parameters())
 
 
-@pytest.mark.parametrize(("name", "family"), PAIRS)
+CONTRACTS = [pytest.param(*pair, marks=pytest.mark.slow if pair[1] == "sdxl" else ()) for pair in PAIRS]
+"""SDXL has the blocks of SD, and more of them."""
+
+
+@pytest.mark.parametrize(("name", "family"), CONTRACTS)
 def test_every_criterion_keeps_the_contract(make, backbone, name):
     """Every unit once, finite, repeatable, the same however it is driven, and the network is as it was."""
     assert make(name).supports(backbone) is None, "a pair that cannot be belongs into UNSUPPORTED, with its reason"

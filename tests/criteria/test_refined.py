@@ -107,6 +107,7 @@ def test_neighbours_fit_the_budget_and_keep_the_rules(problem):
 
 @thoroughly
 @given(problem=problems(), data=st.data())
+@pytest.mark.slow
 def test_refinement_is_repeatable_and_never_worse_than_the_knapsack(problem, data):
     assume(problem.subsets())
     count = len(problem.costs)

@@ -324,6 +324,7 @@ def damaged(tmp_path: Path, overrides: list[str]) -> Callable[..., list[str]]:
     return make
 
 
+@pytest.mark.slow
 def test_a_job_replaces_and_counts_its_bad_samples(configure, damaged, tmp_path, capsys, quick_end):
     run_pipeline(configure(*damaged(2)))
     out = capsys.readouterr().out

@@ -77,6 +77,7 @@ def test_damaged_artefacts_are_named_and_made_again(finished, caplog):
     assert (run / "finished.json").exists()
 
 
+@pytest.mark.slow
 def test_an_edited_plan_is_kept_and_the_message_names_selection_given(finished, caplog):
     cfg, run, before = finished
     changes = read_json(run / "plan.json")["changes"]

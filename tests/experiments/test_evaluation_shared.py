@@ -63,6 +63,7 @@ def drawn_and_measured(rank: int, folder, devices: int) -> None:
     assert sum(features.asked) == (10 if devices == 1 else (6, 4)[rank])
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_samples_and_features_of_one(tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "PART", 4)
     drawn_and_measured(0, tmp_path, 1)

@@ -235,6 +235,7 @@ def test_arguments_that_the_pipeline_passes_cannot_be_configured(configure, over
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_trainer_options_and_callbacks_apply_to_training_only(job, monkeypatch):
     seen = []
     from pytorch_lightning import Trainer
@@ -269,6 +270,7 @@ def test_further_loggers_write_into_the_folder_of_the_run(job):
     assert any(path.name.startswith("events.out.tfevents") for path in (run / "logs").rglob("*"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_returns_its_first_measure_too(configure, sampling, tmp_path):
     cfg = configure(*sampling)
     first, again = run_pipeline(cfg), run_pipeline(cfg)

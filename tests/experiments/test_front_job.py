@@ -55,6 +55,7 @@ def test_a_job_with_two_budgets_states_the_ratio_of_each(overrides, configure, t
     assert f"{measured['plan/achieved_ratio_latency']:.4f} of latency (asked for 0.3), " in summary
 
 
+@pytest.mark.slow
 def test_a_job_writes_its_front_and_the_ratio_of_each_plan_makes_it(
     overrides, configure, tmp_path, quick_end, equal_savings
 ):

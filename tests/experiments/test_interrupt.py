@@ -26,6 +26,7 @@ def press_ctrl_c(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_training_names_the_step_to_go_on_from(
     configure, overrides, tmp_path, monkeypatch, capsys, quick_end
 ):

@@ -87,6 +87,7 @@ def test_a_job_exports_a_stock_network_with_its_tokenizer(configure, words):
 
 
 @pytest.mark.usefixtures("unverified")
+@pytest.mark.slow
 def test_adapters_resume_in_the_same_bits(configure, words, capsys):
     cfg = configure(*words, "trainer.steps=4", "trainer.checkpoint_every=2", "distillation.lora.dropout=0.3")
     run_pipeline(cfg)

@@ -211,6 +211,7 @@ SEARCH = ["hydra.sweeper.n_trials=2", "hydra.sweeper.sampler.seed=0", "optimizer
 
 
 @pytest.mark.parametrize("search", ["optuna_latency", "random_search"])
+@pytest.mark.slow
 def test_a_search_runs_trials_and_shows_the_best(sweep, tmp_path, monkeypatch, capsys, quick_end, search):
     chosen = ["selection.ratio=interval(0.3,0.5)", "selection.budget=params", "hydra.sweeper.params=null"]
     run_here(monkeypatch, *sweep, f"sweep={search}", *SEARCH, *chosen)
@@ -226,6 +227,7 @@ def test_a_search_runs_trials_and_shows_the_best(sweep, tmp_path, monkeypatch, c
     assert [record["state"] for record in read_only_sweep(tmp_path)["records"]] == ["finished before"] * 2
 
 
+@pytest.mark.slow
 def test_a_failed_trial_does_not_end_a_search(sweep, tmp_path, monkeypatch, capsys, quick_end):
     chosen = ["selection.ratio=choice(0.5,0.9999)", "hydra.sweeper.n_trials=4", "hydra.sweeper.params=null"]
     with pytest.raises(SystemExit) as end:

@@ -212,6 +212,7 @@ def test_running_out_of_memory_ends_with_options(configure: Any, overrides: list
 # The program
 
 
+@pytest.mark.slow
 def test_the_program_prints_a_row_for_every_batch_and_level(
     overrides: list[str], data_folder: Path, monkeypatch: Any, capsys: Any
 ) -> None:

@@ -48,6 +48,7 @@ def weights_of(run: Path, network: str = "distilled") -> dict[str, Any]:
     return load_file(next((run / "networks" / network).glob("*.safetensors")))
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_pruned_network_teaches_in_the_same_bits(run_job, teacher_folder, tmp_path):
     copy = shutil.copytree(teacher_folder, tmp_path / "copy")
     own, other = run_job("own"), run_job("other", f"distillation.teacher={copy}")
@@ -55,6 +56,7 @@ def test_a_copy_of_the_pruned_network_teaches_in_the_same_bits(run_job, teacher_
     assert own.name != other.name  # the configuration names another network
 
 
+@pytest.mark.slow
 def test_another_network_teaches_the_student_and_is_part_of_the_runs_identity(run_job, tmp_path):
     other = saved(tmp_path / "teaching")
     first, own = run_job("first", f"distillation.teacher={other}"), run_job("own")
@@ -78,6 +80,7 @@ def test_a_stage_may_have_a_teacher_of_its_own(configure, overrides, tmp_path):
     assert same_tensors(dict(teacher.network.state_dict()), expected)
 
 
+@pytest.mark.slow
 def test_a_wider_network_teaches_by_its_outputs_or_by_a_mapping(run_job, tmp_path):
     wider = saved(tmp_path / "wider", block_out_channels=(16, 16))
     run = run_job("outputs", f"distillation.teacher={wider}", "distillation.w_feat=0")

@@ -60,6 +60,7 @@ def test_paths_runs_itself_may_be_a_link(configure, overrides, tmp_path, quick_e
     assert (the_run(tmp_path / "disk") / "finished.json").exists()
 
 
+@pytest.mark.slow
 def test_foreign_files_in_the_folder_of_a_run_are_kept(configure, overrides, quick_end):
     cfg = configure(*overrides)
     folder = folder_of(cfg)
@@ -86,6 +87,7 @@ def test_a_foreign_file_with_the_name_of_an_artefact_is_refused(configure, overr
     assert path.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_force_replaces_a_linked_export_and_keeps_its_target(configure, overrides, tmp_path, quick_end):
     run_pipeline(configure(*overrides))
     export = the_run(tmp_path / "runs") / "export"
@@ -138,6 +140,7 @@ def test_a_foreign_configuration_reads_no_environment_variable(study, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["=1+1", "+cmd", "@sum", "-2+3"])
+@pytest.mark.slow
 def test_no_cell_of_a_table_is_a_formula(study, name):
     change(the_run(study), "name: knapsack", f"name: '{name}'")
     with open(report_set(study).parent / "results.csv", newline="") as file:

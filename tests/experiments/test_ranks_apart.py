@@ -101,6 +101,7 @@ def refuse_to_score(*_: Any) -> None:
     pytest.fail("scores are there")
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_scores_that_another_job_has_just_made(configure, overrides, tmp_path, quick_end):
     """Rank 0 waits for that job; before that, rank 1 sees no scores."""
     job = [*overrides, "distillation=none", "evaluation.loss_samples=4"]

@@ -242,6 +242,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_named_and_skipped(configure, tmp_path, trained, capsys, damage):
     job, run = trained()
     damaged = interrupted(run, tmp_path / "damaged", [2, 3]) / "step=0000003.ckpt"

@@ -53,6 +53,7 @@ def test_a_bound_below_one_sample_is_refused(case):
         outputs(backbone, inputs)
 
 
+@pytest.mark.slow
 def test_compiled_parts_give_the_same_outputs_and_bypasses_compile_nothing(case, monkeypatch):
     """Traced, but not lowered: what is tested is which graphs are made."""
     backbone, inputs = case

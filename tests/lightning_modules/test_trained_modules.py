@@ -219,6 +219,7 @@ def test_the_cosine_distance_ignores_the_norm_of_channel_vectors(shape, axis):
 
 
 @pytest.mark.usefixtures("quick_end")
+@pytest.mark.slow
 def test_a_distance_from_outside_the_repository_needs_a_class_and_a_line(configure, overrides, write_config, tmp_path):
     runs = {}
     for name, distance in {"plain": "null", "own": "{_target_: own_modules.Doubled}"}.items():

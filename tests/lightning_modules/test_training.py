@@ -245,6 +245,7 @@ def break_gradient(rank: int, cfg: DictConfig, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.slow
 def test_all_ranks_stop_on_a_gradient_that_is_not_finite_on_one(configure, overrides, tmp_path, strategy):
     cfg = configure(*overrides, f"trainer={strategy}", "trainer.accelerator=cpu")
     with two_ranks(break_gradient, cfg, tmp_path):
