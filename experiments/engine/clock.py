@@ -90,3 +90,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         or "allocate memory" in text
         or "not enough memory" in text
     )
+
+
+def take_first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class where it has none."""
+    return str(error).partition("\n")[0] or type(error).__name__

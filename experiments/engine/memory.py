@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from conf.schema import ConfigError
 from datamodules.base import DataModule
-from experiments.engine.clock import explain_out_of_memory
+from experiments.engine.clock import explain_out_of_memory, take_first_line
 from experiments.engine.ranks import is_rank_zero
 from lightning_modules.modules.base import TrainedModule
 from lightning_modules.training.memory import (
@@ -34,7 +34,9 @@ Option = tuple[str, Mapping[str, Any]]
 
 
 @contextlib.contextmanager
-def guard_memory(cfg: DictConfig, module: Any, stage: str, device: torch.device, data: DataModule) -> Iterator[None]:
+def guard_memory(
+    cfg: DictConfig, module: Any, stage: str, device: torch.device, data: DataModule, note: str = ""
+) -> Iterator[None]:
     """Check that a training fits the memory of a device, and explain where it runs out of memory all the same.
 
     On a CPU nothing is refused, and of several ranks the first one checks for all. A module that is no TrainedModule is
@@ -46,6 +48,7 @@ def guard_memory(cfg: DictConfig, module: Any, stage: str, device: torch.device,
         stage: name of the stage.
         device: the device of the training.
         data: the data of the training.
+        note: follows the advice.
 
     Raises:
         ConfigError: before the training, where the estimate is more than what is free by more than MARGIN.
@@ -67,11 +70,11 @@ def guard_memory(cfg: DictConfig, module: Any, stage: str, device: torch.device,
         log.info("%s: %s besides activations; on a CPU, nothing is refused", stage, describe_estimate(held))
     elif is_rank_zero():  # the current device of a rank that Lightning has started is not yet its own
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        check_fits(cfg, module, stage, settings, data.sample_shape(), free)
+        check_fits(cfg, module, stage, settings, data.sample_shape(), free, note)
 
     def explain(error: BaseException) -> str:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        return f"out of memory in stage {stage!r} ({reason}). {advise(cfg, module, settings, data.sample_shape())}"
+        advice = advise(cfg, module, settings, data.sample_shape())
+        return f"out of memory in stage {stage!r} ({take_first_line(error)}). {advice}{note}"
 
     with explain_out_of_memory(explain):
         yield
@@ -84,6 +87,7 @@ def check_fits(
     settings: TrainingSettings,
     sample_shape: tuple[int, ...],
     free: int,
+    note: str = "",
 ) -> None:
     """Log what a training needs, and raise ConfigError where that is more than the `free` bytes and MARGIN allow."""
     estimate = try_to_estimate(module, settings, sample_shape)
@@ -93,7 +97,7 @@ def check_fits(
     if estimate.total > free * (1 + MARGIN):
         raise ConfigError(
             f"{stage}: {describe_estimate(estimate)}, but free on the device are {format_gib(free)}. "
-            f"{advise(cfg, module, settings, sample_shape)}"
+            f"{advise(cfg, module, settings, sample_shape)}{note}"
         )
 
 

@@ -41,7 +41,10 @@ def train(
         module.section = section
     callbacks: list[Callback] = [WarmedUpEMA(cfg.ema_decay)] if cfg.ema_decay is not None else []
     callbacks += [*make_callbacks(cfg.callbacks), *watchers]
-    with guard_memory(cfg, module, stage.name, job.device, data):
+    note = (
+        f"\nThe settings of the stage, pipeline.stages.{stage.name}.settings, win over these" if stage.settings else ""
+    )
+    with guard_memory(cfg, module, stage.name, job.device, data, note):
         fit(module, data, cfg.trainer, run.folder, stage.name, job.dashboard.loggers, callbacks, section)
     return module
 

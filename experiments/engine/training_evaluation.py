@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.seed import isolate_rng
 
 from experiments.engine.artefacts import write_json
+from experiments.engine.clock import explain_out_of_memory, take_first_line
 from experiments.engine.evaluation import Evaluator
 from experiments.engine.job import TEACHER, Job
 from experiments.engine.measures import measure_network, measure_samples, select_network_measures
@@ -156,19 +157,27 @@ class EvaluateWhileTraining(Callback):
         if isinstance(trainer.strategy, FullySharded):  # it trains a copy of the student
             trainer.strategy.copy_weights_back()
         try:
-            with self.warn_of_errors(trainer.world_size):
+            with self.warn_of_errors(trainer.world_size), explain_out_of_memory(self.explain):
                 outcome = self.evaluation.evaluate(self.stage, self.student)
         finally:
             for average in averages:
                 average.exchange_weights(module)
         if outcome is not None:
-            with self.warn_of_errors(trainer.world_size):
+            with self.warn_of_errors(trainer.world_size), explain_out_of_memory(self.explain):
                 self.log_values(trainer, outcome.values, self.evaluation.teacher.values)
                 if is_rank_zero():
                     self.write_preview(outcome)
         for callback in callbacks:
             if isinstance(callback, TrainingMonitor):
                 callback.exclude(time.perf_counter() - start)
+
+    def explain(self, error: BaseException) -> str:
+        """Return the message for an evaluation that ran out of memory, as the training beside it may fit alone."""
+        evaluation, reason = self.evaluation.cfg.evaluation, take_first_line(error)
+        return (
+            f"out of memory in the evaluation after step {self.step} of stage {self.stage!r} ({reason}). "
+            f"Lower evaluation.batch_size={evaluation.batch_size}, or choose evaluation.every_n_steps=null"
+        )
 
     @contextlib.contextmanager
     def warn_of_errors(self, ranks: int) -> Iterator[None]:

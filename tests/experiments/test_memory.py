@@ -139,8 +139,8 @@ def test_the_memory_of_a_gpu_is_what_is_free_and_what_this_process_can_use_again
     checked: list[Any] = []
     monkeypatch.setattr(memory, "check_fits", lambda *arguments: checked.append(arguments))
 
-    with guard_memory(configure(*overrides), small_training(), "distil", torch.device("cuda"), DATA):
-        assert checked[0][-2:] == ((3, 8, 8), 2**20 + 2**19)
+    with guard_memory(configure(*overrides), small_training(), "distil", torch.device("cuda"), DATA, " Note"):
+        assert checked[0][-3:] == ((3, 8, 8), 2**20 + 2**19, " Note")
     monkeypatch.setattr(memory, "is_rank_zero", lambda: False)
     with guard_memory(configure(*overrides), small_training(), "distil", torch.device("cuda"), DATA):
         assert len(checked) == 1  # the first rank checks for all
@@ -168,14 +168,14 @@ def test_errors_that_say_that_memory_is_full_are_explained(
     configure: Any, overrides: list[str], monkeypatch: Any, error: Exception, reason: str | None
 ) -> None:
     monkeypatch.setattr(memory, "advise", lambda *arguments: "Advice")
-    guard = guard_memory(configure(*overrides), small_training(), "distil", torch.device("cpu"), DATA)
+    guard = guard_memory(configure(*overrides), small_training(), "distil", torch.device("cpu"), DATA, " Note")
     with pytest.raises((RuntimeError, MemoryError)) as caught, guard:
         raise error
     if reason is None:
         assert caught.value is error
     else:
         assert type(caught.value) is OutOfMemory and caught.value.__cause__ is error
-        assert str(caught.value) == f"out of memory in stage 'distil' ({reason}). Advice"
+        assert str(caught.value) == f"out of memory in stage 'distil' ({reason}). Advice Note"
 
 
 # In a job

@@ -152,14 +152,15 @@ def test_a_later_error_changes_no_bit_of_the_training(configure, sampling, tmp_p
     assert read_evaluations(run)["frechet_channels"].keys() == {0, 3}
     assert (
         "evaluation.every_n_steps=2: the evaluation after step 2 of the stage distil has failed, and the training goes "
-        "on: OutOfMemoryError: 16 GiB are in use"
+        "on: OutOfMemory: out of memory in the evaluation after step 2 of stage 'distil' (16 GiB are in use). Lower "
+        "evaluation.batch_size="
     ) in caplog.text
 
 
 @pytest.mark.slow
 def test_an_error_before_the_first_step_ends_the_training(configure, sampling, tmp_path, monkeypatch):
     fail_in_evaluation(monkeypatch, 1)
-    with pytest.raises(OutOfMemory, match=r"^out of memory in stage 'distil'"):
+    with pytest.raises(OutOfMemory, match=r"^out of memory in the evaluation after step 0 of stage 'distil'"):
         run_pipeline(configure(*sampling, EVERY_TWO))
     assert list(the_run(tmp_path / "runs").glob("checkpoints/distil/*")) == []
 
