@@ -13,7 +13,6 @@ import csv
 import importlib.util
 import io
 import os
-import platform
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -39,7 +38,7 @@ from experiments.benchmarks.scoring_speed.__main__ import time_in_turns
 from experiments.engine.inputs import build_data
 from experiments.reporting.figures import save_figure
 from experiments.tools.precompute import precompute
-from lightning_modules.metrics.cost import device_name
+from lightning_modules.metrics.cost import describe_machine
 from lightning_modules.modules.denoiser import Denoiser
 from lightning_modules.training.trainer import resolve_accelerator
 
@@ -236,7 +235,7 @@ def main() -> None:
         times = time_reading(write_sources(pictures, folder, options.pixels), options.batch, options.repeats)
         rows += make_rows(f"sources, JPEGs of {options.pixels} pixels", times, options.samples, "folder")
 
-    machine = f"{device_name(device)}, {platform.machine()}, torch {torch.__version__}"
+    machine = describe_machine(device)
     options.out.mkdir(parents=True, exist_ok=True)
     with open(options.out / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, (*COLUMNS, "machine"))

@@ -12,7 +12,6 @@ import argparse
 import csv
 import functools
 import json
-import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from criteria.selection.knapsack import Knapsack
 from lightning_modules.backbones.base import Change
 from lightning_modules.backbones.diffusion.pipeline_parts import move
 from lightning_modules.backbones.diffusion.unet import UNetBackbone
-from lightning_modules.metrics.cost import device_name, latencies
+from lightning_modules.metrics.cost import describe_machine, latencies
 
 
 def build_on_meta(name: str, latents: int | None) -> UNetBackbone:
@@ -150,7 +149,7 @@ def main() -> None:
             rows.append(row)
         del backbone
     out = options.out or Path(__file__).parent / f"results_{options.teacher}.csv"
-    note = f"{device_name(device)}, {platform.machine()}, torch {torch.__version__}, {options.dtype}"
+    note = f"{describe_machine(device)}, {options.dtype}"
     note += f", latents {shape.data_shape()[1]}, {'compiled' if options.compile else 'eager'}"
     with open(out, "w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], "machine"])

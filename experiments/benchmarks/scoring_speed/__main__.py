@@ -8,7 +8,6 @@ python -m experiments.benchmarks.scoring_speed --architecture sdxl_base --device
 
 import argparse
 import csv
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -28,7 +27,7 @@ from lightning_modules.backbones.base import NetworkBackbone
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.diffusion.unet import UNetBackbone
 from lightning_modules.backbones.prefix_reuse import Replay
-from lightning_modules.metrics.cost import device_name
+from lightning_modules.metrics.cost import describe_machine
 
 Outputs = dict[str | None, Tensor]
 """{removed unit: output of the network without it}; None stands for the whole network"""
@@ -161,7 +160,7 @@ def main() -> None:
         row["compiled_over_eager_plain"] = f"{seconds['plain'] / times['compiled']:.2f}"
         row["difference_compiled"] = f"{compute_difference(outputs['plain'], compiled['compiled']):.1e}"
         row["same_plan_compiled"] = plans[0] == plans[1]
-    row |= {"machine": f"{device_name(device)}, {platform.machine()}, {options.dtype}", "torch": torch.__version__}
+    row |= {"machine": f"{describe_machine(device)}, {options.dtype}", "torch": torch.__version__}
     default = "results.csv" if name == "embedded" else f"results_{Path(name).name}.csv"
     with open(options.out or Path(__file__).parent / default, "w", newline="") as file:
         writer = csv.DictWriter(file, row)

@@ -9,8 +9,6 @@ for a few draws of them per picture. The loss is that of new noise on held-out p
 
 import argparse
 import csv
-import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -31,7 +29,7 @@ from experiments.tools.precompute import precompute
 from experiments.tools.teacher_outputs import store_outputs
 from lightning_modules.backbones.base import Change
 from lightning_modules.backbones.diffusion.pipeline_parts import move
-from lightning_modules.metrics.cost import device_name
+from lightning_modules.metrics.cost import describe_machine
 from lightning_modules.training.trainer import autocast, resolve_accelerator, resolve_precision
 
 JOB = (
@@ -137,7 +135,7 @@ def main() -> None:
         changes = read_json(runs[options.seeds[0], 0] / "plan.json")["changes"]
         times = time_steps(cfg, changes, options.repeats)
     device = torch.device(resolve_accelerator(cfg.trainer.accelerator))
-    machine = f"{device_name(device)}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    machine = describe_machine(device)
     rows = [
         {
             "teacher": f"stored, {draws} {'draw' if draws == 1 else 'draws'}" if draws else "live",

@@ -7,8 +7,6 @@ Times depend on the machine and on what else runs there; `overhead` is a ratio o
 
 import argparse
 import csv
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,11 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from conf.schema import ROOT
 from experiments.engine.artefacts import read_json
 from experiments.engine.sweep import read_sweep
+from lightning_modules.metrics.cost import describe_machine
 
 GRID = ("criterion=output_loss,magnitude,random", "selection.ratio=0.3,0.5,0.7")
 NETWORK: dict[str, Any] = {
@@ -93,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), options.repeats)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    machine = describe_machine(torch.device("cpu"))
     with open(options.output, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["figure", "value", "machine"])
