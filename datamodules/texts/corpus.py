@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from datamodules.base import DataModule, Preview, Samples
+from datamodules.inventory import fingerprint_rows
 from datamodules.readers.base import BadSample, MissingData, Source
 from datamodules.readers.hub import HuggingFace
 from datamodules.seeding import numpy_rng, torch_rng
@@ -367,6 +368,13 @@ class Corpus(Tokens):
 
     def trained_on(self) -> set[str]:
         return set(self.texts["train"].identities())
+
+    def fingerprint(self) -> str | None:
+        """Return a hash of rows of both splits; None of files, which are a part of a run's id, and of missing rows."""
+        try:
+            return "-".join(fingerprint_rows(texts.rows.table) for texts in self.texts.values() if texts.hub) or None
+        except MissingData:
+            return None
 
     def dataset(self, split: str, seed: int = 0) -> Samples:
         source: Any = self.source(split)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from datamodules.readers.base import BadSample, Source
+from datamodules.inventory import fingerprint_rows
+from datamodules.readers.base import BadSample, MissingData, Source
 from datamodules.readers.hub import hub_table
 from datamodules.seeding import torch_rng
 from datamodules.texts.corpus import Texts, Tokens
@@ -180,6 +181,13 @@ class Instructions(Tokens):
         return Exchanges(
             self.rows, np.sort(part), self.form, self.tokenizer, self.length, self.answer_only, self.path, beginning
         )
+
+    def fingerprint(self) -> str | None:
+        """Return a hash of rows of the hub; None of a file, which is a part of a run's id, and of missing rows."""
+        try:
+            return None if self.file is not None else fingerprint_rows(self.rows)
+        except MissingData:
+            return None
 
     def trained_on(self) -> set[str]:
         if self.file is not None:

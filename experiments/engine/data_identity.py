@@ -26,7 +26,7 @@ class ChangedData(ValueError):
 def fingerprint_data(cfg: DictConfig, data: DataModule) -> dict[str, str]:
     """Return {"data": hash, "calibration.data": hash} of the content of a job's data sets, where they have one.
 
-    `data` is the data module of `cfg.data`. Data that are not on this machine, and texts, whose files are part of a
+    `data` is the data module of `cfg.data`. Data that are not on this machine, and files of texts, which are part of a
     run's id, have none.
     """
     modules = {"data": data}

@@ -134,6 +134,15 @@ def test_a_document_is_a_row_of_the_hub_that_has_a_text(hub):
         corpus("train", "test", hub=hub, documents=2).source("train")
 
 
+def test_rows_of_the_hub_that_have_changed_have_another_fingerprint(hub, texts):
+    """Files have none: their contents are a part of a run's id."""
+    first = corpus("train", "test", hub=hub).fingerprint()
+    assert first is not None and corpus("train", "test", hub=hub).fingerprint() == first
+    Dataset.from_dict({"text": ["defh"], "id": [0]}).to_parquet(Path(hub) / "test.parquet")
+    assert corpus("train", "test", hub=hub).fingerprint() != first
+    assert corpus().fingerprint() is None and corpus("train", "test", hub="/nowhere").fingerprint() is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -287,6 +287,10 @@ def test_json_json_lines_and_the_hub_give_the_same_samples(tmp_path, monkeypatch
         assert data.trained_on() == {hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()}
     name = f"{tmp_path}/set/None/train"
     assert sources[2].trained_on() == {hashlib.sha256(name.encode()).hexdigest()}
+    first = sources[2].fingerprint()
+    assert first is not None and [data.fingerprint() for data in sources[:2]] == [None, None]
+    Dataset.from_list([*ROWS[:-1], ROWS[-1] | {"say": "other"}]).to_parquet(tmp_path / "set" / "train.parquet")
+    assert instructions(str(tmp_path / "set")).fingerprint() != first  # the data under the same name have changed
     with pytest.raises(ValueError, match="set has no column 'mood'; it has: do, with, say"):
         instructions(str(tmp_path / "set"), prompt="{mood}").sample_shape()
 
