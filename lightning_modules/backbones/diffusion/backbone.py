@@ -258,8 +258,8 @@ class DiffusionBackbone(NetworkBackbone):
         """Whether the network takes the guidance scale as an argument, instead of being called twice."""
         return False
 
-    def with_guidance(self, conditions: dict[str, Any], guidance: float) -> dict[str, Any]:
-        """Return the conditions with the guidance scale, for networks that take it as an argument."""
+    def with_guidance(self, conditions: dict[str, Any], guidance: float | Tensor) -> dict[str, Any]:
+        """Return the conditions with a guidance scale, or one per sample (N,), for networks that take it."""
         return conditions
 
     def step_options(self, scheduler: Any, steps: int) -> dict[str, Any]:
