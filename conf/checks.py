@@ -68,6 +68,7 @@ def check_values(cfg: DictConfig) -> None:
     check_distilling_teacher(content)
     check_teacher_outputs(content)
     check_timesteps(content)
+    check_also_steps(content["sampler"])
     choices = {
         "trainer.accelerator": ("auto", "cpu", "gpu"),
         "trainer.strategy": STRATEGIES,
@@ -162,6 +163,10 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "distillation.w_out": (0, math.inf, "0 or more"),
     "distillation.w_feat": (0, math.inf, "0 or more"),
     "distillation.drop_text": (0, 1, "a probability, 0 to 1"),
+    "distillation.ddim_steps": (1, math.inf, "a whole number of 1 or more"),
+    **dict.fromkeys(("distillation.guidance_min", "distillation.guidance_max"), (1, math.inf, "1 (no guidance) or more")),
+    "distillation.target_decay": (0, math.nextafter(1, 0), "0 <= target_decay < 1, or null for the student itself"),
+    "distillation.huber": (math.nextafter(0, 1), math.inf, "more than 0, or null for the mean squared error"),
 }
 """{field: (lowest value, highest value, the range in words)}"""
 
@@ -267,6 +272,16 @@ def check_timesteps(content: Any) -> None:
         raise ConfigError(
             f"timesteps={chosen['name']}: {content[group]['_target_']} does not take timesteps; choose "
             f"timesteps=uniform, or give the class a parameter `timesteps` and its file `timesteps: ${{timesteps}}`"
+        )
+
+
+def check_also_steps(sampler: Any) -> None:
+    """Raise ConfigError for further numbers of steps that are no numbers of steps, or that come twice."""
+    also = sampler["also_steps"]
+    if min(also, default=1) < 1 or len({sampler["steps"], *also}) <= len(also):
+        raise ConfigError(
+            f"sampler.also_steps={also} with sampler.steps={sampler['steps']}; choose different whole numbers of 1 or "
+            "more, without that of sampler.steps"
         )
 
 

@@ -1,7 +1,7 @@
 """The base class of all networks that can be pruned, and what a family of networks has to implement."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
@@ -282,8 +282,11 @@ class NetworkBackbone(nn.Module):
         """Write config.json and safetensors weights, as the network's library does."""
         raise NotImplementedError
 
-    def save_export(self, folder: Path) -> None:
-        """Write files that the network's library opens by itself, in safetensors."""
+    def save_export(self, folder: Path, sampler: Callable[..., Any] | None = None) -> None:
+        """Write files that the network's library opens by itself, in safetensors.
+
+        `sampler` makes the scheduler beside a diffusion network, see `generate`; None is that of the teacher's pipeline.
+        """
         raise NotImplementedError
 
     def reload_arguments(self) -> list[str]:

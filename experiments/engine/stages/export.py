@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from conf.schema import build
 from experiments.engine.job import Job
 from experiments.engine.ranks import barrier, is_rank_zero
 from experiments.engine.stage import Stage
@@ -38,7 +39,8 @@ class Export(Stage):
     def run(self, job: Job) -> None:
         if is_rank_zero():
             with job.clock("export"), job.run.write_folder(self.artefact("export")) as partial:
-                export(job.student, partial, self.card(job))
+                sampler = job.samplers.get(list(job.networks)[-1])
+                export(job.student, partial, self.card(job), None if sampler is None else build(sampler.scheduler))
                 job.record(export_max_difference=verify(job.student, partial))
                 if job.cfg.export.dense_twin:
                     make_dense_twin(job.teacher, job.student).save_pretrained(partial / "dense_twin")

@@ -330,7 +330,7 @@ class DiffusionBackbone(NetworkBackbone):
 
     # Exports
 
-    def save_export(self, folder: Path) -> None:
+    def save_export(self, folder: Path, sampler: Callable[..., Any] | None = None) -> None:
         """Write the pipeline with this network; beside the weights lies the code of a class that diffusers lacks.
 
         `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens it where only diffusers is installed.
@@ -339,7 +339,7 @@ class DiffusionBackbone(NetworkBackbone):
         parts = self.pipeline_parts
         assert parts is not None, "a teacher is loaded with its pipeline"
         parts.to(torch.device("cpu"))
-        parts.save(self.network, folder)
+        parts.save(self.network, folder, None if sampler is None else make_sampler(sampler, self.noise_scheduler))
         if not is_stock(self.network):
             index = folder / "model_index.json"
             content = json.loads(index.read_text())
