@@ -1,21 +1,30 @@
 """Consistency distillation: its identities, its parts beside those of diffusers, and what it refuses."""
 
 import copy
-import functools
+import itertools
+import os
+import signal
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler, UNet2DConditionModel
-from support.distillation import REMOVED
+from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from pytorch_lightning.callbacks import Callback
+from support.distillation import REMOVED, distillation, losses_of
 from support.networks import CROSS, bypasses, tiny_backbone, tiny_batch, tiny_seeds
+from support.pipelines import LATENT, tiny_pipeline
+from support.results import differences, trained_state
 from torch import Tensor
 
+from conf.schema import ConfigError
 from datamodules.seeding import torch_rng
+from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.diffusion.schedule import split_output, take_ddim_step
-from lightning_modules.backbones.diffusion.unet import UNetBackbone
+from lightning_modules.backbones.diffusion.unet import UNetBackbone, embed_guidance
 from lightning_modules.modules.consistency import (
     SIGMA_DATA,
     TIMESTEP_SCALING,
@@ -24,6 +33,8 @@ from lightning_modules.modules.consistency import (
     measure_distance,
     scale_boundary,
 )
+from lightning_modules.training.memory import TrainingSettings, estimate_memory
+from lightning_modules.training.trainer import fit
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 EMBEDDING = CROSS | {"cross_attention_dim": 6, "time_cond_proj_dim": 7}
@@ -31,15 +42,9 @@ EMBEDDING = CROSS | {"cross_attention_dim": 6, "time_cond_proj_dim": 7}
 
 
 def consistency(student: Any, teacher: Any, **options: Any) -> Consistency:
-    return Consistency(
-        student,
-        teacher,
-        optimizer=functools.partial(torch.optim.AdamW, lr=1e-2),
-        lr_scheduler=functools.partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0),
-        seed=0,
-        dump=Path("/nowhere"),
-        **options,
-    )
+    module = distillation(student, teacher, cls=Consistency, **options)
+    assert isinstance(module, Consistency)
+    return module
 
 
 def pair(family: str = "UNet2DModel") -> tuple[Any, Any]:
@@ -172,15 +177,12 @@ def self_consistency(s: float, skip: int, steps_N: Tensor) -> tuple[Tensor, Tens
 
 @pytest.mark.parametrize("s", [0.5, 2.0])
 def test_the_exact_solution_for_a_gaussian_is_self_consistent_up_to_the_error_of_the_solver(s):
-    """A step of DDIM has a local error of O(k^2), so the mean squared error falls by 16 where k is halved.
-
-    Next to step 0 the noise level rises like a square root, and the error falls more slowly: over all steps it is 8.
-    """
-    late, all_of_them = torch.arange(199, 1000, 16), torch.arange(39, 1000, 16)
-    for steps_N, rate in ((late, 16), (all_of_them, 8)):
-        losses = [float(measure_distance(*self_consistency(s, skip, steps_N), None)) for skip in (16, 8, 4, 2)]
-        assert losses[0] < 1e-5
-        print(losses, [a/b for a,b in zip(losses, losses[1:])])
+    """A step of DDIM has a local error of O(k^2), so the mean squared error at given steps falls by 16 for half of k."""
+    steps_N = torch.arange(199, 1000, 16)
+    losses = [float(measure_distance(*self_consistency(s, skip, steps_N), None)) for skip in (16, 8, 4, 2)]
+    assert losses[0] < 1e-5
+    rates = [coarse / fine for coarse, fine in pairwise(losses)]
+    assert abs(rates[-1] - 16) < 0.2 and all(abs(rate - 16) < 1 for rate in rates)
 
 
 @pytest.mark.parametrize("s", [0.5, 2.0])
@@ -192,3 +194,236 @@ def test_the_exact_solution_does_not_change_along_an_exact_trajectory(s):
         student, {"sample": noise_like((1, 1, 4, 4), 3, torch.float64) * scales, "timestep": steps_N, "conditions": {}}
     )
     torch.testing.assert_close(ends, ends[:1].expand_as(ends), rtol=1e-6, atol=1e-6)
+
+
+# The module
+
+
+def fitted(folder: Path, conf: Any, module: Consistency, *callbacks: Any) -> dict[str, Tensor]:
+    """Train a module on the same batch for ever; return all of its weights, the target's among them."""
+    fit(module, Batches(tiny_batch(module.student)), conf, folder, "consistency", callbacks=callbacks)
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+class Batches(pl.LightningDataModule):
+    def __init__(self, batch: dict[str, Any]) -> None:
+        super().__init__()
+        self.batch = batch
+
+    def train_dataloader(self) -> Any:
+        return itertools.repeat(self.batch)
+
+
+class Stop(Callback):
+    """Ends the process after its second step, as a signal would."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_gradients_reach_the_student_alone():
+    module = consistency(*pair())
+    losses_of(module, tiny_batch(module.student))["loss"].backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in module.student.parameters() if p.grad is not None)
+    assert sum(p.grad is not None for p in module.student.parameters()) == len(list(module.student.parameters()))
+    assert module.target is not None
+    for network in (module.target, module.teacher):
+        assert not network.training
+        assert not any(p.requires_grad or p.grad is not None for p in network.parameters())
+    trained = module.configure_optimizers()["optimizer"].param_groups[0]["params"]
+    assert {id(p) for p in trained} == {id(p) for p in module.student.parameters()}
+
+
+def test_the_target_is_the_moving_average_of_the_student_after_each_step(configure, tmp_path):
+    module, seen = consistency(*pair(), target_decay=0.75), []
+    expected = [p.detach().clone() for p in module.student.parameters()]
+
+    class Watch(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            weights = [p.detach() for p in module.student.parameters()]
+            for average, weight in zip(expected, weights, strict=True):
+                average.lerp_(weight, 0.25)
+            seen.append(all(map(torch.equal, expected, module.target.parameters())))
+            assert not any(map(torch.equal, weights, expected))
+
+    fitted(tmp_path, configure("debug=tiny", "trainer=cpu").trainer, module, Watch())
+    assert seen == [True] * 4
+
+
+@pytest.mark.parametrize("options", [{}, {"target_decay": None}], ids=["average", "student"])
+def test_a_training_resumes_with_the_same_bits(configure, tmp_path, options):
+    conf = configure("debug=tiny", "trainer=cpu").trainer
+    expected = fitted(tmp_path / "whole", conf, consistency(*pair(), **options))
+    assert any(name.startswith("target.") for name in expected) == (not options)
+    assert not any(name.startswith("reference") for name in expected)
+    with pytest.raises(SystemExit):
+        fitted(tmp_path / "stopped", conf, consistency(*pair(), **options), Stop())
+    assert differences(fitted(tmp_path / "stopped", conf, consistency(*pair(), **options)), expected) == []
+    ends = [tmp_path / name / "checkpoints" / "consistency" / "step=0000004.ckpt" for name in ("whole", "stopped")]
+    assert differences(*map(trained_state, ends)) == []
+
+
+def test_without_an_average_the_target_is_the_student():
+    student, teacher = pair()
+    module, with_average = (consistency(copy.deepcopy(student), teacher, target_decay=d) for d in (None, 0.5))
+    assert module.target is None and list(module.networks()) == [module.student, module.teacher]
+    found, expected = (losses_of(each, tiny_batch(student)) for each in (module, with_average))
+    assert torch.equal(found["loss"], expected["loss"])  # before the first step the average is the student
+
+
+def test_the_loss_is_the_distance_of_the_two_estimates():
+    module, batch = consistency(*pair(), ddim_steps=20), tiny_batch(tiny_backbone("UNet2DModel"))
+    loss = losses_of(module, batch)["loss"]
+    torch.manual_seed(3)
+    inputs = module.draw_inputs(batch)
+    assert set(inputs["timestep"].tolist()) <= set(range(49, 1000, 50))
+    with torch.no_grad():
+        earlier = module.step_back(inputs, batch)
+        difference = estimate_clean(module.student, inputs) - estimate_clean(module.target, earlier)
+    assert torch.equal(earlier["timestep"], (inputs["timestep"] - 50).clamp(min=0))
+    c = module.huber
+    assert torch.equal(loss, ((difference**2 + c**2).sqrt() - c).mean())
+    assert torch.equal(measure_distance(difference, torch.zeros(()), None), (difference**2).mean())
+
+
+def test_a_predicted_variance_is_left_out():
+    teacher = tiny_backbone("dit")
+    assert teacher.predicts_variance
+    module = consistency(teacher.pruned(bypasses(teacher.survivors()[1:2])), teacher)
+    losses_of(module, tiny_batch(teacher))["loss"].backward()
+
+
+def test_the_memory_of_a_training_is_estimated(tmp_path):
+    module = consistency(*pair())
+    estimate = estimate_memory(module, TrainingSettings(4, averages=False), (3, 8, 8))
+    trained = sum(p.nbytes for p in module.student.parameters())
+    assert estimate.gradients == trained and estimate.activations > trained / 10
+    assert estimate.networks == 2 * trained + sum(p.nbytes for p in module.teacher.parameters())
+
+
+# Guidance
+
+
+def test_the_teacher_is_guided_as_in_generation():
+    teacher = tiny_backbone("sd")
+    module = consistency(teacher.pruned(bypasses(REMOVED)), teacher, guidance_min=4.0, guidance_max=4.0)
+    batch = tiny_batch(teacher)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        inputs = module.draw_inputs(batch)
+        assert torch.equal(inputs["guidance"], torch.full((4,), 4.0)) and "timestep_cond" not in inputs["conditions"]
+        empty = teacher.empty_conditions({"seed": torch.arange(4)}, inputs["conditions"])
+        output, without = teacher.predict(inputs), teacher.predict(inputs | {"conditions": empty})
+        torch.testing.assert_close(module.predict_guided(inputs, batch), without + 4.0 * (output - without))
+        stored = batch | {"empty_text": teacher.pipeline_parts.encode_empty_text(1, torch.device("cpu"))}
+        assert torch.equal(module.predict_guided(inputs, stored), module.predict_guided(inputs, batch))
+
+
+@pytest.mark.parametrize("family", ["dit", "UNet2DModel"])
+def test_classes_are_guided_and_unconditional_networks_are_not(family):
+    teacher = tiny_backbone(family)
+    student = teacher.pruned(bypasses(teacher.survivors()[1:2]))
+    module = consistency(student, teacher, guidance_min=4.0, guidance_max=4.0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        inputs = module.draw_inputs(tiny_batch(teacher))
+        output = teacher.predict(inputs)[:, : inputs["sample"].shape[1]]
+        assert torch.equal(module.predict_guided(inputs, {}), output) == (family == "UNet2DModel")
+
+
+def embedding_teacher() -> UNetBackbone:
+    torch.manual_seed(0)
+    return UNetBackbone(UNet2DConditionModel(**EMBEDDING).eval(), DDPMScheduler())
+
+
+def test_a_scale_is_drawn_for_each_sample_and_embedded():
+    teacher = embedding_teacher()
+    student = teacher.pruned(bypasses(REMOVED[:1]))
+    module = consistency(student, teacher, guidance_min=3.0, guidance_max=15.0)
+    batch = tiny_batch(tiny_backbone("UNet2DConditionModel"))
+    inputs = module.draw_inputs(batch)
+    scales = inputs["guidance"].tolist()
+    assert len(set(scales)) == 4 and all(3 <= scale <= 15 for scale in scales)
+    single = torch.cat([embed_guidance(scale, 7) for scale in scales])
+    torch.testing.assert_close(inputs["conditions"]["timestep_cond"], single, rtol=0, atol=1e-6)
+    with torch.no_grad():  # a teacher that embeds the scale is guided by it, in one pass
+        assert torch.equal(module.predict_guided(inputs, batch), teacher.predict(inputs))
+    losses_of(module, batch)["loss"].backward()
+    assert student.network.time_embedding.cond_proj.weight.grad.any()
+
+
+# Sampling
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_samples_are_those_of_the_stock_pipeline_with_its_scheduler(tmp_path, steps):
+    folder = tiny_pipeline("sd", tmp_path)
+    teacher, pipeline = load_teacher(str(folder), sample_size=LATENT), StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    batch = tiny_seeds(teacher, 2)
+    found = teacher.generate(batch, LCMScheduler.from_config, steps, 1.0)
+    expected = pipeline(
+        batch["caption"],
+        latents=torch.stack([torch.randn(teacher.data_shape(), generator=torch_rng("sample", seed)) for seed in (0, 1)]),
+        generator=[torch_rng("sampler", seed) for seed in (0, 1)],
+        num_inference_steps=steps,
+        guidance_scale=1.0,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_one_step_is_the_consistency_function():
+    teacher = tiny_backbone("UNet2DModel")
+    teacher.noise_scheduler = DDPMScheduler(clip_sample=False)
+    found = teacher.generate(tiny_seeds(teacher, 2), LCMScheduler.from_config, 1, 1.0)
+    noise = torch.stack([torch.randn(teacher.data_shape(), generator=torch_rng("sample", seed)) for seed in (0, 1)])
+    inputs = {"sample": noise, "timestep": torch.tensor([999, 999]), "conditions": {}}
+    torch.testing.assert_close(found, estimate_clean(teacher, inputs), rtol=1e-6, atol=1e-6)
+
+
+# Refusals
+
+SETTINGS = {"name": "lcm", "ddim_steps": 50, "guidance_min": 1.0, "guidance_max": 1.0}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a flow": ("sd3", {}, r"distillation=lcm: a SD3Transformer2DModel predicts 'flow_prediction', .* Choose distill"),
+    "a language model": ("llama", {}, r"distillation=lcm: a LlamaForCausalLM has no timesteps; .* output_only, task_"),
+    "other steps": ("UNet2DModel", {"ddim_steps": 30}, r"ddim_steps=30 does not divide the 1000 .* such as 20, 25, 40"),
+    "no range": ("sd", {"guidance_min": 5.0}, r"guidance_min=5, distillation\.guidance_max=1: the range is empty"),
+    "a range": ("sd", {"guidance_max": 9.0}, r"a UNet2DConditionModel without time_cond_proj_dim does not take .* one"),
+}
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_what_cannot_be_trained_is_refused_by_name(wrong):
+    family, change, message = REFUSED[wrong]
+    with pytest.raises(ValueError, match=message):
+        Consistency.check_settings(SETTINGS | change, tiny_backbone(family), False)
+
+
+def test_a_schedule_without_a_last_signal_needs_another_prediction():
+    teacher = tiny_backbone("UNet2DModel")
+    teacher.noise_scheduler = DDPMScheduler(rescale_betas_zero_snr=True)
+    teacher.noise_scheduler.alphas_cumprod[-1] = 0
+    with pytest.raises(ValueError, match="this schedule ends without signal while the network predicts 'epsilon'"):
+        Consistency.check_settings(SETTINGS, teacher, False)
+    teacher.noise_scheduler.register_to_config(prediction_type="v_prediction")
+    Consistency.check_settings(SETTINGS, teacher, False)
+
+
+@pytest.mark.parametrize(
+    ("field", "valid"),
+    [
+        ("ddim_steps=0", "a whole number of 1 or more"),
+        ("guidance_min=0.5", r"1 \(no guidance\) or more"),
+        ("target_decay=1.0", "0 <= target_decay < 1, or null for the student itself"),
+        ("huber=0", "more than 0, or null for the mean squared error"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_a_model_loads(configure, field, valid):
+    with pytest.raises(ConfigError, match=rf"distillation\.{field} is out of range; choose {valid}"):
+        configure("distillation=lcm", f"distillation.{field}")
