@@ -163,8 +163,11 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "distillation.w_out": (0, math.inf, "0 or more"),
     "distillation.w_feat": (0, math.inf, "0 or more"),
     "distillation.drop_text": (0, 1, "a probability, 0 to 1"),
+    "distillation.guidance_embedding": (4, math.inf, "a whole number of 4 or more, or null"),
     "distillation.ddim_steps": (1, math.inf, "a whole number of 1 or more"),
-    **dict.fromkeys(("distillation.guidance_min", "distillation.guidance_max"), (1, math.inf, "1 (no guidance) or more")),
+    **dict.fromkeys(
+        ("distillation.guidance_min", "distillation.guidance_max"), (1, math.inf, "1 (no guidance) or more")
+    ),
     "distillation.target_decay": (0, math.nextafter(1, 0), "0 <= target_decay < 1, or null for the student itself"),
     "distillation.huber": (math.nextafter(0, 1), math.inf, "more than 0, or null for the mean squared error"),
 }

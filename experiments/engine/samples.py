@@ -19,7 +19,7 @@ from conf.schema import ROOT, build
 from experiments.engine.artefacts import digest, read_array, write_folder
 from experiments.engine.cache import is_intact, lock_entry, write_shared_folder
 from experiments.engine.identity import RESULT_VERSION, get_effective_settings
-from experiments.engine.job import TEACHER, Job
+from experiments.engine.job import Job
 from experiments.engine.measures import TrainingImages, check_measures, measure_samples
 from experiments.engine.ranks import ask_rank_zero, barrier, is_rank_zero
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
@@ -154,9 +154,7 @@ class SampleEvaluation:
         module = self.make_generation(network, self.cfg.sampler)
         return np.concatenate([module.generate_images(batch) for batch in self.make_batches()])
 
-    def make_generation(
-        self, network: DiffusionBackbone, sampler: DictConfig, file: Path | None = None
-    ) -> Generation:
+    def make_generation(self, network: DiffusionBackbone, sampler: DictConfig, file: Path | None = None) -> Generation:
         """Return the module that generates samples as `sampler` says, and writes them to `file`."""
         size = self.cfg.evaluation.resize
         return Generation(network, build(sampler.scheduler), sampler.steps, sampler.guidance, size=size, file=file)

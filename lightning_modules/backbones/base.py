@@ -58,6 +58,8 @@ class NetworkBackbone(nn.Module):
     """{name of a class: its label}, where the network takes or gives classes that have names"""
     generates = False
     """whether the network generates samples from seeds"""
+    can_embed_guidance = False
+    """whether `add_guidance_embedding` can make the network take a guidance scale as an argument"""
     stratifies_timesteps = False
     """whether the timestep of a calibration sample depends on the sample's number"""
     width_changes_stages = True
@@ -285,7 +287,7 @@ class NetworkBackbone(nn.Module):
     def save_export(self, folder: Path, sampler: Callable[..., Any] | None = None) -> None:
         """Write files that the network's library opens by itself, in safetensors.
 
-        `sampler` makes the scheduler beside a diffusion network, see `generate`; None is that of the teacher's pipeline.
+        `sampler` makes the scheduler beside a diffusion network (see `generate`); None is the teacher's.
         """
         raise NotImplementedError
 

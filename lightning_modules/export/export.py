@@ -12,9 +12,7 @@ from lightning_modules.backbones.base import NetworkBackbone, run_network
 from lightning_modules.export.verify import compare_outputs
 
 
-def export(
-    student: NetworkBackbone, folder: Path, card: str = "", sampler: Callable[..., Any] | None = None
-) -> None:
+def export(student: NetworkBackbone, folder: Path, card: str = "", sampler: Callable[..., Any] | None = None) -> None:
     """Write the student as its library opens it, with the text of a model card; see the backbones' `save_export`."""
     student.network.to("cpu")
     student.save_export(folder, sampler)

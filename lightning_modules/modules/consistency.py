@@ -51,7 +51,9 @@ class Consistency(DistillationModule):
         guidance_min: the smallest guidance scale of the teacher; 1 is none. Without captions or classes it has no
             effect.
         guidance_max: the largest one. A scale is drawn uniformly for each sample. More than `guidance_min` only for a
-            student that takes the scale as an argument (`time_cond_proj_dim` of a U-Net, see `embed_guidance`).
+            student that takes the scale as an argument (`time_cond_proj_dim` of a U-Net, section 4.2).
+        guidance_embedding: width of the embedding of the guidance scale that a U-Net without one is given; its weights
+            begin with 0. None leaves the student as it is.
         target_decay: decay of the moving average of the student's weights that f_target has, 0 to below 1; None takes
             the student itself.
         huber: c of the pseudo-Huber distance d(x, y) = sqrt((x - y)^2 + c^2) - c, a mean over the values of a sample
@@ -70,6 +72,7 @@ class Consistency(DistillationModule):
         ddim_steps: int = 50,
         guidance_min: float = 1.0,
         guidance_max: float = 1.0,
+        guidance_embedding: int | None = None,
         target_decay: float | None = 0.95,
         huber: float | None = 0.001,
         *,
@@ -79,7 +82,9 @@ class Consistency(DistillationModule):
         dump: Path,
     ) -> None:
         super().__init__(student, teacher, optimizer, lr_scheduler, seed, dump)
-        check_guidance(guidance_min, guidance_max, student)
+        check_guidance(guidance_min, guidance_max, guidance_embedding, student)
+        if guidance_embedding is not None:
+            self.student.add_guidance_embedding(guidance_embedding)
         self.guidance_min, self.guidance_max, self.huber = guidance_min, guidance_max, huber
         self.skip = student.noise_scheduler.config.num_train_timesteps // ddim_steps
         self.steps_N = torch.arange(1, ddim_steps + 1) * self.skip - 1
@@ -102,7 +107,8 @@ class Consistency(DistillationModule):
                 "output_only, task_only or none"
             )
         check_steps(settings.get("ddim_steps", 50), schedule)
-        check_guidance(settings.get("guidance_min", 1.0), settings.get("guidance_max", 1.0), teacher)
+        lowest, highest = (settings.get(f"guidance_{end}", 1.0) for end in ("min", "max"))
+        check_guidance(lowest, highest, settings.get("guidance_embedding"), teacher)
 
     def networks(self) -> dict[NetworkBackbone, list[nn.Module]]:
         return super().networks() | ({} if self.target is None else {self.target: []})
@@ -225,14 +231,18 @@ def check_steps(ddim_steps: int, schedule: Any) -> None:
         )
 
 
-def check_guidance(guidance_min: float, guidance_max: float, network: Any) -> None:
-    """Raise ValueError for a range of guidance scales that is empty, or that a network does not take."""
+def check_guidance(guidance_min: float, guidance_max: float, guidance_embedding: int | None, network: Any) -> None:
+    """Raise ValueError for a range of guidance scales, or an embedding of them, that a network cannot have."""
     fields = f"distillation.guidance_min={guidance_min:g}, distillation.guidance_max={guidance_max:g}"
     if guidance_min > guidance_max:
         raise ValueError(f"{fields}: the range is empty; choose guidance_min of at most {guidance_max:g}")
-    if guidance_min < guidance_max and not network.embeds_guidance:
+    name = type(network.network).__name__
+    if guidance_embedding is not None and (network.embeds_guidance or not network.can_embed_guidance):
+        reason = "embeds the guidance scale already" if network.embeds_guidance else "cannot embed a guidance scale"
+        raise ValueError(f"distillation.guidance_embedding={guidance_embedding}: a {name} {reason}; choose null")
+    if guidance_min < guidance_max and guidance_embedding is None and not network.embeds_guidance:
+        choice = " or distillation.guidance_embedding=256" if network.can_embed_guidance else ""
         raise ValueError(
-            f"{fields}: a {type(network.network).__name__} without time_cond_proj_dim does not take the guidance scale, "
-            "so that it cannot learn a range of them; choose one scale for both fields, or a teacher whose U-Net has "
-            "time_cond_proj_dim"
+            f"{fields}: this {name} does not take the guidance scale, so that it cannot learn a range of them; choose "
+            f"one scale for both fields{choice}"
         )

@@ -70,7 +70,9 @@ def test_further_numbers_of_steps_are_measured_of_all_networks(configure, sampli
     assert {path.name for path in (run / "samples").iterdir()} == both
     assert sum(path.is_dir() for path in (tmp_path / "runs" / ".cache" / "samples").iterdir()) == 2
     # They are the samples of a job that has them as its steps, and the teacher's are shared with it.
-    run_pipeline(configure(*job, "sampler.steps=2", f"paths.runs={tmp_path}/other", f"paths.cache={tmp_path}/runs/.cache"))
+    run_pipeline(
+        configure(*job, "sampler.steps=2", f"paths.runs={tmp_path}/other", f"paths.cache={tmp_path}/runs/.cache")
+    )
     other = the_run(tmp_path / "other")
     for name in ("teacher", "pruned"):
         found, expected = (
@@ -106,14 +108,27 @@ def test_further_numbers_of_steps_have_to_be_different_numbers(configure, steps)
 @pytest.mark.usefixtures("quick_end")
 def test_more_steps_than_the_student_was_trained_for_are_refused_before_scoring(configure, sampling, tmp_path):
     more = f"{SETTINGS}.sampler.also_steps=[60]"
-    with pytest.raises(ConfigError, match="sampler cannot be made as configured: .*60"):
+    with pytest.raises(ConfigError, match=r"sampler cannot be made as configured: .*60"):
         run_pipeline(configure(*sampling, "pipeline=few_steps", more))
     assert not list((tmp_path / "runs").glob("*/*/scores.json"))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("unverified")
+def test_a_student_that_embeds_the_scale_is_trained_sampled_and_exported(configure, text_job, tmp_path):
+    embedding = [f"{SETTINGS}.distillation.{field}" for field in ("guidance_max=9", "guidance_embedding=16")]
+    few = [f"sampler@{SETTINGS}.sampler=lcm", "pipeline=few_steps", *embedding]
+    run_pipeline(configure(*text_job, *few))
+    run = the_run(tmp_path / "runs")
+    assert read_json(run / "networks" / "consistent" / "config.json")["time_cond_proj_dim"] == 16
+    assert read_json(run / "networks" / "distilled" / "config.json").get("time_cond_proj_dim") is None
+    pipeline = DiffusionPipeline.from_pretrained(run / "export", trust_remote_code=True)
+    assert pipeline.unet.config.time_cond_proj_dim == 16 and isinstance(pipeline.scheduler, LCMScheduler)
+
+
 @pytest.mark.usefixtures("quick_end")
 def test_a_range_of_scales_is_refused_before_scoring(configure, overrides, tmp_path):
-    with pytest.raises(ValueError, match="guidance_max=9: a UNet2DModel without time_cond_proj_dim"):
+    with pytest.raises(ValueError, match="guidance_max=9: this UNet2DModel does not take the guidance scale"):
         run_pipeline(configure(*overrides, "pipeline=few_steps", f"{SETTINGS}.distillation.guidance_max=9"))
     assert not list((tmp_path / "runs").glob("*/*/scores.json"))
 

@@ -18,13 +18,14 @@ from support.distillation import REMOVED, distillation, losses_of
 from support.networks import CROSS, bypasses, tiny_backbone, tiny_batch, tiny_seeds
 from support.pipelines import LATENT, tiny_pipeline
 from support.results import differences, trained_state
-from torch import Tensor
+from torch import Tensor, nn
 
 from conf.schema import ConfigError
 from datamodules.seeding import torch_rng
 from lightning_modules.backbones.diffusion.load import load_teacher
 from lightning_modules.backbones.diffusion.schedule import split_output, take_ddim_step
 from lightning_modules.backbones.diffusion.unet import UNetBackbone, embed_guidance
+from lightning_modules.backbones.loading import load_network
 from lightning_modules.modules.consistency import (
     SIGMA_DATA,
     TIMESTEP_SCALING,
@@ -33,6 +34,7 @@ from lightning_modules.modules.consistency import (
     measure_distance,
     scale_boundary,
 )
+from lightning_modules.modules.training_inputs import drop_conditions
 from lightning_modules.training.memory import TrainingSettings, estimate_memory
 from lightning_modules.training.trainer import fit
 
@@ -177,7 +179,7 @@ def self_consistency(s: float, skip: int, steps_N: Tensor) -> tuple[Tensor, Tens
 
 @pytest.mark.parametrize("s", [0.5, 2.0])
 def test_the_exact_solution_for_a_gaussian_is_self_consistent_up_to_the_error_of_the_solver(s):
-    """A step of DDIM has a local error of O(k^2), so the mean squared error at given steps falls by 16 for half of k."""
+    """A step of DDIM has a local error of O(k^2), so the mean squared error at given steps falls by 16 for half k."""
     steps_N = torch.arange(199, 1000, 16)
     losses = [float(measure_distance(*self_consistency(s, skip, steps_N), None)) for skip in (16, 8, 4, 2)]
     assert losses[0] < 1e-5
@@ -353,7 +355,44 @@ def test_a_scale_is_drawn_for_each_sample_and_embedded():
     assert student.network.time_embedding.cond_proj.weight.grad.any()
 
 
+def test_a_student_can_be_given_an_embedding_of_the_scale(tmp_path):
+    teacher = tiny_backbone("sd")
+    student, plain = (teacher.pruned(bypasses(REMOVED[:1])) for _ in range(2))
+    module = consistency(student, teacher, guidance_min=3.0, guidance_max=15.0, guidance_embedding=16)
+    batch = tiny_batch(teacher)
+    inputs = module.draw_inputs(batch)
+    with torch.no_grad():  # at first the student is what it was, and the teacher never sees the embedding
+        assert torch.equal(student.predict(inputs), plain.predict(inputs))
+        scales = inputs["guidance"].view(-1, 1, 1, 1)
+        empty = teacher.predict(inputs | {"conditions": drop_conditions(teacher, inputs, batch)})
+        expected = empty + scales * (teacher.predict(inputs) - empty)
+        torch.testing.assert_close(module.predict_guided(inputs, batch), expected)
+    losses_of(module, batch)["loss"].backward()
+    weight = student.network.time_embedding.cond_proj.weight
+    assert weight.grad.any() and isinstance(module.target.network.time_embedding.cond_proj, nn.Linear)
+    with torch.no_grad():
+        weight.normal_()
+    # It is written and read as diffusers does, and costs what it has.
+    student.save(tmp_path)
+    read = teacher.adopt(load_network(tmp_path), bypasses(REMOVED[:1]))
+    assert read.embeds_guidance and read.params() == plain.params() + weight.numel()
+    with torch.no_grad():
+        assert torch.equal(read.predict(inputs), student.predict(inputs))
+        assert not torch.equal(read.predict(inputs), plain.predict(inputs))
+        stock = UNet2DConditionModel.from_config(dict(teacher.network.config) | {"time_cond_proj_dim": 16})
+    names = {name: value.shape for name, value in stock.state_dict().items()}
+    assert names["time_embedding.cond_proj.weight"] == weight.shape
+    given = read.calibration_inputs(batch, 0)  # of the joint loss: the teacher takes them without the embedding
+    assert "timestep_cond" in given["conditions"]
+    assert torch.equal(teacher.predict(given), teacher.predict(teacher.calibration_inputs(batch, 0)))
+
+
 # Sampling
+
+
+def initial_noise(backbone: Any) -> Tensor:
+    """The noise from which samples of the seeds 0 and 1 are generated."""
+    return torch.stack([torch.randn(backbone.data_shape(), generator=torch_rng("sample", seed)) for seed in (0, 1)])
 
 
 @torch.no_grad()
@@ -367,7 +406,7 @@ def test_samples_are_those_of_the_stock_pipeline_with_its_scheduler(tmp_path, st
     found = teacher.generate(batch, LCMScheduler.from_config, steps, 1.0)
     expected = pipeline(
         batch["caption"],
-        latents=torch.stack([torch.randn(teacher.data_shape(), generator=torch_rng("sample", seed)) for seed in (0, 1)]),
+        latents=initial_noise(teacher),
         generator=[torch_rng("sampler", seed) for seed in (0, 1)],
         num_inference_steps=steps,
         guidance_scale=1.0,
@@ -381,20 +420,22 @@ def test_one_step_is_the_consistency_function():
     teacher = tiny_backbone("UNet2DModel")
     teacher.noise_scheduler = DDPMScheduler(clip_sample=False)
     found = teacher.generate(tiny_seeds(teacher, 2), LCMScheduler.from_config, 1, 1.0)
-    noise = torch.stack([torch.randn(teacher.data_shape(), generator=torch_rng("sample", seed)) for seed in (0, 1)])
-    inputs = {"sample": noise, "timestep": torch.tensor([999, 999]), "conditions": {}}
+    inputs = {"sample": initial_noise(teacher), "timestep": torch.tensor([999, 999]), "conditions": {}}
     torch.testing.assert_close(found, estimate_clean(teacher, inputs), rtol=1e-6, atol=1e-6)
 
 
 # Refusals
 
-SETTINGS = {"name": "lcm", "ddim_steps": 50, "guidance_min": 1.0, "guidance_max": 1.0}
+SETTINGS = {"name": "lcm", "ddim_steps": 50, "guidance_min": 1.0, "guidance_max": 1.0, "guidance_embedding": None}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a flow": ("sd3", {}, r"distillation=lcm: a SD3Transformer2DModel predicts 'flow_prediction', .* Choose distill"),
     "a language model": ("llama", {}, r"distillation=lcm: a LlamaForCausalLM has no timesteps; .* output_only, task_"),
     "other steps": ("UNet2DModel", {"ddim_steps": 30}, r"ddim_steps=30 does not divide the 1000 .* such as 20, 25, 40"),
     "no range": ("sd", {"guidance_min": 5.0}, r"guidance_min=5, distillation\.guidance_max=1: the range is empty"),
-    "a range": ("sd", {"guidance_max": 9.0}, r"a UNet2DConditionModel without time_cond_proj_dim does not take .* one"),
+    "a range": ("sd", {"guidance_max": 9.0}, r"guidance_max=9: this UNet2DConditionModel does not .*_embedding=256$"),
+    "no text": ("UNet2DModel", {"guidance_max": 9.0}, r"this UNet2DModel does not .* one scale for both fields$"),
+    "no place": ("UNet2DModel", {"guidance_embedding": 8}, r"=8: a UNet2DModel cannot embed a .* scale; choose null"),
+    "a second one": ("embedding", {"guidance_embedding": 8}, r"=8: a UNet2DConditionModel embeds .* already; choose"),
 }
 
 
@@ -402,7 +443,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_what_cannot_be_trained_is_refused_by_name(wrong):
     family, change, message = REFUSED[wrong]
     with pytest.raises(ValueError, match=message):
-        Consistency.check_settings(SETTINGS | change, tiny_backbone(family), False)
+        teacher = embedding_teacher() if family == "embedding" else tiny_backbone(family)
+        Consistency.check_settings(SETTINGS | change, teacher, False)
 
 
 def test_a_schedule_without_a_last_signal_needs_another_prediction():

@@ -231,6 +231,29 @@ class UNetBackbone(DiffusionBackbone):
     def embeds_guidance(self) -> bool:
         return self.network.config.get("time_cond_proj_dim") is not None
 
+    @property
+    def can_embed_guidance(self) -> bool:  # type: ignore[override]
+        return "time_cond_proj_dim" in self.network.config
+
+    def add_guidance_embedding(self, width: int) -> None:
+        """Give the network a projection of the guidance scale's embedding of this width, with weights of 0.
+
+        With them it computes what it did, whatever the scale. It is the one that diffusers makes.
+        """
+        embedding = self.network.time_embedding
+        embedding.cond_proj = nn.Linear(
+            width, embedding.linear_1.in_features, bias=False, device=embedding.linear_1.weight.device
+        )
+        nn.init.zeros_(embedding.cond_proj.weight)
+        self.network.register_to_config(time_cond_proj_dim=width)
+        self.counts = None
+
+    def arguments(self, inputs: Batch) -> dict[str, Any]:
+        arguments = super().arguments(inputs)
+        if not self.embeds_guidance:  # the inputs may be those of a student that does
+            arguments.pop("timestep_cond", None)
+        return arguments
+
     def with_guidance(self, conditions: dict[str, Any], guidance: float | Tensor) -> dict[str, Any]:
         if not self.embeds_guidance:
             return conditions
