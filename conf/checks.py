@@ -68,7 +68,7 @@ def check_values(cfg: DictConfig) -> None:
     check_distilling_teacher(content)
     check_teacher_outputs(content)
     check_timesteps(content)
-    check_also_steps(content["sampler"])
+    check_also_steps(content)
     choices = {
         "trainer.accelerator": ("auto", "cpu", "gpu"),
         "trainer.strategy": STRATEGIES,
@@ -278,13 +278,16 @@ def check_timesteps(content: Any) -> None:
         )
 
 
-def check_also_steps(sampler: Any) -> None:
-    """Raise ConfigError for further numbers of steps that are no numbers of steps, or that come twice."""
-    also = sampler["also_steps"]
-    if min(also, default=1) < 1 or len({sampler["steps"], *also}) <= len(also):
+def check_also_steps(content: Any) -> None:
+    """Raise ConfigError for further numbers of steps that are no numbers of steps, or that come twice.
+
+    `content` are the plain values of a configuration.
+    """
+    steps, also = content["sampler"]["steps"], content["sampler"]["also_steps"]
+    if min(also, default=1) < 1 or len({steps, *also}) <= len(also):
         raise ConfigError(
-            f"sampler.also_steps={also} with sampler.steps={sampler['steps']}; choose different whole numbers of 1 or "
-            "more, without that of sampler.steps"
+            f"sampler.also_steps={also} with sampler.steps={steps}; choose different whole numbers of 1 or more, "
+            "without that of sampler.steps"
         )
 
 

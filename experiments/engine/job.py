@@ -41,7 +41,7 @@ class Job:
     origins: dict[str, tuple[str, Sequence[Mapping[str, Any]]]] = field(default_factory=dict)
     """{name of a network: (name of the network that it was pruned from, changes of the plan)}"""
     samplers: dict[str, DictConfig] = field(default_factory=dict)
-    """{name of a network: the group `sampler` for its samples}, where the stage that made it has a sampler of its own"""
+    """{name of a network: the group `sampler` for its samples}, where the stage that made it has one of its own"""
     metrics: dict[str, Any] = field(default_factory=dict)
     """the content of metrics.json: nothing in it depends on time or on the machine"""
 

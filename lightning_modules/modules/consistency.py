@@ -84,7 +84,8 @@ class Consistency(DistillationModule):
         super().__init__(student, teacher, optimizer, lr_scheduler, seed, dump)
         check_guidance(guidance_min, guidance_max, guidance_embedding, student)
         if guidance_embedding is not None:
-            self.student.add_guidance_embedding(guidance_embedding)
+            unet: Any = student
+            unet.add_guidance_embedding(guidance_embedding)
         self.guidance_min, self.guidance_max, self.huber = guidance_min, guidance_max, huber
         self.skip = student.noise_scheduler.config.num_train_timesteps // ddim_steps
         self.steps_N = torch.arange(1, ddim_steps + 1) * self.skip - 1
@@ -161,7 +162,8 @@ class Consistency(DistillationModule):
     def update_target(self) -> None:
         """Move the target's weights towards the student's (Song et al. 2023, arXiv 2303.01469, equation 8)."""
         assert self.target is not None and self.target_decay is not None
-        averages, weights = list(self.target.parameters()), list(self.student.parameters())
+        averages: list[Tensor] = list(self.target.parameters())
+        weights: list[Tensor] = list(self.student.parameters())
         torch._foreach_lerp_(averages, weights, 1 - self.target_decay)
         for average, buffer in zip(self.target.buffers(), self.student.buffers(), strict=True):
             average.copy_(buffer)

@@ -51,6 +51,8 @@ def test_one_report_shows_the_student_in_few_steps_beside_the_teacher(configure,
     # Both trainings are stages with checkpoints, losses and results of their own.
     assert files(run / "history") == {"distil.csv", "consistency.csv"}
     assert "consistency/loss" in (run / "history" / "consistency.csv").read_text()
+    card = (run / "export" / "README.md").read_text()
+    assert "distillation `normalized` (4 steps), then `lcm` (4 steps)" in card
     # The export samples in a few steps, too.
     scheduler = json.loads((run / "export" / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["_class_name"], scheduler["original_inference_steps"]) == ("LCMScheduler", 50)

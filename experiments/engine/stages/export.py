@@ -7,6 +7,7 @@ from conf.schema import build
 from experiments.engine.job import Job
 from experiments.engine.ranks import barrier, is_rank_zero
 from experiments.engine.stage import Stage
+from experiments.engine.stages.distil import Distil
 from experiments.engine.stages.select import Select
 from experiments.reporting.card import compose_model_card
 from lightning_modules.export.export import check_hub, export, make_dense_twin
@@ -20,6 +21,7 @@ class Export(Stage):
 
     def link(self, before: Sequence[Stage]) -> None:
         self.selects = [stage for stage in before if isinstance(stage, Select)]
+        self.trainings = [stage.training for stage in before if isinstance(stage, Distil)]
 
     def artefacts(self) -> list[str]:
         return [self.artefact("export")]
@@ -54,4 +56,4 @@ class Export(Stage):
         changes = [change for plan in plans for change in plan["changes"]]
         harm = sum(plan["predicted_harm"] for plan in plans)
         plan = {"teacher": job.teacher_id, "changes": changes, "predicted_harm": harm}
-        return compose_model_card(job.cfg, plan, scores, job.metrics, job.student)
+        return compose_model_card(job.cfg, plan, scores, job.metrics, job.student, self.trainings)
