@@ -20,6 +20,7 @@ SETTINGS = "pipeline.stages.consistency.settings"
 FEW = ["consistent", "consistent-1-step", "consistent-2-step", "consistent-8-step"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unverified")
 def test_one_report_shows_the_student_in_few_steps_beside_the_teacher(configure, sampling, tmp_path):
     run_pipeline(configure(*sampling, "pipeline=few_steps", "sampler=ddim", "sampler.steps=5", "evaluation.samples=4"))
@@ -63,6 +64,7 @@ def test_one_report_shows_the_student_in_few_steps_beside_the_teacher(configure,
     assert picture.shape[0] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_end")
 def test_further_numbers_of_steps_are_measured_of_all_networks(configure, sampling, tmp_path):
     job = [*sampling, "evaluation.samples=4", "distillation=none", "sampler=ddim"]

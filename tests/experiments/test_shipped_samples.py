@@ -21,9 +21,9 @@ def test_shipped_samples_are_measured_and_not_generated(configure, sampling, tmp
     made: list[str] = []
     generate = samples.SampleEvaluation.make_generation
 
-    def make(self, network, file=None):
+    def make(self, network, *others):
         made.append(network)
-        return generate(self, network, file)
+        return generate(self, network, *others)
 
     monkeypatch.setattr(samples.SampleEvaluation, "make_generation", make)
     run_pipeline(configure(*sampling))
