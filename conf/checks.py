@@ -68,7 +68,6 @@ def check_values(cfg: DictConfig) -> None:
     check_distilling_teacher(content)
     check_teacher_outputs(content)
     check_timesteps(content)
-    check_also_steps(content)
     choices = {
         "trainer.accelerator": ("auto", "cpu", "gpu"),
         "trainer.strategy": STRATEGIES,
@@ -139,7 +138,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
             *("trainer.num_nodes", "trainer.log_every_n_steps", "calibration.samples", "calibration.batch_size"),
             *("evaluation.batch_size", "evaluation.loss_samples", "evaluation.latency_batch", "data.batch_size"),
             *("evaluation.resize", "evaluation.reference_images", "evaluation.tokens", "evaluation.images"),
-            *("evaluation.every_n_steps", "evaluation.latency_repeats", "sampler.steps"),
+            *("evaluation.every_n_steps", "evaluation.latency_repeats", "sampler.steps", "distillation.ddim_steps"),
             *("precompute.batch_size", "precompute.samples_per_shard"),
         ),
         (1, math.inf, "a whole number of 1 or more"),
@@ -164,10 +163,8 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "distillation.w_feat": (0, math.inf, "0 or more"),
     "distillation.drop_text": (0, 1, "a probability, 0 to 1"),
     "distillation.guidance_embedding": (4, math.inf, "a whole number of 4 or more, or null"),
-    "distillation.ddim_steps": (1, math.inf, "a whole number of 1 or more"),
-    **dict.fromkeys(
-        ("distillation.guidance_min", "distillation.guidance_max"), (1, math.inf, "1 (no guidance) or more")
-    ),
+    "distillation.guidance_min": (1, math.inf, "1 (no guidance) or more"),
+    "distillation.guidance_max": (1, math.inf, "1 (no guidance) or more"),
     "distillation.target_decay": (0, math.nextafter(1, 0), "0 <= target_decay < 1, or null for the student itself"),
     "distillation.huber": (math.nextafter(0, 1), math.inf, "more than 0, or null for the mean squared error"),
 }
@@ -201,7 +198,7 @@ def select(content: Any, path: str) -> Any:
 
 
 def check_ranges(content: Any) -> None:
-    """Raise ConfigError for a value outside of RANGES, and for a warm-up that is longer than the training.
+    """Raise ConfigError for a value outside of RANGES, steps of `sampler` that repeat, and a too long warm-up.
 
     `content` are the plain values of a configuration.
     """
@@ -210,6 +207,10 @@ def check_ranges(content: Any) -> None:
         is_number = isinstance(value, int | float)  # check_targets refuses another type
         if is_number and not (low <= value <= high and value < math.inf):
             raise ConfigError(f"{path}={value} is out of range; choose {valid}")
+    steps, also = content["sampler"]["steps"], content["sampler"]["also_steps"]
+    if min(also, default=1) < 1 or len({steps, *also}) <= len(also):
+        valid = "different whole numbers of 1 or more, without that of sampler.steps"
+        raise ConfigError(f"sampler.also_steps={also} with sampler.steps={steps}; choose {valid}")
     warm_up, steps = select(content, "lr_scheduler.num_warmup_steps"), content["trainer"]["steps"]
     if isinstance(warm_up, int | float) and warm_up > steps:
         raise ConfigError(
@@ -275,19 +276,6 @@ def check_timesteps(content: Any) -> None:
         raise ConfigError(
             f"timesteps={chosen['name']}: {content[group]['_target_']} does not take timesteps; choose "
             f"timesteps=uniform, or give the class a parameter `timesteps` and its file `timesteps: ${{timesteps}}`"
-        )
-
-
-def check_also_steps(content: Any) -> None:
-    """Raise ConfigError for further numbers of steps that are no numbers of steps, or that come twice.
-
-    `content` are the plain values of a configuration.
-    """
-    steps, also = content["sampler"]["steps"], content["sampler"]["also_steps"]
-    if min(also, default=1) < 1 or len({steps, *also}) <= len(also):
-        raise ConfigError(
-            f"sampler.also_steps={also} with sampler.steps={steps}; choose different whole numbers of 1 or more, "
-            "without that of sampler.steps"
         )
 
 
