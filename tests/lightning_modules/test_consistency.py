@@ -15,7 +15,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from pytorch_lightning.callbacks import Callback
 from support.distillation import REMOVED, distillation, losses_of
-from support.networks import CROSS, bypasses, tiny_backbone, tiny_batch, tiny_seeds
+from support.networks import CROSS, SMALLER, bypasses, tiny_backbone, tiny_batch, tiny_seeds
 from support.pipelines import LATENT, tiny_pipeline
 from support.results import differences, trained_state
 from torch import Tensor, nn
@@ -379,9 +379,8 @@ def test_a_student_can_be_given_an_embedding_of_the_scale(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(read.predict(inputs), student.predict(inputs), rtol=0, atol=1e-6)
         assert (read.predict(inputs) - plain.predict(inputs)).abs().max() > 1e-3
-        stock = UNet2DConditionModel.from_config(dict(teacher.network.config) | {"time_cond_proj_dim": 16})
-    names = {name: value.shape for name, value in stock.state_dict().items()}
-    assert names["time_embedding.cond_proj.weight"] == weight.shape
+    for network in (student.meta_network(), UNet2DConditionModel(**SMALLER["sd"] | {"time_cond_proj_dim": 16})):
+        assert network.state_dict()["time_embedding.cond_proj.weight"].shape == weight.shape
     given = read.calibration_inputs(batch, 0)  # of the joint loss: the teacher takes them without the embedding
     assert "timestep_cond" in given["conditions"]
     assert torch.equal(teacher.predict(given), teacher.predict(teacher.calibration_inputs(batch, 0)))

@@ -245,7 +245,9 @@ class UNetBackbone(DiffusionBackbone):
             width, embedding.linear_1.in_features, bias=False, device=embedding.linear_1.weight.device
         )
         nn.init.zeros_(embedding.cond_proj.weight)
-        self.network.register_to_config(time_cond_proj_dim=width)
+        defaults = self.network.config.get("_use_default_values", ())  # fields that diffusers would leave out of copies
+        defaults = [name for name in defaults if name != "time_cond_proj_dim"]
+        self.network.register_to_config(time_cond_proj_dim=width, _use_default_values=defaults)
         self.counts = None
 
     def arguments(self, inputs: Batch) -> dict[str, Any]:
