@@ -138,7 +138,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
             *("trainer.num_nodes", "trainer.log_every_n_steps", "calibration.samples", "calibration.batch_size"),
             *("evaluation.batch_size", "evaluation.loss_samples", "evaluation.latency_batch", "data.batch_size"),
             *("evaluation.resize", "evaluation.reference_images", "evaluation.tokens", "evaluation.images"),
-            *("evaluation.every_n_steps", "evaluation.latency_repeats", "sampler.steps"),
+            *("evaluation.every_n_steps", "evaluation.latency_repeats", "sampler.steps", "distillation.ddim_steps"),
             *("precompute.batch_size", "precompute.samples_per_shard"),
         ),
         (1, math.inf, "a whole number of 1 or more"),
@@ -162,6 +162,11 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "distillation.w_out": (0, math.inf, "0 or more"),
     "distillation.w_feat": (0, math.inf, "0 or more"),
     "distillation.drop_text": (0, 1, "a probability, 0 to 1"),
+    "distillation.guidance_embedding": (4, math.inf, "a whole number of 4 or more, or null"),
+    "distillation.guidance_min": (1, math.inf, "1 (no guidance) or more"),
+    "distillation.guidance_max": (1, math.inf, "1 (no guidance) or more"),
+    "distillation.target_decay": (0, math.nextafter(1, 0), "0 <= target_decay < 1, or null for the student itself"),
+    "distillation.huber": (math.nextafter(0, 1), math.inf, "more than 0, or null for the mean squared error"),
 }
 """{field: (lowest value, highest value, the range in words)}"""
 
@@ -193,7 +198,7 @@ def select(content: Any, path: str) -> Any:
 
 
 def check_ranges(content: Any) -> None:
-    """Raise ConfigError for a value outside of RANGES, and for a warm-up that is longer than the training.
+    """Raise ConfigError for a value outside of RANGES, steps of `sampler` that repeat, and a too long warm-up.
 
     `content` are the plain values of a configuration.
     """
@@ -202,6 +207,10 @@ def check_ranges(content: Any) -> None:
         is_number = isinstance(value, int | float)  # check_targets refuses another type
         if is_number and not (low <= value <= high and value < math.inf):
             raise ConfigError(f"{path}={value} is out of range; choose {valid}")
+    steps, also = content["sampler"]["steps"], content["sampler"]["also_steps"]
+    if min(also, default=1) < 1 or len({steps, *also}) <= len(also):
+        valid = "different whole numbers of 1 or more, without that of sampler.steps"
+        raise ConfigError(f"sampler.also_steps={also} with sampler.steps={steps}; choose {valid}")
     warm_up, steps = select(content, "lr_scheduler.num_warmup_steps"), content["trainer"]["steps"]
     if isinstance(warm_up, int | float) and warm_up > steps:
         raise ConfigError(

@@ -133,6 +133,9 @@ class Sampler:
     steps: int = MISSING
     guidance: float = 1.0
     """scale of classifier-free guidance; 1 is none"""
+    also_steps: list[int] = field(default_factory=list)
+    """further numbers of steps: samples of each are generated and measured as those of `steps` are, in columns of
+    their own of the report"""
 
 
 @dataclass

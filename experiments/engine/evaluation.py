@@ -81,7 +81,7 @@ class Evaluator:
         for name, measure in select_network_measures(self.measures).items():
             metrics |= self.measure_networks(name, measure, networks)
         if self.measures:
-            metrics["protocol"] = self.describe_protocol()
+            metrics["protocol"] = self.describe_protocol(networks)
         if self.texts is not None:
             for name, network in networks.items():
                 self.texts.write(name, network)
@@ -121,12 +121,12 @@ class Evaluator:
             values |= {f"{network_name}/{column}": value for column, value in parts.items()}
         return check_finite(values, "the network's output is broken")
 
-    def describe_protocol(self) -> dict[str, Any]:
+    def describe_protocol(self, networks: Mapping[str, NetworkBackbone]) -> dict[str, Any]:
         """Return what has to agree for values to be comparable: what all measures share, then what each one adds."""
         protocols: dict[str, dict[str, Any]] = {}
         shared: dict[str, Any] = {"precision": self.cfg.evaluation.precision}
         if self.samples is not None:
-            shared, reference = self.samples.describe(), self.samples.reference
+            shared, reference = self.samples.describe(networks), self.samples.reference
             protocols = {name: measure.protocol(reference) for name, measure in self.samples.measures.items()}
         for name, measure in select_network_measures(self.measures).items():
             protocols[name] = {"of": "network", **measure.protocol()}

@@ -40,6 +40,8 @@ class Job:
     """{name: network} in the order in which they were made, the teacher first"""
     origins: dict[str, tuple[str, Sequence[Mapping[str, Any]]]] = field(default_factory=dict)
     """{name of a network: (name of the network that it was pruned from, changes of the plan)}"""
+    samplers: dict[str, DictConfig] = field(default_factory=dict)
+    """{name of a network: the group `sampler` for its samples}, where the stage that made it has one of its own"""
     metrics: dict[str, Any] = field(default_factory=dict)
     """the content of metrics.json: nothing in it depends on time or on the machine"""
 

@@ -275,7 +275,10 @@ def describe_protocol(protocol: dict[str, Any], only: str | None = None) -> str:
 
     def write(content: dict[str, Any]) -> str:
         shown = {key: value[:SHOWN_DIGITS] if key == "features" else value for key, value in content.items()}
-        return ", ".join(f"{key} {value}" for key, value in shown.items() if key not in ("measures", "parts"))
+        return ", ".join(
+            f"{key} {value}" for key, value in shown.items() if key not in ("measures", "parts", "samplers")
+        )
 
     measures = {name: part for name, part in protocol.get("measures", {}).items() if only in (None, name)}
-    return "; ".join([write(protocol), *(f"{name}: {write(part)}" for name, part in measures.items())])
+    parts = {**protocol.get("samplers", {}), **measures}
+    return "; ".join([write(protocol), *(f"{name}: {write(part)}" for name, part in parts.items())])

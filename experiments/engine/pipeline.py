@@ -102,6 +102,8 @@ def run_stages(
             job.cfg = apply_settings(cfg, stage)
             with explain_interrupt(job, stage.name):
                 stage.run(job)
+            if stage.makes is not None and "sampler" in stage.settings:
+                job.samplers[stage.makes] = job.cfg.sampler
         job.cfg = cfg
         conclude(job)
 
@@ -158,12 +160,23 @@ def apply_settings(cfg: DictConfig, stage: Stage) -> DictConfig:
     try:
         for group, change in stage.settings.items():
             if isinstance(change, dict) and "_target_" not in change and isinstance(merged.get(group), DictConfig):
+                drop_replaced(merged[group], change)
                 change = OmegaConf.merge(merged[group], change)
             merged[group] = change
         checks.check_config(merged)
     except (ValueError, OmegaConfBaseException) as error:
         raise ConfigError(f"pipeline.stages.{stage.name}.settings: {error}") from error
     return merged
+
+
+def drop_replaced(node: DictConfig, change: dict[str, Any]) -> None:
+    """Set those parts of a node to null which a change with a `_target_` replaces, so that no field of them stays."""
+    for key, part in change.items():
+        if isinstance(part, dict) and isinstance(node.get(key), DictConfig):
+            if "_target_" in part:
+                node[key] = None
+            else:
+                drop_replaced(node[key], part)
 
 
 def identify_teacher(cfg: DictConfig) -> str:
@@ -245,7 +258,10 @@ def check_parts(cfg: DictConfig, teacher: Any) -> None:
         "callbacks": lambda: make_callbacks(cfg.callbacks),
     }
     if teacher is not None and teacher.generates:
-        trials["sampler"] = lambda: teacher.check_sampler(build(cfg.sampler.scheduler), cfg.sampler.steps)
+        trials["sampler"] = lambda: [
+            teacher.check_sampler(build(cfg.sampler.scheduler), steps)
+            for steps in (cfg.sampler.steps, *cfg.sampler.also_steps)
+        ]
     for group, make in trials.items():
         try:
             make()

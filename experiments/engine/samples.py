@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from conf.schema import ROOT, build
 from experiments.engine.artefacts import digest, read_array, write_folder
 from experiments.engine.cache import is_intact, lock_entry, write_shared_folder
 from experiments.engine.identity import RESULT_VERSION, get_effective_settings
-from experiments.engine.job import TEACHER, Job
+from experiments.engine.job import Job
 from experiments.engine.measures import TrainingImages, check_measures, measure_samples
 from experiments.engine.ranks import ask_rank_zero, barrier, is_rank_zero
 from lightning_modules.backbones.diffusion.backbone import DiffusionBackbone
@@ -77,31 +78,50 @@ class SampleEvaluation:
         labels = self.teacher.conditions(batch, torch.device("cpu")).get("class_labels")
         return None if labels is None else labels.numpy()
 
-    def load_samples(self, name: str, network: DiffusionBackbone) -> np.ndarray:
-        """Return the samples of one network, uint8 (N,H,W,C), generated if need be; all runs share the teacher's."""
+    def list_samplings(self, networks: Mapping[str, Any]) -> dict[str, tuple[Any, DictConfig]]:
+        """Return {name: (network, group `sampler`)} of all samples to generate.
+
+        The name is the network's, or `<network>-<steps>-step` for each of `sampler.also_steps`. A network of a stage
+        with a sampler of its own is sampled by that.
+        """
+        samplings = {}
+        for name, network in networks.items():
+            sampler = self.job.samplers.get(name, self.cfg.sampler)
+            samplings[name] = (network, sampler)
+            for steps in sampler.also_steps:
+                samplings[f"{name}-{steps}-step"] = (network, OmegaConf.merge(sampler, {"steps": steps}))
+        return samplings
+
+    def load_samples(self, name: str, network: DiffusionBackbone, sampler: DictConfig) -> np.ndarray:
+        """Return samples of one network, uint8 (N,H,W,C), generated if need be; all runs share the teacher's.
+
+        `name` is that of the samples in the run's folder.
+        """
         run_folder = folder = self.job.run / "samples" / name
-        if name == TEACHER:  # one job at a time generates them
-            folder = self.job.run.cache / "samples" / self.hash_protocol()
+        if network is self.teacher:  # one job at a time generates them
+            folder = self.job.run.cache / "samples" / self.hash_protocol(sampler.steps)
             with lock_entry(folder):
                 if self.job.device.type == "cpu":  # a GPU makes the teacher's samples as it makes the others
                     copy_shipped_samples(folder)
-                self.generate(name, network, folder)
+                self.generate(name, network, sampler, folder)
         else:
-            self.generate(name, network, folder)
+            self.generate(name, network, sampler, folder)
         images = folder / "images.npy"
         if is_rank_zero() and not is_same_file(images, run_folder / images.name):
             with write_folder(run_folder) as partial:
                 link_or_copy(images, partial / images.name)
         return read_array(images)
 
-    def hash_protocol(self) -> str:
-        """Return a hash of all that the teacher's samples depend on, the name of their shared folder."""
+    def hash_protocol(self, steps: int) -> str:
+        """Return a hash of all that the teacher's samples in some steps depend on, the name of their shared folder."""
         cfg, evaluation = self.cfg, self.cfg.evaluation
         settings = get_effective_settings(cfg)
         key = {
             "teacher": self.job.teacher_id,
             "version": RESULT_VERSION,
-            **{name: settings[name] for name in ("sampler", "noise_scheduler")},
+            "sampler": {key: value for key, value in settings["sampler"].items() if key != "also_steps"}
+            | {"steps": steps},
+            "noise_scheduler": settings["noise_scheduler"],
             "samples": evaluation.samples,
             "seed": evaluation.seed,
             "precision": resolve_precision(evaluation.precision, self.job.device.type),
@@ -111,7 +131,7 @@ class SampleEvaluation:
         }
         return digest(key)[:16]
 
-    def generate(self, name: str, network: DiffusionBackbone, folder: Path) -> None:
+    def generate(self, name: str, network: DiffusionBackbone, sampler: DictConfig, folder: Path) -> None:
         """Write images.npy into `folder`, unless it is there."""
         cfg, evaluation = self.cfg, self.cfg.evaluation
         if ask_rank_zero((folder / "images.npy").exists() and is_intact(folder)):
@@ -120,23 +140,23 @@ class SampleEvaluation:
             stack.enter_context(self.job.clock("generate"))
             partial = None
             if is_rank_zero():
-                shared = name == TEACHER
+                shared = network is self.teacher
                 partial = stack.enter_context(
                     write_shared_folder(folder) if shared else self.job.run.write_folder(f"samples/{name}")
                 )
-            module = self.make_generation(network, None if partial is None else partial / "images.npy")
+            module = self.make_generation(network, sampler, None if partial is None else partial / "images.npy")
             trainer = make_trainer(cfg.trainer, f"samples of {name}", evaluation.precision)
             trainer.test(module, self.make_batches(), verbose=False)
         barrier()
 
     def generate_without_files(self, network: DiffusionBackbone) -> np.ndarray:
         """Return the samples of a network, uint8 (N,H,W,C), all generated on this rank and without a Trainer."""
-        module = self.make_generation(network)
+        module = self.make_generation(network, self.cfg.sampler)
         return np.concatenate([module.generate_images(batch) for batch in self.make_batches()])
 
-    def make_generation(self, network: DiffusionBackbone, file: Path | None = None) -> Generation:
-        """Return the module that generates samples as `cfg.sampler` says, and writes them to `file`."""
-        sampler, size = self.cfg.sampler, self.cfg.evaluation.resize
+    def make_generation(self, network: DiffusionBackbone, sampler: DictConfig, file: Path | None = None) -> Generation:
+        """Return the module that generates samples as `sampler` says, and writes them to `file`."""
+        size = self.cfg.evaluation.resize
         return Generation(network, build(sampler.scheduler), sampler.steps, sampler.guidance, size=size, file=file)
 
     def make_batches(self) -> DataLoader:
@@ -145,8 +165,9 @@ class SampleEvaluation:
         return seed_batches(evaluation.seed, evaluation.samples, evaluation.batch_size, self.prompts)
 
     def measure(self, networks: Mapping[str, Any]) -> dict[str, float]:
-        """Return {network/measure: value} of the samples of each network."""
-        images = {name: self.load_samples(name, network) for name, network in networks.items()}
+        """Return {name/measure: value} of the samples of each network; the names are those of `list_samplings`."""
+        samplings = self.list_samplings(networks)
+        images = {name: self.load_samples(name, *sampling) for name, sampling in samplings.items()}
         values: dict[str, float] = {}
         with self.job.clock("measure samples"):
             for name, images_NHWC in images.items():
@@ -154,12 +175,18 @@ class SampleEvaluation:
                 values |= measure_samples(self.measures, samples, self.reference)
         return values
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, networks: Mapping[str, Any]) -> dict[str, Any]:
         """Return how samples are generated, the part of the protocol that all measures of samples share.
 
-        Values of any measure can only be compared where it agrees.
+        Values of any measure can only be compared where it agrees. Samples that are generated in another way than most
+        are in "samplers", by the names of `list_samplings`.
         """
         sampler = self.cfg.sampler
+        others = {
+            name: {"sampler": other.name, "steps": other.steps, "guidance": other.guidance}
+            for name, (_, other) in self.list_samplings(networks).items()
+            if name not in networks or name in self.job.samplers
+        }
         return {
             "samples": self.cfg.evaluation.samples,
             "size": list(self.get_shape()),
@@ -168,6 +195,7 @@ class SampleEvaluation:
             "steps": sampler.steps,
             "guidance": sampler.guidance,
             "prompts": None if self.prompts is None else f"{len(self.prompts)} ({digest(self.prompts)[:8]})",
+            **({"samplers": others} if others else {}),
         }
 
 

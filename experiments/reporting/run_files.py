@@ -18,6 +18,12 @@ def list_networks(metrics: Mapping[str, Any]) -> list[str]:
     return [name for name in USUAL_NETWORKS if any(key.startswith(f"{name}/") for key in metrics)]
 
 
+def list_samplings(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the names of a run's networks, then of those of their samples that have another number of steps."""
+    networks = list_networks(metrics)
+    return [*networks, *(name for name in metrics.get("protocol", {}).get("samplers", {}) if name not in networks)]
+
+
 def list_histories(folder: Path) -> dict[str, Path]:
     """Return {training stage: CSV file with the columns step, name and value} of a run, ordered by stage name.
 

@@ -24,6 +24,7 @@ from experiments.reporting.run_files import (
     list_histories,
     list_networks,
     list_protected_units,
+    list_samplings,
     read_plans,
     read_scorings,
 )
@@ -44,7 +45,7 @@ def report_run(folder: Path) -> str:
     """Write a run's figures, sounds and report.html into its folder; return the summary that the job prints."""
     metrics, measured = read_json(folder / "metrics.json"), read_json(folder / "measured.json")
     config, plans = read_config(folder), read_plans(folder)
-    networks, scorings = list_networks(metrics), read_scorings(folder, plans)
+    networks, scorings = list_samplings(metrics), read_scorings(folder, plans)
     score_figures = [draw_scoring(scoring, folder / "figures") for scoring in scorings]
     loss_figures = draw_histories(list_histories(folder), folder / "figures")
     sample_figure = draw_sample_images(folder, networks)
@@ -163,7 +164,7 @@ def summarise(
     for measure, protocol in get_measures(metrics).items():
         values = [
             f"{format_value(metrics[f'{name}/{measure}'])} {name}"
-            for name in (*networks[1:], "teacher")
+            for name in (*list_samplings(metrics)[1:], "teacher")
             if f"{name}/{measure}" in metrics
         ]
         lines.append((measure, f"{', '.join(values)} ({describe_conditions(metrics['protocol'], protocol)})"))
@@ -182,7 +183,8 @@ def describe_conditions(protocol: Mapping[str, Any], measure: Mapping[str, Any])
     """
     if measure.get("of") == "network":
         return ", ".join(f"{key} {value}" for key, value in measure.items() if key not in ("better", "of", "parts"))
-    return f"{protocol['samples']} samples, {protocol['sampler']}, {protocol['steps']} steps"
+    others = [f"{name}: {way['sampler']}, {way['steps']} steps" for name, way in protocol.get("samplers", {}).items()]
+    return "; ".join([f"{protocol['samples']} samples, {protocol['sampler']}, {protocol['steps']} steps", *others])
 
 
 def format_value(value: float) -> str:

@@ -15,6 +15,7 @@ from experiments.reporting.run_files import (
     Scoring,
     get_measures,
     list_networks,
+    list_samplings,
     read_plans,
     read_scorings,
 )
@@ -127,7 +128,7 @@ def describe_run(
         runs: the number of runs on the page.
         units: the lists of unit names that earlier runs had, to which those of this run are added.
     """
-    networks, plans = list_networks(metrics), read_plans(folder)
+    networks, plans = list_samplings(metrics), read_plans(folder)
     texts = read_texts(folder, networks)
     provenance = measured.get("provenance", {})
     command = provenance.get("job_command", provenance.get("command"))

@@ -1,7 +1,7 @@
 """The base class of all networks that can be pruned, and what a family of networks has to implement."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
@@ -58,6 +58,8 @@ class NetworkBackbone(nn.Module):
     """{name of a class: its label}, where the network takes or gives classes that have names"""
     generates = False
     """whether the network generates samples from seeds"""
+    can_embed_guidance = False
+    """whether `add_guidance_embedding` can make the network take a guidance scale as an argument"""
     stratifies_timesteps = False
     """whether the timestep of a calibration sample depends on the sample's number"""
     width_changes_stages = True
@@ -282,8 +284,11 @@ class NetworkBackbone(nn.Module):
         """Write config.json and safetensors weights, as the network's library does."""
         raise NotImplementedError
 
-    def save_export(self, folder: Path) -> None:
-        """Write files that the network's library opens by itself, in safetensors."""
+    def save_export(self, folder: Path, sampler: Callable[..., Any] | None = None) -> None:
+        """Write files that the network's library opens by itself, in safetensors.
+
+        `sampler` makes the scheduler beside a diffusion network (see `generate`); None is the teacher's.
+        """
         raise NotImplementedError
 
     def reload_arguments(self) -> list[str]:

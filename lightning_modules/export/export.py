@@ -1,5 +1,6 @@
 """Writing exports: folders that open with diffusers, transformers or torch alone."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from lightning_modules.backbones.base import NetworkBackbone, run_network
 from lightning_modules.export.verify import compare_outputs
 
 
-def export(student: NetworkBackbone, folder: Path, card: str = "") -> None:
-    """Write the student as its library opens it (see the backbones' `save_export`), with the text of a model card."""
+def export(student: NetworkBackbone, folder: Path, card: str = "", sampler: Callable[..., Any] | None = None) -> None:
+    """Write the student as its library opens it, with the text of a model card; see the backbones' `save_export`."""
     student.network.to("cpu")
-    student.save_export(folder)
+    student.save_export(folder, sampler)
     (folder / "README.md").write_text(card)
 
 

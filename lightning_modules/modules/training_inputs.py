@@ -30,12 +30,27 @@ def draw_training_inputs(backbone: NetworkBackbone, batch: Batch, timesteps: Tim
 def drop_captions(backbone: NetworkBackbone, inputs: Batch, batch: Batch, probability: float) -> dict[str, Any]:
     """Return the conditions of `inputs`, where each sample has those of the empty caption with some probability.
 
-    Networks learn so what classifier-free guidance needs (Ho & Salimans 2022, arXiv 2207.12598). The states of the
-    empty caption are those in the batch ("empty_text"), else the text encoder's.
+    Networks learn so what classifier-free guidance needs (Ho & Salimans 2022, arXiv 2207.12598).
+    """
+    chosen_N = torch.rand(len(inputs["sample"])) < probability  # drawn on the CPU: the same on every device
+    return empty_captions(backbone, inputs, batch, chosen_N)
+
+
+def drop_conditions(backbone: Any, inputs: Batch, batch: Batch) -> dict[str, Any]:
+    """Return the conditions of the pass of classifier-free guidance without captions or classes, for `inputs`."""
+    if not backbone.takes_text:
+        conditions: dict[str, Any] = backbone.empty_conditions(batch, inputs["conditions"])
+        return conditions
+    return empty_captions(backbone, inputs, batch, torch.ones(len(inputs["sample"]), dtype=torch.bool))
+
+
+def empty_captions(backbone: NetworkBackbone, inputs: Batch, batch: Batch, chosen_N: Tensor) -> dict[str, Any]:
+    """Return the conditions of `inputs`, where the chosen samples have those of the empty caption.
+
+    The states of the empty caption are those in the batch ("empty_text"), else the text encoder's.
     """
     device = inputs["sample"].device
     empty = batch.get("empty_text") or backbone.pipeline_parts.encode_empty_text(1, device)
-    chosen_N = torch.rand(len(inputs["sample"])) < probability  # drawn on the CPU: the same on every device
     return replace_chosen(inputs["conditions"], move(empty, device), chosen_N.to(device))
 
 

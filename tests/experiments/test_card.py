@@ -72,6 +72,8 @@ def test_a_card_of_a_language_model_shows_transformers(configure):
 
 
 def test_a_card_names_a_repair(configure):
-    card = compose_model_card(configure("repair=least_squares"), PLAN, SCORES, {}, BARE)
-    assert "Selection `knapsack`, repair `least_squares`, distillation `normalized`" in card
+    trainings = [("normalized", 150), ("lcm", 20)]
+    card = compose_model_card(configure("repair=least_squares"), PLAN, SCORES, {}, BARE, trainings)
+    trained = "distillation `normalized` (150 steps), then `lcm` (20 steps), seed 0"
+    assert f"Selection `knapsack`, repair `least_squares`, {trained}" in card
     assert "repair" not in compose_model_card(configure(), PLAN, SCORES, {}, BARE)

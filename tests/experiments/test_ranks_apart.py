@@ -156,7 +156,7 @@ def generated(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo")
     sampling = object.__new__(SampleEvaluation)
     sampling.cfg = OmegaConf.create({"evaluation": {}})
-    sampling.generate("teacher", None, folder / str(rank))  # type: ignore[arg-type]
+    sampling.generate("teacher", None, None, folder / str(rank))  # type: ignore[arg-type]
 
 
 def test_ranks_agree_on_samples_that_only_rank_0_can_see(tmp_path):

@@ -21,9 +21,9 @@ def test_shipped_samples_are_measured_and_not_generated(configure, sampling, tmp
     made: list[str] = []
     generate = samples.SampleEvaluation.make_generation
 
-    def make(self, network, file=None):
+    def make(self, network, *others):
         made.append(network)
-        return generate(self, network, file)
+        return generate(self, network, *others)
 
     monkeypatch.setattr(samples.SampleEvaluation, "make_generation", make)
     run_pipeline(configure(*sampling))
@@ -42,7 +42,7 @@ def test_the_default_job_uses_the_samples_of_the_repository(configure, tmp_path)
     cfg = configure(f"paths.cache={tmp_path}")
     run, device = SimpleNamespace(cache=tmp_path), torch.device("cpu")
     job = Job(cfg, run, device, None, None, build(cfg.data), identify_teacher(cfg), {TEACHER: build_teacher(cfg)})
-    folder = samples.SHIPPED / samples.SampleEvaluation(job, {}).hash_protocol()
+    folder = samples.SHIPPED / samples.SampleEvaluation(job, {}).hash_protocol(cfg.sampler.steps)
     images = np.load(folder / "images.npy")
     assert [path.name for path in samples.SHIPPED.iterdir()] == [folder.name]
     assert images.shape == (256, 32, 32, 3) and images.dtype == np.uint8

@@ -47,7 +47,8 @@ stages:
 PROGRESSIVE = (ROOT / "conf" / "pipeline" / "progressive.yaml").read_text()
 OWN = {"twice": TWICE, "rounds": ROUNDS}
 """Lists of stages outside the repository"""
-LISTS = {**OWN, "progressive": PROGRESSIVE}
+FEW_STEPS = (ROOT / "conf" / "pipeline" / "few_steps.yaml").read_text()
+LISTS = {**OWN, "progressive": PROGRESSIVE, "few_steps": FEW_STEPS}
 OPTIONS = {"progressive": ["repair=least_squares", "repair.samples=8"]}
 
 

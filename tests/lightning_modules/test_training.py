@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from conf import schema
 from lightning_modules.disk import DiskFull
+from lightning_modules.modules.consistency import Consistency
 from lightning_modules.modules.distillation import Distillation
 from lightning_modules.modules.lora import Lora
 from lightning_modules.modules.non_finite import NonFiniteLoss
@@ -276,6 +277,7 @@ SHARDED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "recomputed": ("UNet2DConditionModel", {}, ["trainer.checkpoint_activations=blocks"]),
     "rounded": ("UNet2DConditionModel", {"taps": "units"}, [BF16, "trainer.checkpoint_activations=blocks"]),
     "first block": ("dit", {"taps": "units"}, []),
+    "consistency": ("UNet2DModel", {"cls": Consistency}, []),
     "tied": ("llama", {"taps": "units"}, []),
     "adapters": ("llama", {"lora": Lora(["q_proj", "down_proj"], rank=2), "w_feat": 0}, [BF16]),
 }

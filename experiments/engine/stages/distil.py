@@ -38,6 +38,8 @@ class Distil(Stage):
 
     def prepare(self, cfg: DictConfig) -> None:
         self.makes = self.name_of_result if "_target_" in cfg.distillation else None
+        self.training = (str(cfg.distillation.name), cfg.trainer.steps if self.makes else 0)
+        """name of the distillation, and its number of optimiser steps"""
         if self.makes:
             check_module(cfg.distillation, "distillation")
 

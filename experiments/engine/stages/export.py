@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from conf.schema import build
 from experiments.engine.job import Job
 from experiments.engine.ranks import barrier, is_rank_zero
 from experiments.engine.stage import Stage
+from experiments.engine.stages.distil import Distil
 from experiments.engine.stages.select import Select
 from experiments.reporting.card import compose_model_card
 from lightning_modules.export.export import check_hub, export, make_dense_twin
@@ -19,6 +21,7 @@ class Export(Stage):
 
     def link(self, before: Sequence[Stage]) -> None:
         self.selects = [stage for stage in before if isinstance(stage, Select)]
+        self.trainings = [stage.training for stage in before if isinstance(stage, Distil)]
 
     def artefacts(self) -> list[str]:
         return [self.artefact("export")]
@@ -38,7 +41,8 @@ class Export(Stage):
     def run(self, job: Job) -> None:
         if is_rank_zero():
             with job.clock("export"), job.run.write_folder(self.artefact("export")) as partial:
-                export(job.student, partial, self.card(job))
+                sampler = job.samplers.get(list(job.networks)[-1])
+                export(job.student, partial, self.card(job), None if sampler is None else build(sampler.scheduler))
                 job.record(export_max_difference=verify(job.student, partial))
                 if job.cfg.export.dense_twin:
                     make_dense_twin(job.teacher, job.student).save_pretrained(partial / "dense_twin")
@@ -52,4 +56,4 @@ class Export(Stage):
         changes = [change for plan in plans for change in plan["changes"]]
         harm = sum(plan["predicted_harm"] for plan in plans)
         plan = {"teacher": job.teacher_id, "changes": changes, "predicted_harm": harm}
-        return compose_model_card(job.cfg, plan, scores, job.metrics, job.student)
+        return compose_model_card(job.cfg, plan, scores, job.metrics, job.student, self.trainings)

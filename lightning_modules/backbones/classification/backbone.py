@@ -213,7 +213,7 @@ class ClassifierBackbone(NetworkBackbone):
 
     # Exports
 
-    def save_export(self, folder: Path) -> None:
+    def save_export(self, folder: Path, sampler: Any = None) -> None:
         """Write config.json, weights, and the file of the network's class, which needs torch and safetensors."""
         self.save(folder)
         shutil.copyfile(image_networks.__file__, folder / "image_networks.py")

@@ -258,8 +258,8 @@ class DiffusionBackbone(NetworkBackbone):
         """Whether the network takes the guidance scale as an argument, instead of being called twice."""
         return False
 
-    def with_guidance(self, conditions: dict[str, Any], guidance: float) -> dict[str, Any]:
-        """Return the conditions with the guidance scale, for networks that take it as an argument."""
+    def with_guidance(self, conditions: dict[str, Any], guidance: float | Tensor) -> dict[str, Any]:
+        """Return the conditions with a guidance scale, or one per sample (N,), for networks that take it."""
         return conditions
 
     def step_options(self, scheduler: Any, steps: int) -> dict[str, Any]:
@@ -330,7 +330,7 @@ class DiffusionBackbone(NetworkBackbone):
 
     # Exports
 
-    def save_export(self, folder: Path) -> None:
+    def save_export(self, folder: Path, sampler: Callable[..., Any] | None = None) -> None:
         """Write the pipeline with this network; beside the weights lies the code of a class that diffusers lacks.
 
         `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens it where only diffusers is installed.
@@ -339,7 +339,7 @@ class DiffusionBackbone(NetworkBackbone):
         parts = self.pipeline_parts
         assert parts is not None, "a teacher is loaded with its pipeline"
         parts.to(torch.device("cpu"))
-        parts.save(self.network, folder)
+        parts.save(self.network, folder, None if sampler is None else make_sampler(sampler, self.noise_scheduler))
         if not is_stock(self.network):
             index = folder / "model_index.json"
             content = json.loads(index.read_text())

@@ -33,11 +33,12 @@ class FluxBackbone(TransformerBackbone):
     def complete_conditions(self, conditions: dict[str, Any], batch: Batch, device: torch.device) -> dict[str, Any]:
         return self.with_guidance(conditions, self.GUIDANCE)
 
-    def with_guidance(self, conditions: dict[str, Any], guidance: float) -> dict[str, Any]:
+    def with_guidance(self, conditions: dict[str, Any], guidance: float | Tensor) -> dict[str, Any]:
         if not self.network.config.guidance_embeds:
             return conditions
         states = conditions["encoder_hidden_states"]
-        return conditions | {"guidance": torch.full((len(states),), float(guidance), device=states.device)}
+        scales = torch.as_tensor(guidance, dtype=torch.float32, device=states.device)
+        return conditions | {"guidance": scales.expand(len(states))}
 
     def step_options(self, scheduler: Any, steps: int) -> dict[str, Any]:
         """Return the shift, and noise levels evenly spaced from 1 to 1/steps before the shift, as in its pipeline."""

@@ -225,10 +225,14 @@ class PipelineParts:
 
     # Files
 
-    def save(self, network: nn.Module, folder: Path) -> None:
-        """Write the whole pipeline, with `network` in the place of its denoiser, and the stored text states."""
+    def save(self, network: nn.Module, folder: Path, scheduler: Any = None) -> None:
+        """Write the whole pipeline, with `network` in the place of its denoiser, and the stored text states.
+
+        `scheduler` takes the place of the pipeline's own unless it is None.
+        """
         pipeline = copy.copy(self.pipeline)
-        pipeline.register_modules(**{self.component: network})
+        others = {} if scheduler is None else {"scheduler": scheduler}
+        pipeline.register_modules(**{self.component: network}, **others)
         with hide_diffusers_warnings():  # diffusers warns about every part that is None
             pipeline.save_pretrained(folder, safe_serialization=True)
         if self.table is not None:

@@ -118,6 +118,44 @@ def add_noise(schedule: Any, sample: Tensor, noise: Tensor, steps_N: Tensor) -> 
     return schedule.add_noise(sample, noise, steps_N), steps_N, target
 
 
+def split_output(schedule: Any, output: Tensor, noisy: Tensor, steps_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the clean sample and the noise that a prediction implies, both (N,C,H,W).
+
+    They are x and e in noisy = sqrt(abar_t) x + sqrt(1 - abar_t) e.
+
+    Args:
+        schedule: a training schedule of betas.
+        output: what the network predicts for the noised samples, (N,C,H,W): noise, velocity or clean samples.
+        noisy: the noised samples, (N,C,H,W).
+        steps_N: their steps of the schedule.
+    """
+    alpha, sigma = get_levels(schedule, noisy, steps_N)
+    predicted = prediction_type(schedule)
+    assert predicted in BETA_PREDICTIONS, "what needs a schedule of betas refuses flows"
+    if predicted == "epsilon":
+        return (noisy - sigma * output) / alpha, output
+    if predicted == "v_prediction":
+        return alpha * noisy - sigma * output, alpha * output + sigma * noisy
+    return output, (noisy - alpha * output) / sigma
+
+
+def take_ddim_step(schedule: Any, output: Tensor, noisy: Tensor, steps_N: Tensor, earlier_N: Tensor) -> Tensor:
+    """Return noised samples of the steps `earlier_N` by one step of DDIM with eta = 0 (arXiv 2010.02502, equation 12).
+
+    It is a step of a first-order solver of the probability flow ODE (section 4.3 there). Nothing is clipped. The other
+    arguments are those of `split_output`.
+    """
+    clean, noise = split_output(schedule, output, noisy, steps_N)
+    alpha, sigma = get_levels(schedule, noisy, earlier_N)
+    return alpha * clean + sigma * noise
+
+
+def get_levels(schedule: Any, sample: Tensor, steps_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sqrt(abar_t) and sqrt(1 - abar_t) at steps of a schedule of betas, (N,1,1,1), like `sample`."""
+    abar = schedule.alphas_cumprod.to(sample)[steps_N].view(-1, 1, 1, 1)
+    return abar.sqrt(), (1 - abar).sqrt()
+
+
 def signal_to_noise(schedule: Any) -> Tensor:
     """Return the ratio of the variances of signal and noise at each step of a training schedule, (T,), in float64."""
     if prediction_type(schedule) == FLOW:

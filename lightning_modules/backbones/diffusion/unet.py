@@ -231,7 +231,32 @@ class UNetBackbone(DiffusionBackbone):
     def embeds_guidance(self) -> bool:
         return self.network.config.get("time_cond_proj_dim") is not None
 
-    def with_guidance(self, conditions: dict[str, Any], guidance: float) -> dict[str, Any]:
+    @property
+    def can_embed_guidance(self) -> bool:  # type: ignore[override]
+        return "time_cond_proj_dim" in self.network.config
+
+    def add_guidance_embedding(self, width: int) -> None:
+        """Give the network a projection of the guidance scale's embedding of this width, with weights of 0.
+
+        With them it computes what it did, whatever the scale. It is the one that diffusers makes.
+        """
+        embedding = self.network.time_embedding
+        embedding.cond_proj = nn.Linear(
+            width, embedding.linear_1.in_features, bias=False, device=embedding.linear_1.weight.device
+        )
+        nn.init.zeros_(embedding.cond_proj.weight)
+        defaults = self.network.config.get("_use_default_values", ())  # fields that diffusers would leave out of copies
+        defaults = [name for name in defaults if name != "time_cond_proj_dim"]
+        self.network.register_to_config(time_cond_proj_dim=width, _use_default_values=defaults)
+        self.counts = None
+
+    def arguments(self, inputs: Batch) -> dict[str, Any]:
+        arguments = super().arguments(inputs)
+        if not self.embeds_guidance:  # the inputs may be those of a student that does
+            arguments.pop("timestep_cond", None)
+        return arguments
+
+    def with_guidance(self, conditions: dict[str, Any], guidance: float | Tensor) -> dict[str, Any]:
         if not self.embeds_guidance:
             return conditions
         states = conditions["encoder_hidden_states"]
@@ -252,16 +277,20 @@ class UNetBackbone(DiffusionBackbone):
         return self.with_guidance(conditions, self.GUIDANCE)
 
 
-def embed_guidance(guidance: float, width: int) -> Tensor:
-    """Return the sinusoidal embedding of a guidance scale, (1,width), as latent consistency models take it.
+def embed_guidance(guidance: float | Tensor, width: int) -> Tensor:
+    """Return the sinusoidal embedding of guidance scales, as latent consistency models take it.
 
     It embeds w = guidance - 1 (arXiv 2310.04378, section 4.2), multiplied by 1,000 as a timestep would be.
+
+    Args:
+        guidance: one scale, for an embedding (1,width), or the scales of samples (N,), for one (N,width).
+        width: number of components of the embedding.
     """
     half = width // 2
     frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, dtype=torch.float32))
-    angles = 1000.0 * (guidance - 1) * frequencies
-    embedding = torch.cat([angles.sin(), angles.cos()])
-    return nn.functional.pad(embedding, (0, width - 2 * half))[None]
+    scales_N1 = torch.as_tensor(guidance, dtype=torch.float64).reshape(-1, 1)
+    angles = (1000.0 * (scales_N1 - 1)).float() * frequencies
+    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width - 2 * half))
 
 
 def text_width(config: Any) -> int:

@@ -290,7 +290,7 @@ class LanguageBackbone(NetworkBackbone):
 
     # Exports
 
-    def save_export(self, folder: Path) -> None:
+    def save_export(self, folder: Path, sampler: Any = None) -> None:
         """Write a stock model of transformers, and its tokenizer where it has one."""
         self.save(folder)
         if self.tokenizer is not None:
