@@ -25,6 +25,7 @@ def compose_model_card(
     scores: dict[str, Any],
     metrics: dict[str, Any],
     network: NetworkBackbone,
+    onnx_usage: str = "",
 ) -> str:
     """Return the README.md of an export: metadata for the Hugging Face hub, and a description in Markdown.
 
@@ -34,6 +35,7 @@ def compose_model_card(
         scores: {unit: {"score": number}}; empty where nothing was scored.
         metrics: the content of metrics.json; figures that nobody measured are not in the card.
         network: the exported network, for its library and how it is loaded.
+        onnx_usage: how its ONNX export is opened, in Markdown; empty where there is none.
     """
     name, licence = name_and_licence(cfg.teacher)
     data = ModelCardData(
@@ -45,7 +47,7 @@ def compose_model_card(
     )
     if results := evaluation_results(cfg, metrics, network):
         data.model_name, data.eval_results = f"{name}, pruned", results
-    body = describe(cfg, plan, scores, metrics, network)
+    body = describe(cfg, plan, scores, metrics, network, onnx_usage)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))
 
 
@@ -88,6 +90,7 @@ def describe(
     scores: dict[str, Any],
     metrics: dict[str, Any],
     network: NetworkBackbone,
+    onnx_usage: str,
 ) -> str:
     """Return the description in a model card, in Markdown. The arguments are those of `compose_model_card`."""
     teacher = cfg.teacher
@@ -103,7 +106,7 @@ def describe(
 
 Made by secateur from {source}. The teacher's licence ({licence}) holds for these weights, too.
 
-{network.card_usage()}
+{network.card_usage()}{onnx_usage}
 {f"Criterion `{cfg.criterion.name}`, sum of the removed units' scores {plan['predicted_harm']:.6g}. " if scores else ""}
 Selection `{cfg.selection.name}`, {repair}distillation `{cfg.distillation.name}`
 ({cfg.trainer.steps if "_target_" in cfg.distillation else 0} steps), seed {cfg.seed}. Teacher's fingerprint:
