@@ -43,7 +43,7 @@ class NetworkBackbone(nn.Module):
     slices = "units"
     """the plural noun for what a plan of width removes, such as channels"""
     has_onnx = True
-    """whether torch's exporter to ONNX takes the network"""
+    """whether the network can be written as ONNX"""
     has_dense_twin = False
     """whether a student of bypassed blocks equals a network of the teacher's class and shape with zeroed branches"""
     pipeline_parts: Any = None

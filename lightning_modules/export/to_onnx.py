@@ -34,8 +34,8 @@ def check_onnx(network: NetworkBackbone) -> None:
         raise ValueError(f"export.onnx=true needs {', '.join(missing)}: pip install -e '.[onnx]'")
     if not network.has_onnx:
         raise ValueError(
-            f"export.onnx=true: a {type(network.network).__name__} cannot be written as ONNX here; choose false. Its "
-            f"export is for {network.library}, which has exporters of its own"
+            f"export.onnx=true: a {type(network.network).__name__} cannot be written as ONNX; choose false, with which "
+            f"only the export for {network.library} is written"
         )
 
 
