@@ -14,3 +14,15 @@ def flatten_dict(nested: Mapping[str, Any], separator: str = ".") -> dict[str, A
         else:
             flat[key] = value
     return flat
+
+
+def unflatten_dict(flat: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
+    """Return the nested dictionary of which `flatten_dict` gives this one."""
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split(separator)
+        inner = nested
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = value
+    return nested

@@ -142,6 +142,8 @@ class Sampler:
 class Export:
     dense_twin: bool = False
     """also write a network of the original architecture, with zeros in place of bypassed units"""
+    onnx: bool = False
+    """also write the network as onnx/model.onnx, and compare it in onnxruntime"""
     push_to_hub: str | None = None
     """an id on the Hugging Face hub to push the export to; null pushes nothing"""
 

@@ -46,6 +46,7 @@ LATER_FIELDS: dict[str, dict[str, Any]] = {
     "distillation": {"teacher_outputs": "live", "timesteps": UNIFORM, "drop_text": 0, "teacher": None},
     "pretrain": {"timesteps": UNIFORM},
     "sampler": {"also_steps": []},
+    "export": {"onnx": False},
 }
 """{group: {field: default}}: fields that configurations did not have at first. At their defaults they are no part of a
 run's identity, so that runs from before them keep their ids."""

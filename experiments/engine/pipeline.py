@@ -141,11 +141,13 @@ def make_stages(cfg: DictConfig) -> list[Stage]:
         stage.link(stages[:number])
         stage.followers = stages[number + 1 :]
     check_names(stages)
-    if cfg.export.push_to_hub is not None and not any("export" in stage.artefacts() for stage in stages):
-        raise ConfigError(
-            f"export.push_to_hub={cfg.export.push_to_hub!r}: no stage of this pipeline makes an export; choose null, "
-            "or a pipeline with the stage `export`"
-        )
+    for field, choice in (("push_to_hub", "null"), ("onnx", "false")):
+        value = cfg.export[field]
+        if value not in (None, False) and not any("export" in stage.artefacts() for stage in stages):
+            raise ConfigError(
+                f"export.{field}={value!r}: no stage of this pipeline makes an export; choose {choice}, or a pipeline "
+                "with the stage `export`"
+            )
     return stages
 
 

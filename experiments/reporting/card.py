@@ -26,6 +26,7 @@ def compose_model_card(
     metrics: dict[str, Any],
     network: NetworkBackbone,
     trainings: Sequence[tuple[str, int]] = (),
+    onnx_usage: str = "",
 ) -> str:
     """Return the README.md of an export: metadata for the Hugging Face hub, and a description in Markdown.
 
@@ -36,6 +37,7 @@ def compose_model_card(
         metrics: the content of metrics.json; figures that nobody measured are not in the card.
         network: the exported network, for its library and how it is loaded.
         trainings: name and optimiser steps of each distillation in their order.
+        onnx_usage: how its ONNX export is opened, in Markdown; empty where there is none.
     """
     name, licence = name_and_licence(cfg.teacher)
     data = ModelCardData(
@@ -47,7 +49,7 @@ def compose_model_card(
     )
     if results := evaluation_results(cfg, metrics, network):
         data.model_name, data.eval_results = f"{name}, pruned", results
-    body = describe(cfg, plan, scores, metrics, network, trainings)
+    body = describe(cfg, plan, scores, metrics, network, trainings, onnx_usage)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))
 
 
@@ -91,6 +93,7 @@ def describe(
     metrics: dict[str, Any],
     network: NetworkBackbone,
     trainings: Sequence[tuple[str, int]],
+    onnx_usage: str,
 ) -> str:
     """Return the description in a model card, in Markdown. The arguments are those of `compose_model_card`."""
     teacher = cfg.teacher
@@ -107,7 +110,7 @@ def describe(
 
 Made by secateur from {source}. The teacher's licence ({licence}) holds for these weights, too.
 
-{network.card_usage()}
+{network.card_usage()}{onnx_usage}
 {f"Criterion `{cfg.criterion.name}`, sum of the removed units' scores {plan['predicted_harm']:.6g}. " if scores else ""}
 Selection `{cfg.selection.name}`, {repair}distillation {trained}, seed {cfg.seed}. Teacher's fingerprint:
 `{plan["teacher"][:16]}`.

@@ -42,6 +42,8 @@ class NetworkBackbone(nn.Module):
     """the task under which the Hugging Face hub lists an export"""
     slices = "units"
     """the plural noun for what a plan of width removes, such as channels"""
+    has_onnx = True
+    """whether the network can be written as ONNX"""
     has_dense_twin = False
     """whether a student of bypassed blocks equals a network of the teacher's class and shape with zeroed branches"""
     pipeline_parts: Any = None
@@ -295,13 +297,19 @@ class NetworkBackbone(nn.Module):
         """Return further command line arguments for the program that reloads an export."""
         return []
 
-    def random_arguments(self) -> dict[str, Any]:
-        """Return arguments of the network for two samples, with noise where there are numbers, on the CPU."""
+    def random_arguments(self, samples: int = 2) -> dict[str, Any]:
+        """Return arguments of the network for some samples, with noise where there are numbers, on the CPU."""
         raise NotImplementedError
+
+    def forward(self, **arguments: Any) -> Tensor:
+        """Return the network's output for its own arguments, those of `random_arguments`."""
+        output: Tensor = self.network(**arguments, return_dict=False)[0]
+        return output
 
     def expected_outputs(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
         """Return what a reloaded export has to compute from these arguments: "output", and what else is compared."""
-        return {"output": run_network(self.network, arguments)}
+        with torch.inference_mode():
+            return {"output": self.eval()(**arguments)}
 
     def card_usage(self) -> str:
         """Return how an export is loaded, in Markdown."""

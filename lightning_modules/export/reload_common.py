@@ -6,35 +6,44 @@ They are run as scripts: python reload_<library>.py FOLDER INPUTS OUTPUT THREADS
 import sys
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 PROJECT = ("conf", "criteria", "datamodules", "experiments", "lightning_modules", "train")
 
 
-class ProjectIsAbsent:
-    """Makes every import of the exporting project fail, as on a machine without it."""
+class PackagesAreAbsent:
+    """Makes every import of some packages fail, as on a machine without them."""
+
+    def __init__(self, packages: tuple[str, ...]) -> None:
+        self.packages = packages
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name.partition(".")[0] in PROJECT:
-            raise ModuleNotFoundError(f"{name} belongs to the exporting project")
+        if name.partition(".")[0] in self.packages:
+            raise ModuleNotFoundError(f"{name} must not be needed to open an export")
 
 
-def read_command() -> tuple[str, dict[str, Any], list[str]]:
-    """Return the export's folder, the arguments of its network, and the further arguments of the command line."""
-    sys.meta_path.insert(0, ProjectIsAbsent())
+def read_command(framework: str = "pt", absent: tuple[str, ...] = ()) -> tuple[str, dict[str, Any], int, list[str]]:
+    """Return the export's folder, the arguments of its network, a number of threads, and the further arguments.
+
+    Args:
+        framework: what the arguments are: tensors of torch (pt) or arrays of NumPy (np).
+        absent: packages, beside the exporting project, that the program must not import.
+    """
+    sys.meta_path.insert(0, PackagesAreAbsent((*PROJECT, *absent)))
     folder, inputs, _, threads, *further = sys.argv[1:]
-    torch.set_num_threads(int(threads))
     arguments: dict[str, Any] = {}
-    for path, value in load_file(inputs).items():
-        *parents, name = path.split("/")
-        inner = arguments
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[name] = value
-    return folder, arguments, further
+    with safe_open(inputs, framework) as file:
+        for path in file.keys():  # noqa: SIM118  the file is no dictionary
+            *parents, name = path.split("/")
+            inner = arguments
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            inner[name] = file.get_tensor(path)
+    return folder, arguments, int(threads), further
 
 
-def write_outputs(outputs: dict[str, torch.Tensor]) -> None:
-    """Write the outputs of the export to the file that the command line names."""
-    save_file({name: value.contiguous() for name, value in outputs.items()}, sys.argv[3])
+def write_outputs(outputs: dict[str, Any]) -> None:
+    """Write the outputs of the export, tensors on the CPU or arrays, to the file that the command line names."""
+    save_file({name: np.ascontiguousarray(value) for name, value in outputs.items()}, sys.argv[3])

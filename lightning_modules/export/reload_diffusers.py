@@ -7,7 +7,8 @@ import reload_common
 import torch
 from diffusers import DiffusionPipeline
 
-folder, arguments, (component, trusted) = reload_common.read_command()
+folder, arguments, threads, (component, trusted) = reload_common.read_command()
+torch.set_num_threads(threads)
 index = json.loads((Path(folder) / "model_index.json").read_text())
 absent = {name: None for name, value in index.items() if value == [None, None]}
 options = {"trust_remote_code": trusted == "1", "low_cpu_mem_usage": False}

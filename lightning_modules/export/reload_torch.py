@@ -5,7 +5,8 @@ import sys
 import reload_common
 import torch
 
-folder, arguments, _ = reload_common.read_command()
+folder, arguments, threads, _ = reload_common.read_command()
+torch.set_num_threads(threads)
 sys.path.insert(0, folder)
 from image_networks import load  # noqa: E402  the export's own file
 

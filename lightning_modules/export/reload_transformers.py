@@ -4,7 +4,8 @@ import reload_common
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder, arguments, (text,) = reload_common.read_command()
+folder, arguments, threads, (text,) = reload_common.read_command()
+torch.set_num_threads(threads)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 ids = arguments["input_ids"]
 with torch.inference_mode():

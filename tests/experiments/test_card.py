@@ -77,3 +77,8 @@ def test_a_card_names_a_repair(configure):
     trained = "distillation `normalized` (150 steps), then `lcm` (20 steps), seed 0"
     assert f"Selection `knapsack`, repair `least_squares`, {trained}" in card
     assert "repair" not in compose_model_card(configure(), PLAN, SCORES, {}, BARE)
+
+
+def test_a_card_says_how_an_onnx_export_is_opened(configure):
+    card = compose_model_card(configure(), PLAN, SCORES, {}, BARE, "How to open it.\n")
+    assert card.index("trust_remote_code") < card.index("How to open it.") < card.index("Criterion `output_loss`")

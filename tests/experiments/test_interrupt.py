@@ -94,6 +94,7 @@ def test_the_hub_is_checked_for_a_finished_run_too(configure, overrides, monkeyp
 
 
 def test_a_push_without_an_export_is_refused_at_once(configure, overrides, tmp_path):
-    with pytest.raises(ConfigError, match=r"export\.push_to_hub='a/b': no stage of this pipeline makes an export"):
-        run_pipeline(configure(*overrides, "pipeline.stages.export=null", "export.push_to_hub=a/b"))
+    for word, named in (("push_to_hub=a/b", "push_to_hub='a/b'"), ("onnx=true", "onnx=True")):
+        with pytest.raises(ConfigError, match=rf"export\.{named}: no stage of this pipeline makes an export"):
+            run_pipeline(configure(*overrides, "pipeline.stages.export=null", f"export.{word}"))
     assert not (tmp_path / "runs").exists()

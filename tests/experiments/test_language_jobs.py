@@ -278,6 +278,7 @@ def test_the_study_tells_its_runs_apart(configure, words, tmp_path):
         (["distillation.lora.targets=[qproj]"], "'qproj' is no linear layer"),
         (["noise_scheduler=linear"], "noise_scheduler=linear: this teacher has none"),
         (["export.dense_twin=true"], "of a diffusion network"),
+        (["export.onnx=true"], "a LlamaForCausalLM cannot be written as ONNX"),
         (["selection=bk_sdm", "~selection.ratio", "~selection.tolerance"], "selection.name='bk_sdm' is for the U-Nets"),
         (["evaluation=frechet_resnet20"], "measures generated samples"),
         (["criterion=clip_score", "criterion.path=/nowhere"], "it generates nothing"),

@@ -44,6 +44,7 @@ NO_EFFECT = [
     "data.num_workers=3",
     "calibration.memory_gib=1",
     "export.push_to_hub=owner/name",
+    "export.onnx=false",
     "evaluation.latency_batch=3",
     "evaluation.latency_repeats=3",
 ]
@@ -72,6 +73,7 @@ EFFECT = [
     "trainer.accumulate_grad_batches=2",
     "trainer.precision=bf16-mixed",
     "teacher.path=/elsewhere",
+    "export.onnx=true",
 ]
 
 

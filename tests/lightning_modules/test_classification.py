@@ -183,6 +183,26 @@ def test_a_job_prunes_fine_tunes_measures_and_exports_a_classifier(configure, pi
     assert "finished already" in capsys.readouterr().out and (run / "metrics.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
+def test_a_job_writes_an_onnx_export_whose_difference_is_in_its_card(configure, pictures):
+    cfg = configure(*pictures, "criterion=magnitude", "distillation=none", "export.onnx=true")
+    run_pipeline(cfg)
+    run = the_run(Path(cfg.paths.runs))
+    (measured,) = read(run, "measured.json")
+    assert {path.name for path in (run / "export" / "onnx").iterdir()} == {"model.onnx", "model.onnx.data"}
+    card = (run / "export" / "README.md").read_text()
+    assert f"was {measured['onnx_max_difference']:.3g}, with random inputs" in card
+    assert "| `image` | batch, 3, 8, 8 | float32 |" in card and measured["export_max_difference"] == 0
+
+
+def test_a_missing_onnx_package_is_named_before_anything_is_scored(configure, pictures, monkeypatch):
+    monkeypatch.setattr("lightning_modules.export.to_onnx.PACKAGES", ("onnx", "no_such_package"))
+    cfg = configure(*pictures, "export.onnx=true")
+    with pytest.raises(ValueError, match=r"export\.onnx=true needs no_such_package: pip install -e '\.\[onnx\]'"):
+        run_pipeline(cfg)
+    assert not list(Path(cfg.paths.runs).rglob("scores.json"))
+
+
 @pytest.mark.usefixtures("quick_end")
 @pytest.mark.parametrize("criterion", ["magnitude calibration.samples=100000", "taylor", "bn_scale", "random"])
 def test_other_criteria_meet_the_same_target(configure, pictures, criterion):

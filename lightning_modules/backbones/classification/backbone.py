@@ -218,13 +218,12 @@ class ClassifierBackbone(NetworkBackbone):
         self.save(folder)
         shutil.copyfile(image_networks.__file__, folder / "image_networks.py")
 
-    def random_arguments(self) -> dict[str, Any]:
-        shape = self.example_inputs(2, "cpu")["sample"].shape
+    def random_arguments(self, samples: int = 2) -> dict[str, Any]:
+        shape = self.example_inputs(samples, "cpu")["sample"].shape
         return {"image": torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1}
 
-    def expected_outputs(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
-        with torch.inference_mode():
-            return {"output": self.network.eval()(arguments["image"])}
+    def forward(self, **arguments: Any) -> Tensor:
+        return self.predict({"sample": arguments["image"]})
 
     def card_usage(self) -> str:
         channels, height, width = self.image_shape()

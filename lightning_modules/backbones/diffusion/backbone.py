@@ -350,11 +350,11 @@ class DiffusionBackbone(NetworkBackbone):
     def reload_arguments(self) -> list[str]:
         return [self.component, str(int(not is_stock(self.network)))]
 
-    def random_arguments(self) -> dict[str, Any]:
+    def random_arguments(self, samples: int = 2) -> dict[str, Any]:
         rng = torch.Generator().manual_seed(0)
-        inputs = self.example_inputs(2, "cpu")
+        inputs = self.example_inputs(samples, "cpu")
         inputs["sample"] = torch.randn(inputs["sample"].shape, generator=rng)
-        inputs["timestep"] = torch.tensor([10, 500])
+        inputs["timestep"] = torch.linspace(10, 500, samples).long()
         states = inputs["conditions"].get("encoder_hidden_states")
         if states is not None:
             inputs["conditions"]["encoder_hidden_states"] = torch.randn(states.shape, generator=rng)

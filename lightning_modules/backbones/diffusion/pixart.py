@@ -14,6 +14,8 @@ TEXT_TOKENS = 120
 class PixArtBackbone(TransformerBackbone):
     """PixArt-alpha (arXiv 2310.00426), conditioned on T5 text states; at 1024 pixels also on size and aspect ratio."""
 
+    has_onnx = False  # onnxruntime refuses the file that torch writes: a squeeze of a dimension that is not 1
+
     def complete_conditions(self, conditions: dict[str, Any], batch: Batch, device: torch.device) -> dict[str, Any]:
         if not self.network.use_additional_conditions:
             return conditions

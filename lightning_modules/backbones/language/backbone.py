@@ -56,6 +56,7 @@ class LanguageBackbone(NetworkBackbone):
     """
 
     library = "transformers"
+    has_onnx = False
     writes_text = True
     width_changes_stages = False
 
@@ -299,8 +300,8 @@ class LanguageBackbone(NetworkBackbone):
     def reload_arguments(self) -> list[str]:
         return ["" if self.tokenizer is None else PROBE]
 
-    def random_arguments(self) -> dict[str, Any]:
-        shape = self.example_inputs(2, "cpu")["sample"].shape
+    def random_arguments(self, samples: int = 2) -> dict[str, Any]:
+        shape = self.example_inputs(samples, "cpu")["sample"].shape
         rng = torch.Generator().manual_seed(0)
         return {"input_ids": torch.randint(self.network.config.vocab_size, shape, generator=rng)}
 
