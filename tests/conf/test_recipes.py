@@ -29,7 +29,7 @@ RECIPES = {
 """{recipe: (kind of pipeline, kind of change)}"""
 SHARDS = ("laptop_diff_sdxl_50",)
 """On shards; the others are on BK-SDM's folder."""
-STUDIES = ("quickstart", "repair", "three_tasks")
+STUDIES = ("quickstart", "repair", "students", "three_tasks")
 FACES = ("ld_pruner_ldm_celebahq", "laptop_diff_ldm_celebahq")
 LATENT_IMAGES = (*FACES, "laptop_diff_ldm_church")
 """Unconditional, on CelebA-HQ's folder and on LSUN's LMDB."""
