@@ -130,7 +130,9 @@ def compare_predictors(plans: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe_tau(values: np.ndarray, outcomes: np.ndarray) -> str:
-    """Return Kendall's tau-b with the 95 % interval of a bootstrap over plans."""
+    """Return Kendall's tau-b with the 95 % interval of a bootstrap over plans; "" of values that are all the same."""
+    if len(set(values)) == 1:
+        return ""
     rng = np.random.default_rng(0)
     draws = rng.integers(0, len(values), (RESAMPLES, len(values)))
     taus = [float(kendalltau(values[draw], outcomes[draw]).statistic) for draw in draws]
