@@ -187,10 +187,7 @@ class DataModule(pl.LightningDataModule):
         if split not in self.sources:
             source = self.make[split]()
             if len(source) == 0:
-                raise ValueError(
-                    f"data.{split} is empty: {describe_maker(self.make[split])} has no samples; there may be too few "
-                    "for what is held out (data.holdout_images), or none at all"
-                )
+                raise ValueError(f"data.{split} is empty: {explain_empty(self.make[split])}")
             self.sources[split] = source
         return self.sources[split]
 
@@ -321,6 +318,16 @@ def describe_maker(make: Callable[[], Source]) -> str:
         return str(getattr(make, "__name__", type(make).__name__))
     path = make.keywords.get("path", make.args[0] if make.args else None)
     return f"{getattr(make.func, '__name__', make.func)}{f' of {path}' if path is not None else ''}"
+
+
+def explain_empty(make: Callable[[], Source]) -> str:
+    """Return why a source has no samples: there are none at all, or all of them are held out."""
+    name, start = describe_maker(make), make.keywords.get("start") if isinstance(make, functools.partial) else None
+    if start and isinstance(make, functools.partial):
+        options = {key: value for key, value in make.keywords.items() if key != "start"}
+        if count := len(make.func(*make.args, **options)):
+            return f"{name} has {count} samples, and {start} are held out; choose data.holdout_images below {count}"
+    return f"{name} has no samples"
 
 
 def return_batch(batch: Any) -> Any:

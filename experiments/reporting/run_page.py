@@ -168,11 +168,10 @@ def summarise(
             if f"{name}/{measure}" in metrics
         ]
         lines.append((measure, f"{', '.join(values)} ({describe_conditions(metrics['protocol'], protocol)})"))
-    lines += [
-        ("report", str(folder / "report.html")),
-        ("exported network", str(folder / "export")),
-        ("everything", str(folder)),
-    ]
+    lines.append(("report", str(folder / "report.html")))
+    if (folder / "export").exists():  # a pipeline may have no such stage
+        lines.append(("exported network", str(folder / "export")))
+    lines.append(("everything", str(folder)))
     return "\n".join(f"{name + ':':<24}{value}" for name, value in lines)
 
 

@@ -83,7 +83,7 @@ def report_set(root: Path, output: Path | None = None) -> Path:
         content=describe_set(runs, table, root, folder),
         plotly=get_plotlyjs(),
         unfinished=list_unfinished(root),
-        protocols=sorted(table["protocol"].unique()),
+        protocols=sorted(set(table["protocol"]) - {""}),
         warnings=warnings,
         pictures=sorted(path.name for path in pictures),
     )

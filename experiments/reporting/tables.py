@@ -179,7 +179,7 @@ def list_warnings(table: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     if not have_comparable_latencies(table):
         conditions = "; ".join(sorted(set(runs["latency_at"])))
         warnings.append(f"Latencies were measured at {conditions}: these are not comparable.")
-    if table["protocol"].nunique() > 1:
+    if table.loc[table["protocol"] != "", "protocol"].nunique() > 1:  # "" of runs without an evaluation
         warnings.append("These runs were evaluated under different protocols; their qualities are not comparable.")
     selections = table.groupby("criterion")["selection"].agg(set)
     if len(selections) > 1 and any(names != selections.iloc[0] for names in selections):

@@ -341,8 +341,9 @@ def test_a_missing_or_empty_folder_is_named(tmp_path):
 
 def test_a_split_without_samples_names_its_folder(tmp_path):
     write_picture(tmp_path / "a.png")
-    data = image_folder(str(tmp_path), size=4, holdout_images=1, batch_size=2)
-    with pytest.raises(ValueError, match=rf"data\.train is empty: Folder of {tmp_path} has no samples"):
+    data = image_folder(str(tmp_path), size=4, holdout_images=3, batch_size=2)
+    message = f"Folder of {tmp_path} has 1 samples, and 3 are held out; choose data.holdout_images below 1"
+    with pytest.raises(ValueError, match=rf"data\.train is empty: {message}"):
         data.train_dataloader()
 
 

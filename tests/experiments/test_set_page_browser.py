@@ -169,3 +169,11 @@ def test_axes_colour_and_rows_can_be_chosen(browser):
     assert {trace["name"] for trace in read_traces(browser) if "(" in trace["name"]} == {"0.3 (5 runs)", "0.5 (3 runs)"}
     Select(browser.find_element(By.ID, "rows")).select_by_visible_text("single runs")
     assert len(read_rows(browser)) == 8
+
+
+def test_the_chart_begins_with_the_measure_that_most_runs_have(browser, tmp_path):
+    write_run(tmp_path, "evaluated", 0.3, {"kid": 0.1})
+    write_run(tmp_path, "not-evaluated", 0.5, {})
+    browser.get(report_set(tmp_path).as_uri())
+    WebDriverWait(browser, 60).until(lambda driver: driver.find_elements(By.CSS_SELECTOR, "#chart .points path"))
+    assert sorted(y for trace in read_traces(browser) for y in trace["y"]) == [0.5, 0.5]  # output losses of both

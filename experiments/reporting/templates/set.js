@@ -18,7 +18,7 @@ const seeds = ["seed", "criterion_seed"];
 
 const state = {
   x: values("ratio").length > 1 ? "ratio" : varying.includes("method") ? "method" : "ratio",
-  y: known.find((key) => key.startsWith("eval/")) ?? "output_loss",
+  y: chooseMeasure(),
   colour: values("method").length <= COLOURS.length ? "method" : (varying.find((key) => key !== "method") ?? "method"),
   log: { x: false, y: false },
   hidden: Object.fromEntries(varying.map((key) => [key, new Set()])),
@@ -28,6 +28,13 @@ const state = {
   chosen: [],
   current: null,
 };
+
+// The first measure that most runs have; the output loss only where more runs have it.
+function chooseMeasure() {
+  const count = (key) => runs.filter((run) => isNumber(run.values[key])).length;
+  const keys = [...known.filter((key) => key.startsWith("eval/")), "output_loss"];
+  return keys.reduce((best, key) => (count(key) > count(best) ? key : best));
+}
 
 // Small helpers
 
