@@ -80,5 +80,5 @@ def test_a_card_names_a_repair(configure):
 
 
 def test_a_card_says_how_an_onnx_export_is_opened(configure):
-    card = compose_model_card(configure(), PLAN, SCORES, {}, BARE, "How to open it.\n")
+    card = compose_model_card(configure(), PLAN, SCORES, {}, BARE, onnx_usage="How to open it.\n")
     assert card.index("trust_remote_code") < card.index("How to open it.") < card.index("Criterion `output_loss`")
