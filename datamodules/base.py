@@ -322,8 +322,8 @@ def describe_maker(make: Callable[[], Source]) -> str:
 
 def explain_empty(make: Callable[[], Source]) -> str:
     """Return why a source has no samples: there are none at all, or all of them are held out."""
-    name, start = describe_maker(make), make.keywords.get("start") if isinstance(make, functools.partial) else None
-    if start and isinstance(make, functools.partial):
+    name = describe_maker(make)
+    if isinstance(make, functools.partial) and (start := make.keywords.get("start")):
         options = {key: value for key, value in make.keywords.items() if key != "start"}
         if count := len(make.func(*make.args, **options)):
             return f"{name} has {count} samples, and {start} are held out; choose data.holdout_images below {count}"

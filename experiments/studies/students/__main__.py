@@ -15,10 +15,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from conf.schema import ROOT
 from experiments.engine.artefacts import read_json
 from experiments.studies.students import report
 
-ROOT = Path(__file__).resolve().parents[3]
 BOTH = "repair=none,least_squares"
 
 

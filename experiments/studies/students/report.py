@@ -161,10 +161,9 @@ def select_optimum(runs: pd.DataFrame) -> pd.DataFrame:
     Its plan may differ between seeds, as the calibration samples do.
     """
     by_scores = runs[runs["chosen_by"] == "output_loss"]
-    first = by_scores[by_scores["seed"] == 0].groupby("task")["pruned"].transform("min")
-    seed_0 = by_scores.loc[first.index][by_scores.loc[first.index, "pruned"] == first]
-    others = by_scores[by_scores["seed"] != 0]
-    return pd.concat([seed_0, others])
+    seed_0, others = by_scores[by_scores["seed"] == 0], by_scores[by_scores["seed"] != 0]
+    best = seed_0["pruned"] == seed_0.groupby("task")["pruned"].transform("min")
+    return pd.concat([seed_0[best], others])
 
 
 def tabulate(runs: pd.DataFrame, column: str) -> pd.DataFrame:
